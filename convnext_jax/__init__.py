@@ -1,0 +1,5 @@
+"""ConvNeXt V1 and V2 on JAX: train, evaluate, resume, from a laptop's CPU to a TPU pod."""
+
+from convnext_jax.models import ConvNeXt, create_model, list_models
+
+__all__ = ['ConvNeXt', 'create_model', 'list_models']

@@ -1,0 +1,287 @@
+"""ConvNeXt V1 (arXiv:2201.03545) and V2 (arXiv:2301.00808) as Flax NNX modules that are plain JAX pytrees."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convnext_jax.errors import UserError
+from convnext_jax.models.depthwise import depthwise_conv
+from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, drop_path, gelu, normal
+from convnext_jax.models.variants import Variant, get_variant
+
+KERNEL_SIZE = 7
+
+
+class Depthwise(nnx.Module):
+    """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, key: jax.Array):
+        self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return depthwise_conv(x.astype(self.dtype), self.kernel.astype(self.dtype)) + self.bias.astype(self.dtype)
+
+
+class Block(nnx.Module):
+    """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input."""
+
+    def __init__(self, channels: int, *, grn: bool, layer_scale_init: float, dtype: jnp.dtype, key: jax.Array):
+        keys = jax.random.split(key, 3)
+        self.depthwise = Depthwise(channels, dtype=dtype, key=keys[0])
+        self.norm = LayerNorm(channels)
+        self.pointwise1 = Linear(channels, 4 * channels, dtype=dtype, key=keys[1])
+        self.grn = GRN(4 * channels) if grn else None
+        self.pointwise2 = Linear(4 * channels, channels, dtype=dtype, key=keys[2])
+        self.layer_scale = nnx.Param(jnp.full(channels, layer_scale_init, jnp.float32)) if layer_scale_init else None
+
+    def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
+        branch = gelu(self.pointwise1(self.norm(self.depthwise(x))))
+        if self.grn is not None:
+            branch = self.grn(branch)
+        branch = self.pointwise2(branch)
+        if self.layer_scale is not None:
+            branch = branch * self.layer_scale.astype(branch.dtype)
+        if keys is not None:
+            branch = drop_path(branch, drop_rate, keys)
+        return x + branch
+
+
+class Stem(nnx.Module):
+    """Cuts the image into patches: (N, H, W, in) → (N, H / size, W / size, C)."""
+
+    def __init__(
+        self, in_channels: int, channels: int, size: int, *, norm: bool, dtype: jnp.dtype, key: jax.Array
+    ):
+        self.conv = PatchConv(in_channels, channels, size, dtype=dtype, key=key)
+        self.norm = LayerNorm(channels) if norm else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class Downsample(nnx.Module):
+    """Halves the sides between two stages: (N, H, W, in) → (N, H // 2, W // 2, out)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, key: jax.Array):
+        self.norm = LayerNorm(in_channels)
+        self.conv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(self.norm(x))
+
+
+class Stage(nnx.Module):
+    """A downsampling, if the stage is not the first, and equal blocks that share one program.
+
+    The blocks' parameters are stacked along a leading axis and run under `lax.scan`, so that 27 blocks compile like
+    one.
+
+    Attributes:
+        drop_rates: the drop rate of each block.
+        first_block: number of blocks before this stage in the model; block i draws by its number in the model.
+        remat: recompute each block in the backward pass instead of keeping what it computed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | None,
+        channels: int,
+        drop_rates: tuple[float, ...],
+        *,
+        first_block: int,
+        variant: Variant,
+        remat: bool,
+        dtype: jnp.dtype,
+        key: jax.Array,
+    ):
+        downsample_key, blocks_key = jax.random.split(key)
+        self.downsample = (
+            None if in_channels is None else Downsample(in_channels, channels, dtype=dtype, key=downsample_key)
+        )
+
+        def block(key: jax.Array) -> Block:
+            return Block(
+                channels, grn=variant.grn, layer_scale_init=variant.layer_scale_init, dtype=dtype, key=key
+            )
+
+        self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
+        self.drop_rates = drop_rates
+        self.first_block = first_block
+        self.remat = remat
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """(N, H, W, in) → (N, H', W', C); `keys` is (N,), one for each image, or None."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+
+        def run(x, block_and_draw):
+            block, drop_rate, number = block_and_draw
+            block_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            return block(x, drop_rate, block_keys), None
+
+        numbers = self.first_block + jnp.arange(len(self.drop_rates))
+        scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
+        return jax.lax.scan(jax.checkpoint(run) if self.remat else run, x, scanned)[0]
+
+
+class ConvNeXt(nnx.Module):
+    """The whole network; see `create_model`.
+
+    Attributes:
+        stem, stages, norm, head: the parts, in the order of the data.
+        drop_path_rate: drop rate of the last block; the rates rise to it linearly from 0 at the first.
+        total_stride: the smallest side an image may have, in pixels.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        num_classes: int,
+        in_channels: int,
+        drop_path_rate: float,
+        head_init_scale: float,
+        layer_norm_eps: float,
+        remat: bool,
+        dtype: jnp.dtype,
+        key: jax.Array,
+    ):
+        stem_key, head_key, *stage_keys = jax.random.split(key, 2 + len(variant.depths))
+        self.stem = Stem(
+            in_channels, variant.widths[0], variant.patch_size, norm=variant.stem_norm, dtype=dtype, key=stem_key
+        )
+        blocks = sum(variant.depths)
+        rates = tuple(drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks))
+        stages = []
+        for stage, (depth, width) in enumerate(zip(variant.depths, variant.widths, strict=True)):
+            first = sum(variant.depths[:stage])
+            stages.append(
+                Stage(
+                    variant.widths[stage - 1] if stage > 0 else None,
+                    width,
+                    rates[first : first + depth],
+                    first_block=first,
+                    variant=variant,
+                    remat=remat,
+                    dtype=dtype,
+                    key=stage_keys[stage],
+                )
+            )
+        self.stages = nnx.List(stages)
+        self.norm = LayerNorm(variant.widths[-1], epsilon=layer_norm_eps)
+        # The head is a ten-thousandth of the work: it stays in float32 whatever the compute type.
+        self.head = Linear(variant.widths[-1], num_classes, key=head_key)
+        self.head.kernel[...] *= head_init_scale
+        self.drop_path_rate = drop_path_rate
+        self.total_stride = variant.total_stride
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Class logits.
+
+        Args:
+            images: (N, H, W, in_channels) float, normalised.
+            key: training: one key, or (N,) keys, one for each image; what an image draws depends on its key alone.
+                None: inference, nothing is dropped.
+
+        Returns:
+            (N, num_classes) float32.
+
+        Raises:
+            UserError: the images have another rank or channel count, or a side below the total stride.
+        """
+        pooled = self._maps(images, key)[-1].mean((1, 2), dtype=jnp.float32)
+        return self.head(self.norm(pooled))
+
+    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Feature maps, (N, H / stride, W / stride, C) each: 'stem', then 'stage1' onwards. Arguments as in a call."""
+        names = ['stem', *(f'stage{stage + 1}' for stage in range(len(self.stages)))]
+        return dict(zip(names, self._maps(images, key), strict=True))
+
+    def _maps(self, images: jax.Array, key: jax.Array | None) -> list[jax.Array]:
+        self._check(images)
+        if self.drop_path_rate == 0:
+            key = None
+        if key is not None and key.ndim == 0:
+            key = jax.random.split(key, images.shape[0])
+        maps = [self.stem(images)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1], key))
+        return maps
+
+    def _check(self, images: jax.Array) -> None:
+        in_channels = self.stem.conv.kernel.shape[2]
+        if images.ndim != 4 or images.shape[3] != in_channels:
+            raise UserError(f'images must be (N, H, W, {in_channels}), these are {images.shape}')
+        if min(images.shape[1:3]) < self.total_stride:
+            height, width = images.shape[1:3]
+            raise UserError(
+                f'images of {height}×{width} are smaller than the total stride of {self.total_stride}: '
+                'enlarge them, or give a smaller patch_size'
+            )
+
+
+def create_model(
+    name: str,
+    *,
+    key: jax.Array,
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.0,
+    layer_scale_init: float | None = None,
+    head_init_scale: float = 1.0,
+    layer_norm_eps: float = 1e-6,
+    in_channels: int = 3,
+    patch_size: int | None = None,
+    remat: bool = False,
+    dtype: jnp.dtype | str = jnp.float32,
+) -> ConvNeXt:
+    """A freshly initialised model.
+
+    Args:
+        name: one of `list_models()`.
+        key: random key of the initialisation.
+        num_classes: outputs of the head.
+        drop_path_rate: drop rate of the last block, in [0, 1); it applies when the model is called with a key.
+        layer_scale_init: first value of the layer scale, 0 for none; by default the variant's own.
+        head_init_scale: factor on the head's first weights (0.001 when the originals fine-tune).
+        layer_norm_eps: epsilon of the last norm; Hugging Face's models have 1e-12 there.
+        in_channels: channels of the images.
+        patch_size: kernel and stride of the stem in pixels; by default the variant's own.
+        remat: recompute each block in the backward pass: less memory, a third more work.
+        dtype: float type of matrix products and convolutions; parameters, norms and logits are float32.
+
+    Raises:
+        UserError: an unknown name, or a value out of its range.
+    """
+    variant = get_variant(name)
+    if not 0 <= drop_path_rate < 1:
+        raise UserError(f'drop_path_rate must be in [0, 1), not {drop_path_rate}')
+    for field, value in {'num_classes': num_classes, 'in_channels': in_channels}.items():
+        if value < 1:
+            raise UserError(f'{field} must be at least 1, not {value}')
+    if patch_size is not None and patch_size < 1:
+        raise UserError(f'patch_size must be at least 1, not {patch_size}')
+    return ConvNeXt(
+        variant.replace(patch_size=patch_size, layer_scale_init=layer_scale_init),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        drop_path_rate=drop_path_rate,
+        head_init_scale=head_init_scale,
+        layer_norm_eps=layer_norm_eps,
+        remat=remat,
+        dtype=_float_dtype(dtype),
+        key=key,
+    )
+
+
+def _float_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    try:
+        parsed = jnp.dtype(dtype)
+    except TypeError:
+        parsed = None
+    if parsed is None or not jnp.issubdtype(parsed, jnp.floating):
+        raise UserError(f"dtype must be a float type such as 'float32' or 'bfloat16', not '{dtype}'")
+    return parsed

@@ -1,0 +1,104 @@
+"""The small parts of a ConvNeXt: linear, patch convolution, LayerNorm, GRN, GELU, drop path.
+
+Parameters are float32. Linear layers and convolutions compute in their `dtype`; norms compute in float32 and return
+the type they were given.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Weights of standard deviation 0.02, untruncated: the original cuts at ±2 absolute, which cuts nothing."""
+    return 0.02 * jax.random.normal(key, shape, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y = x · kernel + bias over the last axis: (..., in_features) → (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype = jnp.float32, key: jax.Array):
+        self.kernel = nnx.Param(normal(key, (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(self.dtype) @ self.kernel.astype(self.dtype) + self.bias.astype(self.dtype)
+
+
+class PatchConv(nnx.Module):
+    """A convolution whose stride is its kernel: (N, H, W, in) → (N, H // size, W // size, out).
+
+    Written as reshape and matrix product, which every platform runs at full speed. Rows and columns beyond the last
+    whole patch are left out, as a convolution without padding does.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, *, dtype: jnp.dtype = jnp.float32, key: jax.Array
+    ):
+        self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size, _, in_channels, out_channels = self.kernel.shape
+        n, height, width, _ = x.shape
+        rows, columns = height // size, width // size
+        x = x[:, : rows * size, : columns * size].astype(self.dtype)
+        patches = x.reshape(n, rows, size, columns, size, in_channels).transpose(0, 1, 3, 2, 4, 5)
+        kernel = self.kernel.astype(self.dtype).reshape(-1, out_channels)
+        return patches.reshape(n, rows, columns, -1) @ kernel + self.bias.astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis to mean 0 and variance 1, then scales and shifts it: (..., C) → (..., C)."""
+
+    def __init__(self, channels: int, *, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = jnp.asarray(x, jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale + self.bias
+        return y.astype(x.dtype)
+
+
+class GRN(nnx.Module):
+    """Global response normalisation (arXiv:2301.00808, algorithm 1): (N, H, W, C) → (N, H, W, C).
+
+    Each channel of each image is weighed by its norm over H and W against the mean norm of all channels.
+    """
+
+    def __init__(self, channels: int):
+        self.gamma = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.beta = nnx.Param(jnp.zeros(channels, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = jnp.asarray(x, jnp.float32)
+        squares = jnp.square(wide).sum((1, 2), keepdims=True)
+        # The square root's derivative at zero is infinite: a dead channel takes a norm, and a gradient, of zero.
+        alive = squares > 0
+        norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
+        weights = norms / (norms.mean(-1, keepdims=True) + 1e-6)
+        return (self.gamma * (wide * weights) + self.beta + wide).astype(x.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x · Φ(x) in its exact form, by erf: cheaper than `jax.nn.gelu(approximate=False)`, which goes by erfc."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array) -> jax.Array:
+    """Drops the whole branch of an image with probability `rate`, and divides what is kept by 1 − rate.
+
+    Args:
+        x: (N, H, W, C), a block's branch before it is added to the input.
+        rate: probability in [0, 1).
+        keys: (N,), one key for each image, of this block alone.
+    """
+    keep = 1 - jnp.asarray(rate, jnp.float32)
+    factors = jnp.where(jax.vmap(jax.random.uniform)(keys) < keep, 1 / keep, 0)
+    return (x * factors[:, None, None, None]).astype(x.dtype)

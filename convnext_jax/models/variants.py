@@ -1,0 +1,100 @@
+"""The table of architectures: name → depths, widths and what sets the two versions apart.
+
+Sources: ConvNeXt (arXiv:2201.03545, appendix), ConvNeXt V2 (arXiv:2301.00808, table 14), and the model files of
+both original repositories.
+"""
+
+import dataclasses
+import difflib
+
+from convnext_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One architecture.
+
+    Attributes:
+        depths: blocks in each stage.
+        widths: channels in each stage.
+        patch_size: kernel and stride of the stem, in pixels.
+        grn: global response normalisation in every block (V2).
+        layer_scale_init: first value of the layer scale; 0 means that the block has none.
+        stem_norm: a LayerNorm follows the stem's convolution.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    patch_size: int = 4
+    grn: bool = False
+    layer_scale_init: float = 1e-6
+    stem_norm: bool = True
+
+    def replace(self, **changes: int | float | None) -> 'Variant':
+        """The same architecture with other values; None leaves a value as it is."""
+        return dataclasses.replace(self, **{field: value for field, value in changes.items() if value is not None})
+
+    @property
+    def total_stride(self) -> int:
+        """Pixels of the image that one position of the last feature map stands for, along a side."""
+        return self.patch_size * 2 ** (len(self.depths) - 1)
+
+    def multiply_adds(self, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> int:
+        """Multiply-adds of one square image's forward pass in convolutions and linear layers, as the papers count."""
+        side = image_size // self.patch_size
+        total = side**2 * self.patch_size**2 * in_channels * self.widths[0]
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            if stage > 0:
+                side //= 2
+                total += side**2 * 4 * self.widths[stage - 1] * width
+            total += depth * side**2 * width * (49 + 8 * width)
+        return total + self.widths[-1] * num_classes
+
+
+def _variants() -> dict[str, Variant]:
+    sizes = {
+        'atto': ((2, 2, 6, 2), 40),
+        'femto': ((2, 2, 6, 2), 48),
+        'pico': ((2, 2, 6, 2), 64),
+        'nano': ((2, 2, 8, 2), 80),
+        'tiny': ((3, 3, 9, 3), 96),
+        'small': ((3, 3, 27, 3), 96),
+        'base': ((3, 3, 27, 3), 128),
+        'large': ((3, 3, 27, 3), 192),
+        'xlarge': ((3, 3, 27, 3), 256),
+        'huge': ((3, 3, 27, 3), 352),
+    }
+    table = {}
+    for size, (depths, width) in sizes.items():
+        widths = tuple(width * 2**stage for stage in range(4))
+        if size != 'huge':
+            table[f'convnext_{size}'] = Variant(depths, widths)
+        if size != 'xlarge':
+            table[f'convnextv2_{size}'] = Variant(depths, widths, grn=True, layer_scale_init=0)
+    isotropic = {'small': (18, 384, 0), 'base': (18, 768, 0), 'large': (36, 1024, 1e-6)}
+    for size, (depth, width, layer_scale_init) in isotropic.items():
+        table[f'convnext_isotropic_{size}'] = Variant(
+            (depth,), (width,), patch_size=16, layer_scale_init=layer_scale_init, stem_norm=False
+        )
+    return table
+
+
+VARIANTS = _variants()
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` accepts, sorted."""
+    return sorted(VARIANTS)
+
+
+def get_variant(name: str) -> Variant:
+    """The architecture of that name.
+
+    Raises:
+        UserError: no model has this name; the nearest names are suggested.
+    """
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
+        hint = f'did you mean {", ".join(near)}?' if near else 'python -m convnext_jax models lists them.'
+        raise UserError(f"there is no model '{name}': {hint}")
+    return VARIANTS[name]
