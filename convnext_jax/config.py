@@ -1,0 +1,139 @@
+"""The fields of an experiment, with their defaults and meaning. The files under configs/ set what differs."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from convnext_jax.errors import UserError
+
+
+def default_config() -> ConfigDict:
+    """ConvNeXt on 224-pixel photographs with the hyperparameters that all published V1 recipes share."""
+    config = ConfigDict()
+    config.seed = 0
+    # Durations: `steps`, unless 0, stands in for `epochs`, and `optimizer.warmup_steps` for `warmup_epochs`.
+    config.epochs = 300.0
+    config.steps = 0
+    # Images to an optimizer step, over all devices. Each device sees batch_size / devices / accumulation_steps at once.
+    config.batch_size = 4096
+    config.accumulation_steps = 1
+
+    config.model = ConfigDict()
+    config.model.name = 'convnext_tiny'  # python -m convnext_jax models
+    config.model.num_classes = 0  # 0: as many as the data set has
+    config.model.drop_path_rate = 0.0
+    config.model.layer_scale_init = -1.0  # −1: the architecture's own; 0: no layer scale
+    config.model.head_init_scale = 1.0
+    config.model.patch_size = 0  # 0: the architecture's own
+    config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
+    config.model.remat = False  # recompute the blocks in the backward pass: less memory, more work
+
+    config.init = ConfigDict()
+    config.init.weights = ''  # fine-tuning: the workdir of a run of ours to start from
+    config.init.params = 'raw'  # which of its weights: 'raw' or 'ema'
+
+    config.data = ConfigDict()
+    config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', or a TFDS name
+    config.data.dir = ''  # the folder of images, or the TFDS data directory
+    config.data.train_split = 'train'
+    config.data.eval_split = 'validation'
+    config.data.image_size = 224
+    config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
+    config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
+    config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
+    config.data.std = (0.229, 0.224, 0.225)
+
+    config.augment = ConfigDict()  # on the device, by key
+    config.augment.flip = True
+    config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
+
+    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.learning_rate = 2.5e-4  # peak for 256 images: multiplied by batch_size / 256
+    config.optimizer.min_learning_rate = 1e-6  # end of the cosine, not scaled
+    config.optimizer.warmup_epochs = 20.0
+    config.optimizer.warmup_steps = 0
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: off
+    config.label_smoothing = 0.1
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.9999  # 0: no moving average
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices along the batch; −1: all
+
+    config.log_every_steps = 50
+    config.eval_every_epochs = 1.0
+    config.checkpoint_every_steps = 1000
+    config.keep_checkpoints = 2  # the newest; the best by top-1 is kept besides
+    return config
+
+
+# What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
+FIXED = ('seed', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'ema')
+FREE = ('data.dir', 'model.remat')
+
+
+def changed_fields(old: dict, new: dict) -> dict[str, tuple]:
+    """Field → (old, new) for all that differs, fields in dotted form."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    fields = sorted(flat_old.keys() | flat_new.keys())
+    return {
+        field: (flat_old.get(field), flat_new.get(field))
+        for field in fields
+        if flat_old.get(field) != flat_new.get(field)
+    }
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a run that resumes must keep this field's value."""
+    return field not in FREE and any(field == name or field.startswith(f'{name}.') for name in FIXED)
+
+
+def as_dict(config: ConfigDict) -> dict:
+    """The config as JSON holds it: nested dicts, tuples as lists."""
+    return json.loads(config.to_json())
+
+
+def from_dict(values: dict) -> ConfigDict:
+    """The config that `as_dict` gave, with every field's type checked.
+
+    Raises:
+        UserError: a field is unknown, missing or of another type.
+    """
+    config = default_config()
+    unknown = _flatten(values).keys() - _flatten(as_dict(config)).keys()
+    missing = _flatten(as_dict(config)).keys() - _flatten(values).keys()
+    if unknown or missing:
+        raise UserError(f'this config does not fit: unknown {sorted(unknown)}, missing {sorted(missing)}')
+    for field, value in _flatten(values).items():
+        try:
+            config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, ValueError) as error:
+            raise UserError(f'config field {field}: {error}') from error
+    return config
+
+
+def read_config(path: Path) -> ConfigDict:
+    """The config that a run wrote into its workdir.
+
+    Raises:
+        UserError: no run is there, or the file is damaged.
+    """
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f'{path.parent} holds no run: there is no {path.name} in it') from error
+    except json.JSONDecodeError as error:
+        raise UserError(f'{path} is damaged: {error}') from error
+
+
+def _flatten(values: dict, prefix: str = '') -> dict:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value}
+    return flat

@@ -1,0 +1,126 @@
+"""One global batch after another on the devices: which examples, in which order, decoded ahead of need.
+
+Everything follows from (seed, step): there is no iterator state to save, and a run that resumes at a step, on any
+number of processes, sees the examples that the unbroken run would have seen.
+"""
+
+import collections
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+
+from convnext_jax.data.decode import decode, eval_resize, train_crop
+from convnext_jax.data.sources import Source
+from convnext_jax.errors import UserError
+
+ENDLESS = 2**40  # more batches than any training takes
+
+Batch = dict[str, np.ndarray | jax.Array]
+"""`image` (N, H, W, C) uint8, `label` (N,) int32, `weight` (N,) float32: 0 where a row only fills up the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of every global batch that one process loads: contiguous, so that the rows' order never depends on it.
+
+    Attributes:
+        batch_size: rows of the global batch.
+        process, processes: which of how many this is.
+    """
+
+    batch_size: int
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % self.processes:
+            raise UserError(f'batch_size={self.batch_size} is no multiple of the {self.processes} processes')
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size // self.processes
+
+    def position(self, local: int) -> int:
+        """The place in the global sequence of rows that the process's row number `local` has."""
+        batch, row = divmod(local, self.rows)
+        return batch * self.batch_size + self.process * self.rows + row
+
+
+def steps_per_epoch(source: Source, batch_size: int) -> int:
+    """Whole batches in an epoch; what is left over is dropped, other examples each epoch.
+
+    Raises:
+        UserError: the split is smaller than one batch.
+    """
+    if len(source) < batch_size:
+        raise UserError(f'batch_size={batch_size} is more than the {len(source)} training images: lower it')
+    return len(source) // batch_size
+
+
+def train_batches(
+    source: Source,
+    share: Share,
+    *,
+    seed: int,
+    start_step: int,
+    image_size: int,
+    channels: int,
+    crop_scale: tuple[float, float] | tuple[()],
+) -> Iterator[Batch]:
+    """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch."""
+    used = steps_per_epoch(source, share.batch_size) * share.batch_size
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+    def load(local: int) -> Batch:
+        epoch, place = divmod(share.position(int(local)), used)
+        index = int(order[epoch * len(source) + place])
+        example = source[index]
+        image = decode(example.image, channels, example.name)
+        pixels = train_crop(image, image_size, crop_scale, np.random.default_rng((seed, epoch, index)))
+        return _row(pixels, example.label, weight=1)
+
+    return _batches(load, share.rows, start_step, ENDLESS)
+
+
+def eval_batches(
+    source: Source, share: Share, *, image_size: int, channels: int, crop_pct: float
+) -> Iterator[Batch]:
+    """This process's rows of a pass over the split, every example once; the last batch is filled up at weight 0."""
+
+    def load(local: int) -> Batch:
+        index = share.position(int(local))
+        if index >= len(source):
+            return _row(np.zeros((image_size, image_size, channels), np.uint8), label=0, weight=0)
+        example = source[index]
+        pixels = eval_resize(decode(example.image, channels, example.name), image_size, crop_pct)
+        return _row(pixels, example.label, weight=1)
+
+    return _batches(load, share.rows, 0, -(-len(source) // share.batch_size))
+
+
+def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2) -> Iterator[Batch]:
+    """Puts each process's rows on its devices as one global batch, `ahead` batches before they are asked for."""
+
+    def put(batch: Batch) -> Batch:
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+    queue = collections.deque(map(put, itertools.islice(batches, ahead)))
+    while queue:
+        queue.extend(map(put, itertools.islice(batches, 1)))
+        yield queue.popleft()
+
+
+def _batches(load: Callable[[int], Batch], rows: int, first: int, last: int) -> Iterator[Batch]:
+    """Batches `first` to `last` of `rows` examples, loaded by threads ahead of need: Pillow decodes outside the GIL."""
+    threads = os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(grain.MapDataset.range(first * rows, last * rows).map(load).batch(rows).to_iter_dataset(options))
+
+
+def _row(pixels: np.ndarray, label: int, weight: float) -> Batch:
+    return {'image': pixels, 'label': np.int32(label), 'weight': np.float32(weight)}

@@ -1,0 +1,126 @@
+"""Where examples come from: random access to encoded images and their labels."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from convnext_jax.errors import UserError
+
+BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One encoded image, its class, and a name that tells a person where it is."""
+
+    image: bytes
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """One split of a data set."""
+
+    class_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_source(name: str, directory: str, split: str) -> Source:
+    """Opens one split.
+
+    Args:
+        name: 'fashion_mnist_mini' (bundled), 'folder', or the name of a TFDS image-classification data set.
+        directory: the folder of images, or the TFDS data directory; the bundled set needs none.
+        split: a folder's name under `directory`, or a TFDS split such as 'train[:99%]'.
+
+    Raises:
+        UserError: the data set, the split or an image is not there, or the data set is not one of labelled images.
+    """
+    if name == 'folder':
+        return FolderSource(Path(directory), split)
+    return TfdsSource(name, directory, split)
+
+
+class FolderSource:
+    """A folder of images, `directory/split/CLASS/*.jpg`: classes are numbered in the order of their names."""
+
+    def __init__(self, directory: Path, split: str):
+        root = directory / split
+        if not root.is_dir():
+            raise UserError(f'{root} is not a folder: data.dir holds one folder for each split, and in it one a class')
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.'))
+        if not folders:
+            raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
+        self.class_names = [folder.name for folder in folders]
+        self._files = []
+        for label, folder in enumerate(folders):
+            files = sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
+            images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
+                raise UserError(f'class folder {folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
+            if len(images) < len(files):
+                warnings.warn(f'{folder}: left out {len(files) - len(images)} files that are no images', stacklevel=2)
+            self._files += [(path, label) for path in images]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self._files[index]
+        try:
+            return Example(path.read_bytes(), label, str(path))
+        except OSError as error:
+            raise UserError(f'{path} cannot be read: {error.strerror}') from error
+
+
+class TfdsSource:
+    """A TFDS data set in ArrayRecord form, read without TensorFlow: features `image` and `label`."""
+
+    def __init__(self, name: str, directory: str, split: str):
+        import tensorflow_datasets as tfds  # takes half a second: only where it is needed
+
+        builder = _tfds_builder(name, directory)
+        features = builder.info.features
+        if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
+            raise UserError(f'{name} is no image classification: its features are {sorted(features)}')
+        try:
+            self._records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"{name} has no split '{split}' in ArrayRecord form: {_first_line(error)}") from error
+        self.class_names = list(features['label'].names)
+        self._name = f'{name} {split}'
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        return Example(record['image'], int(record['label']), f'{self._name}, example {index}')
+
+
+def _tfds_builder(name: str, directory: str):
+    import tensorflow_datasets as tfds
+
+    if name in BUNDLED and not directory:
+        return tfds.builder_from_directory(BUNDLED[name])
+    if not directory:
+        raise UserError(f'data.dir is not set: where is {name} on this machine?')
+    if not Path(directory).is_dir():
+        raise UserError(f'data.dir={directory} is not a folder')
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"TFDS knows no data set '{name}', and there is none of that name in {directory}") from error
+    if not builder.info.splits:
+        raise UserError(f'{directory} holds no prepared {name}: prepare it with TFDS, file_format=array_record')
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,44 @@
+"""The device mesh, and which axis of it each array lives on."""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from convnext_jax.errors import UserError
+from convnext_jax.training.state import TrainState
+
+
+def make_mesh(data: int) -> Mesh:
+    """All devices along one axis, `data`.
+
+    Raises:
+        UserError: `data` is neither −1 nor the number of devices.
+    """
+    devices = jax.device_count()
+    if data not in (-1, devices):
+        raise UserError(f'mesh.data={data}, but there are {devices} devices: give −1 for all of them')
+    return jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch's rows are spread over the mesh."""
+    return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+    """Every array of the state is whole on every device."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+
+
+def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Refuses a batch that does not divide evenly.
+
+    Raises:
+        UserError: with the numbers, and the nearest sizes that work.
+    """
+    unit = mesh.size * accumulation_steps
+    if batch_size % unit:
+        near = sorted({max(batch_size // unit, 1) * unit, (batch_size // unit + 1) * unit})
+        raise UserError(
+            f'batch_size={batch_size} is no multiple of {mesh.size} devices × {accumulation_steps} accumulation steps: '
+            f'try {" or ".join(map(str, near))}'
+        )

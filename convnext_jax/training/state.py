@@ -1,0 +1,43 @@
+"""Everything a run is, as one pytree."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from convnext_jax.models import Parameters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a checkpoint holds and a training step maps to the next.
+
+    Attributes:
+        step: int32, steps done; every random key and the place in the data follow from it and the seed.
+        parameters: float32 by name.
+        optimizer: the state of the optax transformation.
+        ema: moving average of the parameters, or None.
+        skipped: int32, steps whose update was left out because the loss or the gradient was not finite.
+        last_good: int32, steps done when the newest update was made.
+    """
+
+    step: jax.Array
+    parameters: Parameters
+    optimizer: optax.OptState
+    ema: Parameters | None
+    skipped: jax.Array
+    last_good: jax.Array
+
+
+def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """The state before the first step; the moving average starts at the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        parameters=parameters,
+        optimizer=optimizer.init(parameters),
+        ema=jax.tree.map(jnp.copy, parameters) if ema else None,
+        skipped=jnp.zeros((), jnp.int32),
+        last_good=jnp.zeros((), jnp.int32),
+    )

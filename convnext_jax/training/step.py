@@ -1,0 +1,101 @@
+"""The training step: a pure function from state and batch to the next state and the step's metrics."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from convnext_jax.data.augment import augment
+from convnext_jax.data.pipeline import Batch
+from convnext_jax.models import ConvNeXt, Parameters, with_parameters
+from convnext_jax.training.optimizer import moving_average
+from convnext_jax.training.state import TrainState
+
+SKIPS_IN_A_ROW = 10
+"""After so many steps without a finite loss the state stands still, for the loop to stop the run."""
+
+
+def make_train_step(
+    model: ConvNeXt, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ConfigDict
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the step.
+
+    Its metrics are scalars: `loss`, `learning_rate`, `grad_norm`, `skipped` and `skips_in_a_row`.
+
+    Args:
+        model: the architecture; its own parameters are not used.
+        optimizer: as `adamw` gives it.
+        schedule: steps done → learning rate.
+        config: of the experiment.
+    """
+
+    def loss(parameters: Parameters, images: jax.Array, labels: jax.Array, keys: jax.Array) -> jax.Array:
+        logits = with_parameters(model, parameters)(images, key=keys)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        augment_keys, drop_path_keys = _keys(config.seed, state.step, len(batch['label']))
+        images = augment(batch['image'], augment_keys, mean=config.data.mean, std=config.data.std, **config.augment)
+        examples = (images, batch['label'], drop_path_keys)
+        value, gradient = _accumulate(
+            jax.value_and_grad(loss), state.parameters, examples, config.accumulation_steps
+        )
+        grad_norm = optax.global_norm(gradient)
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
+
+        learning_rate = schedule(state.step)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state.parameters, updates)
+        ema = None if state.ema is None else moving_average(state.ema, parameters, config.ema.decay)
+
+        step = state.step + 1
+        new = TrainState(
+            step=step,
+            parameters=_select(good, parameters, state.parameters),
+            optimizer=_select(good, optimizer_state, state.optimizer),
+            ema=_select(good, ema, state.ema),
+            skipped=state.skipped + ~good,
+            last_good=jnp.where(good, step, state.last_good),
+        )
+        metrics = {
+            'loss': value,
+            'learning_rate': learning_rate,
+            'grad_norm': grad_norm,
+            'skipped': new.skipped,
+            'skips_in_a_row': step - new.last_good,
+        }
+        return new, metrics
+
+    return train_step
+
+
+def _keys(seed: int, step: jax.Array, images: int) -> tuple[jax.Array, jax.Array]:
+    """One key for each image for augmentation, and one for drop path: from seed and step alone."""
+    augment_key, drop_path_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    return jax.random.split(augment_key, images), jax.random.split(drop_path_key, images)
+
+
+def _accumulate(
+    value_and_grad: Callable, parameters: Parameters, examples: tuple[jax.Array, ...], steps: int
+) -> tuple[jax.Array, Parameters]:
+    """Loss and gradient of the whole batch, computed on one of `steps` equal parts after the other.
+
+    A part takes every `steps`-th row, so that each lies spread over all devices as the batch does.
+    """
+    if steps == 1:
+        return value_and_grad(parameters, *examples)
+    parts = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), examples)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(parameters, *part)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / steps, total)
+
+
+def _select(condition: jax.Array, chosen: TrainState, otherwise: TrainState) -> TrainState:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)
