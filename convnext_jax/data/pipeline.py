@@ -87,9 +87,7 @@ def train_batches(
     return _batches(load, share.rows, start_step, ENDLESS)
 
 
-def eval_batches(
-    source: Source, share: Share, *, image_size: int, channels: int, crop_pct: float
-) -> Iterator[Batch]:
+def eval_batches(source: Source, share: Share, *, image_size: int, channels: int, crop_pct: float) -> Iterator[Batch]:
     """This process's rows of a pass over the split, every example once; the last batch is filled up at weight 0."""
 
     def load(local: int) -> Batch:

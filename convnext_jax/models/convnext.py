@@ -52,9 +52,7 @@ class Block(nnx.Module):
 class Stem(nnx.Module):
     """Cuts the image into patches: (N, H, W, in) → (N, H / size, W / size, C)."""
 
-    def __init__(
-        self, in_channels: int, channels: int, size: int, *, norm: bool, dtype: jnp.dtype, key: jax.Array
-    ):
+    def __init__(self, in_channels: int, channels: int, size: int, *, norm: bool, dtype: jnp.dtype, key: jax.Array):
         self.conv = PatchConv(in_channels, channels, size, dtype=dtype, key=key)
         self.norm = LayerNorm(channels) if norm else None
 
@@ -104,9 +102,7 @@ class Stage(nnx.Module):
         )
 
         def block(key: jax.Array) -> Block:
-            return Block(
-                channels, grn=variant.grn, layer_scale_init=variant.layer_scale_init, dtype=dtype, key=key
-            )
+            return Block(channels, grn=variant.grn, layer_scale_init=variant.layer_scale_init, dtype=dtype, key=key)
 
         self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
         self.drop_rates = drop_rates

@@ -24,9 +24,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec('data'))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
-    """Every array of the state is whole on every device."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    """Where each array of the state lives: all are whole on every device."""
+    return jax.tree.map(lambda _: replicated(mesh), state)
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:

@@ -41,3 +41,13 @@ def initial_state(parameters: Parameters, optimizer: optax.GradientTransformatio
         skipped=jnp.zeros((), jnp.int32),
         last_good=jnp.zeros((), jnp.int32),
     )
+
+
+def init_key(seed: int) -> jax.Array:
+    """The key of the parameters' first values."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of everything that is random in one training step."""
+    return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], step)

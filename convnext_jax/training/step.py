@@ -11,7 +11,7 @@ from convnext_jax.data.augment import augment
 from convnext_jax.data.pipeline import Batch
 from convnext_jax.models import ConvNeXt, Parameters, with_parameters
 from convnext_jax.training.optimizer import moving_average
-from convnext_jax.training.state import TrainState
+from convnext_jax.training.state import TrainState, step_key
 
 SKIPS_IN_A_ROW = 10
 """After so many steps without a finite loss the state stands still, for the loop to stop the run."""
@@ -40,9 +40,7 @@ def make_train_step(
         augment_keys, drop_path_keys = _keys(config.seed, state.step, len(batch['label']))
         images = augment(batch['image'], augment_keys, mean=config.data.mean, std=config.data.std, **config.augment)
         examples = (images, batch['label'], drop_path_keys)
-        value, gradient = _accumulate(
-            jax.value_and_grad(loss), state.parameters, examples, config.accumulation_steps
-        )
+        value, gradient = _accumulate(jax.value_and_grad(loss), state.parameters, examples, config.accumulation_steps)
         grad_norm = optax.global_norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
 
@@ -74,7 +72,7 @@ def make_train_step(
 
 def _keys(seed: int, step: jax.Array, images: int) -> tuple[jax.Array, jax.Array]:
     """One key for each image for augmentation, and one for drop path: from seed and step alone."""
-    augment_key, drop_path_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    augment_key, drop_path_key = jax.random.split(step_key(seed, step))
     return jax.random.split(augment_key, images), jax.random.split(drop_path_key, images)
 
 

@@ -1,0 +1,34 @@
+"""ConvNeXt V2 atto on 5,000 bundled images of Fashion-MNIST: the demo, minutes on a laptop's CPU.
+
+    python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
+
+The 28-pixel images get a stem of 2-pixel patches in place of 4.
+"""
+
+from ml_collections import ConfigDict
+
+from convnext_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.epochs = 12
+    config.batch_size = 64
+    config.model.name = 'convnextv2_atto'
+    config.model.patch_size = 2
+    config.model.drop_path_rate = 0.1
+    config.data.name = 'fashion_mnist_mini'
+    config.data.eval_split = 'test'
+    config.data.image_size = 28
+    config.data.crop_scale = ()
+    config.data.crop_pct = 1.0
+    config.data.mean = (0.2860,)
+    config.data.std = (0.3530,)
+    config.augment.crop_padding = 2
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_epochs = 1
+    config.ema.decay = 0.99
+    config.log_every_steps = 20
+    config.eval_every_epochs = 2
+    config.checkpoint_every_steps = 200
+    return config

@@ -1,0 +1,249 @@
+"""Orbax checkpoints of a run: saved in the background, checked bit for bit when they come back.
+
+A checkpoint has an item for the parameters, the optimizer, the moving average and the counters of `TrainState`, and a
+manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits. Orbax alone would restore part of a tree, or flipped bits, in
+silence.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.tree_util import keystr, tree_flatten_with_path
+from orbax.checkpoint import checkpoint_managers as policies
+
+from convnext_jax.errors import UserError
+from convnext_jax.training.state import TrainState
+
+Arrays = dict[str, jax.Array]
+
+
+class DamagedCheckpoint(Exception):
+    """What is on disk is not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, by step. Use as a context manager: leaving it waits for the save under way.
+
+    Args:
+        directory: workdir/checkpoints.
+        keep: how many of the newest to keep.
+        best_metric: name of the metric whose highest checkpoint is kept besides.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, best_metric: str):
+        newest = policies.LatestN(keep)
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]), cleanup_tmp_directories=True
+        )
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, about: dict, metrics: dict[str, float] | None) -> None:
+        """Starts to save; returns when the state's buffers may be donated.
+
+        Args:
+            state: of the run.
+            about: JSON to keep with it, such as the config.
+            metrics: of an evaluation of this very state, or None.
+
+        Raises:
+            UserError: the disk is full or cannot be written, now or in the save before.
+        """
+        items = _items(state)
+        manifest = {'about': about, 'arrays': {item: _describe(arrays) for item, arrays in items.items()}}
+        args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
+        try:
+            self._manager.save(
+                int(state.step), args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **args), metrics=metrics
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f'saving to {self.directory} failed: {_first_line(error)}') from error
+
+    def wait(self) -> None:
+        """Returns when every save is on disk.
+
+        Raises:
+            UserError: a save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise UserError(f'saving to {self.directory} failed: {_first_line(error)}') from error
+
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, list[str]] | None:
+        """The newest checkpoint that is whole, and a line about each damaged one that it had to pass over.
+
+        Damaged checkpoints are moved aside to `damaged/` beside the directory, and never deleted.
+
+        Args:
+            like: the state's shapes, types and shardings (`jax.ShapeDtypeStruct`).
+
+        Returns:
+            None if there is no checkpoint.
+
+        Raises:
+            UserError: the checkpoint is of another model or optimizer, or no checkpoint is whole.
+        """
+        notes = []
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return restore(self.directory, step, like), notes
+            except DamagedCheckpoint as error:
+                aside = self.directory.parent / 'damaged'
+                notes.append(f'checkpoint {step} is damaged ({error}): moved to {aside / str(step)}')
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self.directory / str(step)).rename(aside / str(step))
+                self._manager.reload()
+        if notes:
+            raise UserError(f'no checkpoint of {self.directory} is whole: {"; ".join(notes)}')
+        return None
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps with a finished checkpoint, oldest first; an unfinished save has another name."""
+    return sorted(int(path.name) for path in directory.glob('*') if path.name.isdecimal())
+
+
+def read_about(directory: Path, step: int) -> dict:
+    """The JSON that was saved with a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: it is not readable.
+    """
+    return _read_manifest(directory, step)['about']
+
+
+def restore(directory: Path, step: int, like: TrainState) -> TrainState:
+    """The state of one checkpoint.
+
+    Raises:
+        UserError: names, shapes or types differ from `like`; the difference is listed.
+        DamagedCheckpoint: files are missing, cut short or altered.
+    """
+    items = {item: _restore_item(directory, step, item, arrays) for item, arrays in _items(like).items()}
+    names, treedef = _names(like)
+    return jax.tree.unflatten(treedef, [items[item][name] for item, name in names])
+
+
+def restore_parameters(directory: Path, step: int, field: str, like: Arrays | None = None) -> Arrays:
+    """One set of weights of a checkpoint, without the rest.
+
+    Args:
+        directory: workdir/checkpoints.
+        step: which checkpoint.
+        field: 'parameters' or 'ema'.
+        like: shapes, types and shardings to insist on; by default what was saved, on the first device.
+
+    Raises:
+        UserError: as `restore`, or there are no such weights.
+        DamagedCheckpoint: as `restore`.
+    """
+    saved = _read_manifest(directory, step)['arrays'][field]
+    if not saved:
+        raise UserError(f'checkpoint {step} of {directory} has no {field}: the run had none')
+    if like is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = {
+            name: jax.ShapeDtypeStruct(entry['shape'], entry['dtype'], sharding=here) for name, entry in saved.items()
+        }
+    return _restore_item(directory, step, field, like)
+
+
+def _restore_item(directory: Path, step: int, item: str, like: Arrays) -> Arrays:
+    saved = _read_manifest(directory, step)['arrays'].get(item, {})
+    _check_same(directory, step, item, saved, like)
+    if not like:
+        return {}
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in like.items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore((directory / str(step) / item).absolute(), target)
+    except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
+        raise DamagedCheckpoint(f'{item}: {_first_line(error)}') from error
+    found = jax.device_get(_fingerprints(arrays))
+    altered = [name for name in like if int(found[name]) != saved[name]['fingerprint']]
+    if altered:
+        raise DamagedCheckpoint(f'{item}: altered bits in {", ".join(altered[:3])}')
+    return arrays
+
+
+def _check_same(directory: Path, step: int, item: str, saved: dict, like: Arrays) -> None:
+    wanted = {name: {'shape': list(x.shape), 'dtype': str(x.dtype)} for name, x in like.items()}
+    lines = [f'{name} is missing' for name in sorted(wanted.keys() - saved.keys())]
+    lines += [f'{name} is left over' for name in sorted(saved.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & saved.keys()):
+        here, there = wanted[name], {key: saved[name][key] for key in ('shape', 'dtype')}
+        if here != there:
+            lines.append(f'{name} is {there["dtype"]}{there["shape"]}, not {here["dtype"]}{here["shape"]}')
+    if lines:
+        raise UserError(f'checkpoint {step} of {directory} does not fit, {item}: {"; ".join(lines)}')
+
+
+def _read_manifest(directory: Path, step: int) -> dict:
+    try:
+        manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text())
+        manifest['arrays'], manifest['about']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f'manifest: {_first_line(error)}') from error
+    return manifest
+
+
+def _names(state: TrainState) -> tuple[list[tuple[str, str]], jax.tree_util.PyTreeDef]:
+    """For each array of the state the item and the name it is saved under, in the state's order."""
+    paths, treedef = tree_flatten_with_path(state)
+    names = [
+        (path[0].name, keystr(path[1:], simple=True, separator='/')) if len(path) > 1 else ('counters', path[0].name)
+        for path, _ in paths
+    ]
+    return names, treedef
+
+
+def _items(state: TrainState) -> dict[str, Arrays]:
+    items: dict[str, Arrays] = {item: {} for item in ('counters', 'parameters', 'optimizer', 'ema')}
+    for (item, name), array in zip(_names(state)[0], jax.tree.leaves(state), strict=True):
+        items[item][name] = array
+    return items
+
+
+def _describe(arrays: Arrays) -> dict:
+    fingerprints = jax.device_get(_fingerprints(arrays))
+    return {
+        name: {'shape': list(x.shape), 'dtype': str(x.dtype), 'fingerprint': int(fingerprints[name])}
+        for name, x in arrays.items()
+    }
+
+
+@jax.jit
+def _fingerprints(arrays: Arrays) -> Arrays:
+    """A number for each array that changes with any bit and any order, and does not depend on the sharding."""
+
+    def fingerprint(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        places = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+        # Integer sums wrap around and so do not depend on their order; odd factors lose no bit.
+        return ((bits ^ (bits >> 16)) * (places * 2 + jnp.uint32(2654435761))).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(fingerprint, arrays)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,52 @@
+"""What a run says at its start and at its end."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from convnext_jax.data.sources import Source
+from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.training.logging import read_records
+from convnext_jax.training.setup import Plan, build_variant
+from convnext_jax.training.workdir import CURVES
+
+
+def describe(
+    config: ConfigDict,
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    model: ConvNeXt,
+    train_source: Source,
+    eval_source: Source,
+    workdir: Path,
+) -> list[str]:
+    """The lines at the start of a run: model, devices, steps, data, optimizer, workdir."""
+    size, data, optimizer = config.data.image_size, config.data, config.optimizer
+    parameters = sum(array.size for array in get_parameters(model).values())
+    multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
+    devices = jax.devices()
+    axes = ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
+    accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
+    peak = optimizer.learning_rate * config.batch_size / 256
+    return [
+        f'model      {config.model.name}: {parameters:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
+        f'{size}×{size}, {config.model.dtype}',
+        f'devices    {len(devices)} × {devices[0].device_kind}, mesh {axes}, {jax.process_count()} process(es)',
+        f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {plan.steps_per_epoch:,} an epoch',
+        f'data       {data.name}: {data.train_split} {len(train_source):,}, {data.eval_split} {len(eval_source):,} '
+        f'images, {len(train_source.class_names)} classes',
+        f'optimizer  AdamW, learning rate {peak:.3g} after {plan.warmup_steps:,} steps of warm-up, cosine to '
+        f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
+        f'workdir    {workdir}',
+    ]
+
+
+def finished(workdir: Path, config: ConfigDict, images: int) -> str:
+    """The line at the end of a run: accuracy, curves, what to type next."""
+    results = [record for record in read_records(workdir) if record['split'] == config.data.eval_split]
+    scores = ''
+    if results:
+        ema = f' (EMA {results[-1]["ema_top1"]:.2f} %)' if 'ema_top1' in results[-1] else ''
+        scores = f': top-1 {results[-1]["top1"]:.2f} %{ema} on {images:,} images'
+    return f'finished{scores}. Curves: {workdir / CURVES}. Next: python eval.py --workdir={workdir}'

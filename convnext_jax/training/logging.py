@@ -1,0 +1,121 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard events, and curves.png."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from convnext_jax.training.workdir import CURVES, METRICS, write_whole
+
+
+class RunLog:
+    """Writes a run's records. Use as a context manager.
+
+    Args:
+        workdir: of the run; records of steps after `start_step`, left by a run that was killed, are dropped.
+        start_step: steps done before.
+        total_steps: of the whole run.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, total_steps: int):
+        self._workdir = workdir
+        self._total_steps = total_steps
+        records = [record for record in read_records(workdir) if record['step'] <= start_step]
+        write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records))
+        self._metrics = open(workdir / METRICS, 'a')  # noqa: SIM115 - closed in __exit__
+        self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None)
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not self._live)
+
+    def __enter__(self) -> 'RunLog':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._metrics.close()
+        self._events.close()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def advance(self) -> None:
+        """Counts one step."""
+        self._bar.update()
+
+    def train(self, step: int, epoch: float, metrics: dict[str, float], seconds_left: float) -> None:
+        """Records the training since the last record: `loss`, `learning_rate`, `images_per_second` and more."""
+        self._record(step, epoch, 'train', metrics)
+        shown = f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {metrics["images_per_second"]:.0f} images/s'
+        if self._live:
+            self._bar.set_postfix_str(shown)
+        else:
+            left = tqdm.format_interval(seconds_left)
+            self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {shown}  {left} left')
+
+    def evaluation(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
+        """Records an evaluation, and draws the curves anew."""
+        self._record(step, epoch, split, metrics)
+        ema = f', EMA {metrics["ema_top1"]:.2f} %' if 'ema_top1' in metrics else ''
+        self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} top-1 {metrics["top1"]:.2f} %{ema}')
+        draw_curves(self._workdir)
+
+    def _record(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
+        # JSON has no NaN: what is not finite is null.
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({'step': step, 'epoch': round(epoch, 4), 'split': split, **values}) + '\n')
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(f'{split}/{name}', value, step)
+        self._events.flush()
+
+
+def read_records(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, but for one that was cut short by a kill."""
+    path = workdir / METRICS
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_curves(workdir: Path) -> None:
+    """Draws curves.png: loss, accuracy raw and EMA, learning rate and throughput over the epochs."""
+    from matplotlib.figure import Figure  # takes a second: not at start
+
+    records = read_records(workdir)
+    training = [record for record in records if record['split'] == 'train']
+    evaluations = [record for record in records if record['split'] != 'train']
+    figure = Figure(figsize=(10, 7), layout='constrained')
+    (loss, accuracy), (rate, speed) = figure.subplots(2, 2)
+
+    def curve(axes, rows: list[dict], name: str, label: str, marker: str = '') -> None:
+        rows = [row for row in rows if row.get(name) is not None]
+        if rows:
+            axes.plot([row['epoch'] for row in rows], [row[name] for row in rows], marker, label=label)
+
+    curve(loss, training, 'loss', 'training')
+    curve(loss, evaluations, 'loss', 'evaluation, raw', '.-')
+    curve(loss, evaluations, 'ema_loss', 'evaluation, EMA', '.-')
+    curve(accuracy, evaluations, 'top1', 'raw', '.-')
+    curve(accuracy, evaluations, 'ema_top1', 'EMA', '.-')
+    curve(rate, training, 'learning_rate', 'learning rate')
+    curve(speed, training, 'images_per_second', 'images/s')
+    titles = {loss: 'loss', accuracy: 'top-1 accuracy (%)', rate: 'learning rate', speed: 'training images per second'}
+    for axes, title in titles.items():
+        axes.set_title(title)
+        axes.set_xlabel('epoch')
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    speed.set_ylim(bottom=0)
+    scratch = workdir / f'.{CURVES}.new'
+    figure.savefig(scratch, format='png', dpi=100)
+    scratch.replace(workdir / CURVES)

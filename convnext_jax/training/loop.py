@@ -1,0 +1,263 @@
+"""train(config, workdir): one run, from its first step or from where it stopped."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from convnext_jax.config import as_dict
+from convnext_jax.data.pipeline import Batch, Share, eval_batches, to_devices, train_batches
+from convnext_jax.data.sources import Source
+from convnext_jax.errors import UserError
+from convnext_jax.evaluation import evaluate, make_eval_step
+from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.training.checkpoint import Checkpoints, saved_steps
+from convnext_jax.training.describe import describe, finished
+from convnext_jax.training.finetune import load_parameters
+from convnext_jax.training.logging import RunLog
+from convnext_jax.training.optimizer import adamw, cosine_schedule
+from convnext_jax.training.setup import (
+    Plan,
+    abstract_model,
+    build_model,
+    make_plan,
+    open_sources,
+    settle_classes,
+)
+from convnext_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, state_sharding
+from convnext_jax.training.state import TrainState, init_key, initial_state
+from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
+from convnext_jax.training.stop import Stopped, stop_signal
+from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
+
+STEPS_AHEAD = 2
+"""So many steps are under way at once: the device never waits for the host, and the host does not run away."""
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
+
+    Args:
+        config: as `default_config`; `model.num_classes` is filled in if it is 0.
+        workdir: made if it is not there.
+
+    Raises:
+        UserError: something that the user can mend, with what to do.
+        Stopped: SIGTERM or Ctrl-C came, and the run is saved.
+    """
+    with locked(workdir):
+        train_source, eval_source = open_sources(config)
+        settle_classes(config, train_source)
+        plan = make_plan(config, train_source)
+        mesh = make_mesh(config.mesh.data)
+        check_batch_size(config.batch_size, config.accumulation_steps, mesh)
+        model = abstract_model(config)
+        for line in settle_config(workdir, config):
+            print(f'changed since the run began: {line}')
+        if plan.total_steps in saved_steps(workdir / CHECKPOINTS):
+            print(finished(workdir, config, len(eval_source)))
+            return
+        for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
+            print(line, flush=True)
+
+        best_metric = 'ema_top1' if config.ema.decay else 'top1'
+        with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
+            run = _Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
+            run.go(workdir)
+        print(finished(workdir, config, len(eval_source)))
+
+
+class _Run:
+    """The parts of a run, put together once."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        plan: Plan,
+        mesh: jax.sharding.Mesh,
+        model: ConvNeXt,
+        train_source: Source,
+        eval_source: Source,
+        checkpoints: Checkpoints,
+    ):
+        self.config, self.plan, self.checkpoints = config, plan, checkpoints
+        self.train_source, self.eval_source = train_source, eval_source
+        peak = config.optimizer.learning_rate * config.batch_size / 256
+        self.optimizer = adamw(
+            list(get_parameters(model)),
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            epsilon=config.optimizer.epsilon,
+            weight_decay=config.optimizer.weight_decay,
+            clip_norm=config.optimizer.clip_norm,
+        )
+        schedule = cosine_schedule(peak, config.optimizer.min_learning_rate, plan.warmup_steps, plan.total_steps)
+        self.batch_sharding = batch_sharding(mesh)
+        state = jax.eval_shape(self._fresh_state)
+        self.state_sharding = state_sharding(mesh, state)
+        self.abstract_state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
+        )
+        self.train_step = jax.jit(
+            make_train_step(model, self.optimizer, schedule, config),
+            donate_argnums=0,
+            out_shardings=(self.state_sharding, None),
+        )
+        self.eval_step = jax.jit(make_eval_step(model, config.data.mean, config.data.std))
+
+    def _fresh_state(self) -> TrainState:
+        parameters = get_parameters(build_model(self.config, init_key(self.config.seed)))
+        return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)
+
+    def go(self, workdir: Path) -> None:
+        state = self._restored_or_fresh_state()
+        start = int(state.step)
+        with RunLog(workdir, start, self.plan.total_steps) as log, stop_signal() as stop:
+            batches = self._train_batches(start)
+            first = next(batches)
+            log.say('compiling the training step …')
+            began = time.perf_counter()
+            train_step = self.train_step.lower(state, first).compile()
+            log.say(f'compiled in {time.perf_counter() - began:.1f} s')
+            timer = _Timer()
+            pending: list[dict[str, jax.Array]] = []
+            for step, batch in enumerate(itertools.chain([first], batches), start + 1):
+                state, metrics = train_step(state, batch)
+                pending.append(metrics)
+                jax.block_until_ready(pending[-STEPS_AHEAD:][0])
+                log.advance()
+                last = step == self.plan.total_steps
+                if step % self.config.log_every_steps == 0 or last:
+                    self._log(log, step, pending, timer)
+                    pending = []
+                results = None
+                if step % self.plan.eval_every_steps == 0 or last:
+                    with timer.paused():
+                        self._check_finite(step, metrics)
+                        results = self._evaluate(log, step, state)
+                if results or step % self.config.checkpoint_every_steps == 0 or last or stop.received:
+                    with timer.paused():
+                        self._check_finite(step, metrics)
+                        self._save(state, step, results)
+                if stop.received and not last:
+                    self.checkpoints.wait()
+                    raise Stopped(
+                        f'stopped by {stop.received.name} at step {step}, saved; the same command resumes it',
+                        128 + stop.received,
+                    )
+                if last:
+                    break
+            self.checkpoints.wait()
+
+    def _restored_or_fresh_state(self) -> TrainState:
+        restored = self.checkpoints.restore_newest(self.abstract_state)
+        if restored is not None:
+            state, notes = restored
+            for note in notes:
+                print(note, flush=True)
+            print(f'resumes at step {int(state.step)} of {self.plan.total_steps}', flush=True)
+            return state
+        state = jax.jit(self._fresh_state, out_shardings=self.state_sharding)()
+        if self.config.init.weights:
+            parameters, notes = load_parameters(
+                Path(self.config.init.weights), self.config.init.params, state.parameters
+            )
+            for note in notes:
+                print(note, flush=True)
+            restart = jax.jit(
+                lambda parameters: initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0),
+                out_shardings=self.state_sharding,
+            )
+            state = restart(parameters)
+        return state
+
+    def _train_batches(self, start_step: int) -> Iterator[Batch]:
+        batches = train_batches(
+            self.train_source,
+            _share(self.config.batch_size),
+            seed=self.config.seed,
+            start_step=start_step,
+            image_size=self.config.data.image_size,
+            channels=len(self.config.data.mean),
+            crop_scale=self.config.data.crop_scale,
+        )
+        return to_devices(batches, self.batch_sharding)
+
+    def _evaluate(self, log: RunLog, step: int, state: TrainState) -> dict[str, float]:
+        batches = eval_batches(
+            self.eval_source,
+            _share(self.config.batch_size // self.config.accumulation_steps),
+            image_size=self.config.data.image_size,
+            channels=len(self.config.data.mean),
+            crop_pct=self.config.data.crop_pct,
+        )
+        weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
+        results = evaluate(self.eval_step, weights, to_devices(batches, self.batch_sharding))
+        log.evaluation(step, self.plan.epoch(step), self.config.data.eval_split, results)
+        return results
+
+    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], timer: '_Timer') -> None:
+        fetched = jax.device_get(pending)
+        seconds = timer.lap()
+        newest = fetched[-1]
+        metrics = {
+            'loss': float(np.mean([metrics['loss'] for metrics in fetched])),
+            'learning_rate': float(newest['learning_rate']),
+            'images_per_second': len(fetched) * self.config.batch_size / seconds,
+            'grad_norm': float(newest['grad_norm']),
+            'skipped': int(newest['skipped']),
+        }
+        left = (self.plan.total_steps - step) * seconds / len(fetched)
+        log.train(step, self.plan.epoch(step), metrics, left)
+        skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
+        if skips:
+            log.say(f'step {step}: {skips} updates left out because the loss or its gradient was not finite')
+        self._check_finite(step, newest)
+
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        skips = int(metrics['skips_in_a_row'])
+        if skips >= SKIPS_IN_A_ROW:
+            self.checkpoints.wait()
+            saved = self.checkpoints.steps()
+            good = f'the last good checkpoint is of step {saved[-1]}' if saved else 'there is no checkpoint yet'
+            raise UserError(
+                f'the loss or its gradient has not been finite since step {step - skips + 1}; {good}. Try a lower '
+                'optimizer.learning_rate, a longer warm-up, optimizer.clip_norm=1, or model.dtype=float32'
+            )
+
+    def _save(self, state: TrainState, step: int, results: dict[str, float] | None) -> None:
+        epoch, batch = divmod(step, self.plan.steps_per_epoch)
+        about = {
+            'config': as_dict(self.config),
+            'position': {'epoch': epoch, 'batch': batch},
+            'train_images': len(self.train_source),
+            'metrics': results,
+        }
+        self.checkpoints.save(state, about, results)
+
+
+def _share(batch_size: int) -> Share:
+    return Share(batch_size, jax.process_index(), jax.process_count())
+
+
+class _Timer:
+    """Seconds of training since the last lap, without those spent in evaluations and saves."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began

@@ -1,0 +1,115 @@
+"""From a config to the parts of a run: sources, model, plan of steps."""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from convnext_jax.data.pipeline import steps_per_epoch
+from convnext_jax.data.sources import Source, open_source
+from convnext_jax.errors import UserError
+from convnext_jax.models import ConvNeXt, Variant, create_model, get_variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The durations of a run, in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    eval_every_steps: int
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training split after so many steps."""
+        return step / self.steps_per_epoch
+
+
+def make_plan(config: ConfigDict, source: Source) -> Plan:
+    """Durations in steps.
+
+    Raises:
+        UserError: the run would be empty, or all warm-up.
+    """
+    epoch = steps_per_epoch(source, config.batch_size)
+    plan = Plan(
+        steps_per_epoch=epoch,
+        total_steps=config.steps or round(config.epochs * epoch),
+        warmup_steps=config.optimizer.warmup_steps or round(config.optimizer.warmup_epochs * epoch),
+        eval_every_steps=max(round(config.eval_every_epochs * epoch), 1),
+    )
+    if plan.total_steps <= plan.warmup_steps:
+        raise UserError(
+            f'{plan.total_steps} steps are not more than the warm-up of {plan.warmup_steps}: '
+            'raise epochs (or steps), or lower optimizer.warmup_epochs (or optimizer.warmup_steps)'
+        )
+    return plan
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation split.
+
+    Raises:
+        UserError: as `open_source`, or the two splits differ in their classes.
+    """
+    train = open_source(config.data.name, config.data.dir, config.data.train_split)
+    evaluation = open_source(config.data.name, config.data.dir, config.data.eval_split)
+    if list(train.class_names) != list(evaluation.class_names):
+        differ = sorted(set(train.class_names) ^ set(evaluation.class_names))
+        raise UserError(f'the classes of {config.data.train_split} and {config.data.eval_split} differ: {differ}')
+    return train, evaluation
+
+
+def settle_classes(config: ConfigDict, source: Source) -> None:
+    """Sets `model.num_classes` to the data set's if it is 0.
+
+    Raises:
+        UserError: it is less than the data set has.
+    """
+    classes = len(source.class_names)
+    if config.model.num_classes == 0:
+        config.model.num_classes = classes
+    elif config.model.num_classes < classes:
+        raise UserError(
+            f'model.num_classes={config.model.num_classes}, but {config.data.name} has {classes} classes: '
+            f'give {classes}, or 0 for as many as there are'
+        )
+
+
+def build_variant(config: ConfigDict) -> Variant:
+    """The architecture of the config's model."""
+    layer_scale_init = None if config.model.layer_scale_init < 0 else config.model.layer_scale_init
+    return get_variant(config.model.name).replace(
+        patch_size=config.model.patch_size or None, layer_scale_init=layer_scale_init
+    )
+
+
+def build_model(config: ConfigDict, key: jax.Array) -> ConvNeXt:
+    """The config's model with fresh weights.
+
+    Raises:
+        UserError: as `create_model`, or the images are too small for it.
+    """
+    variant = build_variant(config)
+    if config.data.image_size < variant.total_stride:
+        raise UserError(
+            f'data.image_size={config.data.image_size} is below the total stride {variant.total_stride} of '
+            f'{config.model.name}: enlarge it, or lower model.patch_size={variant.patch_size}'
+        )
+    return create_model(
+        config.model.name,
+        key=key,
+        num_classes=config.model.num_classes,
+        drop_path_rate=config.model.drop_path_rate,
+        layer_scale_init=variant.layer_scale_init,
+        head_init_scale=config.model.head_init_scale,
+        in_channels=len(config.data.mean),
+        patch_size=variant.patch_size,
+        remat=config.model.remat,
+        dtype=config.model.dtype,
+    )
+
+
+def abstract_model(config: ConfigDict) -> ConvNeXt:
+    """The config's model with shapes in place of arrays."""
+    return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))

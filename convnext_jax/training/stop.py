@@ -1,0 +1,43 @@
+"""SIGTERM and Ctrl-C: the run saves first."""
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator
+
+
+class Stopped(Exception):
+    """The run was told to stop, and saved first; `status` is the exit status that a shell expects."""
+
+    def __init__(self, line: str, status: int):
+        super().__init__(line)
+        self.status = status
+
+
+@dataclasses.dataclass
+class Stop:
+    """The signal that came, if one did."""
+
+    received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """Notes SIGTERM and Ctrl-C for the loop to act on; the second one ends the process as usual."""
+    stop = Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: object) -> None:
+        stop.received = signal.Signals(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        restore()
