@@ -4,16 +4,16 @@ from pathlib import Path
 
 from absl import flags
 
-from convnext_jax.command_line import define_config, parse, required, run
+from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.training.loop import train
 
 
 def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
-    define_config(values)
+    define_config(values, arguments)
     flags.DEFINE_string('workdir', None, 'Folder of the run: config, checkpoints, logs.', flag_values=values)
     parse(values, arguments, usage=__doc__)
-    train(required(values, 'config'), Path(required(values, 'workdir')))
+    train(required_config(values), Path(required(values, 'workdir')))
 
 
 if __name__ == '__main__':

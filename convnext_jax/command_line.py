@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from convnext_jax.errors import UserError
 from convnext_jax.training.stop import Stopped
@@ -22,32 +23,40 @@ def run(command: Callable[[list[str]], None]) -> None:
         sys.exit(stopped.status)
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str], usage: str) -> flags.FlagValues:
+def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Adds --config=FILE[:VARIANT] and --config.FIELD=VALUE."""
+    config_flags.DEFINE_config_file(
+        'config',
+        None,
+        'The experiment, configs/NAME.py[:VARIANT]; --config.FIELD=VALUE overrides a value.',
+        flag_values=values,
+        sys_argv=list(arguments),
+    )
+
+
+def parse(values: flags.FlagValues, arguments: Sequence[str], usage: str) -> None:
     """Parses the arguments, config overrides among them.
 
     Raises:
         UserError: an unknown flag, config field or file, or a value of the wrong type.
     """
-    flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values, allow_override=True)
+    flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
     try:
         left_over = values(list(arguments))[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(' '.join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        name = str(error).strip('"\'')
+        raise UserError(f"the config has no field '{name}'") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(_last_line(error)) from error
     if values.help:
-        print(f'{usage}\n{values.main_module_help()}')
+        print(f'{usage}\n{values.get_help()}')
         sys.exit(0)
     if left_over:
         raise UserError(f'not understood: {" ".join(left_over)}')
-    return values
 
 
-def define_config(values: flags.FlagValues) -> None:
-    """Adds --config=FILE[:VARIANT] and --config.FIELD=VALUE."""
-    config_flags.DEFINE_config_file('config', None, 'The experiment: configs/NAME.py[:VARIANT].', flag_values=values)
-
-
-def required(values: flags.FlagValues, name: str) -> object:
-    """The value of a flag that must be given.
+def required(values: flags.FlagValues, name: str) -> str:
+    """The text of a flag that must be given.
 
     Raises:
         UserError: it was not.
@@ -55,3 +64,23 @@ def required(values: flags.FlagValues, name: str) -> object:
     if values[name].value is None:
         raise UserError(f'--{name} is missing; --help says more')
     return values[name].value
+
+
+def required_config(values: flags.FlagValues) -> ConfigDict:
+    """The config of --config, with the overrides applied.
+
+    Raises:
+        UserError: the flag was not given, or there is no such file.
+    """
+    if values['config'].value is None:
+        raise UserError('--config is missing: give configs/NAME.py, and override with --config.FIELD=VALUE')
+    path = Path(config_flags.get_config_filename(values['config']).split(':')[0])
+    if not path.is_file():
+        raise UserError(f'--config: there is no file {path}')
+    return values['config'].value
+
+
+def _last_line(error: Exception) -> str:
+    # absl puts the traceback of a config file into its message; the cause is in the last line.
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return line.removeprefix(f'{UserError.__module__}.{UserError.__name__}: ')

@@ -51,8 +51,8 @@ def evaluate(
     fetched = jax.device_get(totals)
     metrics = {}
     for prefix, sums in fetched.items():
-        metrics[f'{prefix}loss'] = float(sums['loss'] / sums['count'])
-        metrics[f'{prefix}top1'] = float(100 * sums['top1'] / sums['count'])
-        metrics[f'{prefix}top5'] = float(100 * sums['top5'] / sums['count'])
         metrics['images'] = int(sums['count'])
+        metrics[f'{prefix}loss'] = float(sums['loss']) / metrics['images']
+        metrics[f'{prefix}top1'] = 100 * float(sums['top1']) / metrics['images']
+        metrics[f'{prefix}top5'] = 100 * float(sums['top5']) / metrics['images']
     return metrics

@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run: saved in the background, checked bit for bit when they come back.
 
 A checkpoint has an item for the parameters, the optimizer, the moving average and the counters of `TrainState`, and a
-manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits. Orbax alone would restore part of a tree, or flipped bits, in
-silence.
+manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits. Orbax alone
+would restore part of a tree, or flipped bits, in silence.
 """
 
 import json

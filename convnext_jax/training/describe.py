@@ -25,7 +25,7 @@ def describe(
     size, data, optimizer = config.data.image_size, config.data, config.optimizer
     parameters = sum(array.size for array in get_parameters(model).values())
     multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
-    devices = jax.devices()
+    devices, epoch = jax.devices(), plan.steps_per_epoch
     axes = ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
     peak = optimizer.learning_rate * config.batch_size / 256
@@ -33,7 +33,7 @@ def describe(
         f'model      {config.model.name}: {parameters:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
         f'{size}×{size}, {config.model.dtype}',
         f'devices    {len(devices)} × {devices[0].device_kind}, mesh {axes}, {jax.process_count()} process(es)',
-        f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {plan.steps_per_epoch:,} an epoch',
+        f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
         f'data       {data.name}: {data.train_split} {len(train_source):,}, {data.eval_split} {len(eval_source):,} '
         f'images, {len(train_source.class_names)} classes',
         f'optimizer  AdamW, learning rate {peak:.3g} after {plan.warmup_steps:,} steps of warm-up, cosine to '

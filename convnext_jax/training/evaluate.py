@@ -9,12 +9,12 @@ from convnext_jax.data.pipeline import Share, eval_batches, to_devices
 from convnext_jax.data.sources import open_source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
+from convnext_jax.models import get_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
 from convnext_jax.training.finetune import newest_checkpoint, weights_field
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.workdir import CONFIG
-from convnext_jax.models import get_parameters
 
 
 def evaluate_run(workdir: Path, params: str, step: int | None) -> dict[str, float | int | str]:

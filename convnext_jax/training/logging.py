@@ -50,7 +50,8 @@ class RunLog:
     def train(self, step: int, epoch: float, metrics: dict[str, float], seconds_left: float) -> None:
         """Records the training since the last record: `loss`, `learning_rate`, `images_per_second` and more."""
         self._record(step, epoch, 'train', metrics)
-        shown = f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {metrics["images_per_second"]:.0f} images/s'
+        speed = f'{metrics["images_per_second"]:.0f} images/s'
+        shown = f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {speed}'
         if self._live:
             self._bar.set_postfix_str(shown)
         else:

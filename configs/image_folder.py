@@ -1,0 +1,33 @@
+"""Your own folder of images, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg: from scratch, or from a run of ours.
+
+    python train.py --config=configs/image_folder.py:tiny --config.data.dir=DIR --workdir=runs/mine
+    python train.py --config=configs/image_folder.py:tiny --config.data.dir=DIR --workdir=runs/tuned \\
+        --config.init.weights=runs/mine --config.optimizer.learning_rate=1e-4
+
+After the colon: a V1 size, or any name of `python -m convnext_jax models`. A head for another number of classes starts
+fresh. Small sets want a short run: set config.epochs and config.batch_size to what you have.
+"""
+
+from ml_collections import ConfigDict
+
+from convnext_jax.config import default_config
+from convnext_jax.models import get_variant
+
+
+def get_config(variant: str = 'atto') -> ConfigDict:
+    name = variant if variant.startswith('convnext') else f'convnext_{variant}'
+    get_variant(name)  # an unknown name fails here, with the nearest ones
+    config = default_config()
+    config.epochs = 50
+    config.batch_size = 32
+    config.model.name = name
+    config.model.drop_path_rate = 0.1
+    config.data.name = 'folder'
+    config.data.eval_split = 'val'
+    config.data.crop_scale = (0.35, 1.0)
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_epochs = 5
+    config.ema.decay = 0.99
+    config.log_every_steps = 10
+    config.checkpoint_every_steps = 500
+    return config

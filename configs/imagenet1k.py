@@ -1,0 +1,28 @@
+"""ImageNet-1k from scratch at 224 pixels, V1 and V2, supervised.
+
+    python train.py --config=configs/imagenet1k.py:tiny --config.data.dir=DATA --workdir=runs/tiny
+
+After the colon: a V1 size ('tiny' … 'xlarge'), or any name of `python -m convnext_jax models`. DATA is a TFDS data
+directory with imagenet2012 in ArrayRecord form. The hyperparameters are those of arXiv:2201.03545, table 5: 4,096
+images to a step, 300 epochs. On fewer devices set config.accumulation_steps.
+
+The published top-1 of T/S/B/L is 82.1/83.1/83.8/84.3 %. It takes RandAugment, random erasing, mixup and cutmix, which
+this config does not have yet: expect less. For the other sizes no such run is published.
+"""
+
+from ml_collections import ConfigDict
+
+from convnext_jax.config import default_config
+from convnext_jax.models import get_variant
+
+DROP_PATH_RATES = {'small': 0.4, 'base': 0.5, 'large': 0.5, 'xlarge': 0.5, 'huge': 0.5}
+
+
+def get_config(variant: str = 'tiny') -> ConfigDict:
+    name = variant if variant.startswith('convnext') else f'convnext_{variant}'
+    get_variant(name)  # an unknown name fails here, with the nearest ones
+    config = default_config()
+    config.model.name = name
+    config.model.drop_path_rate = DROP_PATH_RATES.get(name.rsplit('_', 1)[1], 0.1)
+    config.model.dtype = 'bfloat16'
+    return config
