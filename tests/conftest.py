@@ -1,6 +1,73 @@
-"""Eight simulated devices for the whole suite; set before JAX starts."""
+"""Eight simulated devices for the tests in this process, and a way to run the commands as a user does."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+import pytest
+
+ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')}
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = f'{ONE_DEVICE["XLA_FLAGS"]} --xla_force_host_platform_device_count=8'
+
+ROOT = Path(__file__).parent.parent
+# Seconds of training: ten batches an epoch, and 40 images to evaluate.
+SMALL_RUN = (
+    '--config=configs/fashion_mnist.py',
+    '--config.data.train_split=train[:160]',
+    '--config.data.eval_split=test[:40]',
+    '--config.batch_size=16',
+    '--config.steps=24',
+    '--config.optimizer.warmup_steps=4',
+    '--config.log_every_steps=4',
+    '--config.eval_every_epochs=1',
+    '--config.checkpoint_every_steps=4',
+)
+
+
+class Commands:
+    """Starts the project's commands in processes of their own, on one device, with a shared compilation cache."""
+
+    def __init__(self, cache: Path):
+        self._env = (
+            os.environ
+            | ONE_DEVICE
+            | {
+                'JAX_COMPILATION_CACHE_DIR': str(cache),
+                'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+            }
+        )
+
+    def start(self, *arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+        """Runs to the end, and insists on the exit status."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, f'status {process.returncode}, not {status}\n{out}\n{err}'
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def train(self, workdir: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
+        return self.run('train.py', *SMALL_RUN, f'--workdir={workdir}', *overrides, status=status)
+
+
+@pytest.fixture(scope='session')
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    return Commands(tmp_path_factory.getbasetemp().parent / 'compilation_cache')
+
+
+@pytest.fixture(scope='session')
+def finished_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a small run that nothing interrupted; tests copy it before they change it."""
+    workdir = tmp_path_factory.mktemp('finished') / 'run'
+    commands.train(workdir)
+    return workdir

@@ -72,7 +72,14 @@ def train_batches(
     channels: int,
     crop_scale: tuple[float, float] | tuple[()],
 ) -> Iterator[Batch]:
-    """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch."""
+    """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch.
+
+    Raises:
+        UserError: `crop_scale` is no range of shares, or the split is smaller than a batch; while iterating, an image
+            that cannot be read.
+    """
+    if crop_scale and not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1):
+        raise UserError(f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {crop_scale}')
     used = steps_per_epoch(source, share.batch_size) * share.batch_size
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 

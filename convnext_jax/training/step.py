@@ -41,7 +41,7 @@ def make_train_step(
         images = augment(batch['image'], augment_keys, mean=config.data.mean, std=config.data.std, **config.augment)
         examples = (images, batch['label'], drop_path_keys)
         value, gradient = _accumulate(jax.value_and_grad(loss), state.parameters, examples, config.accumulation_steps)
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
 
         learning_rate = schedule(state.step)

@@ -1,0 +1,179 @@
+"""Our parameters under the names, and in the shapes, of the Hugging Face, timm and original models, and back.
+
+The three store the same numbers: convolutions as (out, in, H, W) where ours are (H, W, in, out), linear layers as
+(out, in) where ours are (in, out), and each block by itself where ours are stacked along a leading axis.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from convnext_jax.errors import UserError
+from convnext_jax.models import Variant
+
+LAYOUTS = ('huggingface', 'timm', 'original')
+
+# Module names: ours → theirs, in the order of LAYOUTS. S stands for the stage, B for the block.
+TRUNK = {
+    'stem.conv': ('embeddings.patch_embeddings', 'stem.0', 'downsample_layers.0.0'),
+    'stem.norm': ('embeddings.layernorm', 'stem.1', 'downsample_layers.0.1'),
+    'stages.S.downsample.norm': (
+        'encoder.stages.S.downsampling_layer.0',
+        'stages.S.downsample.0',
+        'downsample_layers.S.0',
+    ),
+    'stages.S.downsample.conv': (
+        'encoder.stages.S.downsampling_layer.1',
+        'stages.S.downsample.1',
+        'downsample_layers.S.1',
+    ),
+    'stages.S.blocks': ('encoder.stages.S.layers.B', 'stages.S.blocks.B', 'stages.S.B'),
+    'norm': ('layernorm', 'head.norm', 'norm'),
+    'head': ('classifier', 'head.fc', 'head'),
+}
+BLOCK = {
+    'depthwise.kernel': ('dwconv.weight', 'conv_dw.weight', 'dwconv.weight'),
+    'depthwise.bias': ('dwconv.bias', 'conv_dw.bias', 'dwconv.bias'),
+    'norm.scale': ('layernorm.weight', 'norm.weight', 'norm.weight'),
+    'norm.bias': ('layernorm.bias', 'norm.bias', 'norm.bias'),
+    'pointwise1.kernel': ('pwconv1.weight', 'mlp.fc1.weight', 'pwconv1.weight'),
+    'pointwise1.bias': ('pwconv1.bias', 'mlp.fc1.bias', 'pwconv1.bias'),
+    'grn.gamma': ('grn.weight', 'mlp.grn.weight', 'grn.gamma'),
+    'grn.beta': ('grn.bias', 'mlp.grn.bias', 'grn.beta'),
+    'pointwise2.kernel': ('pwconv2.weight', 'mlp.fc2.weight', 'pwconv2.weight'),
+    'pointwise2.bias': ('pwconv2.bias', 'mlp.fc2.bias', 'pwconv2.bias'),
+    'layer_scale': ('layer_scale_parameter', 'gamma', 'gamma'),
+}
+
+
+class Entry(NamedTuple):
+    """One tensor of another layout: which of our parameters it is, and which block of it, if that is stacked."""
+
+    theirs: str
+    ours: str
+    block: int | None
+
+
+def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> list[Entry]:
+    """All tensors of a layout.
+
+    Args:
+        shapes: our parameters' names → shapes.
+        variant: their architecture.
+        layout: one of `LAYOUTS`.
+
+    Raises:
+        UserError: an unknown layout, or one that has no such architecture.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"there is no layout '{layout}': {', '.join(LAYOUTS)}")
+    isotropic = len(variant.depths) == 1
+    if isotropic and layout != 'original':
+        raise UserError(f'the {layout} library has no isotropic ConvNeXt: only the original layout holds it')
+    result = []
+    for ours, shape in shapes.items():
+        if '.blocks.' in ours:
+            result += [Entry(_block_name(ours, block, variant, layout), ours, block) for block in range(shape[0])]
+        else:
+            result.append(Entry(_trunk_name(ours, variant, layout), ours, None))
+    return result
+
+
+def to_layout(parameters: Mapping[str, np.ndarray], variant: Variant, layout: str) -> dict[str, np.ndarray]:
+    """Our parameters as another layout's tensors, float32: views of ours where that is possible.
+
+    Raises:
+        UserError: as `entries`.
+    """
+    shapes = {name: array.shape for name, array in parameters.items()}
+    tensors = {}
+    for theirs, ours, block in entries(shapes, variant, layout):
+        array = np.asarray(parameters[ours])
+        tensors[theirs] = np.ascontiguousarray(
+            _outward(array if block is None else array[block], ours, variant, layout)
+        )
+    return tensors
+
+
+def from_layout(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
+) -> dict[str, np.ndarray]:
+    """Another layout's tensors as our parameters, float32.
+
+    Args:
+        tensors: name → array, all of the model and nothing else.
+        shapes: our parameters' names → shapes, which the result has.
+        variant: the architecture.
+        layout: one of `LAYOUTS`.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape; all are listed.
+    """
+    wanted = {entry.theirs: entry for entry in entries(shapes, variant, layout)}
+    problems = [f'{name} is missing' for name in wanted if name not in tensors]
+    problems += [f'{name} is left over' for name in tensors if name not in wanted]
+    parameters = {ours: np.empty(shape, np.float32) for ours, shape in shapes.items()}
+    for theirs, ours, block in wanted.values():
+        if theirs not in tensors:
+            continue
+        target = parameters[ours] if block is None else parameters[ours][block]
+        expected = _outward(target, ours, variant, layout).shape
+        if tensors[theirs].shape != expected:
+            problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
+        else:
+            target[...] = _inward(np.asarray(tensors[theirs]), ours, target.shape)
+    if problems:
+        raise UserError(f'the {layout} weights do not fit the model: {"; ".join(sorted(problems))}')
+    return parameters
+
+
+def _block_name(ours: str, block: int, variant: Variant, layout: str) -> str:
+    stage, parameter = ours.removeprefix('stages.').split('.blocks.')
+    column = LAYOUTS.index(layout)
+    if len(variant.depths) == 1:
+        return f'blocks.{block}.{BLOCK[parameter][column]}'
+    module = TRUNK['stages.S.blocks'][column].replace('S', stage).replace('B', str(block))
+    return _prefix('', variant, layout) + f'{module}.{BLOCK[parameter][column]}'
+
+
+def _trunk_name(ours: str, variant: Variant, layout: str) -> str:
+    module, parameter = ours.rsplit('.', 1)
+    parameter = 'bias' if parameter == 'bias' else 'weight'
+    if len(variant.depths) == 1 and module == 'stem.conv':
+        return f'stem.{parameter}'
+    stage = module.split('.')[1] if module.startswith('stages.') else ''
+    theirs = TRUNK[module.replace(f'stages.{stage}.', 'stages.S.') if stage else module][LAYOUTS.index(layout)]
+    return _prefix(module, variant, layout) + f'{theirs.replace("S", stage)}.{parameter}'
+
+
+def _prefix(module: str, variant: Variant, layout: str) -> str:
+    if layout != 'huggingface' or module == 'head':
+        return ''
+    return 'convnextv2.' if variant.grn else 'convnext.'
+
+
+def _outward(array: np.ndarray, ours: str, variant: Variant, layout: str) -> np.ndarray:
+    """One of our parameters, a block of it if it is stacked, in their shape."""
+    if ours.endswith('depthwise.kernel'):
+        return array.transpose(2, 0, 1)[:, None]
+    if ours.endswith('conv.kernel'):
+        return array.transpose(3, 2, 0, 1)
+    if ours.endswith('.kernel'):
+        # timm's sizes below tiny run their linear layers as 1×1 convolutions.
+        as_convolution = layout == 'timm' and 'pointwise' in ours and variant.widths[0] < 96
+        return array.T[:, :, None, None] if as_convolution else array.T
+    if '.grn.' in ours and layout != 'timm':
+        return array[None, None, None]
+    return array
+
+
+def _inward(tensor: np.ndarray, ours: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One of their tensors in our shape."""
+    if ours.endswith('depthwise.kernel'):
+        return tensor[:, 0].transpose(1, 2, 0)
+    if ours.endswith('conv.kernel'):
+        return tensor.transpose(2, 3, 1, 0)
+    if ours.endswith('.kernel'):
+        return tensor.reshape(tensor.shape[:2]).T
+    return tensor.reshape(shape)

@@ -1,0 +1,76 @@
+"""The commands as a user types them."""
+
+import json
+
+import pytest
+
+from convnext_jax.models import list_models
+
+
+def evaluate(commands, *arguments) -> dict:
+    return json.loads(commands.run('eval.py', *arguments).stdout.splitlines()[-1])
+
+
+def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, finished_run):
+    records = [json.loads(line) for line in (finished_run / 'metrics.jsonl').read_text().splitlines()]
+    last = [record for record in records if record['split'] != 'train'][-1]
+    ema = evaluate(commands, f'--workdir={finished_run}')
+    raw = evaluate(commands, f'--workdir={finished_run}', '--params=raw')
+    assert (ema['params'], ema['step'], ema['images']) == ('ema', 24, 40)
+    assert ema['top1'] == last['ema_top1']
+    assert ema['loss'] == pytest.approx(last['ema_loss'], rel=1e-6)
+    assert raw['params'] == 'raw'
+    assert raw['loss'] == pytest.approx(last['loss'], rel=1e-6)
+
+
+def test_eval_of_an_earlier_step(commands, finished_run):
+    assert evaluate(commands, f'--workdir={finished_run}', '--step=20')['step'] == 20
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'line'),
+    [
+        ((), '--workdir is missing'),
+        (('--workdir=nowhere',), 'nowhere holds no run'),
+        (('--workdir={run}', '--params=best'), "weights are 'raw' or 'ema', not 'best'"),
+        (('--workdir={run}', '--step=3'), 'has no checkpoint of step 3, only of'),
+        (('--workdir={run}', '--stap=3'), "Unknown command line flag 'stap'"),
+    ],
+)
+def test_eval_refuses_in_one_line(commands, finished_run, arguments, line):
+    refused = commands.run('eval.py', *(argument.format(run=finished_run) for argument in arguments), status=2)
+    assert line in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'line'),
+    [
+        ((), '--config is missing'),
+        (('--config=configs/nowhere.py',), 'there is no file configs/nowhere.py'),
+        (('--config=configs/imagenet1k.py:tiney',), "there is no model 'convnext_tiney': did you mean convnext_tiny"),
+        (('--config=configs/fashion_mnist.py', '--config.sead=1'), "the config has no field 'sead'"),
+        (('--config=configs/fashion_mnist.py', '--config.optimizer.rate=1'), "the config has no field 'rate'"),
+        (('--config=configs/fashion_mnist.py', '--config.epochs=many'), '--config.epochs=many'),
+        (('--config=configs/fashion_mnist.py', 'stray'), 'not understood: stray'),
+        (('--config=configs/fashion_mnist.py', '--config.batch_size=5001'), 'lower it'),
+        (('--config=configs/fashion_mnist.py', '--config.data.crop_scale=(0.5,)'), 'data.crop_scale must be two'),
+        (('--config=configs/fashion_mnist.py', '--config.model.patch_size=4'), 'below the total stride 32'),
+        (('--config=configs/fashion_mnist.py', '--config.steps=10'), 'not more than the warm-up'),
+        (('--config=configs/imagenet1k.py:tiny',), 'data.dir is not set'),
+    ],
+)
+def test_train_refuses_in_one_line(commands, tmp_path, arguments, line):
+    refused = commands.run('train.py', f'--workdir={tmp_path / "run"}', *arguments, status=2)
+    assert line in refused.stderr.splitlines()[-1]
+    assert 'Traceback' not in refused.stderr
+
+
+def test_models_lists_every_name_with_its_parameters(commands):
+    table = commands.run('-m', 'convnext_jax', 'models').stdout.splitlines()[1:]
+    assert [line.split()[0] for line in table] == list_models()
+    assert table[list_models().index('convnext_tiny')].split()[1:] == ['28,589,128', '4.46', 'G']
+
+
+def test_an_unknown_command_lists_those_there_are(commands):
+    assert '{models}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr

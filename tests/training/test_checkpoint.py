@@ -1,0 +1,149 @@
+"""Checkpoints come back bit for bit, or not at all."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.errors import UserError
+from convnext_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    read_about,
+    restore,
+    restore_parameters,
+    saved_steps,
+)
+from convnext_jax.training.optimizer import adamw
+from convnext_jax.training.sharding import make_mesh, replicated
+from convnext_jax.training.state import TrainState, initial_state
+
+
+def make_state(step: int = 0, width: int = 300) -> TrainState:
+    rng = np.random.default_rng(step)
+    parameters = {
+        'head.kernel': jnp.asarray(rng.normal(size=(width, 40)), jnp.float32),
+        'head.bias': jnp.asarray(rng.normal(size=40), jnp.float32),
+    }
+    optimizer = adamw(list(parameters), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
+    state = initial_state(parameters, optimizer, ema=True)
+    state.step = jnp.asarray(step, jnp.int32)
+    return state
+
+
+def like(state: TrainState) -> TrainState:
+    whole = replicated(make_mesh(-1))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Checkpoints of steps 1, 2, 3, of which 1 scored best."""
+    directory = tmp_path / 'checkpoints'
+    with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
+        for step, top1 in ((1, 90.0), (2, 80.0), (3, 85.0)):
+            checkpoints.save(make_state(step), {'config': {'seed': step}}, {'top1': top1})
+    return directory
+
+
+def newest(directory: Path) -> tuple[TrainState, list[str]]:
+    with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
+        return checkpoints.restore_newest(like(make_state()))
+
+
+def biggest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_everything_of_the_state_comes_back(directory):
+    state, notes = newest(directory)
+    assert_equal(state, make_state(3))
+    assert notes == []
+    assert read_about(directory, 3) == {'config': {'seed': 3}}
+
+
+def test_the_best_outlives_newer_ones(tmp_path):
+    with Checkpoints(tmp_path / 'c', keep=2, best_metric='top1') as checkpoints:
+        for step, top1 in ((1, 80.0), (2, 90.0), (3, 85.0), (4, None), (5, 85.0), (6, None)):
+            checkpoints.save(make_state(step), {}, None if top1 is None else {'top1': top1})
+    assert saved_steps(tmp_path / 'c') == [2, 5, 6]
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    """The loop gives the state's memory to the next step while the save is still being written."""
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = jax.tree.map(lambda x: jax.device_put(x, replicated(make_mesh(-1))), make_state(7, width=200_000))
+    with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
+        checkpoints.save(state, {}, None)
+        for _ in range(3):
+            state = overwrite(state)
+    assert_equal(restore(tmp_path / 'c', 7, like(make_state(7, width=200_000))), make_state(7, width=200_000))
+
+
+@pytest.mark.parametrize('item', ['parameters', 'optimizer', 'ema'])
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(directory, item):
+    path = biggest_file(directory / '3' / item)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    state, notes = newest(directory)
+    assert_equal(state, make_state(2))
+    assert len(notes) == 1
+    assert 'checkpoint 3 is damaged' in notes[0]
+    assert (directory.parent / 'damaged' / '3').is_dir()
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'missing', 'manifest'])
+def test_damaged_files_fall_back_to_the_checkpoint_before(directory, damage):
+    path = biggest_file(directory / '3' / 'parameters')
+    if damage == 'truncated':
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == 'missing':
+        path.unlink()
+    else:
+        (directory / '3' / 'manifest' / 'metadata').write_text('{"about": {}, "arr')
+    state, notes = newest(directory)
+    assert_equal(state, make_state(2))
+    assert 'checkpoint 3 is damaged' in notes[0]
+
+
+def test_a_run_goes_on_saving_where_a_damaged_checkpoint_was(directory):
+    shutil.rmtree(directory / '3' / 'parameters')
+    with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
+        checkpoints.restore_newest(like(make_state()))
+        checkpoints.save(make_state(3), {}, None)
+    assert_equal(newest(directory)[0], make_state(3))
+
+
+def test_when_all_are_damaged_the_run_does_not_start_afresh(directory):
+    for step in saved_steps(directory):
+        shutil.rmtree(directory / str(step) / 'parameters')
+    with pytest.raises(UserError, match='no checkpoint of .* is whole'):
+        newest(directory)
+
+
+def test_another_shape_or_name_is_refused_with_the_difference(directory):
+    """Orbax alone would restore what fits."""
+    with pytest.raises(UserError, match=r'head.kernel is float32\[300, 40\], not float32\[301, 40\]'):
+        restore(directory, 3, like(make_state(width=301)))
+    other = make_state()
+    other.ema = {'stem.bias': other.ema['head.bias'], 'head.kernel': other.ema['head.kernel']}
+    with pytest.raises(UserError, match='stem.bias is missing; head.bias is left over'):
+        restore(directory, 3, like(other))
+
+
+def test_one_set_of_weights_alone(directory):
+    ema = restore_parameters(directory, 3, 'ema')
+    np.testing.assert_array_equal(ema['head.kernel'], make_state(3).ema['head.kernel'])
+    shutil.rmtree(directory / '3' / 'ema')
+    with pytest.raises(DamagedCheckpoint):
+        restore_parameters(directory, 3, 'ema')

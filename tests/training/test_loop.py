@@ -1,0 +1,211 @@
+"""The real loop in processes of its own: resume, kill, stop, refuse."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.training.logging import read_records
+
+STEPS = 24
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / 'run')
+
+
+def fingerprints(workdir: Path, step: int = STEPS) -> dict:
+    """Of every array of the checkpoint: parameters, optimizer, moving average and counters."""
+    return json.loads((workdir / 'checkpoints' / str(step) / 'manifest' / 'metadata').read_text())['arrays']
+
+
+def test_a_run_leaves_what_it_promises(finished_run):
+    """Scripts read these names."""
+    records = read_records(finished_run)
+    training = [record for record in records if record['split'] == 'train']
+    assert [record['step'] for record in training] == [4, 8, 12, 16, 20, 24]
+    assert {'step', 'epoch', 'split', 'loss', 'learning_rate', 'images_per_second'} <= training[0].keys()
+    evaluations = [record for record in records if record['split'] == 'test[:40]']
+    assert [record['epoch'] for record in evaluations] == [1.0, 2.0, 2.4]
+    assert {'loss', 'top1', 'top5', 'ema_loss', 'ema_top1', 'ema_top5'} <= evaluations[0].keys()
+    assert all(record['images'] == 40 for record in evaluations)
+    assert training[-1]['loss'] < training[0]['loss']
+    assert Image.open(finished_run / 'curves.png').size == (1000, 700)
+    assert list((finished_run / 'tensorboard').glob('events*'))
+    assert json.loads((finished_run / 'config.json').read_text())['model']['num_classes'] == 10
+    assert STEPS in saved_steps(finished_run / 'checkpoints')
+
+
+def test_a_finished_run_says_so(commands, finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path)
+    again = commands.train(run)
+    assert again.stdout.startswith('finished: top-1 ')
+    assert f'{run}/curves.png' in again.stdout
+    assert fingerprints(run) == fingerprints(finished_run)
+
+
+def test_killed_at_any_moment_and_resumed_it_is_the_unbroken_run(commands, finished_run, tmp_path):
+    """Preempted jobs lose nothing: after six SIGKILLs every array has the bits of the run that was left alone."""
+    run = tmp_path / 'run'
+    rng = np.random.default_rng(0)
+    kills = 0
+    for _ in range(6):
+        process = commands.start('train.py', *small_run(), f'--workdir={run}')
+        before = len(read_records(run))
+        while process.poll() is None and len(read_records(run)) <= before:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 2
+    last = commands.train(run)
+    assert 'finished' in last.stdout
+    assert fingerprints(run) == fingerprints(finished_run)
+    ours = restore_parameters(run / 'checkpoints', STEPS, 'parameters')
+    unbroken = restore_parameters(finished_run / 'checkpoints', STEPS, 'parameters')
+    for name, value in unbroken.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    steps = [(record['split'], record['step']) for record in read_records(run)]
+    assert len(steps) == len(set(steps))
+    evaluations = [[r['top1'] for r in read_records(w) if r['split'] != 'train'] for w in (run, finished_run)]
+    assert evaluations[0] == evaluations[1]
+
+
+def small_run() -> tuple[str, ...]:
+    from conftest import SMALL_RUN
+
+    return SMALL_RUN
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_run, tmp_path, number):
+    run = tmp_path / 'run'
+    process = commands.start('train.py', *small_run(), f'--workdir={run}', '--config.checkpoint_every_steps=1000')
+    while process.poll() is None and not read_records(run):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out + err
+    assert 'Traceback' not in err
+    step = saved_steps(run / 'checkpoints')[-1]
+    assert f'stopped by {number.name} at step {step}, saved; the same command resumes it' in out
+    assert 4 <= step < STEPS
+    resumed = commands.train(run, '--config.checkpoint_every_steps=1000')
+    assert f'resumes at step {step} of {STEPS}' in resumed.stdout
+    assert fingerprints(run) == fingerprints(finished_run)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_ends_the_same(commands, finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path)
+    shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
+    again = commands.train(run)
+    assert f'checkpoint {STEPS} is damaged' in again.stdout
+    assert 'resumes at step 20' in again.stdout
+    assert fingerprints(run) == fingerprints(finished_run)
+
+
+@pytest.mark.parametrize(
+    ('override', 'line'),
+    [
+        ('--config.model.name=convnextv2_femto', 'model.name was convnextv2_atto, is convnextv2_femto'),
+        ('--config.seed=7', 'seed was 0, is 7'),
+        ('--config.data.train_split=train[:320]', 'data.train_split was train[:160], is train[:320]'),
+    ],
+)
+def test_resuming_something_else_is_refused(commands, finished_run, override, line):
+    refused = commands.train(finished_run, override, status=2)
+    assert line in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_workdir_in_use_is_refused(commands, tmp_path):
+    run = tmp_path / 'run'
+    process = commands.start('train.py', *small_run(), f'--workdir={run}')
+    while process.poll() is None and not (run / 'config.json').exists():
+        time.sleep(0.02)
+    refused = commands.train(run, status=2)
+    process.kill()
+    process.communicate()
+    assert f'in use by process {process.pid}' in refused.stderr
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(commands, finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path)
+    longer = commands.train(run, '--config.steps=28')
+    assert 'steps was 24, is 28' in longer.stdout
+    assert saved_steps(run / 'checkpoints')[-1] == 28
+
+
+def test_a_loss_that_stays_broken_stops_the_run(commands, tmp_path):
+    """With the step, the last good checkpoint, and what to try."""
+    run = tmp_path / 'run'
+    broken = ('--config.optimizer.learning_rate=1e30', '--config.optimizer.min_learning_rate=1e30')
+    stopped = commands.train(run, *broken, '--config.optimizer.warmup_steps=5', status=2)
+    error = stopped.stderr.splitlines()[-1]
+    assert 'has not been finite since step' in error
+    assert 'the last good checkpoint is of step' in error
+    assert 'optimizer.learning_rate' in error
+    assert None in [record['loss'] for record in read_records(run)]
+    good = saved_steps(run / 'checkpoints')[-1]
+    assert all(np.isfinite(value).all() for value in restore_parameters(run / 'checkpoints', good, 'ema').values())
+
+
+def test_fine_tuning_starts_from_a_run_with_a_fresh_head(commands, finished_run, tmp_path):
+    tuned = commands.train(
+        tmp_path / 'tuned',
+        f'--config.init.weights={finished_run}',
+        '--config.init.params=ema',
+        '--config.model.num_classes=12',
+        '--config.optimizer.learning_rate=1e-12',
+        '--config.optimizer.min_learning_rate=1e-12',
+    )
+    assert f'starts from the ema weights of {finished_run}, step {STEPS}' in tuned.stdout
+    assert 'the head is fresh: 12 classes here, 10 there' in tuned.stdout
+    ours = restore_parameters(tmp_path / 'tuned' / 'checkpoints', STEPS, 'parameters')
+    theirs = restore_parameters(finished_run / 'checkpoints', STEPS, 'ema')
+    for name, value in theirs.items():
+        if not name.startswith('head.'):
+            np.testing.assert_allclose(ours[name], value, atol=1e-6, err_msg=name)
+
+
+def test_fine_tuning_another_architecture_is_refused_with_the_difference(commands, finished_run, tmp_path):
+    refused = commands.train(
+        tmp_path / 'tuned', f'--config.init.weights={finished_run}', '--config.model.name=convnext_atto', status=2
+    )
+    assert 'stages.0.blocks.grn.beta is left over' in refused.stderr
+    assert 'stages.0.blocks.layer_scale is missing' in refused.stderr
+
+
+def test_a_folder_of_photographs_trains(commands, tmp_path):
+    """Of any size, grey and colour, one cut short: that one is named."""
+    rng = np.random.default_rng(0)
+    for split, images in (('train', 16), ('val', 3)):
+        for name in ('cat', 'dog'):
+            folder = tmp_path / 'photos' / split / name
+            folder.mkdir(parents=True)
+            for number in range(images):
+                shape = (40 + number, 50, 3) if number % 2 else (50, 40 + number)
+                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f'{number:02}.jpg')
+    arguments = (
+        'train.py',
+        '--config=configs/image_folder.py:convnextv2_atto',
+        f'--config.data.dir={tmp_path / "photos"}',
+        '--config.data.image_size=32',
+        '--config.batch_size=8',
+        '--config.steps=3',
+        '--config.optimizer.warmup_steps=1',
+    )
+    done = commands.run(*arguments, f'--workdir={tmp_path / "run"}')
+    assert 'finished: top-1' in done.stdout
+    assert 'on 6 images' in done.stdout
+    broken = tmp_path / 'photos' / 'train' / 'cat' / '03.jpg'
+    broken.write_bytes(broken.read_bytes()[:300])
+    refused = commands.run(*arguments, '--config.steps=8', f'--workdir={tmp_path / "other"}', status=2)
+    assert refused.stderr.splitlines()[-1].startswith(f'error: {broken} cannot be decoded')

@@ -1,0 +1,82 @@
+"""The optimizer follows the published recipes."""
+
+import jax
+import numpy as np
+import pytest
+
+from convnext_jax.models import create_model, get_parameters, list_models
+from convnext_jax.training.optimizer import adamw, cosine_schedule, decays, moving_average
+
+
+def published_schedule(peak, minimum, warmup, total):
+    """The formula of the original's utils.py, in float64."""
+    rise = np.linspace(0, peak, warmup) if warmup else np.array([])
+    steps = np.arange(total - warmup)
+    fall = minimum + 0.5 * (peak - minimum) * (1 + np.cos(np.pi * steps / len(steps)))
+    return np.concatenate([rise, fall])
+
+
+@pytest.mark.parametrize(('warmup', 'total'), [(0, 50), (1, 50), (20, 300), (6240, 93600)])
+def test_every_step_has_the_published_learning_rate(warmup, total):
+    schedule = cosine_schedule(4e-3, 1e-6, warmup, total)
+    ours = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total)))
+    np.testing.assert_allclose(ours, published_schedule(4e-3, 1e-6, warmup, total), rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', list_models())
+def test_weight_decay_falls_on_weights_alone_whatever_the_stacking(name):
+    """The original's rule by rank lets GRN decay; a stacked bias has the rank of a matrix."""
+    model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
+    decayed = {parameter for parameter in get_parameters(model) if decays(parameter)}
+    kernels = {parameter for parameter in get_parameters(model) if parameter.endswith('.kernel')}
+    assert decayed == kernels
+    assert 'stages.0.blocks.depthwise.kernel' in decayed
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    with pytest.raises(ValueError, match='no rule'):
+        decays('stages.0.blocks.attention.query')
+
+
+def test_update_is_adamw_with_decoupled_decay():
+    """Two steps against the formula of arXiv:1711.05101 in float64."""
+    rng = np.random.default_rng(0)
+    weights = {'head.kernel': rng.normal(size=(3, 2)), 'head.bias': rng.normal(size=2)}
+    optimizer = adamw(list(weights), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
+    ours = {name: value.astype(np.float32) for name, value in weights.items()}
+    state = optimizer.init(ours)
+    first, second = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+    for step in (1, 2):
+        gradient = {name: rng.normal(size=value.shape) for name, value in weights.items()}
+        updates, state = optimizer.update(jax.tree.map(np.float32, gradient), state, ours)
+        ours = {name: ours[name] - 0.1 * np.asarray(updates[name]) for name in ours}
+        for name, g in gradient.items():
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.999 * second[name] + 0.001 * g**2
+            direction = first[name] / (1 - 0.9**step) / (np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8)
+            decay = 0.05 if name == 'head.kernel' else 0
+            weights[name] = weights[name] - 0.1 * (direction + decay * weights[name])
+    for name, value in weights.items():
+        np.testing.assert_allclose(ours[name], value, atol=1e-5)  # float32 rounds 1 − beta2 ** step at 3e-5
+
+
+def test_clipping_bounds_the_global_norm_of_the_gradient():
+    """Adam hides the scale of one step, so two steps of very different size tell whether the second was clipped."""
+    small, huge = {'head.kernel': np.full((2, 2), 0.1, np.float32)}, {'head.kernel': np.full((2, 2), 1e6, np.float32)}
+
+    def second_update(clip_norm):
+        optimizer = adamw(['head.kernel'], beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=clip_norm)
+        _, state = optimizer.update(small, optimizer.init(small), small)
+        return np.asarray(optimizer.update(huge, state, small)[0]['head.kernel'])
+
+    bounded = {'head.kernel': huge['head.kernel'] / np.float32(2e6)}  # of norm 1
+    optimizer = adamw(['head.kernel'], beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
+    _, state = optimizer.update(small, optimizer.init(small), small)
+    expected = np.asarray(optimizer.update(bounded, state, small)[0]['head.kernel'])
+    np.testing.assert_allclose(second_update(1.0), expected, rtol=1e-5)
+    assert not np.allclose(second_update(0.0), expected, rtol=1e-2)
+
+
+def test_moving_average():
+    average = moving_average({'a': np.float32(1)}, {'a': np.float32(2)}, 0.9)
+    np.testing.assert_allclose(average['a'], 1.1, rtol=1e-6)

@@ -1,0 +1,158 @@
+"""The training step: accumulation, broken losses, moving average, sharding."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from convnext_jax.config import default_config
+from convnext_jax.models import get_parameters
+from convnext_jax.training.optimizer import adamw, cosine_schedule
+from convnext_jax.training.setup import abstract_model, build_model
+from convnext_jax.training.sharding import batch_sharding, check_batch_size, make_mesh
+from convnext_jax.training.state import init_key, initial_state
+from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
+
+
+def small_config():
+    """ConvNeXt V2 atto on 16-pixel images, with every random part switched on."""
+    config = default_config()
+    config.model.name = 'convnextv2_atto'
+    config.model.num_classes = 10
+    config.model.patch_size = 2
+    config.model.drop_path_rate = 0.3
+    config.data.image_size = 16
+    config.augment.crop_padding = 2
+    config.ema.decay = 0.9
+    return config
+
+
+def build(config):
+    model = abstract_model(config)
+    optimizer = adamw(list(get_parameters(model)), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
+    schedule = cosine_schedule(1e-3, 1e-6, 0, 100)
+    state = jax.jit(
+        lambda: initial_state(
+            get_parameters(build_model(config, init_key(config.seed))), optimizer, ema=config.ema.decay > 0
+        )
+    )()
+    return jax.jit(make_train_step(model, optimizer, schedule, config)), state
+
+
+def make_batch(images=16):
+    rng = np.random.default_rng(0)
+    return {
+        'image': rng.integers(0, 256, (images, 16, 16, 3), dtype=np.uint8),
+        'label': rng.integers(0, 10, images, dtype=np.int32),
+        'weight': np.ones(images, np.float32),
+    }
+
+
+@pytest.fixture(scope='module')
+def plain():
+    return build(small_config())
+
+
+def largest_difference(a, b):
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def first_moment(state):
+    return next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
+
+
+def test_accumulation_equals_the_large_batch_with_drop_path_and_augmentation(plain):
+    """A user with fewer devices gets the published run, draws included."""
+    train_step, state = plain
+    config = small_config()
+    config.accumulation_steps = 4
+    accumulated_step, _ = build(config)
+    whole, whole_metrics = train_step(state, make_batch())
+    parts, part_metrics = accumulated_step(state, make_batch())
+    np.testing.assert_allclose(part_metrics['loss'], whole_metrics['loss'], rtol=1e-6)
+    # The first moment is a tenth of the gradient; Adam's division would magnify its rounding.
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(first_moment(whole)))
+    assert largest_difference(first_moment(whole), first_moment(parts)) < 1e-5 * scale
+
+
+def test_sharded_batch_gives_the_unsharded_step(plain):
+    """The same config on one device and on eight is the same run."""
+    train_step, state = plain
+    batch = jax.device_put(make_batch(), batch_sharding(make_mesh(-1)))
+    alone, alone_metrics = train_step(state, make_batch())
+    spread, spread_metrics = train_step(state, batch)
+    np.testing.assert_allclose(spread_metrics['loss'], alone_metrics['loss'], rtol=1e-6)
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(first_moment(alone)))
+    assert largest_difference(first_moment(alone), first_moment(spread)) < 1e-5 * scale
+
+
+def test_ten_steps_learn_the_batch_and_draw_anew_each_step(plain):
+    train_step, state = plain
+    losses = []
+    for _ in range(10):
+        state, metrics = train_step(state, make_batch())
+        losses.append(float(metrics['loss']))
+    assert losses[-1] < losses[0] - 0.3
+    assert int(state.step) == 10
+    assert int(state.skipped) == 0
+
+
+def test_the_seed_and_the_step_alone_decide_what_is_drawn(plain):
+    train_step, state = plain
+    once, again = train_step(state, make_batch())[1], train_step(state, make_batch())[1]
+    assert float(once['loss']) == float(again['loss'])
+    other_step = train_step(jax.tree.map(lambda x: x, state_at(state, 1)), make_batch())[1]
+    assert float(once['loss']) != float(other_step['loss'])
+
+
+def state_at(state, step):
+    return dataclasses.replace(state, step=np.int32(step), last_good=np.int32(step))
+
+
+def test_moving_average_follows_the_updated_parameters(plain):
+    train_step, state = plain
+    new, _ = train_step(state, make_batch())
+    name = 'head.kernel'
+    expected = 0.9 * np.asarray(state.ema[name]) + 0.1 * np.asarray(new.parameters[name])
+    np.testing.assert_allclose(new.ema[name], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_broken_loss_changes_nothing_but_the_counters(plain):
+    """One bad batch must not poison weights, moments or moving average."""
+    train_step, state = plain
+    state, _ = train_step(state, make_batch())
+    broken = {name: value * np.float32(np.nan) for name, value in state.parameters.items()}
+    poisoned = dataclasses.replace(state, parameters=broken)
+    new, metrics = train_step(poisoned, make_batch())
+    assert not np.isfinite(metrics['loss'])
+    assert int(new.skipped) == 1
+    assert int(new.step) == int(state.step) + 1
+    assert int(metrics['skips_in_a_row']) == 1
+    assert largest_difference(new.optimizer, state.optimizer) == 0
+    assert largest_difference(new.ema, state.ema) == 0
+    healed = dataclasses.replace(new, parameters=state.parameters)
+    _, metrics = train_step(healed, make_batch())
+    assert int(metrics['skips_in_a_row']) == 0
+    assert int(metrics['skipped']) == 1
+
+
+def test_after_ten_broken_steps_the_state_stands_still(plain):
+    """The loop looks only now and then: what it finds must be the state of the tenth skip."""
+    train_step, state = plain
+    stuck = dataclasses.replace(state, step=np.int32(SKIPS_IN_A_ROW), last_good=np.int32(0))
+    new, metrics = train_step(stuck, make_batch())
+    assert np.isfinite(metrics['loss'])
+    assert int(metrics['skips_in_a_row']) == SKIPS_IN_A_ROW + 1
+    assert largest_difference(new.parameters, state.parameters) == 0
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do():
+    mesh = make_mesh(-1)
+    check_batch_size(16, 2, mesh)
+    with pytest.raises(ValueError, match='8 devices × 2 accumulation steps: try 16 or 32'):
+        check_batch_size(20, 2, mesh)

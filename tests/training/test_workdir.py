@@ -1,0 +1,69 @@
+"""A workdir belongs to one run and one process at a time."""
+
+import json
+
+import pytest
+
+from convnext_jax.config import as_dict, default_config, from_dict, read_config
+from convnext_jax.errors import UserError
+from convnext_jax.training.workdir import CONFIG, locked, settle_config
+
+
+def test_a_locked_workdir_is_refused_and_free_again_after(tmp_path):
+    with locked(tmp_path / 'run'), pytest.raises(UserError, match='in use by process'), locked(tmp_path / 'run'):
+        pass
+    with locked(tmp_path / 'run'):
+        pass
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written'), locked(tmp_path / 'file' / 'run'):
+        pass
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'line'),
+    [
+        ('seed', 1, 'seed was 0, is 1'),
+        ('model.name', 'convnext_small', 'model.name was convnext_tiny, is convnext_small'),
+        ('data.name', 'folder', 'data.name was imagenet2012, is folder'),
+        ('batch_size', 8, 'batch_size was 4096, is 8'),
+    ],
+)
+def test_another_model_data_set_or_seed_is_refused_with_the_difference(tmp_path, field, value, line):
+    settle_config(tmp_path, default_config())
+    other = default_config()
+    other.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=line):
+        settle_config(tmp_path, other)
+    assert read_config(tmp_path / CONFIG) == default_config()
+
+
+def test_a_longer_run_or_a_moved_data_set_is_not_another_run(tmp_path):
+    settle_config(tmp_path, default_config())
+    longer = default_config()
+    longer.epochs = 600.0
+    longer.data.dir = '/elsewhere'
+    assert settle_config(tmp_path, longer) == ['data.dir was , is /elsewhere', 'epochs was 300.0, is 600.0']
+    assert read_config(tmp_path / CONFIG) == longer
+
+
+def test_config_survives_json():
+    config = default_config()
+    config.data.crop_scale = ()
+    assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
+
+
+@pytest.mark.parametrize('change', [{'sead': 1}, {'seed': 'one'}])
+def test_a_config_that_does_not_fit_is_refused(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        from_dict(as_dict(default_config()) | change)
+
+
+def test_damaged_or_missing_config_is_one_line(tmp_path):
+    with pytest.raises(UserError, match='holds no run'):
+        read_config(tmp_path / CONFIG)
+    (tmp_path / CONFIG).write_text('{')
+    with pytest.raises(UserError, match='is damaged'):
+        read_config(tmp_path / CONFIG)
