@@ -1,5 +1,6 @@
 """What the commands share: flags with a config file, errors in one line, exit status."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +45,10 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], usage: str) -> Non
     try:
         left_over = values(list(arguments))[1:]
     except (AttributeError, KeyError) as error:
-        name = str(error).strip('"\'')
-        raise UserError(f"the config has no field '{name}'") from error
+        # ml_collections gives the name in quotes, and on a further line the name that is near.
+        name, *near = re.findall(r'\w+(?=\\?["\'])', str(error))
+        hint = f': did you mean {near[0]}?' if near else ''
+        raise UserError(f"the config has no field '{name}'{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_last_line(error)) from error
     if values.help:

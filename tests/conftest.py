@@ -12,6 +12,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{ONE_DEVICE["XLA_FLAGS"]} --xla_force_host_platform_device_count=8'
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 # Seconds of training: ten batches an epoch, and 40 images to evaluate.
 SMALL_RUN = (
     '--config=configs/fashion_mnist.py',
@@ -62,7 +63,9 @@ class Commands:
 
 @pytest.fixture(scope='session')
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
-    return Commands(tmp_path_factory.getbasetemp().parent / 'compilation_cache')
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+    return Commands(shared / 'compilation_cache')
 
 
 @pytest.fixture(scope='session')

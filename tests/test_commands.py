@@ -1,9 +1,13 @@
 """The commands as a user types them."""
 
 import json
+import re
 
 import pytest
 
+import eval as eval_command
+import train as train_command
+from convnext_jax.errors import UserError
 from convnext_jax.models import list_models
 
 
@@ -37,10 +41,9 @@ def test_eval_of_an_earlier_step(commands, finished_run):
         (('--workdir={run}', '--stap=3'), "Unknown command line flag 'stap'"),
     ],
 )
-def test_eval_refuses_in_one_line(commands, finished_run, arguments, line):
-    refused = commands.run('eval.py', *(argument.format(run=finished_run) for argument in arguments), status=2)
-    assert line in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        eval_command.main(['eval.py', *(argument.format(run=finished_run) for argument in arguments)])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def test_eval_refuses_in_one_line(commands, finished_run, arguments, line):
         ((), '--config is missing'),
         (('--config=configs/nowhere.py',), 'there is no file configs/nowhere.py'),
         (('--config=configs/imagenet1k.py:tiney',), "there is no model 'convnext_tiney': did you mean convnext_tiny"),
-        (('--config=configs/fashion_mnist.py', '--config.sead=1'), "the config has no field 'sead'"),
+        (('--config=configs/fashion_mnist.py', '--config.sead=1'), "has no field 'sead': did you mean seed?"),
         (('--config=configs/fashion_mnist.py', '--config.optimizer.rate=1'), "the config has no field 'rate'"),
         (('--config=configs/fashion_mnist.py', '--config.epochs=many'), '--config.epochs=many'),
         (('--config=configs/fashion_mnist.py', 'stray'), 'not understood: stray'),
@@ -60,10 +63,15 @@ def test_eval_refuses_in_one_line(commands, finished_run, arguments, line):
         (('--config=configs/imagenet1k.py:tiny',), 'data.dir is not set'),
     ],
 )
-def test_train_refuses_in_one_line(commands, tmp_path, arguments, line):
-    refused = commands.run('train.py', f'--workdir={tmp_path / "run"}', *arguments, status=2)
-    assert line in refused.stderr.splitlines()[-1]
-    assert 'Traceback' not in refused.stderr
+def test_train_refuses_what_it_cannot_do(tmp_path, arguments, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        train_command.main(['train.py', f'--workdir={tmp_path / "run"}', *arguments])
+
+
+def test_a_refusal_is_one_line_and_exit_status_2(commands, tmp_path):
+    refused = commands.run('train.py', '--config=configs/nowhere.py', f'--workdir={tmp_path}', status=2)
+    assert refused.stderr == 'error: --config: there is no file configs/nowhere.py\n'
+    assert refused.stdout == ''
 
 
 def test_models_lists_every_name_with_its_parameters(commands):

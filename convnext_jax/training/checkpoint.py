@@ -67,6 +67,7 @@ class Checkpoints:
             UserError: the disk is full or cannot be written, now or in the save before.
         """
         items = _items(state)
+        self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
         manifest = {'about': about, 'arrays': {item: _describe(arrays) for item, arrays in items.items()}}
         args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
         try:
@@ -75,6 +76,14 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:
             raise UserError(f'saving to {self.directory} failed: {_first_line(error)}') from error
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise UserError(
+                f'the disk of {self.directory} is full: a checkpoint takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB '
+                'are free. Make room, and run the same command again'
+            )
 
     def wait(self) -> None:
         """Returns when every save is on disk.

@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = abstract_model(config)
         for line in settle_config(workdir, config):
             print(f'changed since the run began: {line}')
-        if plan.total_steps in saved_steps(workdir / CHECKPOINTS):
+        if max(saved_steps(workdir / CHECKPOINTS), default=0) >= plan.total_steps:
             print(finished(workdir, config, len(eval_source)))
             return
         for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
@@ -67,13 +67,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
         best_metric = 'ema_top1' if config.ema.decay else 'top1'
         with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
-            run = _Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
+            run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
             run.go(workdir)
         print(finished(workdir, config, len(eval_source)))
 
 
-class _Run:
-    """The parts of a run, put together once."""
+class Run:
+    """The parts of a run, put together once.
+
+    Attributes:
+        train_step: jitted; gives its first argument's memory to the next state.
+        eval_step: jitted, as `make_eval_step`.
+    """
 
     def __init__(
         self,
@@ -98,7 +103,7 @@ class _Run:
         )
         schedule = cosine_schedule(peak, config.optimizer.min_learning_rate, plan.warmup_steps, plan.total_steps)
         self.batch_sharding = batch_sharding(mesh)
-        state = jax.eval_shape(self._fresh_state)
+        state = jax.eval_shape(self.fresh_state)
         self.state_sharding = state_sharding(mesh, state)
         self.abstract_state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
@@ -110,15 +115,21 @@ class _Run:
         )
         self.eval_step = jax.jit(make_eval_step(model, config.data.mean, config.data.std))
 
-    def _fresh_state(self) -> TrainState:
+    def fresh_state(self) -> TrainState:
+        """The state before the first step; to be jitted."""
         parameters = get_parameters(build_model(self.config, init_key(self.config.seed)))
         return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)
 
     def go(self, workdir: Path) -> None:
+        """From the newest checkpoint, or from the start, to the last step.
+
+        Raises:
+            UserError, Stopped: as `train`.
+        """
         state = self._restored_or_fresh_state()
         start = int(state.step)
         with RunLog(workdir, start, self.plan.total_steps) as log, stop_signal() as stop:
-            batches = self._train_batches(start)
+            batches = self.train_batches(start)
             first = next(batches)
             log.say('compiling the training step …')
             began = time.perf_counter()
@@ -162,7 +173,7 @@ class _Run:
                 print(note, flush=True)
             print(f'resumes at step {int(state.step)} of {self.plan.total_steps}', flush=True)
             return state
-        state = jax.jit(self._fresh_state, out_shardings=self.state_sharding)()
+        state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if self.config.init.weights:
             parameters, notes = load_parameters(
                 Path(self.config.init.weights), self.config.init.params, state.parameters
@@ -176,7 +187,8 @@ class _Run:
             state = restart(parameters)
         return state
 
-    def _train_batches(self, start_step: int) -> Iterator[Batch]:
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
+        """Global batches on the devices, from a step on."""
         batches = train_batches(
             self.train_source,
             _share(self.config.batch_size),

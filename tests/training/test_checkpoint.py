@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, or not at all."""
 
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -139,6 +140,17 @@ def test_another_shape_or_name_is_refused_with_the_difference(directory):
     other.ema = {'stem.bias': other.ema['head.bias'], 'head.kernel': other.ema['head.kernel']}
     with pytest.raises(UserError, match='stem.bias is missing; head.bias is left over'):
         restore(directory, 3, like(other))
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_is_there(directory, monkeypatch):
+    free_bytes = namedtuple('Usage', 'free')(1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: free_bytes)
+    with (
+        Checkpoints(directory, keep=2, best_metric='top1') as checkpoints,
+        pytest.raises(UserError, match='is full: a checkpoint takes 0 MB'),
+    ):
+        checkpoints.save(make_state(4), {}, None)
+    assert_equal(newest(directory)[0], make_state(3))
 
 
 def test_one_set_of_weights_alone(directory):
