@@ -16,7 +16,9 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(image)).convert('L' if channels == 1 else 'RGB')
-    except (OSError, SyntaxError, ValueError) as error:
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f'{name} cannot be decoded as an image: Pillow knows no such format') from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f'{name} cannot be decoded as an image: {error}') from error
 
 
@@ -41,8 +43,7 @@ def eval_resize(image: Image.Image, size: int, crop_pct: float) -> np.ndarray:
     if size >= 384:
         return _pixels(image.resize((size, size), Image.Resampling.BICUBIC))
     shorter = int(size / crop_pct)
-    factor = shorter / min(image.size)
-    width, height = (shorter if side == min(image.size) else int(side * factor) for side in image.size)
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return _pixels(resized.crop((left, top, left + size, top + size)))

@@ -117,6 +117,8 @@ def _tfds_builder(name: str, directory: str):
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"TFDS knows no data set '{name}', and there is none of that name in {directory}") from error
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"'{name}' is no TFDS name, config or version: {_first_line(error)}") from error
     if not builder.info.splits:
         raise UserError(f'{directory} holds no prepared {name}: prepare it with TFDS, file_format=array_record')
     return builder

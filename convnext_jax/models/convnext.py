@@ -187,18 +187,21 @@ class ConvNeXt(nnx.Module):
             (N, num_classes) float32.
 
         Raises:
-            UserError: the images have another rank or channel count, or a side below the total stride.
+            UserError: the images have another rank or channel count, or a side below the total stride; `key` is no
+                key of `jax.random.key`, or there are neither one nor N.
         """
         pooled = self._maps(images, key)[-1].mean((1, 2), dtype=jnp.float32)
         return self.head(self.norm(pooled))
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Feature maps, (N, H / stride, W / stride, C) each: 'stem', then 'stage1' onwards. Arguments as in a call."""
+        """Feature maps by name, (N, H / stride, W / stride, C) each: 'stem', 'stage1' … Arguments as in a call."""
         names = ['stem', *(f'stage{stage + 1}' for stage in range(len(self.stages)))]
         return dict(zip(names, self._maps(images, key), strict=True))
 
     def _maps(self, images: jax.Array, key: jax.Array | None) -> list[jax.Array]:
         self._check(images)
+        if key is not None:
+            check_key(key, ((), images.shape[:1]))
         if self.drop_path_rate == 0:
             key = None
         if key is not None and key.ndim == 0:
@@ -253,6 +256,7 @@ def create_model(
         UserError: an unknown name, or a value out of its range.
     """
     variant = get_variant(name)
+    check_key(key, ((),))
     if not 0 <= drop_path_rate < 1:
         raise UserError(f'drop_path_rate must be in [0, 1), not {drop_path_rate}')
     for field, value in {'num_classes': num_classes, 'in_channels': in_channels}.items():
@@ -273,11 +277,24 @@ def create_model(
     )
 
 
+def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Refuses what is no random key of one of these shapes.
+
+    Raises:
+        UserError: with what to pass.
+    """
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise UserError(f'key must be a key such as jax.random.key(0), not {type(key).__name__}')
+    if key.shape not in shapes:
+        raise UserError(f'key has shape {key.shape}: pass {" or ".join(map(str, shapes))}')
+
+
 def _float_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    names = ('float32', 'bfloat16', 'float16')
     try:
         parsed = jnp.dtype(dtype)
     except TypeError:
         parsed = None
-    if parsed is None or not jnp.issubdtype(parsed, jnp.floating):
-        raise UserError(f"dtype must be a float type such as 'float32' or 'bfloat16', not '{dtype}'")
+    if parsed is None or parsed.name not in names:
+        raise UserError(f"dtype must be one of {', '.join(names)}, not '{dtype}'")
     return parsed

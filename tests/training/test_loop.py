@@ -110,11 +110,11 @@ def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_r
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(commands, finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path)
     shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
-    again = commands.train(run, '--config.steps=26')
+    again = commands.train(run, '--config.steps=28')
     assert f'checkpoint {STEPS} is damaged' in again.stdout
-    assert 'resumes at step 20 of 26' in again.stdout
-    assert saved_steps(run / 'checkpoints')[-1] == 26
-    assert [record['step'] for record in read_records(run) if record['split'] == 'train'] == [4, 8, 12, 16, 20, 24, 26]
+    assert 'resumes at step 20 of 28' in again.stdout
+    assert saved_steps(run / 'checkpoints')[-1] == 28
+    assert [record['step'] for record in read_records(run) if record['split'] == 'train'] == [4, 8, 12, 16, 20, 24, 28]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Augmentation on the device: what it does to an image, and that each image draws for itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.data.augment import augment, normalize, random_crop, random_flip
+
+PLAIN = {'mean': (0.0,), 'std': (1 / 255,)}  # normalising that leaves the pixels' values
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def noise(count, height=5, width=6, channels=3):
+    return np.random.default_rng(0).integers(1, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def test_normalize_values():
+    """Published weights expect ImageNet's mean and std, channel by channel."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = noise(3)
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    out = normalize(jnp.asarray(images), mean, std)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, (images / 255.0 - mean) / std, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out[0, 0, 0], [-2.117904, -2.035714, -1.804444], rtol=1e-5)
+    np.testing.assert_allclose(out[0, 0, 1], [2.248908, 2.428571, 2.64], rtol=1e-5)
+
+
+def test_flip_mirrors_left_to_right_half_the_time():
+    """Upside-down images, or a flip of the whole batch at once, train another model."""
+    images = np.broadcast_to(noise(1), (1024, 5, 6, 3))
+    flipped = np.asarray(random_flip(jnp.asarray(images), keys(1024)))
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    assert ((flipped == images).all((1, 2, 3)) != mirrored).all()
+    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / 1024**0.5
+    assert flipped.dtype == np.uint8
+
+
+def test_crop_shifts_and_fills_with_zeros():
+    """Every shift up to the padding, each equally often, the same in all channels."""
+    image, padding, count = noise(1)[0], 2, 2500
+    images = jnp.asarray(np.broadcast_to(image, (count, *image.shape)))
+    cropped = np.asarray(random_crop(images, keys(count), padding))
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    found = np.zeros((5, 5), int)
+    for top in range(5):
+        for left in range(5):
+            found[top, left] = (cropped == padded[top : top + 5, left : left + 6]).all((1, 2, 3)).sum()
+    assert found.sum() == count
+    assert np.abs(found - count / 25).max() < 5 * (count / 25) ** 0.5
+
+
+def test_flip_and_crop_are_independent():
+    """Flip and shift that share their bits always come in the same pairs."""
+    count = 9000
+    images = np.zeros((count, 5, 5, 1), np.uint8)
+    images[:, 2, 2], images[:, 2, 3] = 100, 200
+    out = np.asarray(augment(jnp.asarray(images), keys(count), flip=True, crop_padding=1, **PLAIN))[..., 0].round()
+    image, row, column = np.nonzero(out == 100)
+    assert len(image) == count
+    flipped = (np.argmax(out[np.arange(count), row], axis=1) < column).astype(int)
+    column = np.where(flipped, 4 - column, column)
+    pairs = np.bincount(9 * flipped + 3 * (row - 1) + column - 1, minlength=18)
+    assert np.abs(pairs - count / 18).max() < 5 * (count / 18) ** 0.5
+
+
+def test_what_an_image_draws_depends_on_its_key_alone():
+    """Gradient accumulation, sharding and another batch size would change the run."""
+    images, draws = jnp.asarray(noise(32)), keys(32)
+    run = jax.jit(lambda images, draws: augment(images, draws, flip=True, crop_padding=2, **PLAIN))
+    out = np.asarray(run(images, draws))
+    np.testing.assert_array_equal(run(images, draws), out)
+    order = np.random.default_rng(1).permutation(32)
+    np.testing.assert_array_equal(run(images[order], draws[order]), out[order])
+    np.testing.assert_array_equal(run(images[8:12], draws[8:12]), out[8:12])
+    assert (np.asarray(run(images, keys(32, seed=1))) != out).any()
+
+
+@pytest.mark.parametrize(('flip', 'crop_padding'), [(False, 0), (True, 0), (False, 2)])
+def test_each_part_can_be_switched_off(flip, crop_padding):
+    """Digits must not be mirrored; `flip=False` that still flips is seen in no metric's name."""
+    images = noise(64)
+    out = np.asarray(augment(jnp.asarray(images), keys(64), flip=flip, crop_padding=crop_padding, **PLAIN)).round()
+    same = (out == images).all((1, 2, 3))
+    mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
+    if flip:
+        assert (same | mirrored).all()
+        assert mirrored.any()
+    elif crop_padding:
+        assert not mirrored.any()
+        assert not same.all()
+    else:
+        assert same.all()

@@ -1,0 +1,187 @@
+"""Bytes to pixels: every kind of file that data sets hold, the evaluation resize, and the training crop."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_jax.data.decode import decode, eval_resize, train_crop
+from convnext_jax.errors import UserError
+
+COLOUR = (200, 30, 90)
+GREY = 88  # 0.299 R + 0.587 G + 0.114 B
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ('forms', 'mode', 'colour', 'rgb', 'grey'),
+    [
+        ('PNG JPEG WEBP BMP', 'L', 90, (90, 90, 90), 90),
+        ('PNG JPEG WEBP BMP', 'RGB', COLOUR, COLOUR, GREY),
+        ('PNG WEBP BMP', 'RGBA', (*COLOUR, 255), COLOUR, GREY),
+        (
+            'PNG WEBP BMP',
+            'RGBA',
+            (*COLOUR, 128),
+            COLOUR,
+            GREY,
+        ),  # transparency is left out, as torchvision's loader does
+        ('PNG WEBP BMP', 'P', COLOUR, COLOUR, GREY),
+        ('JPEG', 'CMYK', (0, 255, 255, 0), (254, 0, 0), 76),
+        ('PNG JPEG WEBP BMP', '1', 1, (255, 255, 255), 255),
+    ],
+)
+def test_every_kind_of_file_gives_its_colour(forms, mode, colour, rgb, grey):
+    """ImageNet holds grey and CMYK JPEGs, and a PNG; users hold palettes. A few inverted images go unseen for long."""
+    image = Image.new('RGB' if mode == 'P' else mode, (9, 7), colour)
+    image = image.convert('P', palette=Image.Palette.ADAPTIVE) if mode == 'P' else image
+    for form in forms.split():
+        options = {'WEBP': {'lossless': True, 'exact': True}, 'JPEG': {'quality': 95}}.get(form, {})
+        data = encoded(image, form, **options)
+        for channels, expected in {3: rgb, 1: grey}.items():
+            pixels = np.asarray(decode(data, channels, 'x'), np.int32)
+            assert pixels.shape == ((7, 9, 3) if channels == 3 else (7, 9))
+            assert np.abs(pixels - np.asarray(expected)).max() <= 3, (form, channels, pixels[0, 0])
+
+
+@pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP', 'BMP'])
+def test_truncated_bytes_name_the_image(form):
+    """Half a download must not train as a half-grey image, nor end in a traceback without its name."""
+    data = encoded(noise(40, 30), form)
+    for part in (data[:0], data[:10], data[: len(data) // 2], data[:-40]):
+        with pytest.raises(UserError, match='^train/dog/7.jpg cannot be decoded as an image: .') as error:
+            decode(part, 3, 'train/dog/7.jpg')
+        assert '\n' not in str(error.value)
+
+
+def test_other_files_name_themselves():
+    with pytest.raises(UserError, match='notes.jpg cannot be decoded as an image: Pillow knows no such format'):
+        decode(b'<html>Not found</html>' * 100, 3, 'notes.jpg')
+
+
+def test_enormous_image_names_itself(monkeypatch):
+    """Pillow refuses images above a limit, by an error that is neither an OSError nor a ValueError."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(UserError, match='poster.png cannot be decoded as an image'):
+        decode(encoded(noise(40, 30), 'PNG'), 3, 'poster.png')
+
+
+def eval_resize_by_pillow(image, size, crop_pct):
+    """torchvision's Resize(int(size / crop_pct)) and CenterCrop(size), or a plain resize from 384 on."""
+    if size >= 384:
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    (width, height), shorter = image.size, int(size / crop_pct)
+    if width < height:
+        width, height = shorter, int(shorter * height / width)
+    else:
+        width, height = int(shorter * width / height), shorter
+    left, top = int(round((width - size) / 2)), int(round((height - size) / 2))  # noqa: RUF046
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize(
+    ('sides', 'size', 'crop_pct'),
+    [
+        ((500, 375), 224, 0.875),
+        ((375, 500), 224, 0.875),
+        ((333, 500), 224, 0.875),
+        ((61, 47), 224, 0.875),  # enlarged
+        ((300, 300), 192, 0.875),  # shorter side 219
+        ((400, 401), 288, 0.95),
+        ((28, 28), 28, 1.0),
+        ((90, 31), 64, 1.0),
+        ((450, 600), 383, 0.875),
+        ((450, 600), 384, 0.875),
+        ((450, 300), 448, 1.0),
+        # 256 · 147 / 98 is 384, and 147 · (256 / 98) is not quite
+        ((147, 98), 224, 0.875),
+        ((196, 343), 224, 0.875),
+    ],
+)
+def test_eval_resize_is_the_published_one(sides, size, crop_pct):
+    """A pixel or a filter beside it costs tenths of a percent of the published accuracies."""
+    image = noise(*sides)
+    pixels = eval_resize(image, size, crop_pct)
+    assert (pixels.shape, pixels.dtype) == ((size, size, 3), np.uint8)
+    np.testing.assert_array_equal(pixels, eval_resize_by_pillow(image, size, crop_pct))
+
+
+def test_eval_resize_of_the_same_size_leaves_the_pixels():
+    image = noise(28, 28)
+    np.testing.assert_array_equal(eval_resize(image, 28, 1.0), image)
+
+
+def test_grey_images_keep_a_channel_axis():
+    image = noise(50, 40).convert('L')
+    assert eval_resize(image, 32, 0.875).shape == (32, 32, 1)
+    assert eval_resize(image, 400, 0.875).shape == (400, 400, 1)
+    assert train_crop(image, 32, (0.1, 1.0), np.random.default_rng(0)).shape == (32, 32, 1)
+
+
+WIDTH, HEIGHT = 200, 120
+
+
+def crops(width, height, scale, count):
+    """Left, top, width and height of random crops, read off an image whose colours are its coordinates."""
+    y, x = np.mgrid[:height, :width].astype(np.uint8)
+    image, rng, size = Image.fromarray(np.stack([x, y, 0 * x], -1)), np.random.default_rng(0), 32
+    for _ in range(count):
+        pixels = train_crop(image, size, scale, rng).astype(float)
+        assert pixels.shape == (size, size, 3)
+        columns, rows = pixels[:, :, 0].mean(0), pixels[:, :, 1].mean(1)
+        w, h = ((line[-6] - line[5]) * size / (size - 11) for line in (columns, rows))
+        yield columns[15:17].mean() + 0.5 - w / 2, rows[15:17].mean() + 0.5 - h / 2, w, h
+
+
+def test_train_crop_draws_area_ratio_and_place_evenly():
+    """Another distribution of crops is another recipe: the published accuracies are out of reach."""
+    count = 4000  # tells a log-uniform ratio from a uniform one
+    left, top, w, h = np.array(list(crops(WIDTH, HEIGHT, (0.1, 0.4), count))).T
+    quarters = np.array([0.25, 0.5, 0.75])
+
+    def check_uniform(values, least, most):
+        tolerance = 5 * 0.5 / count**0.5
+        np.testing.assert_allclose((np.quantile(values, quarters) - least) / (most - least), quarters, atol=tolerance)
+        assert values.min() > least - 0.1 * (most - least)
+        assert values.max() < most + 0.1 * (most - least)
+
+    check_uniform(w * h / (WIDTH * HEIGHT), 0.1, 0.4)
+    check_uniform(np.log(w / h), np.log(3 / 4), np.log(4 / 3))
+    check_uniform(left / (WIDTH - w), 0, 1)
+    check_uniform(top / (HEIGHT - h), 0, 1)
+    assert abs(np.corrcoef(left / (WIDTH - w), top / (HEIGHT - h))[0, 1]) < 5 / count**0.5
+
+
+@pytest.mark.parametrize(
+    ('width', 'height', 'box'), [(240, 12, (112, 0, 128, 12)), (12, 240, (0, 112, 12, 128)), (1, 90, (0, 44, 1, 45))]
+)
+def test_train_crop_falls_back_to_the_centre(width, height, box):
+    """A panorama fits no crop of an allowed ratio: it must give its middle, not an error or a squashed whole."""
+    image = noise(width, height)
+    pixels = train_crop(image, 32, (1.0, 1.0), np.random.default_rng(0))
+    np.testing.assert_array_equal(pixels, image.resize((32, 32), Image.Resampling.BICUBIC, box=box))
+
+
+def test_train_crop_without_a_scale_is_the_whole_image():
+    """Small centred images (the demo's) are not cropped, and spend no random numbers."""
+    image, rng = noise(28, 28), np.random.default_rng(0)
+    np.testing.assert_array_equal(train_crop(image, 28, (), rng), image)
+    assert rng.integers(1000) == np.random.default_rng(0).integers(1000)
+
+
+def test_train_crop_follows_its_generator():
+    image = noise(50, 40)
+    first, again, other = (train_crop(image, 16, (0.1, 1.0), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()

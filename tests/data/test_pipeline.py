@@ -1,0 +1,214 @@
+"""Which examples, in which order, in which process: everything follows from (seed, step)."""
+
+import io
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
+
+from convnext_jax.data.pipeline import Share, eval_batches, steps_per_epoch, to_devices, train_batches
+from convnext_jax.data.sources import Example
+from convnext_jax.errors import UserError
+
+
+class Numbered:
+    """Images of noise; the label of each is its index. `broken` is one that cannot be decoded."""
+
+    def __init__(self, count, broken=None):
+        self.class_names = [str(index) for index in range(count)]
+        self._broken = broken
+
+    def __len__(self):
+        return len(self.class_names)
+
+    def __getitem__(self, index):
+        if index == self._broken:
+            return Example(b'no image', index, f'number {index}')
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(index).integers(0, 256, (6, 6), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, 'PNG')
+        return Example(buffer.getvalue(), index, f'number {index}')
+
+
+def train(count=23, share=None, *, steps, seed=0, start_step=0, crop_scale=(0.3, 1.0)):
+    batches = train_batches(
+        Numbered(count),
+        share or Share(4),
+        seed=seed,
+        start_step=start_step,
+        image_size=4,
+        channels=1,
+        crop_scale=crop_scale,
+    )
+    return list(itertools.islice(batches, steps))
+
+
+def evaluation(count, share):
+    return list(eval_batches(Numbered(count), share, image_size=4, channels=1, crop_pct=1.0))
+
+
+def labels(batches):
+    return [int(label) for batch in batches for label in batch['label']]
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_types_and_shapes_of_a_batch():
+    """What crosses to the device is uint8: float32 images are four times the traffic."""
+    for batch in (train(steps=1)[0], evaluation(23, Share(4))[0]):
+        assert {name: (rows.shape, rows.dtype.name) for name, rows in batch.items()} == {
+            'image': ((4, 4, 4, 1), 'uint8'),
+            'label': ((4,), 'int32'),
+            'weight': ((4,), 'float32'),
+        }
+
+
+def test_an_epoch_holds_each_example_at_most_once_in_whole_batches():
+    """Sampling with replacement sees a third of the data never in an epoch."""
+    batches = train(steps=15)
+    epochs = [labels(batches[first : first + 5]) for first in (0, 5, 10)]
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+    assert all((batch['weight'] == 1).all() for batch in batches)
+    assert len({tuple(epoch) for epoch in epochs}) == 3, 'each epoch has its own order'
+    assert len({frozenset(epoch) for epoch in epochs}) > 1, 'the same three examples are left out in every epoch'
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_whole_epochs_hold_every_example():
+    """An epoch whose batches divide the split leaves nothing out, and does not run into the next."""
+    for epoch in (train(24, steps=6), train(24, steps=6, start_step=6)):
+        assert sorted(labels(epoch)) == list(range(24))
+
+
+def test_images_belong_to_their_labels():
+    source = Numbered(23)
+    for batch in train(steps=6, crop_scale=()):
+        for pixels, label in zip(batch['image'], batch['label'], strict=True):
+            image = Image.open(io.BytesIO(source[int(label)].image)).resize((4, 4), Image.Resampling.BICUBIC)
+            np.testing.assert_array_equal(pixels[:, :, 0], image)
+
+
+def test_order_and_crops_follow_the_seed():
+    assert_equal(train(steps=5), train(steps=5))
+    assert labels(train(steps=5)) != labels(train(steps=5, seed=1))
+
+
+def test_an_example_is_cropped_anew_each_epoch():
+    """The same crop every time is no augmentation."""
+    rows = {}
+    for batch in train(24, steps=12):
+        for pixels, label in zip(batch['image'], batch['label'], strict=True):
+            rows.setdefault(int(label), []).append(pixels)
+    assert sum((first != second).any() for first, second in rows.values()) > 20
+
+
+@pytest.mark.parametrize('start_step', [1, 5, 12])
+def test_the_same_step_gives_the_same_batch_wherever_the_run_starts(start_step):
+    """A resumed run would see some examples twice and others never."""
+    assert_equal(train(steps=3, start_step=start_step), train(steps=start_step + 3)[start_step:])
+
+
+def test_a_late_step_comes_at_once():
+    """Resuming must not read through what was seen before: at ImageNet's size that takes hours."""
+    batches = train(steps=2, start_step=10**9)
+    assert len(set(labels(batches))) == 8
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_processes_share_out_the_rows_of_one_process(processes):
+    """A run on four hosts would be another run than on one, or see examples twice."""
+    parts = [train(steps=7, share=Share(4, process, processes)) for process in range(processes)]
+    joined = [
+        {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        for batches in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, train(steps=7))
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'processes'), [(1, 1), (7, 1), (23, 1), (64, 1), (1024, 1), (6, 2), (4, 4), (64, 4), (1032, 8)]
+)
+def test_evaluation_counts_every_example_once(batch_size, processes):
+    """An accuracy over a part of the split, or with padding in it, is not the split's accuracy."""
+    parts = [evaluation(23, Share(batch_size, process, processes)) for process in range(processes)]
+    assert {len(part) for part in parts} == {-(-23 // batch_size)}, 'processes must take the same number of steps'
+    counted = []
+    for batches in zip(*parts, strict=True):
+        weight, label, image = (
+            np.concatenate([batch[name] for batch in batches]) for name in ('weight', 'label', 'image')
+        )
+        assert weight.shape == (batch_size,)
+        assert set(weight) <= {0, 1}
+        assert not image[weight == 0].any()
+        counted += list(label[weight == 1])
+    assert counted == list(range(23))
+
+
+def test_evaluation_pixels_are_the_example_s():
+    source, batches = Numbered(23), evaluation(23, Share(8))
+    for index in (0, 9, 22):
+        image = Image.open(io.BytesIO(source[index].image)).resize((4, 4), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(batches[index // 8]['image'][index % 8, :, :, 0], image)
+
+
+def test_batches_arrive_sharded_and_complete():
+    """A batch on one device leaves the other seven idle; one that is held back in the queue is never evaluated."""
+    assert jax.device_count() >= 8, 'tests/conftest.py simulates eight devices'
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:8]), ('data',)), PartitionSpec('data'))
+    host = evaluation(40, Share(16))
+    for ahead in (1, 2, 5):
+        device = list(to_devices(iter(host), sharding, ahead=ahead))
+        assert_equal(device, host)
+        for leaf in jax.tree.leaves(device):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            assert len({shard.device for shard in leaf.addressable_shards}) == 8
+            assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {2}
+
+
+def test_batches_are_put_ahead_of_need():
+    """The device waits for the host at every step if the next batch is first asked for when it is needed."""
+    asked = []
+    batches = (asked.append(step) or batch for step, batch in enumerate(evaluation(40, Share(8))))
+    ours = to_devices(batches, jax.sharding.SingleDeviceSharding(jax.devices()[0]), ahead=2)
+    next(ours)
+    assert asked == [0, 1, 2]
+    next(ours)
+    assert asked == [0, 1, 2, 3]
+
+
+def test_split_smaller_than_a_batch():
+    """An endless wait for the first batch, or a division by zero, tells nobody to lower the batch size."""
+    assert steps_per_epoch(Numbered(24), 24) == 1
+    assert steps_per_epoch(Numbered(47), 24) == 1
+    for use in (lambda: steps_per_epoch(Numbered(23), 24), lambda: train(23, Share(24), steps=1)):
+        with pytest.raises(UserError, match='batch_size=24 is more than the 23 training images: lower it'):
+            use()
+
+
+def test_batch_that_processes_cannot_share():
+    with pytest.raises(UserError, match='batch_size=6 is no multiple of the 4 processes'):
+        Share(6, 0, 4)
+
+
+@pytest.mark.parametrize('crop_scale', [(0.5,), (0.0, 1.0), (0.8, 0.2), (0.5, 1.5), (0.1, 0.2, 0.3)])
+def test_bad_crop_scale(crop_scale):
+    with pytest.raises(UserError, match='data.crop_scale must be two shares of the area'):
+        train(steps=1, crop_scale=crop_scale)
+
+
+def test_image_that_cannot_be_decoded_is_named():
+    """The loading threads must hand the error on, with the image's name, in training and in evaluation."""
+    options = {'image_size': 4, 'channels': 1}
+    source = Numbered(8, broken=5)
+    training = train_batches(source, Share(4), seed=0, start_step=0, crop_scale=(), **options)
+    for batches in (training, eval_batches(source, Share(4), crop_pct=1.0, **options)):
+        with pytest.raises(UserError, match='number 5 cannot be decoded as an image'):
+            list(itertools.islice(batches, 2))

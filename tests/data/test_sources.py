@@ -1,0 +1,162 @@
+"""Where examples come from: the bundled set, a folder of images, a TFDS directory, and what errors say."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_jax.data.sources import BUNDLED, open_source
+from convnext_jax.errors import UserError
+
+
+def write_image(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('L', (2, 2), value).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; the names' order is neither the order of creation nor of the values."""
+    for value, name in enumerate(['zebra/b.png', 'zebra/a.JPG', 'ant/deep/z.webp', 'ant/c.jpeg', 'ant/.hidden.png']):
+        write_image(tmp_path / 'train' / name, value)
+    (tmp_path / 'train/.cache').mkdir()
+    return tmp_path
+
+
+def tfds_directory(parent, name, **info):
+    """A TFDS directory of one's own: the bundled set under another name."""
+    directory = parent / name / '1.0.0'
+    directory.mkdir(parents=True)
+    for path in BUNDLED['fashion_mnist_mini'].iterdir():
+        shutil.copy(path, directory / path.name.replace('fashion_mnist_mini', name))
+    path = directory / 'dataset_info.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'name': name} | info))
+    return directory
+
+
+def error_of(*arguments):
+    with pytest.raises(UserError) as error:
+        open_source(*arguments)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def test_bundled_set_is_read_without_tensorflow():
+    """The first command of the README would need a gigabyte of TensorFlow, or fail without it."""
+    code = """
+import sys
+from convnext_jax.data.sources import open_source
+for split, count in {'train': 5000, 'test': 1000}.items():
+    source = open_source('fashion_mnist_mini', '', split)
+    assert len(source) == count, len(source)
+    assert source[count - 1].image.startswith(b'\\x89PNG')
+assert 'tensorflow' not in sys.modules
+"""
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_bundled_set_is_balanced_and_decodes():
+    """The demo's accuracy would mean something else."""
+    source = open_source('fashion_mnist_mini', '', 'test')
+    assert len(source.class_names) == 10
+    examples = [source[index] for index in range(len(source))]
+    np.testing.assert_array_equal(np.bincount([example.label for example in examples]), [100] * 10)
+    assert isinstance(examples[0].label, int)
+    assert examples[3].name == 'fashion_mnist_mini test, example 3'
+    image = Image.open(io.BytesIO(examples[3].image))
+    assert (image.mode, image.size) == ('L', (28, 28))
+
+
+def test_split_may_be_a_slice():
+    whole, part = (open_source('fashion_mnist_mini', '', split) for split in ('test', 'test[10:25]'))
+    assert len(part) == 15
+    assert [part[i].image for i in range(15)] == [whole[i].image for i in range(10, 25)]
+
+
+def test_tfds_directory_of_one_s_own(tmp_path):
+    """Users' data sets are known to no TFDS release."""
+    tfds_directory(tmp_path, 'my_clothes')
+    ours, bundled = open_source('my_clothes', str(tmp_path), 'test'), open_source('fashion_mnist_mini', '', 'test')
+    assert ours.class_names == bundled.class_names
+    assert (ours[7].image, ours[7].label) == (bundled[7].image, bundled[7].label)
+    assert ours[7].name == 'my_clothes test, example 7'
+
+
+@pytest.mark.parametrize('split', ['validation', 'train[:abc]', '', 'train[9000:]', 'train[:0]'])
+def test_bad_split_is_one_line(split):
+    message = error_of('fashion_mnist_mini', '', split)
+    assert message.startswith(f"fashion_mnist_mini has no split '{split}' in ArrayRecord form: ")
+
+
+def test_bad_tfds_names_and_directories_are_one_line(tmp_path):
+    """TFDS's own errors fill a screen."""
+    assert error_of('mnist', '', 'train') == 'data.dir is not set: where is mnist on this machine?'
+    missing = tmp_path / 'missing'
+    assert error_of('mnist', str(missing), 'train') == f'data.dir={missing} is not a folder'
+    assert f"TFDS knows no data set 'my_clotehs', and there is none of that name in {tmp_path}" == error_of(
+        'my_clotehs', str(tmp_path), 'train'
+    )
+    assert f'{tmp_path} holds no prepared mnist: prepare it' in error_of('mnist', str(tmp_path), 'train')
+
+
+@pytest.mark.parametrize('name', ['', 'No Such!', 'mnist/no_such_config', 'mnist:9.9.9'])
+def test_malformed_tfds_name_is_one_line(name, tmp_path):
+    """A colon or a slash in data.name ends in a traceback."""
+    assert name in error_of(name, str(tmp_path), 'train')
+
+
+def test_tfds_set_that_is_no_image_classification_or_no_array_record(tmp_path):
+    """A set of captions, or one prepared with TFDS's default of TFRecord, must say what is wrong."""
+    tfds_directory(tmp_path, 'records', fileFormat='tfrecord')
+    assert "records has no split 'train' in ArrayRecord form" in error_of('records', str(tmp_path), 'train')
+    features = tfds_directory(tmp_path, 'captions') / 'features.json'
+    features.write_text(features.read_text().replace('"label"', '"caption"'))
+    message = error_of('captions', str(tmp_path), 'train')
+    assert message == "captions is no image classification: its features are ['caption', 'image']"
+
+
+def test_folder_is_sorted_and_labelled_by_class_name(folder):
+    """Labels that follow the file system's order differ from machine to machine: checkpoints lose their classes."""
+    source = open_source('folder', str(folder), 'train')
+    assert source.class_names == ['ant', 'zebra']
+    root = folder / 'train'
+    files = ['ant/c.jpeg', 'ant/deep/z.webp', 'zebra/a.JPG', 'zebra/b.png']
+    examples = [source[index] for index in range(len(source))]
+    assert [(example.name, example.label) for example in examples] == [
+        (str(root / name), int(name.startswith('zebra'))) for name in files
+    ]
+    assert all(example.image == (root / name).read_bytes() for example, name in zip(examples, files, strict=True))
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_folder_warns_of_files_that_it_leaves_out(folder):
+    """Images of an unknown suffix would vanish from training unseen."""
+    (folder / 'train/ant/d.heic').write_bytes(b'')
+    with pytest.warns(UserWarning, match='ant: left out 1 files that are no images'):
+        assert len(open_source('folder', str(folder), 'train')) == 4
+
+
+def test_folder_errors_name_the_folder(folder):
+    assert error_of('folder', str(folder), 'val').startswith(f'{folder / "val"} is not a folder: data.dir holds one')
+    (folder / 'val').mkdir()
+    write_image(folder / 'val/loose.png')
+    assert error_of('folder', str(folder), 'val').startswith(f'{folder / "val"} holds no folders')
+    (folder / 'train/bee').mkdir()
+    assert error_of('folder', str(folder), 'train').startswith(f'class folder {folder / "train/bee"} holds no images')
+
+
+def test_file_that_cannot_be_read_is_named(folder):
+    """One lost file among a million must be found by the message alone."""
+    source = open_source('folder', str(folder), 'train')
+    (folder / 'train/zebra/b.png').unlink()
+    with pytest.raises(UserError, match='train/zebra/b.png cannot be read: No such file or directory'):
+        source[3]

@@ -1,0 +1,225 @@
+"""The small layers against plain float64 numpy, and their values at the edges."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, drop_path, gelu, normal
+
+
+def random(*shape, seed=0, scale=1.0, shift=0.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * scale + shift).astype(np.float32)
+
+
+@pytest.mark.parametrize('epsilon', [1e-6, 1e-12])
+@pytest.mark.parametrize(
+    ('shift', 'tolerance'),
+    [
+        (0.0, 1e-5),
+        # E[x²] − E[x]² would be off by 1 and more here; float32 itself holds the input to 3e-5.
+        (1000.0, 2e-3),
+    ],
+)
+def test_layer_norm_equals_float64(epsilon, shift, tolerance):
+    """Parity with the published weights is lost where the mean is large against the spread."""
+    x = random(2, 3, 5, 24, shift=shift)
+    norm = LayerNorm(24, epsilon=epsilon)
+    norm.scale[...] = random(24, seed=1)
+    norm.bias[...] = random(24, seed=2)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + epsilon)
+    expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(x), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_layer_norm_epsilon_is_used():
+    """The epsilon of a Hugging Face file would be read and then ignored."""
+    x = jnp.asarray([[1e-3, -1e-3]])
+    np.testing.assert_allclose(LayerNorm(2, epsilon=1e-6)(x), [[0.5**0.5, -(0.5**0.5)]], rtol=1e-5)
+    np.testing.assert_allclose(LayerNorm(2, epsilon=1e-12)(x), [[1, -1]], rtol=1e-5)
+
+
+def test_layer_norm_of_bfloat16_computes_in_float32_and_returns_bfloat16():
+    """Means of thousands of channels in bfloat16 would be off by percents."""
+    x = jnp.asarray(random(4, 512, shift=3.0), jnp.bfloat16)
+    y = LayerNorm(512)(x)
+    assert y.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)  # one rounding
+
+
+def grn(channels):
+    layer = GRN(channels)
+    layer.gamma[...] = random(channels, seed=3)
+    layer.beta[...] = random(channels, seed=4)
+    return layer
+
+
+def grn_in_numpy(layer, x):
+    x = np.asarray(x, np.float64)
+    norms = np.sqrt((x**2).sum((1, 2), keepdims=True))
+    weights = norms / (norms.mean(-1, keepdims=True) + 1e-6)
+    return np.asarray(layer.gamma[...]) * (x * weights) + np.asarray(layer.beta[...]) + x
+
+
+def test_grn_equals_float64():
+    """V2 weights would give other logits. Two images of different scale: the norms must not mix images."""
+    x = random(2, 4, 3, 8) * np.asarray([1.0, 50.0], np.float32)[:, None, None, None]
+    x[..., 2] = 0
+    layer = grn(8)
+    np.testing.assert_allclose(layer(x), grn_in_numpy(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_new_grn_is_the_identity():
+    """γ and β start at zero: a new block must start as the paper's."""
+    x = random(2, 3, 3, 4)
+    np.testing.assert_array_equal(GRN(4)(x), x)
+
+
+def test_grn_reduces_bfloat16_in_float32():
+    """A sum over a whole map in bfloat16 stops growing after 256 equal terms."""
+    x = jnp.ones((1, 64, 64, 4), jnp.bfloat16) * jnp.asarray([1, 2, 3, 4], jnp.bfloat16)
+    layer = grn(4)
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), grn_in_numpy(layer, x), rtol=2**-7)
+
+
+@pytest.mark.parametrize('dead', ['one channel', 'everything'])
+def test_grn_gradient_is_finite_at_zero(dead):
+    """One masked input or dead unit would turn all weights into NaN."""
+    x = random(2, 3, 3, 4)
+    if dead == 'one channel':
+        x[0, :, :, 1] = 0
+    else:
+        x[:] = 0
+    layer = grn(4)
+
+    def loss(layer, x):
+        return (layer(x) * random(*x.shape, seed=5)).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(layer, x)
+    assert np.isfinite(value)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+    assert np.abs(gradients[1]).min() > 0  # the gradient still passes through the dead units
+
+
+def test_grn_gradient_equals_finite_differences():
+    """The guard at zero must not bend the gradient elsewhere."""
+    x, layer = random(1, 3, 2, 4), grn(4)
+    weights, direction = random(*x.shape, seed=5), random(*x.shape, seed=6)
+    gradient = jax.grad(lambda x: (layer(x) * weights).sum())(x)
+    step = 1e-6
+    ahead, behind = (
+        (grn_in_numpy(layer, x.astype(np.float64) + sign * step * direction) * weights).sum() for sign in (1, -1)
+    )
+    np.testing.assert_allclose((gradient * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-4)
+
+
+def test_gelu_is_the_erf_form():
+    """The tanh form differs by up to 5e-4 in each of 4C units: the logits of published weights drift."""
+    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    expected = [float(v) * 0.5 * (1 + math.erf(float(v) / math.sqrt(2))) for v in x]
+    np.testing.assert_allclose(gelu(jnp.asarray(x)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_keeps_its_type_and_gradient():
+    assert gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+    x = np.linspace(-4, 4, 101, dtype=np.float32)
+    cdf = np.asarray([0.5 * (1 + math.erf(float(v) / math.sqrt(2))) for v in x])
+    expected = cdf + x * np.exp(-(x.astype(np.float64) ** 2) / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), expected, atol=2e-6)
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_expectation():
+    """Kept branches not divided by the keep probability: evaluation would see another scale than training did."""
+    x = jnp.asarray(random(4096, 2, 2, 3))
+    y = np.asarray(drop_path(x, 0.3, keys(4096)))
+    dropped = (y == 0).all((1, 2, 3))
+    np.testing.assert_allclose(y[~dropped], np.asarray(x)[~dropped] / 0.7, rtol=1e-6)
+    assert abs(dropped.mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 4096)
+
+
+def test_drop_path_draws_by_each_image_s_key():
+    """An image's draw may depend on no other image: the batch's order or size would change the run."""
+    x, draws = jnp.ones((64, 1, 1, 1)), keys(64)
+    y = drop_path(x, 0.5, draws)
+    assert 0 < np.count_nonzero(y) < 64
+    np.testing.assert_array_equal(y, drop_path(x, 0.5, draws))
+    order = np.random.default_rng(0).permutation(64)
+    np.testing.assert_array_equal(y[order], drop_path(x, 0.5, draws[order]))
+    np.testing.assert_array_equal(y[:7], drop_path(x[:7], 0.5, draws[:7]))
+    assert (y != drop_path(x, 0.5, keys(64, seed=1))).any()
+
+
+def test_drop_path_draws_in_float32_whatever_the_type():
+    """bfloat16 has 256 values in [0, 1): the rate would be rounded, and bfloat16 and float32 runs would differ."""
+    x, draws, rate = jnp.ones((8192, 1, 1, 1)), keys(8192), 0.001
+    wide, narrow = drop_path(x, rate, draws), drop_path(x.astype(jnp.bfloat16), rate, draws)
+    assert narrow.dtype == jnp.bfloat16
+    assert 0 < np.count_nonzero(wide == 0) < 30
+    np.testing.assert_array_equal(wide == 0, narrow == 0)
+
+
+def test_drop_path_of_rate_zero_is_the_identity():
+    """The first block's rate is 0: it must never lose its branch."""
+    x = jnp.asarray(random(256, 1, 1, 2))
+    np.testing.assert_array_equal(drop_path(x, 0.0, keys(256)), x)
+
+
+@pytest.mark.parametrize(('height', 'width', 'size'), [(8, 8, 4), (9, 14, 4), (7, 5, 2), (16, 17, 16), (3, 5, 1)])
+def test_patch_conv_equals_the_convolution(height, width, size):
+    """A transposed kernel, or a ragged border handled another way: published stems would not fit."""
+    conv = PatchConv(3, 6, size, key=jax.random.key(0))
+    conv.kernel[...] = random(size, size, 3, 6, seed=1)
+    conv.bias[...] = random(6, seed=2)
+    x = random(2, height, width, 3)
+
+    def native(conv, x):
+        y = jax.lax.conv_general_dilated(
+            x, conv.kernel[...], (size, size), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision='highest'
+        )
+        return y + conv.bias[...]
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradients(f, conv, x):
+        y, pullback = jax.vjp(f, conv, x)
+        return y, pullback(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    ours = value_and_gradients(PatchConv.__call__, conv, x)
+    assert ours[0].shape == (2, height // size, width // size, 6)
+    theirs = value_and_gradients(native, conv, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), ours, theirs)
+
+
+def test_linear_equals_numpy_and_computes_in_its_type():
+    """A linear layer that ignores its dtype runs at half the accelerator's speed."""
+    x, linear = random(5, 7), Linear(7, 3, key=jax.random.key(0))
+    linear.bias[...] = random(3, seed=2)
+    np.testing.assert_allclose(
+        linear(x), x @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...]), rtol=1e-5, atol=1e-5
+    )
+    assert Linear(7, 3, dtype=jnp.bfloat16, key=jax.random.key(0))(x).dtype == jnp.bfloat16
+    assert Linear(7, 3, dtype=jnp.bfloat16, key=jax.random.key(0)).kernel.dtype == jnp.float32
+
+
+def test_initial_weights_have_std_0_02_untruncated():
+    """Cut at two sigma the std is 0.0176: the published recipes start from another point."""
+    weights = np.asarray(normal(jax.random.key(0), (500, 400)))
+    assert weights.dtype == np.float32
+    assert abs(weights.std() - 0.02) < 2e-4
+    assert abs(weights.mean()) < 2e-4
+    assert np.abs(weights).max() > 0.08
+    for layer in (Linear(300, 300, key=jax.random.key(1)), PatchConv(64, 300, 2, key=jax.random.key(1))):
+        assert abs(np.asarray(layer.kernel[...]).std() - 0.02) < 3e-4
+        assert not np.asarray(layer.bias[...]).any()

@@ -1,0 +1,79 @@
+"""The import arrows of the design, held by reading every module's imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = 'convnext_jax'
+# Part of the package → the parts it may import, besides itself. A part that is not named here may import anything
+# but the commands.
+ALLOWED = {
+    'errors': set(),
+    'models': {'errors'},
+    'data': {'errors'},
+    'evaluation': {'models', 'data', 'errors'},
+    'interop': {'models', 'data', 'errors'},
+    'config': {'errors'},
+}
+COMMANDS = {'command_line', '__main__'}
+SCRIPTS = {'train', 'eval'}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def imports(path):
+    """Absolute names of all that a file imports, anywhere in it."""
+    name, names = module_name(path), set()
+    package = name if path.name == '__init__.py' else name.rpartition('.')[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split('.')[: len(package.split('.')) - node.level + 1] if node.level else []
+            base = '.'.join([*above, *([node.module] if node.module else [])])
+            names |= {f'{base}.{alias.name}' for alias in node.names}
+    return names
+
+
+def part(name):
+    """'convnext_jax.models.layers.GRN' → 'models'; a name of the package's own front is 'front'."""
+    inside = name.split('.')[1:]
+    if not inside:
+        return 'front'
+    path = ROOT / PACKAGE / inside[0]
+    return inside[0] if path.is_dir() or path.with_suffix('.py').is_file() else 'front'
+
+
+FILES = sorted((ROOT / PACKAGE).rglob('*.py'))
+
+
+def test_files_are_found_and_their_imports_are_read():
+    """If this reads nothing, the tests below hold nothing."""
+    by_name = {module_name(path): imports(path) for path in FILES}
+    assert {f'{PACKAGE}.models.layers', f'{PACKAGE}.data.pipeline', f'{PACKAGE}.training.loop'} <= by_name.keys()
+    assert f'{PACKAGE}.models.with_parameters' in by_name[f'{PACKAGE}.evaluation']
+    assert {part(name) for name in by_name[f'{PACKAGE}.evaluation'] if name.startswith(PACKAGE)} >= {'models', 'data'}
+    assert part(f'{PACKAGE}.create_model') == 'front'
+
+
+@pytest.mark.parametrize('path', FILES, ids=module_name)
+def test_arrows_run_one_way(path):
+    """A model that knows its training cannot be used without it; a cycle breaks `import convnext_jax`."""
+    own = part(module_name(path))
+    used = {part(name) for name in imports(path) if name.split('.')[0] == PACKAGE} - {own}
+    assert used <= ALLOWED.get(own, used), f'{own} may not import {used - ALLOWED.get(own, used)}'
+    if own not in COMMANDS:
+        assert not used & COMMANDS
+
+
+@pytest.mark.parametrize(
+    'path', [*FILES, *sorted((ROOT / 'configs').glob('*.py')), *sorted(ROOT.glob('*.py'))], ids=module_name
+)
+def test_nothing_imports_the_scripts(path):
+    """train.py and eval.py hold flags alone; whoever imports them defines the flags a second time."""
+    assert not {name.split('.')[0] for name in imports(path)} & SCRIPTS

@@ -1,0 +1,118 @@
+"""Metrics over a whole split against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.data.augment import normalize
+from convnext_jax.evaluation import evaluate, make_eval_step
+from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
+
+COUNT = 23
+MEAN, STD = (0.4, 0.5), (0.2, 0.3)
+
+
+def build(num_classes):
+    """A one-block model and two sets of parameters for it."""
+    variant = Variant((1,), (4,), layer_scale_init=0)
+    options = {'in_channels': 2, 'drop_path_rate': 0.9, 'head_init_scale': 1.0, 'layer_norm_eps': 1e-6, 'remat': False}
+    model = jax.eval_shape(
+        lambda key: ConvNeXt(variant, num_classes=num_classes, dtype=jnp.float32, key=key, **options),
+        jax.random.key(0),
+    )
+    rng = np.random.default_rng(0)
+    raw, ema = (
+        {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in get_parameters(model).items()}
+        for _ in range(2)
+    )
+    return model, raw, ema
+
+
+def examples(num_classes):
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (COUNT, 8, 8, 2), dtype=np.uint8), rng.integers(0, num_classes, COUNT, dtype=np.int32)
+
+
+def batches(images, labels, batch_size):
+    """Batches of float images; the rows that fill up the last one give NaN logits and have impossible labels."""
+    rows = -(-len(images) // batch_size) * batch_size - len(images)
+    images = np.concatenate([images.astype(np.float32), np.full((rows, *images.shape[1:]), np.nan, np.float32)])
+    labels = np.concatenate([labels, np.full(rows, 10**6, np.int32)])
+    weights = np.concatenate([np.ones(len(images) - rows, np.float32), np.zeros(rows, np.float32)])
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        yield {'image': images[part], 'label': labels[part], 'weight': weights[part]}
+
+
+def metrics_in_numpy(model, parameters, images, labels):
+    logits = np.asarray(with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD)), np.float64)
+    log_sums = np.log(np.exp(logits).sum(-1))
+    order = np.argsort(-logits, axis=-1)
+    return {
+        'loss': np.mean(log_sums - logits[np.arange(len(labels)), labels]),
+        'top1': 100 * np.mean(order[:, 0] == labels),
+        'top5': 100 * np.mean((order[:, :5] == labels[:, None]).any(-1)),
+    }
+
+
+@pytest.fixture(scope='module')
+def ten_classes():
+    model, raw, ema = build(10)
+    images, labels = examples(10)
+    for first, parameters in enumerate((raw, ema)):  # some hits for each
+        logits = with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD))
+        labels[first::5] = np.asarray(logits).argmax(-1)[first::5]
+    expected = {prefix: metrics_in_numpy(model, p, images, labels) for prefix, p in {'': raw, 'ema_': ema}.items()}
+    step = jax.jit(make_eval_step(model, MEAN, STD))
+    return step, {'': raw, 'ema_': ema}, images, labels, expected
+
+
+@pytest.mark.parametrize('batch_size', [1, 4, 7, COUNT, 64])
+def test_equals_numpy_for_any_batch_size(ten_classes, batch_size):
+    """Rows that fill up the last batch must never count, not even as NaN; the rest counts once."""
+    step, weights, images, labels, expected = ten_classes
+    metrics = evaluate(step, weights, batches(images, labels, batch_size))
+    assert metrics.pop('images') == COUNT
+    assert metrics.keys() == {f'{prefix}{name}' for prefix in weights for name in ('loss', 'top1', 'top5')}
+    for prefix, values in expected.items():
+        assert 0 < values['top1'] < values['top5'] < 100, 'the example cannot tell the metrics apart'
+        for name, value in values.items():
+            assert metrics[f'{prefix}{name}'] == pytest.approx(value, rel=1e-5), f'{prefix}{name}'
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_all_weights_are_evaluated_in_one_pass(ten_classes):
+    """Reading and decoding the split twice doubles the time of every evaluation."""
+    step, weights, images, labels, expected = ten_classes
+    read = []
+    once = (read.append(number) or batch for number, batch in enumerate(batches(images, labels, 7)))
+    metrics = evaluate(step, weights, once)
+    assert read == [0, 1, 2, 3]
+    assert metrics['loss'] == pytest.approx(expected['']['loss'], rel=1e-5)
+    assert metrics['ema_loss'] == pytest.approx(expected['ema_']['loss'], rel=1e-5)
+    assert abs(metrics['loss'] - metrics['ema_loss']) > 0.01
+
+
+@pytest.mark.parametrize('num_classes', [1, 3])
+def test_top5_of_fewer_than_five_classes(num_classes):
+    """Three classes have no five best: every example is among them, and nothing may fail."""
+    model, raw, _ = build(num_classes)
+    images, labels = examples(num_classes)
+    metrics = evaluate(jax.jit(make_eval_step(model, MEAN, STD)), {'': raw}, batches(images, labels, 64))
+    assert metrics['top5'] == 100
+    assert metrics['top1'] == pytest.approx(metrics_in_numpy(model, raw, images, labels)['top1'])
+
+
+def test_sharded_batches_give_the_same_metrics(ten_classes):
+    """An accuracy must not depend on the number of devices."""
+    step, weights, images, labels, expected = ten_classes
+    assert jax.device_count() >= 8, 'tests/conftest.py simulates eight devices'
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ('data',))
+    rows, everywhere = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
+    sharded = (jax.device_put(batch, rows) for batch in batches(images, labels, 16))
+    metrics = evaluate(step, jax.device_put(weights, everywhere), sharded)
+    assert metrics['images'] == COUNT
+    for prefix, values in expected.items():
+        for name, value in values.items():
+            assert metrics[f'{prefix}{name}'] == pytest.approx(value, rel=1e-5), f'{prefix}{name}'
