@@ -73,6 +73,55 @@ def default_config() -> ConfigDict:
     return config
 
 
+POSITIVE = [
+    'batch_size',
+    'accumulation_steps',
+    'log_every_steps',
+    'eval_every_epochs',
+    'checkpoint_every_steps',
+    'keep_checkpoints',
+    'data.image_size',
+    'data.crop_pct',
+    'optimizer.learning_rate',
+    'optimizer.epsilon',
+]
+NOT_NEGATIVE = [
+    'seed',
+    'epochs',
+    'steps',
+    'model.num_classes',
+    'model.patch_size',
+    'augment.crop_padding',
+    'optimizer.min_learning_rate',
+    'optimizer.warmup_epochs',
+    'optimizer.warmup_steps',
+    'optimizer.weight_decay',
+    'optimizer.clip_norm',
+]
+BELOW_ONE = ['optimizer.beta1', 'optimizer.beta2', 'label_smoothing', 'ema.decay', 'model.drop_path_rate']
+
+
+def check_values(config: ConfigDict) -> None:
+    """Refuses values out of their range.
+
+    Raises:
+        UserError: every such field is listed.
+    """
+    values = _flatten(as_dict(config))
+    problems = [f'{field} must be above 0, not {values[field]}' for field in POSITIVE if not values[field] > 0]
+    problems += [f'{field} must not be negative: {values[field]}' for field in NOT_NEGATIVE if not values[field] >= 0]
+    problems += [f'{field} must be in [0, 1), not {values[field]}' for field in BELOW_ONE if not 0 <= values[field] < 1]
+    mean, std = values['data.mean'], values['data.std']
+    if len(mean) not in (1, 3) or len(std) != len(mean) or not all(value > 0 for value in std):
+        problems.append(f'data.mean and data.std need one value (grey) or three (RGB), std above 0: {mean}, {std}')
+    if values['init.params'] not in ('raw', 'ema'):
+        problems.append(f"init.params must be 'raw' or 'ema', not '{values['init.params']}'")
+    if values['data.crop_pct'] > 1:
+        problems.append(f'data.crop_pct must be at most 1, not {values["data.crop_pct"]}')
+    if problems:
+        raise UserError('; '.join(problems))
+
+
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
 FIXED = ('seed', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'ema')
 FREE = ('data.dir', 'model.remat')

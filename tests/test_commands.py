@@ -61,6 +61,11 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
         (('--config=configs/fashion_mnist.py', '--config.model.patch_size=4'), 'below the total stride 32'),
         (('--config=configs/fashion_mnist.py', '--config.steps=10'), 'not more than the warm-up'),
         (('--config=configs/imagenet1k.py:tiny',), 'data.dir is not set'),
+        (
+            ('--config=configs/fashion_mnist.py', '--config.log_every_steps=0', '--config.ema.decay=1.5'),
+            'log_every_steps must be above 0, not 0; ema.decay must be in [0, 1), not 1.5',
+        ),
+        (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'need one value (grey) or three'),
     ],
 )
 def test_train_refuses_what_it_cannot_do(tmp_path, arguments, line):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from convnext_jax.config import as_dict
+from convnext_jax.config import as_dict, check_values
 from convnext_jax.data.pipeline import Batch, Share, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
@@ -50,6 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         UserError: something that the user can mend, with what to do.
         Stopped: SIGTERM or Ctrl-C came, and the run is saved.
     """
+    check_values(config)
     with locked(workdir):
         train_source, eval_source = open_sources(config)
         settle_classes(config, train_source)
