@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from convnext_jax.errors import UserError
@@ -14,8 +14,12 @@ from convnext_jax.training.stop import Stopped
 
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command on the process's arguments and exits: 0 done, 2 the user's to mend, 128 + signal stopped."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs the tracebacks of errors that it raises besides
     try:
         command(sys.argv)
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

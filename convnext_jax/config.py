@@ -1,6 +1,7 @@
 """The fields of an experiment, with their defaults and meaning. The files under configs/ set what differs."""
 
 import json
+import math
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -111,6 +112,14 @@ def check_values(config: ConfigDict) -> None:
     problems = [f'{field} must be above 0, not {values[field]}' for field in POSITIVE if not values[field] > 0]
     problems += [f'{field} must not be negative: {values[field]}' for field in NOT_NEGATIVE if not values[field] >= 0]
     problems += [f'{field} must be in [0, 1), not {values[field]}' for field in BELOW_ONE if not 0 <= values[field] < 1]
+    problems += [
+        f'{field} must be finite, not {value}'
+        for field, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    scale = values['data.crop_scale']
+    if scale and not (len(scale) == 2 and all(isinstance(value, int | float) for value in scale)):
+        problems.append(f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {scale}')
     mean, std = values['data.mean'], values['data.std']
     if len(mean) not in (1, 3) or len(std) != len(mean) or not all(value > 0 for value in std):
         problems.append(f'data.mean and data.std need one value (grey) or three (RGB), std above 0: {mean}, {std}')
@@ -123,7 +132,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
-FIXED = ('seed', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'ema')
+FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'ema')
 FREE = ('data.dir', 'model.remat')
 
 
@@ -179,6 +188,8 @@ def read_config(path: Path) -> ConfigDict:
         raise UserError(f'{path.parent} holds no run: there is no {path.name} in it') from error
     except json.JSONDecodeError as error:
         raise UserError(f'{path} is damaged: {error}') from error
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
 
 def _flatten(values: dict, prefix: str = '') -> dict:

@@ -47,6 +47,7 @@ def evaluate(
     totals: dict[str, Sums] = {}
     for batch in batches:
         sums = {prefix: eval_step(parameters, batch) for prefix, parameters in weights.items()}
+        jax.block_until_ready(totals)  # one batch ahead of the device, no more: the host does not run away
         totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
     fetched = jax.device_get(totals)
     metrics = {}

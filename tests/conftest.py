@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')}
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = f'{ONE_DEVICE["XLA_FLAGS"]} --xla_force_host_platform_device_count=8'
+DEVICES = '--xla_force_host_platform_device_count='
+ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}1'}
+os.environ |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}8'}
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py

@@ -19,7 +19,7 @@ def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, finished_run):
     records = [json.loads(line) for line in (finished_run / 'metrics.jsonl').read_text().splitlines()]
     last = [record for record in records if record['split'] != 'train'][-1]
     ema = evaluate(commands, f'--workdir={finished_run}')
-    raw = evaluate(commands, f'--workdir={finished_run}', '--params=raw')
+    raw = evaluate(commands, f'--workdir={finished_run}', '--params=raw')  # EMA is the default where there is one
     assert (ema['params'], ema['step'], ema['images']) == ('ema', 24, 40)
     assert ema['top1'] == last['ema_top1']
     assert ema['loss'] == pytest.approx(last['ema_loss'], rel=1e-6)
@@ -66,6 +66,8 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
             'log_every_steps must be above 0, not 0; ema.decay must be in [0, 1), not 1.5',
         ),
         (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'need one value (grey) or three'),
+        (('--config=configs/fashion_mnist.py', '--config.optimizer.learning_rate=inf'), 'must be finite, not inf'),
+        (('--config=configs/fashion_mnist.py', "--config.data.crop_scale=('a', 1)"), 'data.crop_scale must be two'),
     ],
 )
 def test_train_refuses_what_it_cannot_do(tmp_path, arguments, line):

@@ -100,12 +100,17 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        return Example(record['image'], int(record['label']), f'{self._name}, example {index}')
+        name = f'{self._name}, example {index}'
+        try:
+            record = self._records[index]
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f'{name} cannot be read: {_first_line(error)}') from error
+        return Example(record['image'], int(record['label']), name)
 
 
 def _tfds_builder(name: str, directory: str):
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
 
     if name in BUNDLED and not directory:
         return tfds.builder_from_directory(BUNDLED[name])
@@ -117,6 +122,8 @@ def _tfds_builder(name: str, directory: str):
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"TFDS knows no data set '{name}', and there is none of that name in {directory}") from error
+    except ParseError as error:
+        raise UserError(f'the dataset_info.json of {name} in {directory} is damaged: {_first_line(error)}') from error
     except (ValueError, AssertionError) as error:
         raise UserError(f"'{name}' is no TFDS name, config or version: {_first_line(error)}") from error
     if not builder.info.splits:

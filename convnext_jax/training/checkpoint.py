@@ -5,6 +5,7 @@ manifest: place in the data, config, and for each array its shape, type and a fi
 would restore part of a tree, or flipped bits, in silence.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -40,7 +41,9 @@ class Checkpoints:
             get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([newest, best]), cleanup_tmp_directories=True
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+            best_fn=lambda metrics: metrics[best_metric],  # without it Orbax does not write the metrics to disk
+            cleanup_tmp_directories=True,
         )
         self.directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
@@ -48,8 +51,12 @@ class Checkpoints:
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except (OSError, ValueError) as error:
+            if kind is None:
+                raise self._failed(error) from error
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -75,7 +82,10 @@ class Checkpoints:
                 int(state.step), args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **args), metrics=metrics
             )
         except (OSError, ValueError) as error:
-            raise UserError(f'saving to {self.directory} failed: {_first_line(error)}') from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        return UserError(f'saving to {self.directory} failed: {_first_line(error)}')
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.directory).free
@@ -94,12 +104,12 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise UserError(f'saving to {self.directory} failed: {_first_line(error)}') from error
+            raise self._failed(error) from error
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, list[str]] | None:
         """The newest checkpoint that is whole, and a line about each damaged one that it had to pass over.
 
-        Damaged checkpoints are moved aside to `damaged/` beside the directory, and never deleted.
+        Once an older one is found whole, the damaged are moved to `damaged/` beside the directory; none is deleted.
 
         Args:
             like: the state's shapes, types and shardings (`jax.ShapeDtypeStruct`).
@@ -110,21 +120,26 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is of another model or optimizer, or no checkpoint is whole.
         """
-        notes = []
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged = {}
+        for step in reversed(self.steps()):
             try:
-                return restore(self.directory, step, like), notes
+                state = restore(self.directory, step, like)
             except DamagedCheckpoint as error:
-                aside = self.directory.parent / 'damaged'
-                notes.append(f'checkpoint {step} is damaged ({error}): moved to {aside / str(step)}')
-                aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self.directory / str(step)).rename(aside / str(step))
-                self._manager.reload()
-        if notes:
-            raise UserError(f'no checkpoint of {self.directory} is whole: {"; ".join(notes)}')
+                damaged[step] = error
+            else:
+                return state, [self._set_aside(step, error) for step, error in damaged.items()]
+        if damaged:
+            reasons = '; '.join(f'{step}: {error}' for step, error in damaged.items())
+            raise UserError(f'no checkpoint of {self.directory} is whole ({reasons}): take another workdir')
         return None
+
+    def _set_aside(self, step: int, error: DamagedCheckpoint) -> str:
+        folder = self.directory.parent / 'damaged'
+        folder.mkdir(exist_ok=True)
+        target = next(path for number in itertools.count() if not (path := folder / f'{step}.{number}').exists())
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+        return f'checkpoint {step} is damaged ({error}): moved to {target}'
 
 
 def saved_steps(directory: Path) -> list[int]:

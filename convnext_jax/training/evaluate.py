@@ -17,18 +17,19 @@ from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.workdir import CONFIG
 
 
-def evaluate_run(workdir: Path, params: str, step: int | None) -> dict[str, float | int | str]:
+def evaluate_run(workdir: Path, params: str | None, step: int | None) -> dict[str, float | int | str]:
     """Top-1, top-5 and loss over the run's evaluation split.
 
     Args:
         workdir: of a run of ours, which may be running.
-        params: 'raw' or 'ema'.
+        params: 'raw' or 'ema'; None for the moving average if the run has one.
         step: of the checkpoint; None for the newest.
 
     Raises:
         UserError: no such run, step or weights, or the checkpoint is damaged.
     """
     config = read_config(workdir / CONFIG)
+    params = params or ('ema' if config.ema.decay else 'raw')
     directory, newest = newest_checkpoint(workdir)
     steps = saved_steps(directory)
     if step is not None and step not in steps:

@@ -76,14 +76,14 @@ class RunLog:
 
 
 def read_records(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for one that was cut short by a kill."""
+    """The lines of metrics.jsonl, but for those that a kill cut short."""
     path = workdir / METRICS
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 
@@ -116,7 +116,7 @@ def draw_curves(workdir: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * max((row['images_per_second'] for row in training), default=1))
     scratch = workdir / f'.{CURVES}.new'
     figure.savefig(scratch, format='png', dpi=100)
     scratch.replace(workdir / CURVES)

@@ -16,7 +16,7 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt, get_parameters
-from convnext_jax.training.checkpoint import Checkpoints, saved_steps
+from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.finetune import load_parameters
 from convnext_jax.training.logging import RunLog
@@ -32,7 +32,7 @@ from convnext_jax.training.setup import (
 from convnext_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, state_sharding
 from convnext_jax.training.state import TrainState, init_key, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
-from convnext_jax.training.stop import Stopped, stop_signal
+from convnext_jax.training.stop import Stop, Stopped, stop_signal
 from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
 
 STEPS_AHEAD = 2
@@ -60,17 +60,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = abstract_model(config)
         for line in settle_config(workdir, config):
             print(f'changed since the run began: {line}')
-        if max(saved_steps(workdir / CHECKPOINTS), default=0) >= plan.total_steps:
-            print(finished(workdir, config, len(eval_source)))
-            return
-        for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
-            print(line, flush=True)
-
         best_metric = 'ema_top1' if config.ema.decay else 'top1'
         with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
             run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
-            run.go(workdir)
+            state = run.restored_state()
+            if state is None or int(state.step) < plan.total_steps:
+                for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
+                    print(line, flush=True)
+                run.go(state or run.first_state(), workdir)
         print(finished(workdir, config, len(eval_source)))
+
+
+class NotFinite(UserError):
+    """The loss or its gradient was not finite too often in a row."""
 
 
 class Run:
@@ -121,16 +123,47 @@ class Run:
         parameters = get_parameters(build_model(self.config, init_key(self.config.seed)))
         return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)
 
-    def go(self, workdir: Path) -> None:
-        """From the newest checkpoint, or from the start, to the last step.
+    def restored_state(self) -> TrainState | None:
+        """The newest whole checkpoint, or None if there is none.
+
+        Raises:
+            UserError: it is of another model, optimizer or data set, or none is whole.
+        """
+        restored = self.checkpoints.restore_newest(self.abstract_state)
+        if restored is None:
+            return None
+        state, notes = restored
+        for note in notes:
+            print(note, flush=True)
+        self._check_same_data(int(state.step))
+        return state
+
+    def first_state(self) -> TrainState:
+        """The state before the first step, by seed or, where the config says so, from another run's weights."""
+        state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
+        if not self.config.init.weights:
+            return state
+        parameters, notes = load_parameters(Path(self.config.init.weights), self.config.init.params, state.parameters)
+        for note in notes:
+            print(note, flush=True)
+        restart = jax.jit(
+            lambda parameters: initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0),
+            out_shardings=self.state_sharding,
+        )
+        return restart(parameters)
+
+    def go(self, state: TrainState, workdir: Path) -> None:
+        """From a state to the last step.
 
         Raises:
             UserError, Stopped: as `train`.
         """
-        state = self._restored_or_fresh_state()
-        start = int(state.step)
-        with RunLog(workdir, start, self.plan.total_steps) as log, stop_signal() as stop:
-            batches = self.train_batches(start)
+        step = saved = int(state.step)
+        with RunLog(workdir, step, self.plan.total_steps) as log, stop_signal() as stop:
+            if step:
+                log.say(f'resumes at step {step} of {self.plan.total_steps}')
+                self._make_up_evaluation(log, step, state, stop)
+            batches = self.train_batches(step)
             first = next(batches)
             log.say('compiling the training step …')
             began = time.perf_counter()
@@ -138,55 +171,45 @@ class Run:
             log.say(f'compiled in {time.perf_counter() - began:.1f} s')
             timer = _Timer()
             pending: list[dict[str, jax.Array]] = []
-            for step, batch in enumerate(itertools.chain([first], batches), start + 1):
-                state, metrics = train_step(state, batch)
-                pending.append(metrics)
-                jax.block_until_ready(pending[-STEPS_AHEAD:][0])
-                log.advance()
-                last = step == self.plan.total_steps
-                if step % self.config.log_every_steps == 0 or last:
-                    self._log(log, step, pending, timer)
-                    pending = []
-                results = None
-                if step % self.plan.eval_every_steps == 0 or last:
-                    with timer.paused():
-                        self._check_finite(step, metrics)
-                        results = self._evaluate(log, step, state)
-                if results or step % self.config.checkpoint_every_steps == 0 or last or stop.received:
-                    with timer.paused():
-                        self._check_finite(step, metrics)
-                        self._save(state, step, results)
-                if stop.received and not last:
+            try:
+                for batch in itertools.chain([first], batches):
+                    state, metrics = train_step(state, batch)
+                    step += 1
+                    pending.append(metrics)
+                    jax.block_until_ready(pending[-STEPS_AHEAD:][0])
+                    log.advance()
+                    last = step == self.plan.total_steps
+                    if step % self.config.log_every_steps == 0 or last:
+                        self._log(log, step, pending, timer)
+                        pending = []
+                    results = None
+                    if step % self.plan.eval_every_steps == 0 or last:
+                        with timer.paused():
+                            self._check_finite(step, metrics)
+                            # The last evaluation takes its time: a checkpoint of the last step says that all is done.
+                            results = self._evaluate(log, step, state, Stop() if last else stop)
+                    if results or step % self.config.checkpoint_every_steps == 0 or last or stop.received:
+                        with timer.paused():
+                            self._check_finite(step, metrics)
+                            self._save(state, step, results)
+                            saved = step
+                    if stop.received and not last:
+                        self.checkpoints.wait()
+                        raise Stopped(
+                            f'stopped by {stop.received.name} at step {step}, saved; the same command resumes it',
+                            128 + stop.received,
+                        )
+                    if last:
+                        break
+            except NotFinite:
+                raise
+            except UserError:  # a broken image, say: mended, the same command goes on from here
+                if step > saved:
+                    self._save(state, step, None)
                     self.checkpoints.wait()
-                    raise Stopped(
-                        f'stopped by {stop.received.name} at step {step}, saved; the same command resumes it',
-                        128 + stop.received,
-                    )
-                if last:
-                    break
+                    log.say(f'saved at step {step}')
+                raise
             self.checkpoints.wait()
-
-    def _restored_or_fresh_state(self) -> TrainState:
-        restored = self.checkpoints.restore_newest(self.abstract_state)
-        if restored is not None:
-            state, notes = restored
-            for note in notes:
-                print(note, flush=True)
-            print(f'resumes at step {int(state.step)} of {self.plan.total_steps}', flush=True)
-            return state
-        state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
-        if self.config.init.weights:
-            parameters, notes = load_parameters(
-                Path(self.config.init.weights), self.config.init.params, state.parameters
-            )
-            for note in notes:
-                print(note, flush=True)
-            restart = jax.jit(
-                lambda parameters: initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0),
-                out_shardings=self.state_sharding,
-            )
-            state = restart(parameters)
-        return state
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """Global batches on the devices, from a step on."""
@@ -201,7 +224,14 @@ class Run:
         )
         return to_devices(batches, self.batch_sharding)
 
-    def _evaluate(self, log: RunLog, step: int, state: TrainState) -> dict[str, float]:
+    def _make_up_evaluation(self, log: RunLog, step: int, state: TrainState, stop: Stop) -> None:
+        """The evaluation that the signal which stopped the run cut short."""
+        metrics = read_about(self.checkpoints.directory, step)['metrics']
+        if metrics is None and step % self.plan.eval_every_steps == 0:
+            self._evaluate(log, step, state, stop)
+
+    def _evaluate(self, log: RunLog, step: int, state: TrainState, stop: Stop) -> dict[str, float] | None:
+        """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
         batches = eval_batches(
             self.eval_source,
             _share(self.config.batch_size // self.config.accumulation_steps),
@@ -210,7 +240,10 @@ class Run:
             crop_pct=self.config.data.crop_pct,
         )
         weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
-        results = evaluate(self.eval_step, weights, to_devices(batches, self.batch_sharding))
+        until_stopped = itertools.takewhile(lambda _: not stop.received, to_devices(batches, self.batch_sharding))
+        results = evaluate(self.eval_step, weights, until_stopped)
+        if stop.received:
+            return None
         log.evaluation(step, self.plan.epoch(step), self.config.data.eval_split, results)
         return results
 
@@ -238,7 +271,7 @@ class Run:
             self.checkpoints.wait()
             saved = self.checkpoints.steps()
             good = f'the last good checkpoint is of step {saved[-1]}' if saved else 'there is no checkpoint yet'
-            raise UserError(
+            raise NotFinite(
                 f'the loss or its gradient has not been finite since step {step - skips + 1}; {good}. Try a lower '
                 'optimizer.learning_rate, a longer warm-up, optimizer.clip_norm=1, or model.dtype=float32'
             )
@@ -248,10 +281,27 @@ class Run:
         about = {
             'config': as_dict(self.config),
             'position': {'epoch': epoch, 'batch': batch},
-            'train_images': len(self.train_source),
+            'data': self._data_facts(),
             'metrics': results,
         }
         self.checkpoints.save(state, about, results)
+
+    def _data_facts(self) -> dict:
+        """What a data set under the same name and folder must still have when the run resumes."""
+        return {
+            'training images': len(self.train_source),
+            'evaluation images': len(self.eval_source),
+            'class names': list(self.train_source.class_names),
+        }
+
+    def _check_same_data(self, step: int) -> None:
+        then, now = read_about(self.checkpoints.directory, step)['data'], self._data_facts()
+        counts = ('training images', 'evaluation images')
+        differences = [f'{fact} were {then[fact]}, are {now[fact]}' for fact in counts if then[fact] != now[fact]]
+        names = enumerate(itertools.zip_longest(then['class names'], now['class names']))
+        differences += [f"class {label} was '{old}', is '{new}'" for label, (old, new) in names if old != new]
+        if differences:
+            raise UserError(f'the run began on another data set: {"; ".join(differences[:5])}. Take another workdir')
 
 
 def _share(batch_size: int) -> Share:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
 
@@ -34,6 +35,7 @@ def stop_signal() -> Iterator[Stop]:
     def note(number: int, _frame: object) -> None:
         stop.received = signal.Signals(number)
         restore()
+        os.write(2, b'\nstops and saves at the next step; once more to stop without saving\n')
 
     for number in before:
         signal.signal(number, note)

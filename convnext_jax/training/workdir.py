@@ -43,7 +43,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the config into a new workdir, or compares it with the one that the run started with.
+    """Writes the config into the workdir; where a run has saved a checkpoint, compares it with that run's first.
 
     Returns:
         A line for each field that changes from here on.
@@ -53,7 +53,7 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     """
     path = workdir / CONFIG
     changes = {}
-    if path.exists():
+    if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
         try:
             changes = changed_fields(json.loads(path.read_text()), as_dict(config))
         except json.JSONDecodeError as error:

@@ -49,6 +49,7 @@ def test_a_finished_run_says_so(commands, finished_run, tmp_path):
     again = commands.train(run)
     assert again.stdout.startswith('finished: top-1 ')
     assert f'{run}/curves.png' in again.stdout
+    assert len(again.stdout.splitlines()) == 1
     assert fingerprints(run) == fingerprints(finished_run)
 
 
@@ -88,6 +89,15 @@ def test_eight_devices_give_the_trajectory_of_one(finished_run, tmp_path):
     np.testing.assert_allclose([record['loss'] for record in ours], [record['loss'] for record in one], rtol=1e-3)
 
 
+def test_a_finished_run_with_a_damaged_last_checkpoint_is_made_whole(commands, finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path)
+    (run / 'checkpoints' / str(STEPS) / 'manifest' / 'metadata').write_text('')
+    again = commands.train(run)
+    assert f'checkpoint {STEPS} is damaged' in again.stdout
+    assert f'resumes at step 20 of {STEPS}' in again.stdout
+    assert fingerprints(run) == fingerprints(finished_run)
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_run, tmp_path, number):
     run = tmp_path / 'run'
@@ -105,6 +115,23 @@ def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_r
         resumed = commands.train(run, '--config.checkpoint_every_steps=1000')
         assert f'resumes at step {step} of {STEPS}' in resumed.stdout
         assert fingerprints(run) == fingerprints(finished_run)
+
+
+def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resumed(commands, finished_run, tmp_path):
+    """An evaluation of ImageNet takes longer than the notice that a preempted machine is given."""
+    run = tmp_path / 'run'
+    arguments = ('--config.data.eval_split=test', '--config.log_every_steps=10', '--config.checkpoint_every_steps=1000')
+    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}', *arguments)
+    while process.poll() is None and not read_records(run):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert saved_steps(run / 'checkpoints') == [10]
+    assert [record['split'] for record in read_records(run)] == ['train']
+    commands.train(run, *arguments)
+    assert [record['step'] for record in read_records(run) if record['split'] == 'test'] == [10, 20, 24]
+    assert fingerprints(run) == fingerprints(finished_run)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(commands, finished_run, tmp_path):
@@ -215,3 +242,11 @@ def test_a_folder_of_photographs_trains(commands, tmp_path):
     broken.write_bytes(broken.read_bytes()[:300])
     refused = commands.run(*arguments, '--config.steps=8', f'--workdir={tmp_path / "other"}', status=2)
     assert refused.stderr.splitlines()[-1].startswith(f'error: {broken} cannot be decoded')
+    shutil.copy(broken.with_name('05.jpg'), broken)
+    mended = commands.run(*arguments, '--config.steps=8', f'--workdir={tmp_path / "other"}')
+    assert 'finished: top-1' in mended.stdout
+    shutil.copy(broken, broken.with_name('99.jpg'))
+    for split in ('train', 'val'):
+        (tmp_path / 'photos' / split / 'dog').rename(tmp_path / 'photos' / split / 'emu')
+    other = commands.run(*arguments, '--config.steps=9', f'--workdir={tmp_path / "other"}', status=2)
+    assert "training images were 32, are 33; class 1 was 'dog', is 'emu'" in other.stderr

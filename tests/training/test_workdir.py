@@ -1,12 +1,13 @@
 """A workdir belongs to one run and one process at a time."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from convnext_jax.config import as_dict, default_config, from_dict, read_config
 from convnext_jax.errors import UserError
-from convnext_jax.training.workdir import CONFIG, locked, settle_config
+from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, locked, settle_config
 
 
 def test_a_locked_workdir_is_refused_and_free_again_after(tmp_path):
@@ -22,31 +23,47 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
         pass
 
 
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A workdir with a checkpoint."""
+    settle_config(tmp_path, default_config())
+    (tmp_path / CHECKPOINTS / '100').mkdir(parents=True)
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ('field', 'value', 'line'),
     [
         ('seed', 1, 'seed was 0, is 1'),
+        ('init.weights', 'runs/other', 'init.weights was , is runs/other'),
         ('model.name', 'convnext_small', 'model.name was convnext_tiny, is convnext_small'),
         ('data.name', 'folder', 'data.name was imagenet2012, is folder'),
         ('batch_size', 8, 'batch_size was 4096, is 8'),
     ],
 )
-def test_another_model_data_set_or_seed_is_refused_with_the_difference(tmp_path, field, value, line):
-    settle_config(tmp_path, default_config())
+def test_another_model_data_set_or_seed_is_refused_with_the_difference(begun, field, value, line):
     other = default_config()
     other.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=line):
-        settle_config(tmp_path, other)
-    assert read_config(tmp_path / CONFIG) == default_config()
+        settle_config(begun, other)
+    assert read_config(begun / CONFIG) == default_config()
 
 
-def test_a_longer_run_or_a_moved_data_set_is_not_another_run(tmp_path):
+def test_before_the_first_checkpoint_anything_may_change(tmp_path):
+    """A typing error that stopped at once leaves a workdir that can be used."""
     settle_config(tmp_path, default_config())
+    other = default_config()
+    other.seed = 1
+    assert settle_config(tmp_path, other) == []
+    assert read_config(tmp_path / CONFIG) == other
+
+
+def test_a_longer_run_or_a_moved_data_set_is_not_another_run(begun):
     longer = default_config()
     longer.epochs = 600.0
     longer.data.dir = '/elsewhere'
-    assert settle_config(tmp_path, longer) == ['data.dir was , is /elsewhere', 'epochs was 300.0, is 600.0']
-    assert read_config(tmp_path / CONFIG) == longer
+    assert settle_config(begun, longer) == ['data.dir was , is /elsewhere', 'epochs was 300.0, is 600.0']
+    assert read_config(begun / CONFIG) == longer
 
 
 def test_config_survives_json():
