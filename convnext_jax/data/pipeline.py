@@ -122,7 +122,7 @@ def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead:
 
 def _batches(load: Callable[[int], Batch], rows: int, first: int, last: int) -> Iterator[Batch]:
     """Batches `first` to `last` of `rows` examples, loaded by threads ahead of need: Pillow decodes outside the GIL."""
-    threads = os.cpu_count() or 1
+    threads = max((os.cpu_count() or 1) - 1, 1)  # one core is the loop's; on small images a second thread only fights
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.range(first * rows, last * rows).map(load).batch(rows).to_iter_dataset(options))
 
