@@ -39,8 +39,10 @@ def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     )
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str], usage: str) -> None:
-    """Parses the arguments, config overrides among them.
+def parse(
+    values: flags.FlagValues, arguments: Sequence[str], usage: str, positional: tuple[str, ...] = ()
+) -> list[str]:
+    """Parses the arguments, config overrides among them, and returns those that are no flags, one for each name.
 
     Raises:
         UserError: an unknown flag, config field or file, or a value of the wrong type.
@@ -58,8 +60,11 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], usage: str) -> Non
     if values.help:
         print(f'{usage}\n{values.get_help()}')
         sys.exit(0)
-    if left_over:
-        raise UserError(f'not understood: {" ".join(left_over)}')
+    if len(left_over) < len(positional):
+        raise UserError(f'{positional[len(left_over)]} is missing; --help says more')
+    if len(left_over) > len(positional):
+        raise UserError(f'not understood: {" ".join(left_over[len(positional) :])}')
+    return left_over
 
 
 def required(values: flags.FlagValues, name: str) -> str:

@@ -31,8 +31,8 @@ def default_config() -> ConfigDict:
     config.model.remat = False  # recompute the blocks in the backward pass: less memory, more work
 
     config.init = ConfigDict()
-    config.init.weights = ''  # fine-tuning: the workdir of a run of ours to start from
-    config.init.params = 'raw'  # which of its weights: 'raw' or 'ema'
+    config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library
+    config.init.params = 'raw'  # which of its weights: 'raw' or 'ema' ('model' or 'model_ema' of an original .pth)
 
     config.data = ConfigDict()
     config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', or a TFDS name

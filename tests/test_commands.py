@@ -7,6 +7,7 @@ import pytest
 
 import eval as eval_command
 import train as train_command
+from convnext_jax import __main__ as package_command
 from convnext_jax.errors import UserError
 from convnext_jax.models import list_models
 
@@ -87,5 +88,44 @@ def test_models_lists_every_name_with_its_parameters(commands):
     assert table[list_models().index('convnext_tiny')].split()[1:] == ['28,589,128', '4.46', 'G']
 
 
+def test_weights_leave_a_run_and_come_back(commands, finished_run, tmp_path):
+    """Through Hugging Face's and the original layout: the same accuracy, and a run that starts from them."""
+    out = commands.run('-m', 'convnext_jax', 'convert', finished_run, tmp_path / 'hf', '--params=ema').stdout
+    assert 'in the huggingface layout' in out
+    commands.run('-m', 'convnext_jax', 'convert', tmp_path / 'hf', tmp_path / 'original', '--layout=original')
+    config = ('--config=configs/fashion_mnist.py', '--config.data.eval_split=test[:40]', '--config.batch_size=16')
+    run = evaluate(commands, f'--workdir={finished_run}')
+    for weights in (tmp_path / 'hf', tmp_path / 'original' / 'model.pth'):
+        theirs = evaluate(commands, *config, f'--weights={weights}')
+        assert (theirs['top1'], theirs['images']) == (run['top1'], 40)
+        assert theirs['loss'] == pytest.approx(run['loss'], rel=1e-5)
+    started = commands.train(
+        tmp_path / 'tuned', f'--config.init.weights={tmp_path / "hf"}', '--config.model.num_classes=12'
+    )
+    assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started.stdout
+    assert 'the head is fresh: 12 classes here, 10 in the file' in started.stdout
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'line'),
+    [
+        (('convert', 'nowhere'), 'TARGET is missing'),
+        (('convert', 'a', 'b', 'c'), 'not understood: c'),
+        (('convert', './nowhere', 'out'), './nowhere is no file or folder'),
+        (('convert', '{run}', '{run}'), 'is not empty'),
+        (('convert', '{run}', 'out', '--layout=keras'), 'flag --layout=keras'),
+        (('convert', '{run}', 'out', '--params=best'), "weights are 'raw' or 'ema', not 'best'"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_do(finished_run, arguments, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        package_command.main(['convnext_jax', *(argument.format(run=finished_run) for argument in arguments)])
+
+
+def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
+    with pytest.raises(UserError, match='one or the other'):
+        eval_command.main(['eval.py', f'--workdir={finished_run}', '--weights=x'])
+
+
 def test_an_unknown_command_lists_those_there_are(commands):
-    assert '{models}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
+    assert '{models | convert}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr

@@ -34,18 +34,25 @@ def train_crop(
     return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def eval_resize(image: Image.Image, size: int, crop_pct: float) -> np.ndarray:
-    """The middle of the image, (size, size, C) uint8, as the published accuracies are measured.
+def eval_resize(
+    image: Image.Image,
+    size: int,
+    crop_pct: float,
+    *,
+    squash: bool | None = None,
+    resample: int = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """The middle of the image, (size, size, C) uint8, as Hugging Face's ConvNeXt processor cuts it out.
 
-    Below 384 the shorter side goes to int(size / crop_pct), and the centre is cropped; from 384 on the whole image is
-    squashed to the square.
+    The shorter side goes to int(size / crop_pct), and the centre is cropped; with `squash`, by default from 384 on, the
+    whole image is squashed to the square.
     """
-    if size >= 384:
-        return _pixels(image.resize((size, size), Image.Resampling.BICUBIC))
+    if squash or (squash is None and size >= 384):
+        return _pixels(image.resize((size, size), resample))
     shorter = int(size / crop_pct)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), resample)
+    left, top = (width - size) // 2, (height - size) // 2
     return _pixels(resized.crop((left, top, left + size, top + size)))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import grain
 import jax
 import numpy as np
+from PIL import Image
 
 from convnext_jax.data.decode import decode, eval_resize, train_crop
 from convnext_jax.data.sources import Source
@@ -94,15 +95,28 @@ def train_batches(
     return _batches(load, share.rows, start_step, ENDLESS)
 
 
-def eval_batches(source: Source, share: Share, *, image_size: int, channels: int, crop_pct: float) -> Iterator[Batch]:
-    """This process's rows of a pass over the split, every example once; the last batch is filled up at weight 0."""
+def eval_batches(
+    source: Source,
+    share: Share,
+    *,
+    image_size: int,
+    channels: int,
+    crop_pct: float,
+    squash: bool | None = None,
+    resample: int = Image.Resampling.BICUBIC,
+) -> Iterator[Batch]:
+    """This process's rows of a pass over the split, every example once; the last batch is filled up at weight 0.
+
+    Images are prepared as by `eval_resize`.
+    """
 
     def load(local: int) -> Batch:
         index = share.position(int(local))
         if index >= len(source):
             return _row(np.zeros((image_size, image_size, channels), np.uint8), label=0, weight=0)
         example = source[index]
-        pixels = eval_resize(decode(example.image, channels, example.name), image_size, crop_pct)
+        image = decode(example.image, channels, example.name)
+        pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample)
         return _row(pixels, example.label, weight=1)
 
     return _batches(load, share.rows, 0, -(-len(source) // share.batch_size))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from convnext_jax.errors import UserError
+from convnext_jax.errors import UserError, first_line
 
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp'}
@@ -92,7 +92,7 @@ class TfdsSource:
         try:
             self._records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"{name} has no split '{split}' in ArrayRecord form: {_first_line(error)}") from error
+            raise UserError(f"{name} has no split '{split}' in ArrayRecord form: {first_line(error)}") from error
         self.class_names = list(features['label'].names)
         self._name = f'{name} {split}'
 
@@ -104,7 +104,7 @@ class TfdsSource:
         try:
             record = self._records[index]
         except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f'{name} cannot be read: {_first_line(error)}') from error
+            raise UserError(f'{name} cannot be read: {first_line(error)}') from error
         return Example(record['image'], int(record['label']), name)
 
 
@@ -123,13 +123,9 @@ def _tfds_builder(name: str, directory: str):
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"TFDS knows no data set '{name}', and there is none of that name in {directory}") from error
     except ParseError as error:
-        raise UserError(f'the dataset_info.json of {name} in {directory} is damaged: {_first_line(error)}') from error
+        raise UserError(f'the dataset_info.json of {name} in {directory} is damaged: {first_line(error)}') from error
     except (ValueError, AssertionError) as error:
-        raise UserError(f"'{name}' is no TFDS name, config or version: {_first_line(error)}") from error
+        raise UserError(f"'{name}' is no TFDS name, config or version: {first_line(error)}") from error
     if not builder.info.splits:
         raise UserError(f'{directory} holds no prepared {name}: prepare it with TFDS, file_format=array_record')
     return builder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

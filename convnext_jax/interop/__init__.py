@@ -1,1 +1,6 @@
-"""Other people's files: names and shapes of the Hugging Face, timm and original layouts."""
+"""Other people's files: weights and image processors of Hugging Face, timm and the original, in and out."""
+
+from convnext_jax.interop.pretrained import Pretrained, load_pretrained, read_pretrained, save_pretrained
+from convnext_jax.interop.processor import ImageProcessor
+
+__all__ = ['ImageProcessor', 'Pretrained', 'load_pretrained', 'read_pretrained', 'save_pretrained']

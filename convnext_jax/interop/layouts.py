@@ -4,6 +4,7 @@ The three store the same numbers: convolutions as (out, in, H, W) where ours are
 (out, in) where ours are (in, out), and each block by itself where ours are stacked along a leading axis.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -113,19 +114,48 @@ def from_layout(
     wanted = {entry.theirs: entry for entry in entries(shapes, variant, layout)}
     problems = [f'{name} is missing' for name in wanted if name not in tensors]
     problems += [f'{name} is left over' for name in tensors if name not in wanted]
-    parameters = {ours: np.empty(shape, np.float32) for ours, shape in shapes.items()}
     for theirs, ours, block in wanted.values():
-        if theirs not in tensors:
-            continue
-        target = parameters[ours] if block is None else parameters[ours][block]
-        expected = _outward(target, ours, variant, layout).shape
-        if tensors[theirs].shape != expected:
+        shape = shapes[ours] if block is None else shapes[ours][1:]
+        expected = _outward(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
+        if theirs in tensors and tensors[theirs].shape != expected:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
-        else:
-            target[...] = _inward(np.asarray(tensors[theirs]), ours, target.shape)
     if problems:
         raise UserError(f'the {layout} weights do not fit the model: {"; ".join(sorted(problems))}')
+    parameters = {ours: np.empty(shape, np.float32) for ours, shape in shapes.items()}
+    for theirs, ours, block in wanted.values():
+        target = parameters[ours] if block is None else parameters[ours][block]
+        target[...] = _inward(tensors[theirs], ours, target.shape)
     return parameters
+
+
+def dense_encoder(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The encoder of an FCMAE pre-training, kept as sparse convolutions, as the dense original; others as they are.
+
+    A sparse kernel is (places, in, out), or (places, channels) where each channel is by itself, and counts its places
+    column by column. Names have a level more, as in `norm.ln.weight` (ConvNeXt-V2, utils.py).
+    """
+    if not any(name.endswith('.kernel') for name in tensors):
+        return dict(tensors)
+    dense = {}
+    for name, x in tensors.items():
+        name = name.removeprefix('encoder.').replace('.ln.', '.').replace('.linear.', '.')
+        if name.endswith('.kernel'):
+            side = math.isqrt(x.shape[0])
+            if x.ndim not in (2, 3) or side**2 != x.shape[0]:
+                raise UserError(f'{name} has shape {x.shape}: no sparse kernel of a square')
+            columns = x.reshape(side, side, *x.shape[1:]) if x.ndim == 3 else x.reshape(side, side, 1, -1)
+            x = columns.transpose(3, 2, 1, 0)
+            name = name.removesuffix('kernel') + 'weight'
+        elif name.endswith('.bias'):
+            x = x.reshape(-1)
+        elif '.grn.' in name:
+            x = x.reshape(1, 1, 1, -1)
+        dense[name] = x
+    return {
+        name: x.reshape(1, 1, 1, -1) if '.grn.' in name else x
+        for name, x in dense.items()
+        if not name.startswith(('decoder.', 'proj.', 'pred.', 'mask_token'))
+    }
 
 
 def _block_name(ours: str, block: int, variant: Variant, layout: str) -> str:

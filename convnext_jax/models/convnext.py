@@ -129,8 +129,8 @@ class ConvNeXt(nnx.Module):
 
     Attributes:
         stem, stages, norm, head: the parts, in the order of the data.
+        variant: the architecture.
         drop_path_rate: drop rate of the last block; the rates rise to it linearly from 0 at the first.
-        total_stride: the smallest side an image may have, in pixels.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ConvNeXt(nnx.Module):
         self.head = Linear(variant.widths[-1], num_classes, key=head_key)
         self.head.kernel[...] *= head_init_scale
         self.drop_path_rate = drop_path_rate
-        self.total_stride = variant.total_stride
+        self.variant = variant
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Class logits.
@@ -215,10 +215,10 @@ class ConvNeXt(nnx.Module):
         in_channels = self.stem.conv.kernel.shape[2]
         if images.ndim != 4 or images.shape[3] != in_channels:
             raise UserError(f'images must be (N, H, W, {in_channels}), these are {images.shape}')
-        if min(images.shape[1:3]) < self.total_stride:
+        if min(images.shape[1:3]) < self.variant.total_stride:
             height, width = images.shape[1:3]
             raise UserError(
-                f'images of {height}×{width} are smaller than the total stride of {self.total_stride}: '
+                f'images of {height}×{width} are smaller than the total stride of {self.variant.total_stride}: '
                 'enlarge them, or give a smaller patch_size'
             )
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
 from orbax.checkpoint import checkpoint_managers as policies
 
-from convnext_jax.errors import UserError
+from convnext_jax.errors import UserError, first_line
 from convnext_jax.training.state import TrainState
 
 Arrays = dict[str, jax.Array]
@@ -85,7 +85,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> UserError:
-        return UserError(f'saving to {self.directory} failed: {_first_line(error)}')
+        return UserError(f'saving to {self.directory} failed: {first_line(error)}')
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.directory).free
@@ -202,7 +202,7 @@ def _restore_item(directory: Path, step: int, item: str, like: Arrays) -> Arrays
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore((directory / str(step) / item).absolute(), target)
     except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
-        raise DamagedCheckpoint(f'{item}: {_first_line(error)}') from error
+        raise DamagedCheckpoint(f'{item}: {first_line(error)}') from error
     found = jax.device_get(_fingerprints(arrays))
     altered = [name for name in like if int(found[name]) != saved[name]['fingerprint']]
     if altered:
@@ -227,7 +227,7 @@ def _read_manifest(directory: Path, step: int) -> dict:
         manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text())
         manifest['arrays'], manifest['about']
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f'manifest: {_first_line(error)}') from error
+        raise DamagedCheckpoint(f'manifest: {first_line(error)}') from error
     return manifest
 
 
@@ -267,7 +267,3 @@ def _fingerprints(arrays: Arrays) -> Arrays:
         return ((bits ^ (bits >> 16)) * (places * 2 + jnp.uint32(2654435761))).sum(dtype=jnp.uint32)
 
     return jax.tree.map(fingerprint, arrays)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,19 +1,21 @@
-"""Evaluates a run of ours from its workdir."""
+"""Evaluates a run of ours from its workdir, or anybody's weights on a config's data."""
 
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from convnext_jax.config import read_config
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
 from convnext_jax.data.sources import open_source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
-from convnext_jax.models import get_parameters
+from convnext_jax.interop import ImageProcessor
+from convnext_jax.models import ConvNeXt, Parameters, get_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
-from convnext_jax.training.finetune import newest_checkpoint, weights_field
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
+from convnext_jax.training.weights import config_processor, newest_checkpoint, read_weights, weights_field
 from convnext_jax.training.workdir import CONFIG
 
 
@@ -45,15 +47,54 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None) -> dict[st
         parameters = restore_parameters(directory, step, weights_field(params), like)
     except DamagedCheckpoint as error:
         raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
+    metrics = _evaluate(config, model, parameters, config_processor(config), mesh)
+    return {'model': config.model.name, 'params': params, 'step': step, 'split': config.data.eval_split, **metrics}
+
+
+def evaluate_weights(config: ConfigDict, where: str, params: str) -> dict[str, float | int | str]:
+    """Top-1, top-5 and loss of anybody's weights over the config's evaluation split.
+
+    Images are prepared as the weights' folder says; if it says nothing, as the config says.
+
+    Args:
+        config: of which the data and the batch size count.
+        where, params: as `read_weights`.
+
+    Raises:
+        UserError: as `read_weights`, or the data set has more classes than the head.
+    """
+    pretrained = read_weights(where, params)
+    processor = pretrained.processor or config_processor(config)
+    mesh = make_mesh(-1)
+    parameters = jax.device_put(get_parameters(pretrained.model), replicated(mesh))
+    metrics = _evaluate(config, pretrained.model, parameters, processor, mesh)
+    return {'weights': where, 'layout': pretrained.layout, 'split': config.data.eval_split, **metrics}
+
+
+def _evaluate(
+    config: ConfigDict,
+    model: ConvNeXt,
+    parameters: Parameters,
+    processor: ImageProcessor,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
     source = open_source(config.data.name, config.data.dir, config.data.eval_split)
+    classes = parameters['head.bias'].size
+    if len(source.class_names) > classes:
+        raise UserError(f'{config.data.name} has {len(source.class_names)} classes, and the head {classes}')
     per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
     batches = eval_batches(
         source,
         Share(per_device * mesh.size, jax.process_index(), jax.process_count()),
-        image_size=config.data.image_size,
-        channels=len(config.data.mean),
-        crop_pct=config.data.crop_pct,
+        image_size=processor.size,
+        channels=len(processor.mean),
+        crop_pct=processor.crop_pct,
+        squash=processor.squash,
+        resample=processor.resample,
     )
-    eval_step = jax.jit(make_eval_step(model, config.data.mean, config.data.std))
-    metrics = evaluate(eval_step, {'': parameters}, to_devices(batches, batch_sharding(mesh)))
-    return {'model': config.model.name, 'params': params, 'step': step, 'split': config.data.eval_split, **metrics}
+    # On the device a grey level is divided by 255: any other factor goes into mean and std.
+    factor = 255 * processor.rescale_factor
+    mean, std = ([value / factor for value in values] for values in (processor.mean, processor.std))
+    return evaluate(
+        jax.jit(make_eval_step(model, mean, std)), {'': parameters}, to_devices(batches, batch_sharding(mesh))
+    )

@@ -18,7 +18,6 @@ from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
-from convnext_jax.training.finetune import load_parameters
 from convnext_jax.training.logging import RunLog
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import (
@@ -33,6 +32,7 @@ from convnext_jax.training.sharding import batch_sharding, check_batch_size, mak
 from convnext_jax.training.state import TrainState, init_key, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
+from convnext_jax.training.weights import load_parameters
 from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
 
 STEPS_AHEAD = 2
@@ -143,7 +143,7 @@ class Run:
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        parameters, notes = load_parameters(Path(self.config.init.weights), self.config.init.params, state.parameters)
+        parameters, notes = load_parameters(self.config.init.weights, self.config.init.params, state.parameters)
         for note in notes:
             print(note, flush=True)
         restart = jax.jit(

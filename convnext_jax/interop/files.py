@@ -1,0 +1,163 @@
+"""Files of other libraries, read as data: safetensors, PyTorch files without the code that a pickle can hold, JSON."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from convnext_jax.errors import UserError, first_line
+
+Tensors = dict[str, np.ndarray]
+
+FLOATS = ('float32', 'float16', 'bfloat16')  # the three that float32 parameters hold exactly
+
+WEIGHTS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'model.pth')
+"""What a folder's weights may be called, the first that is there counts."""
+HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
+
+
+def locate(where: str, revision: str | None = None) -> Path:
+    """The file or folder at a path, or the local copy of a repository on the Hugging Face hub.
+
+    The hub's cache, token and offline mode are those of `huggingface_hub` (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+
+    Args:
+        where: a path, 'owner/name' or 'hf_hub:owner/name'.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: there is neither such a path nor such a repository, or the hub cannot be reached.
+    """
+    path = Path(where).expanduser()
+    if path.exists():
+        return path
+    hub_id = re.sub('^hf[_-]hub:', '', where)
+    if not HUB_ID.fullmatch(hub_id):
+        raise UserError(f'{where} is no file or folder, and no hub id (owner/name)')
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        for weights in ('model*.safetensors*', 'pytorch_model*.bin'):
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=['*config.json', weights]))
+            if any(folder.glob(weights)):
+                return folder
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f'{where} is no path here, and the hub cannot be reached for it: {first_line(error)}'
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f'{where} is no path here, and the hub does not give it: {first_line(error)}') from error
+    raise UserError(f'{hub_id} on the hub holds neither safetensors nor pytorch_model.bin')
+
+
+def read_folder(folder: Path) -> Tensors:
+    """The tensors of a folder, from one file or from several with an index.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    path = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), None)
+    if path is None:
+        raise UserError(f'{folder} holds no weights: none of {", ".join(WEIGHTS_FILES)}')
+    if path.suffix != '.json':
+        return read_tensors(path)
+    places = read_json(path).get('weight_map')
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f'{path} has no weight_map from tensors to files')
+    files = sorted(set(places.values()))
+    outside = [name for name in files if Path(name).name != name or not name.endswith('.safetensors')]
+    if outside:
+        raise UserError(f'{path} names files that are no safetensors of its folder: {outside[:3]}')
+    tensors = {}
+    for name in files:
+        tensors |= read_tensors(folder / name)
+    if tensors.keys() != places.keys():
+        raise UserError(f'{path} and its files differ in {sorted(tensors.keys() ^ places.keys())[:3]}')
+    return tensors
+
+
+def read_tensors(path: Path, entry: str | None = None) -> Tensors:
+    """The floating-point tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file.
+
+    Args:
+        path: of the file.
+        entry: of a PyTorch file that holds several state dicts, as 'model' and 'model_ema'; None for 'model', or the
+            file itself where it is a bare state dict.
+
+    Raises:
+        UserError: it cannot be read, is cut short, or would have to run code.
+    """
+    if not path.is_file():
+        raise UserError(f'there is no file {path}')
+    if path.suffix == '.safetensors':
+        if entry:
+            raise UserError(f"{path} holds one set of weights: there is no '{entry}' to choose")
+        return _read_safetensors(path)
+    if path.suffix in ('.pth', '.pt', '.bin'):
+        return _read_torch(path, entry)
+    raise UserError(f'{path} is no .safetensors, .pth, .pt or .bin file')
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f'there is no file {path}') from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} is damaged: {first_line(error)}') from error
+    if not isinstance(value, dict):
+        raise UserError(f'{path} holds no JSON object')
+    return value
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    try:
+        with safe_open(path, framework='np') as file:
+            return _checked({name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise UserError(f'{path} is no whole safetensors file: {first_line(error)}') from error
+
+
+def _read_torch(path: Path, entry: str | None) -> Tensors:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f'{path} is a PyTorch file: pip install torch to read it') from error
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises what its zip and pickle readers raise
+        raise UserError(f'{path} cannot be read as weights alone: {first_line(error)}') from error
+    inside = [name for name, value in content.items() if isinstance(value, Mapping)] if _is_mapping(content) else []
+    if entry is None and 'model' in inside:
+        entry = 'model'
+    if entry is not None:
+        if entry not in inside:
+            raise UserError(f"{path} holds no '{entry}', only {inside or 'one set of weights'}")
+        content = content[entry]
+    if not _is_mapping(content) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f'{path} holds no state dict' + (f', but {inside}: choose one' if inside else ''))
+    return _checked({name: _to_numpy(tensor) for name, tensor in content.items()}, path)
+
+
+def _is_mapping(content: object) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+
+
+def _to_numpy(tensor) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).numpy()
+
+
+def _checked(tensors: Tensors, path: Path) -> Tensors:
+    others = [f'{name} is {x.dtype}' for name, x in tensors.items() if x.dtype.name not in FLOATS]
+    if others:
+        raise UserError(f'{path} holds tensors that are no weights: {"; ".join(others[:3])}')
+    return tensors

@@ -1,0 +1,225 @@
+"""Photographs → what a model takes: the Hugging Face ConvNeXt processor, over the data pipeline's own resize."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from convnext_jax.data.decode import eval_resize
+from convnext_jax.errors import UserError, first_line
+from convnext_jax.interop.files import locate, read_json
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)  # mean and std of a preprocessor_config.json that gives none
+TIMM_RESAMPLING = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+
+Picture = Image.Image | np.ndarray | str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """Resizes, crops, rescales and normalises.
+
+    Attributes:
+        size: side of the result in pixels.
+        crop_pct: below 384, the share of the shorter side that the crop keeps.
+        resample: Pillow's filter, by its number: 2 is bilinear, 3 bicubic.
+        squash: resize straight to the square, without a crop; None: from 384 pixels on.
+        rescale_factor: what a grey level from 0 to 255 is multiplied by.
+        mean, std: of each channel after rescaling; one value for grey, three for RGB.
+    """
+
+    size: int = 224
+    crop_pct: float = 224 / 256
+    resample: int = int(Image.Resampling.BICUBIC)
+    squash: bool | None = None
+    rescale_factor: float = 1 / 255
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self):
+        numbers = (self.size, self.crop_pct, self.rescale_factor, *self.mean, *self.std)
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+            raise UserError(f'an image processor takes numbers, not {numbers}')
+        if not (isinstance(self.size, int) and 1 <= self.size <= 8192):
+            raise UserError(f'the size of an image processor must be in [1, 8192] pixels, not {self.size}')
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f'crop_pct must be in (0, 1], not {self.crop_pct}')
+        if self.resample not in list(Image.Resampling):
+            raise UserError(f"resample must be one of Pillow's filters, 0 to 5, not {self.resample}")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not all(std > 0 for std in self.std):
+            raise UserError(f'mean and std need one value or three, std above 0: {self.mean}, {self.std}')
+
+    @classmethod
+    def from_pretrained(cls, where: str, *, revision: str | None = None) -> 'ImageProcessor':
+        """From the `preprocessor_config.json` of a Hugging Face folder or hub id, or the `config.json` of timm.
+
+        Raises:
+            UserError: there is neither, or it asks for what a ConvNeXt processor does not do.
+        """
+        folder = locate(str(where), revision)
+        if (folder / 'preprocessor_config.json').is_file():
+            return cls.from_huggingface(read_json(folder / 'preprocessor_config.json'))
+        if (folder / 'config.json').is_file():
+            config = read_json(folder / 'config.json')
+            if 'pretrained_cfg' in config:
+                return cls.from_timm(config['pretrained_cfg'])
+        raise UserError(f'{where} holds no preprocessor_config.json, nor a config.json of timm')
+
+    @classmethod
+    def from_huggingface(cls, config: dict) -> 'ImageProcessor':
+        """From the content of a `preprocessor_config.json`; what it does not give has that class's defaults.
+
+        Raises:
+            UserError: it is of another kind of processor.
+        """
+        if not config.get('do_resize', True) or config.get('do_center_crop'):
+            raise UserError(
+                'preprocessor_config.json: a ConvNeXt processor with do_resize=false or do_center_crop=true'
+            )
+        size = config.get('size', 384)
+        size = size.get('shortest_edge') if isinstance(size, dict) else size
+        if not isinstance(size, int):
+            raise UserError(f'preprocessor_config.json: size must have a shortest_edge, not {config["size"]}')
+        mean, std = config.get('image_mean') or HALF, config.get('image_std') or HALF
+        return cls(
+            size=size,
+            crop_pct=config.get('crop_pct') or 224 / 256,
+            resample=config.get('resample', Image.Resampling.BICUBIC),
+            rescale_factor=config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1,
+            mean=_tuple(mean) if config.get('do_normalize', True) else (0.0,) * len(_tuple(mean)),
+            std=_tuple(std) if config.get('do_normalize', True) else (1.0,) * len(_tuple(std)),
+        )
+
+    @classmethod
+    def from_timm(cls, config: dict) -> 'ImageProcessor':
+        """From timm's `pretrained_cfg`: the training size, not the larger `test_input_size`.
+
+        Where the margin around the crop is odd, timm's crop is one pixel further right and down than ours.
+
+        Raises:
+            UserError: a resampling or crop that ConvNeXt's do not use.
+        """
+        input_size = config.get('input_size') if isinstance(config, dict) else None
+        if not (isinstance(input_size, list) and len(input_size) == 3):
+            raise UserError(f'config.json of timm: input_size must be [channels, height, width], not {input_size}')
+        interpolation, mode = config.get('interpolation', 'bicubic'), config.get('crop_mode', 'center')
+        if interpolation not in TIMM_RESAMPLING or mode not in ('center', 'squash'):
+            raise UserError(
+                f"config.json of timm: interpolation '{interpolation}' with crop_mode '{mode}' is not known"
+            )
+        return cls(
+            size=input_size[1],
+            crop_pct=config.get('crop_pct', 224 / 256),
+            resample=int(TIMM_RESAMPLING[interpolation]),
+            squash=mode == 'squash',
+            mean=_tuple(config.get('mean', IMAGENET_MEAN)),
+            std=_tuple(config.get('std', IMAGENET_STD)),
+        )
+
+    def to_huggingface(self) -> dict:
+        """The content of a `preprocessor_config.json`.
+
+        Raises:
+            UserError: it resizes as timm does, and Hugging Face's does not.
+        """
+        if self.squashes != (self.size >= 384):
+            raise UserError(
+                f"at {self.size} pixels Hugging Face's processor {'crops' if self.squashes else 'does not crop'}: "
+                'give one with squash=None'
+            )
+        return {
+            'image_processor_type': 'ConvNextImageProcessor',
+            'do_resize': True,
+            'size': {'shortest_edge': self.size},
+            'crop_pct': self.crop_pct,
+            'resample': int(self.resample),
+            'do_rescale': True,
+            'rescale_factor': self.rescale_factor,
+            'do_normalize': True,
+            'image_mean': list(self.mean),
+            'image_std': list(self.std),
+        }
+
+    def to_timm(self) -> dict:
+        """The part of timm's `pretrained_cfg` about images."""
+        names = {int(number): name for name, number in TIMM_RESAMPLING.items()}
+        if int(self.resample) not in names:
+            raise UserError(f'timm knows {list(TIMM_RESAMPLING)}, not resample={self.resample}')
+        return {
+            'input_size': [len(self.mean), self.size, self.size],
+            'interpolation': names[int(self.resample)],
+            'crop_pct': 1.0 if self.squashes else self.crop_pct,
+            'crop_mode': 'squash' if self.squashes else 'center',
+            'mean': list(self.mean),
+            'std': list(self.std),
+        }
+
+    @property
+    def squashes(self) -> bool:
+        """Whether the image goes straight to the square."""
+        return self.size >= 384 if self.squash is None else self.squash
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `preprocessor_config.json`."""
+        text = json.dumps(self.to_huggingface(), indent=2) + '\n'
+        (Path(folder) / 'preprocessor_config.json').write_text(text)
+
+    def __call__(self, images: Picture | Sequence[Picture]) -> np.ndarray:
+        """One image or many → (N, size, size, C) float32.
+
+        Args:
+            images: Pillow images of any mode; arrays (H, W) or (H, W, C), uint8 from 0 to 255 or float from 0 to 1;
+                or paths. A file is turned upright as its EXIF orientation says, a Pillow image is taken as it is.
+
+        Raises:
+            UserError: an image that cannot be read, or an array of another shape, type or range.
+        """
+        if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
+        if len(images) == 0:
+            raise UserError('there are no images to process')
+        return np.stack([self.normalize(self.resize(_open(image, f'image {i}'))) for i, image in enumerate(images)])
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """(size, size, C) uint8: resized and cropped."""
+        image = image.convert('L' if len(self.mean) == 1 else 'RGB')
+        return eval_resize(image, self.size, self.crop_pct, squash=self.squash, resample=self.resample)
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 → float32, in the reference's order of roundings."""
+        rescaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+def _open(image: Picture, name: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    try:
+        with Image.open(image) as file:
+            return ImageOps.exif_transpose(file).convert('RGB')
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f'{image} cannot be read as an image: {first_line(error)}') from error
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
+        raise UserError(f'{name} has shape {array.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)')
+    if array.dtype.kind == 'f':
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise UserError(f'{name} is {array.dtype} outside 0 to 1: give uint8 for grey levels')
+        array = (array * 255).astype(np.uint8)  # cuts off as the reference does
+    if array.dtype != np.uint8:
+        raise UserError(f'{name} is {array.dtype}, not uint8 or float')
+    return Image.fromarray(array)
+
+
+def _tuple(values: object) -> tuple:
+    return tuple(values) if isinstance(values, list | tuple) else (values,)

@@ -1,0 +1,359 @@
+"""Weights come in from each library and go out to it without a bit of difference, or not at all."""
+
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from convnext_jax import load_pretrained, save_pretrained
+from convnext_jax.errors import UserError
+from convnext_jax.interop import ImageProcessor, read_pretrained
+from convnext_jax.interop.layouts import to_layout
+from convnext_jax.models import ConvNeXt, create_model, get_parameters, get_variant, list_models, with_parameters
+
+torch = pytest.importorskip('torch', reason='torch is a development requirement')
+
+NAMES = ('cat', 'dog', 'emu')
+BOUND = 2e-5  # of the reference's standard deviation, float32
+
+
+def random_model(name: str = 'convnextv2_atto', **arguments) -> ConvNeXt:
+    model = create_model(name, key=jax.random.key(0), num_classes=3, **arguments)
+    rng = np.random.default_rng(1)
+    values = {
+        name: rng.normal(name.endswith('norm.scale'), 0.3, x.shape).astype(np.float32) * (0.1 if x.ndim > 2 else 1)
+        for name, x in get_parameters(model).items()
+    }
+    return with_parameters(model, jax.tree.map(jax.numpy.asarray, values))
+
+
+def assert_equal(a: ConvNeXt, b: ConvNeXt, but: tuple[str, ...] = ()) -> None:
+    ours, theirs = get_parameters(a), get_parameters(b)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if name not in but:
+            np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def state_dict(model: ConvNeXt, layout: str = 'original') -> dict:
+    tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
+    return {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
+
+
+def logits_differ(model: ConvNeXt, reference) -> float:
+    x = np.random.default_rng(2).normal(size=(2, 64, 96, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = reference(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+    theirs = getattr(theirs, 'logits', theirs).numpy()
+    return float(np.abs(jax.jit(lambda model, x: model(x))(model, x) - theirs).max() / theirs.std())
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
+@pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto', 'convnext_tiny'])
+def test_round_trip_is_bit_exact(tmp_path, name, layout):
+    model = random_model(name)
+    save_pretrained(model, tmp_path / 'out', layout=layout, class_names=NAMES)
+    loaded = read_pretrained(tmp_path / 'out')
+    assert_equal(loaded.model, model)
+    assert (loaded.layout, loaded.notes, loaded.fresh) == (layout, [], ())
+    if layout != 'original':
+        assert loaded.class_names == NAMES
+
+
+def test_isotropic_round_trip(tmp_path):
+    model = random_model('convnext_isotropic_small')
+    save_pretrained(model, tmp_path / 'out', layout='original')
+    assert_equal(load_pretrained(tmp_path / 'out' / 'model.pth'), model)
+    with pytest.raises(UserError, match='timm library has no isotropic'):
+        save_pretrained(model, tmp_path / 'other', layout='timm')
+
+
+@pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_atto'])
+def test_transformers_loads_what_we_save_and_we_load_what_it_saves(tmp_path, name):
+    transformers = pytest.importorskip('transformers')
+    model = random_model(name, layer_norm_eps=1e-12)
+    processor = ImageProcessor(size=288, crop_pct=0.9, resample=2, mean=(0.5,) * 3, std=(0.25,) * 3)
+    save_pretrained(model, tmp_path / 'ours', class_names=NAMES, processor=processor)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'ours').eval()
+    assert logits_differ(model, theirs) < BOUND
+    assert theirs.config.id2label == dict(enumerate(NAMES))
+    assert theirs.config.layer_norm_eps == 1e-12
+    assert theirs.config.image_size == 288
+    prepared = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'ours')
+    assert (prepared.size['shortest_edge'], prepared.crop_pct, prepared.resample) == (288, 0.9, 2)
+
+    theirs.save_pretrained(tmp_path / 'sharded', max_shard_size='5MB')
+    prepared.save_pretrained(tmp_path / 'sharded')
+    assert len(list((tmp_path / 'sharded').glob('*.safetensors'))) > 1
+    loaded = read_pretrained(tmp_path / 'sharded')
+    assert_equal(loaded.model, model)
+    assert loaded.model.norm.epsilon == 1e-12
+    assert loaded.class_names == NAMES
+    assert loaded.processor == processor
+
+
+def test_a_hugging_face_model_without_a_head_takes_a_fresh_one(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ConvNextV2Config(depths=[2, 2, 6, 2], hidden_sizes=[40, 80, 160, 320])
+    transformers.ConvNextV2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match='has no head: give num_classes='):
+        load_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match='the head is fresh: the file has none'):
+        model = load_pretrained(tmp_path, num_classes=3, key=jax.random.key(0))
+    assert model.head.bias.shape == (3,)
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'convnext_tiny', 'convnextv2_atto'])
+def test_timm_loads_what_we_save_as_a_folder_and_as_a_file(tmp_path, name):
+    timm = pytest.importorskip('timm')
+    model = random_model(name)
+    save_pretrained(model, tmp_path / 'out', layout='timm', class_names=NAMES)
+    folder = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    file = timm.create_model(name, num_classes=3, checkpoint_path=str(tmp_path / 'out' / 'model.safetensors')).eval()
+    assert logits_differ(model, folder) < BOUND
+    assert logits_differ(model, file) < BOUND
+    assert folder.pretrained_cfg['label_names'] == list(NAMES)
+    assert folder.pretrained_cfg['crop_pct'] == 0.875
+    assert_equal(load_pretrained(tmp_path / 'out' / 'model.safetensors', name=f'{name}.fb_in1k'), model)
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
+def test_every_model_is_told_by_its_names_and_shapes(layout):
+    """Of none is the memory taken: a zero of no strides stands for each tensor."""
+    from convnext_jax.interop import pretrained
+
+    for name in list_models():
+        if 'isotropic' in name and layout != 'original':
+            continue
+        model = jax.eval_shape(lambda name=name: create_model(name, key=jax.random.key(0), num_classes=3))
+        zeros = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in get_parameters(model).items()}
+        tensors = {theirs: x.shape for theirs, x in _shapes(zeros, model.variant, layout).items()}
+        empty = {theirs: np.broadcast_to(np.float32(0), shape) for theirs, shape in tensors.items()}
+        assert pretrained._layout(empty, 'here') == layout
+        assert pretrained._variant(empty, {}, None, layout, 'here') == get_variant(name)
+
+
+def _shapes(parameters, variant, layout):
+    from convnext_jax.interop.layouts import _outward, entries
+
+    shapes = {name: x.shape for name, x in parameters.items()}
+    return {
+        theirs: _outward(parameters[ours] if block is None else parameters[ours][block], ours, variant, layout)
+        for theirs, ours, block in entries(shapes, variant, layout)
+    }
+
+
+def test_another_patch_size_and_grey_images_survive(tmp_path):
+    """The demo's model."""
+    transformers = pytest.importorskip('transformers')
+    model = random_model('convnextv2_atto', patch_size=2, in_channels=1)
+    grey = ImageProcessor(size=32, crop_pct=1.0, mean=(0.3,), std=(0.4,))
+    x = np.random.default_rng(2).normal(size=(2, 32, 48, 1)).astype(np.float32)
+    ours = jax.jit(lambda model, x: model(x))(model, x)
+    for layout in ('huggingface', 'original'):
+        save_pretrained(model, tmp_path / layout, layout=layout, processor=grey)
+        loaded = read_pretrained(tmp_path / layout)
+        assert_equal(loaded.model, model)
+        assert loaded.model.variant.patch_size == 2
+        assert layout == 'original' or loaded.processor == grey
+    judge = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'huggingface').eval()
+    theirs = judge(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).logits.detach().numpy()
+    assert np.abs(ours - theirs).max() / theirs.std() < BOUND
+    with pytest.raises(UserError, match='timm gives a ConvNeXt of patch_size=2 one more downsampling'):
+        save_pretrained(model, tmp_path / 'timm', layout='timm', processor=grey)
+
+
+def test_original_files_hold_raw_and_average_weights(tmp_path):
+    raw, average = random_model(), create_model('convnextv2_atto', key=jax.random.key(5), num_classes=3)
+    torch.save({'model': state_dict(raw), 'model_ema': state_dict(average), 'epoch': 7}, tmp_path / 'both.pth')
+    assert_equal(load_pretrained(tmp_path / 'both.pth'), raw)
+    assert_equal(load_pretrained(tmp_path / 'both.pth', entry='model_ema'), average)
+    torch.save(state_dict(raw), tmp_path / 'bare.bin')
+    assert_equal(load_pretrained(tmp_path / 'bare.bin'), raw)
+    with pytest.raises(UserError, match="holds no 'model_ema', only one set of weights"):
+        load_pretrained(tmp_path / 'bare.bin', entry='model_ema')
+
+
+def test_an_fcmae_encoder_becomes_dense(tmp_path):
+    """Sparse kernels count their places column by column, as the original's remap_checkpoint_keys undoes it."""
+    model = random_model()
+    sparse = {}
+    for name, x in state_dict(model).items():
+        if name.startswith(('norm.', 'head.')):
+            continue
+        module, parameter = name.rsplit('.', 1)
+        name = f'encoder.{name}'
+        if module.endswith('dwconv') and parameter == 'weight':
+            sparse[f'encoder.{module}.kernel'] = x[:, 0].permute(2, 1, 0).reshape(49, -1)
+        elif module.startswith('downsample_layers.') and module[18] != '0' and x.ndim == 4:
+            sparse[f'encoder.{module}.kernel'] = x.permute(3, 2, 1, 0).reshape(4, x.shape[1], x.shape[0])
+        elif 'pwconv' in module:
+            sparse[f'encoder.{module}.linear.{parameter}'] = x
+        elif module.startswith('stages') and module.endswith('norm'):
+            sparse[f'encoder.{module}.ln.{parameter}'] = x
+        elif 'grn' in module:
+            sparse[name] = x.reshape(1, -1)
+        else:
+            sparse[name] = x
+    torch.save({'model': sparse | {'mask_token': torch.zeros(1, 2, 1, 1)}}, tmp_path / 'fcmae.pt')
+    loaded = read_pretrained(tmp_path / 'fcmae.pt', num_classes=9, key=jax.random.key(0))
+    assert loaded.fresh == ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
+    assert loaded.notes == ['the last norm and the head are fresh: the file has none']
+    assert_equal(loaded.model, model, but=loaded.fresh)
+
+
+def test_another_number_of_classes_has_a_fresh_head_and_says_so(tmp_path):
+    model = random_model()
+    save_pretrained(model, tmp_path / 'out', layout='timm')
+    with pytest.raises(UserError, match='give key='):
+        load_pretrained(tmp_path / 'out', num_classes=7)
+    with pytest.warns(UserWarning, match='the head is fresh: 7 classes here, 3 in the file'):
+        loaded = load_pretrained(tmp_path / 'out', num_classes=7, key=jax.random.key(3))
+    assert_equal(loaded, model, but=('head.kernel', 'head.bias'))
+    assert float(loaded.head.kernel[...].std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_half_precision_files_load_exactly(tmp_path):
+    from safetensors.torch import save_file
+
+    for dtype in (torch.bfloat16, torch.float16):
+        halves = {name: x.to(dtype) for name, x in state_dict(random_model(), 'timm').items()}
+        save_file(halves, tmp_path / 'model.safetensors')
+        loaded = load_pretrained(tmp_path / 'model.safetensors')
+        ours = to_layout(jax.device_get(get_parameters(loaded)), loaded.variant, 'timm')
+        for name, x in halves.items():
+            np.testing.assert_array_equal(ours[name], x.float().numpy())
+
+
+@pytest.mark.parametrize('change', ['missing', 'left over', 'misshapen'])
+def test_tensors_that_do_not_fit_are_listed(tmp_path, change):
+    tensors = state_dict(random_model())
+    if change == 'missing':
+        del tensors['stages.2.3.grn.beta'], tensors['norm.bias']
+        match = 'norm.bias is missing; stages.2.3.grn.beta is missing'
+    elif change == 'left over':
+        tensors['stages.1.0.gamma'] = torch.ones(80)
+        match = 'stages.1.0.gamma is left over'
+    else:
+        tensors['stages.0.0.pwconv1.bias'] = torch.ones(161)
+        match = r'stages.0.0.pwconv1.bias is \(161,\), not \(160,\)'
+    torch.save({'model': tensors}, tmp_path / 'model.pth')
+    with pytest.raises(UserError, match=match):
+        load_pretrained(tmp_path / 'model.pth')
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path('hostile-code-ran'),))
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'model': state_dict(random_model()), 'args': Hostile()}, tmp_path / 'model.pth')
+    with pytest.raises(UserError, match='cannot be read as weights alone'):
+        load_pretrained(tmp_path / 'model.pth')
+    assert not (tmp_path / 'hostile-code-ran').exists()
+
+
+def header(**tensors) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, 'little') + text
+
+
+STEM = {'dtype': 'F32', 'shape': [96, 3, 4, 4], 'data_offsets': [0, 18432]}
+HOSTILE = {
+    'empty': b'',
+    'a header longer than the file': (10**12).to_bytes(8, 'little') + b'{}',
+    'a claim of 10 GB': header(**{'stem.0.weight': STEM | {'shape': [2_500_000_000], 'data_offsets': [0, 10**10]}}),
+    'a shape that is not its bytes': header(**{'stem.0.weight': STEM | {'shape': [96, 3, 4, 40]}}) + bytes(18432),
+    'cut short': header(**{'stem.0.weight': STEM}) + bytes(100),
+    'no JSON': (4).to_bytes(8, 'little') + b'\xff\xfe\x00\x01',
+}
+
+
+@pytest.mark.parametrize('content', HOSTILE.values(), ids=HOSTILE.keys())
+def test_broken_and_hostile_safetensors_are_one_line(tmp_path, content):
+    (tmp_path / 'model.safetensors').write_bytes(content)
+    with pytest.raises(UserError, match='is no whole safetensors file'):
+        load_pretrained(tmp_path / 'model.safetensors')
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'match'),
+    [
+        (
+            'model.safetensors.index.json',
+            '{"weight_map": {"a": "../secret.safetensors"}}',
+            'no safetensors of its folder',
+        ),
+        ('model.safetensors.index.json', '{"weight_map": {"a": "/etc/passwd"}}', 'no safetensors of its folder'),
+        ('model.safetensors.index.json', '{"weight_map": 3}', 'has no weight_map'),
+        ('model.safetensors.index.json', '{"weight_map": {"a": "gone.safetensors"}}', 'there is no file'),
+        ('model.safetensors.index.json', '{', 'is damaged'),
+        ('pytorch_model.bin', 'PK', 'cannot be read as weights alone'),
+        ('notes.txt', '', 'holds no weights: none of model.safetensors'),
+    ],
+)
+def test_broken_folders_are_one_line(tmp_path, name, content, match):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=match):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'match'),
+    [
+        ('model_type', 'resnet', "model_type is 'resnet'"),
+        ('hidden_act', 'relu', "hidden_act is 'relu'"),
+        ('depths', [2, 2, 10**9, 2], 'do not fit'),
+        ('hidden_sizes', [40, 80, 160, 60_000], 'is .* not'),
+        ('hidden_sizes', 'wide', 'do not fit'),
+        ('layer_norm_eps', 'small', 'layer_norm_eps is small'),
+    ],
+)
+def test_a_config_that_lies_is_one_line_and_takes_no_memory(tmp_path, field, value, match):
+    save_pretrained(random_model(), tmp_path / 'out')
+    path = tmp_path / 'out' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=match):
+        load_pretrained(tmp_path / 'out')
+
+
+def test_where_there_is_nothing_the_line_says_so(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='is no file or folder, and no hub id'):
+        load_pretrained(tmp_path / 'nowhere' / 'at' / 'all')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(UserError, match='the hub cannot be reached for it'):
+        load_pretrained('facebook/convnext-tiny-224')
+
+
+def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
+    """Machines without a network work from what was downloaded before."""
+    model = random_model()
+    save_pretrained(model, tmp_path / 'out')
+    repository = tmp_path / 'cache' / 'models--someone--convnext'
+    snapshot = repository / 'snapshots' / ('0' * 40)
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / 'out').rename(snapshot)
+    (repository / 'refs').mkdir()
+    (repository / 'refs' / 'main').write_text('0' * 40)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert_equal(load_pretrained('someone/convnext'), model)
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
+    (tmp_path / 'precious').write_text('')
+    with pytest.raises(UserError, match='is not empty'):
+        save_pretrained(random_model(), tmp_path)
+
+
+def test_timm_has_no_place_for_another_epsilon(tmp_path):
+    with pytest.warns(UserWarning, match="no place for the last norm's epsilon"):
+        save_pretrained(random_model(layer_norm_eps=1e-12), tmp_path / 'out', layout='timm')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        save_pretrained(random_model(), tmp_path / 'silent', layout='timm')
