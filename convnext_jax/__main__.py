@@ -1,17 +1,23 @@
 """python -m convnext_jax COMMAND
 
 models                                       the table of architectures
+predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
 """
 
+import json
+import sys
+
 import jax
 from absl import flags
+from tqdm import tqdm
 
-from convnext_jax.command_line import parse, run
+from convnext_jax.command_line import parse, required, run
 from convnext_jax.errors import UserError
 from convnext_jax.interop import save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
+from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.training.weights import read_weights
 
 
@@ -43,7 +49,40 @@ def convert(arguments: list[str]) -> None:
     print(f'{target} holds the {pretrained.layout} weights of {source} in the {values.layout} layout')
 
 
-COMMANDS = {'models': models, 'convert': convert}
+def predict_photos(arguments: list[str]) -> None:
+    """Prints what a model sees in photographs; a file that cannot be read is reported, and the exit status is 2."""
+    values = flags.FlagValues()
+    flags.DEFINE_string('weights', None, 'Workdir of a run, or of another library.', flag_values=values)
+    flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
+    flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
+    flags.DEFINE_integer('top', 5, 'How many classes of each photograph.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('batch', 16, 'Photographs at once.', lower_bound=1, flag_values=values)
+    flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
+    photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
+    pretrained = read_weights(required(values, 'weights'), values.params, values.name)
+    unread = 0
+    with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
+        for prediction in predict(pretrained, photos, top=values.top, batch_size=values.batch):
+            bar.update()
+            if prediction.error:
+                unread += 1
+                tqdm.write(f'skipped: {prediction.error}', file=sys.stderr)
+            else:
+                tqdm.write(_as_json(prediction) if values.json else _as_table(prediction), file=sys.stdout)
+    if unread:
+        raise UserError(f'{unread} of {len(photos)} files could not be read')
+
+
+def _as_json(prediction: Prediction) -> str:
+    best = [{'label': label, 'name': name, 'probability': round(p, 6)} for label, name, p in prediction.best]
+    return json.dumps({'file': str(prediction.path), 'best': best})
+
+
+def _as_table(prediction: Prediction) -> str:
+    return '\n'.join([f'{prediction.path}', *(f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best)])
+
+
+COMMANDS = {'models': models, 'predict': predict_photos, 'convert': convert}
 
 
 def main(arguments: list[str]) -> None:

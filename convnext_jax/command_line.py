@@ -42,7 +42,13 @@ def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 def parse(
     values: flags.FlagValues, arguments: Sequence[str], usage: str, positional: tuple[str, ...] = ()
 ) -> list[str]:
-    """Parses the arguments, config overrides among them, and returns those that are no flags, one for each name.
+    """Parses the arguments, config overrides among them, and returns those that are no flags.
+
+    Args:
+        values: the flags.
+        arguments: of the process, its name first.
+        usage: what --help shows.
+        positional: a name for each argument that is no flag; '...' for any number more of the last.
 
     Raises:
         UserError: an unknown flag, config field or file, or a value of the wrong type.
@@ -60,9 +66,11 @@ def parse(
     if values.help:
         print(f'{usage}\n{values.get_help()}')
         sys.exit(0)
+    more = '...' in positional
+    positional = tuple(name for name in positional if name != '...')
     if len(left_over) < len(positional):
         raise UserError(f'{positional[len(left_over)]} is missing; --help says more')
-    if len(left_over) > len(positional):
+    if len(left_over) > len(positional) and not more:
         raise UserError(f'not understood: {" ".join(left_over[len(positional) :])}')
     return left_over
 

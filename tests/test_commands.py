@@ -3,7 +3,9 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import eval as eval_command
 import train as train_command
@@ -122,10 +124,57 @@ def test_convert_refuses_what_it_cannot_do(finished_run, arguments, line):
         package_command.main(['convnext_jax', *(argument.format(run=finished_run) for argument in arguments)])
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """Two that can be read, in a folder with one that cannot and one that is no image."""
+    folder = tmp_path / 'photos'
+    (folder / 'deep').mkdir(parents=True)
+    for number, name in enumerate(('b.jpg', 'deep/a.PNG')):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / 'broken.jpg').write_bytes((folder / 'b.jpg').read_bytes()[:300])
+    (folder / 'notes.txt').write_text('')
+    return folder
+
+
+def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, finished_run, photos):
+    arguments = ('-m', 'convnext_jax', 'predict', photos, f'--weights={finished_run}', '--top=3', '--batch=2')
+    done = commands.run(*arguments, '--json', status=2)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line['file'] for line in lines] == [str(photos / 'b.jpg'), str(photos / 'deep' / 'a.PNG')]
+    for line in lines:
+        probabilities = [best['probability'] for best in line['best']]
+        assert len(probabilities) == 3
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert {best['name'] for best in line['best']} < {'T-shirt/top', *FASHION}
+    assert 'skipped: ' in done.stderr
+    assert done.stderr.splitlines()[-1] == 'error: 1 of 3 files could not be read'
+    table = commands.run(*arguments[:3], photos / 'b.jpg', photos / 'deep' / '*.PNG', *arguments[4:]).stdout
+    assert [line for line in table.splitlines() if not line.startswith(' ')] == [line['file'] for line in lines]
+    assert f'{100 * lines[0]["best"][0]["probability"]:.2f} %  {lines[0]["best"][0]["name"]}' in table
+
+
+FASHION = ['Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'line'),
+    [
+        (('predict',), 'PHOTO is missing'),
+        (('predict', 'README.md'), '--weights is missing'),
+        (('predict', 'nowhere/*.jpg', '--weights={run}'), 'nowhere/*.jpg is no file, no folder with images'),
+        (('predict', 'README.md', '--weights={run}', '--top=0'), 'flag --top=0'),
+    ],
+)
+def test_predict_refuses_what_it_cannot_do(finished_run, arguments, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        package_command.main(['convnext_jax', *(argument.format(run=finished_run) for argument in arguments)])
+
+
 def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
     with pytest.raises(UserError, match='one or the other'):
         eval_command.main(['eval.py', f'--workdir={finished_run}', '--weights=x'])
 
 
 def test_an_unknown_command_lists_those_there_are(commands):
-    assert '{models | convert}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
+    assert '{models | predict | convert}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr

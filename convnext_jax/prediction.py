@@ -1,0 +1,83 @@
+"""Class probabilities of photographs, in batches."""
+
+import dataclasses
+import glob
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnext_jax.data.sources import IMAGE_SUFFIXES
+from convnext_jax.errors import UserError
+from convnext_jax.interop import ImageProcessor, Pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model sees in one file.
+
+    Attributes:
+        path: of the file.
+        best: (label, class name, probability) of the most probable classes, the best first; empty after an error.
+        error: why the file could not be read, or ''.
+    """
+
+    path: Path
+    best: tuple[tuple[int, str, float], ...] = ()
+    error: str = ''
+
+
+def find_photos(places: Iterable[str]) -> list[Path]:
+    """The files that paths, folders (all images below them) and patterns like 'photos/*.jpg' name, in that order.
+
+    Raises:
+        UserError: one of them names none.
+    """
+    photos = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            found = sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            found = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(place, recursive=True))]
+        if not found:
+            raise UserError(f'{place} is no file, no folder with images and no pattern that fits any')
+        photos += found
+    return photos
+
+
+def predict(
+    pretrained: Pretrained, photos: Iterable[Path], *, top: int = 5, batch_size: int = 16
+) -> Iterator[Prediction]:
+    """One prediction for each photograph, in their order; a file that cannot be read gives one with its error.
+
+    Args:
+        pretrained: model, preprocessing and class names; without them, ImageNet's preprocessing at 224 pixels and
+            'class 7' for a name.
+        photos: read batch by batch.
+        top: how many classes for each.
+        batch_size: photographs at once.
+    """
+    processor = pretrained.processor or ImageProcessor()
+    classes = pretrained.model.head.bias.shape[0]
+    names = pretrained.class_names or [f'class {label}' for label in range(classes)]
+    probabilities = jax.jit(lambda model, images: jax.nn.softmax(model(images)))
+    photos = iter(photos)
+    while batch := tuple(itertools.islice(photos, batch_size)):
+        images = np.zeros((batch_size, processor.size, processor.size, len(processor.mean)), np.float32)
+        errors = {}
+        for row, path in enumerate(batch):
+            try:
+                images[row] = processor(path)[0]
+            except UserError as error:
+                errors[row] = str(error)
+        rows = np.asarray(probabilities(pretrained.model, jnp.asarray(images)))
+        for row, path in enumerate(batch):
+            if row in errors:
+                yield Prediction(path, error=errors[row])
+            else:
+                best = np.argsort(-rows[row], kind='stable')[:top]
+                yield Prediction(path, tuple((int(label), names[label], float(rows[row, label])) for label in best))
