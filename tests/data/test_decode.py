@@ -77,7 +77,7 @@ def test_enormous_image_names_itself(monkeypatch):
 
 
 def eval_resize_by_pillow(image, size, crop_pct):
-    """torchvision's Resize(int(size / crop_pct)) and CenterCrop(size), or a plain resize from 384 on."""
+    """Hugging Face's processor: torchvision's, but for an odd margin, of which the smaller half is on the left and top."""
     if size >= 384:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     (width, height), shorter = image.size, int(size / crop_pct)
@@ -85,7 +85,7 @@ def eval_resize_by_pillow(image, size, crop_pct):
         width, height = shorter, int(shorter * height / width)
     else:
         width, height = int(shorter * width / height), shorter
-    left, top = int(round((width - size) / 2)), int(round((height - size) / 2))  # noqa: RUF046
+    left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -109,7 +109,7 @@ def eval_resize_by_pillow(image, size, crop_pct):
         ((196, 343), 224, 0.875),
     ],
 )
-def test_eval_resize_is_the_published_one(sides, size, crop_pct):
+def test_eval_resize_is_the_references(sides, size, crop_pct):
     """A pixel or a filter beside it costs tenths of a percent of the published accuracies."""
     image = noise(*sides)
     pixels = eval_resize(image, size, crop_pct)
