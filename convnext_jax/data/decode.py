@@ -7,6 +7,8 @@ from PIL import Image
 
 from convnext_jax.errors import UserError
 
+MOST_PIXELS = 10**8  # of a resized image, as Pillow's own bound on what it opens
+
 
 def decode(image: bytes, channels: int, name: str) -> Image.Image:
     """A Pillow image with 1 (grey) or 3 (RGB) channels.
@@ -51,6 +53,8 @@ def eval_resize(
         return _pixels(image.resize((size, size), resample))
     shorter = int(size / crop_pct)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
+    if width * height > MOST_PIXELS:
+        raise UserError(f'an image of {image.width}×{image.height} is too thin: resized it would be {width}×{height}')
     resized = image.resize((width, height), resample)
     left, top = (width - size) // 2, (height - size) // 2
     return _pixels(resized.crop((left, top, left + size, top + size)))

@@ -31,9 +31,12 @@ def locate(where: str, revision: str | None = None) -> Path:
     Raises:
         UserError: there is neither such a path nor such a repository, or the hub cannot be reached.
     """
-    path = Path(where).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(where).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'{where[:80]} is no path: {first_line(error)}') from error
     hub_id = re.sub('^hf[_-]hub:', '', where)
     if not HUB_ID.fullmatch(hub_id):
         raise UserError(f'{where} is no file or folder, and no hub id (owner/name)')
@@ -122,9 +125,15 @@ def read_json(path: Path) -> dict:
 def _read_safetensors(path: Path) -> Tensors:
     try:
         with safe_open(path, framework='np') as file:
-            return _checked({name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (AttributeError, TypeError) as error:
+        raise UserError(f'{path} holds tensors of a type that is no weight: {first_line(error)}') from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f'{path} is no whole safetensors file: {first_line(error)}') from error
+    others = [f'{name} is {x.dtype}' for name, x in tensors.items() if x.dtype.name not in FLOATS]
+    if others:
+        raise UserError(f'{path} holds tensors that are no weights: {"; ".join(others[:3])}')
+    return tensors
 
 
 def _read_torch(path: Path, entry: str | None) -> Tensors:
@@ -145,19 +154,17 @@ def _read_torch(path: Path, entry: str | None) -> Tensors:
         content = content[entry]
     if not _is_mapping(content) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f'{path} holds no state dict' + (f', but {inside}: choose one' if inside else ''))
-    return _checked({name: _to_numpy(tensor) for name, tensor in content.items()}, path)
+    floats = [getattr(torch, name) for name in FLOATS]
+    odd = [
+        name
+        for name, x in content.items()
+        # A stride of zero claims more elements than the file backs.
+        if x.layout != torch.strided or x.is_meta or x.dtype not in floats or x.nbytes > x.untyped_storage().nbytes()
+    ]
+    if odd:
+        raise UserError(f'{path} holds tensors that are no plain float weights: {", ".join(odd[:3])}')
+    return {name: x.detach().float().numpy() for name, x in content.items()}
 
 
 def _is_mapping(content: object) -> bool:
     return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
-
-
-def _to_numpy(tensor) -> np.ndarray:
-    return (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).numpy()
-
-
-def _checked(tensors: Tensors, path: Path) -> Tensors:
-    others = [f'{name} is {x.dtype}' for name, x in tensors.items() if x.dtype.name not in FLOATS]
-    if others:
-        raise UserError(f'{path} holds tensors that are no weights: {"; ".join(others[:3])}')
-    return tensors

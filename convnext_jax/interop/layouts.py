@@ -140,8 +140,8 @@ def dense_encoder(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, x in tensors.items():
         name = name.removeprefix('encoder.').replace('.ln.', '.').replace('.linear.', '.')
         if name.endswith('.kernel'):
-            side = math.isqrt(x.shape[0])
-            if x.ndim not in (2, 3) or side**2 != x.shape[0]:
+            side = math.isqrt(len(x)) if x.ndim else 0
+            if x.ndim not in (2, 3) or side**2 != len(x):
                 raise UserError(f'{name} has shape {x.shape}: no sparse kernel of a square')
             columns = x.reshape(side, side, *x.shape[1:]) if x.ndim == 3 else x.reshape(side, side, 1, -1)
             x = columns.transpose(3, 2, 1, 0)

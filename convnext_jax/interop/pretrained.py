@@ -19,7 +19,7 @@ from convnext_jax.interop.processor import ImageProcessor
 from convnext_jax.models import VARIANTS, ConvNeXt, Variant, get_parameters, get_variant, with_parameters
 
 HEAD = ('head.kernel', 'head.bias')
-BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d+)\.(?:layers\.|blocks\.)?|blocks\.)(\d+)\.')
+BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
 
 
 class Pretrained(NamedTuple):
@@ -92,10 +92,13 @@ def read_pretrained(
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
     variant = _variant(tensors, config, name, layout, where)
-    saved_classes = next((len(tensors[bias]) for bias in HEAD_BIASES if bias in tensors), None)
+    saved_classes = next((tensors[bias].size for bias in HEAD_BIASES if bias in tensors), None)
     num_classes = saved_classes if num_classes is None else num_classes
     if num_classes is None:
         raise UserError(f'{where} has no head: give num_classes=, and key= for a fresh one')
+
+    if num_classes < 1:
+        raise UserError(f'num_classes must be at least 1, not {num_classes}')
 
     # drop_path_rate and the rest have no trace in the parameters: only the names and shapes are wanted here.
     def build(key: jax.Array) -> ConvNeXt:
@@ -105,7 +108,7 @@ def read_pretrained(
             in_channels=_in_channels(tensors, layout),
             drop_path_rate=drop_path_rate,
             head_init_scale=head_init_scale,
-            layer_norm_eps=_last_epsilon(config),
+            layer_norm_eps=_last_epsilon(config, layout),
             remat=remat,
             dtype=jnp.dtype(dtype),
             key=key,
@@ -164,16 +167,16 @@ def save_pretrained(
     folder, variant = Path(folder), model.variant
     channels, num_classes = model.stem.conv.kernel.shape[2], model.head.bias.shape[0]
     if processor is None:
-        processor = ImageProcessor() if channels == 3 else ImageProcessor(mean=(0.5,) * channels, std=(0.5,) * channels)
-    if class_names is not None and len(class_names) != num_classes:
-        raise UserError(f'{len(class_names)} class names for {num_classes} classes')
+        processor = ImageProcessor(mean=(0.5,), std=(0.5,)) if channels == 1 else ImageProcessor()
+    if class_names is not None and (len(class_names) != num_classes or len(set(class_names)) != num_classes):
+        raise UserError(f'{len(class_names)} class names for {num_classes} classes: give as many, none twice')
     tensors = to_layout(jax.device_get(get_parameters(model)), variant, layout)
     files = {}
     if layout == 'huggingface':
         files['config.json'] = _huggingface_config(model, class_names, processor)
         files['preprocessor_config.json'] = processor.to_huggingface()
     elif layout == 'timm':
-        files['config.json'] = _timm_config(variant, num_classes, class_names, processor)
+        files['config.json'] = _timm_config(variant, channels, num_classes, class_names, processor)
     if layout != 'huggingface' and model.norm.epsilon != 1e-6:
         warnings.warn(f"{layout} has no place for the last norm's epsilon of {model.norm.epsilon}", stacklevel=2)
     try:
@@ -213,6 +216,8 @@ def _with_prefix(tensors: Tensors) -> Tensors:
 def _variant(tensors: Tensors, config: dict, name: str | None, layout: str, where: str | Path) -> Variant:
     if name is None and layout == 'timm' and 'architecture' in config:
         name = str(config['architecture'])
+    if layout == 'timm':
+        _check_timm_arguments(config)
     if name is not None:
         # timm's 'convnext_tiny.fb_in1k' is a convnext_tiny
         return get_variant(name.split('.')[0]).replace(patch_size=_stem(tensors, layout).shape[2])
@@ -230,6 +235,18 @@ def _variant(tensors: Tensors, config: dict, name: str | None, layout: str, wher
     raise UserError(f'{where} is none of our models: its stages have {found[0]} blocks, the first {found[1]} channels')
 
 
+def _check_timm_arguments(config: dict) -> None:
+    """Refuses a timm model whose arguments change what it computes."""
+    arguments = config.get('model_args', {})
+    same = {'norm_eps': 1e-6, 'act_layer': 'gelu', 'kernel_sizes': 7}
+    free = ('in_chans', 'patch_size', 'num_classes', 'drop_rate', 'drop_path_rate', 'depths', 'dims', 'ls_init_value')
+    if not isinstance(arguments, dict):
+        raise UserError(f'config.json of timm: model_args is {arguments}')
+    odd = [f'{key}={value}' for key, value in arguments.items() if key not in free and same.get(key) != value]
+    if odd:
+        raise UserError(f'config.json of timm: no ConvNeXt of ours has {", ".join(odd)}')
+
+
 def _huggingface_variant(config: dict, tensors: int) -> Variant:
     kind, depths, widths = (config.get(field) for field in ('model_type', 'depths', 'hidden_sizes'))
     if kind not in ('convnext', 'convnextv2'):
@@ -240,10 +257,13 @@ def _huggingface_variant(config: dict, tensors: int) -> Variant:
     # A depth that no file can back is refused before anything of that size is built.
     sizes = [depths or [3, 3, 9, 3], widths or [96, 192, 384, 768]]
     valid = all(isinstance(size, list) and all(isinstance(n, int) and 0 < n < 2**16 for n in size) for size in sizes)
-    if not valid or len(sizes[0]) != len(sizes[1]) or sum(sizes[0]) > tensors or not isinstance(patch_size, int):
+    valid = valid and isinstance(patch_size, int) and 0 < patch_size < 1024
+    if not valid or len(sizes[0]) != len(sizes[1]) or sum(sizes[0]) > tensors:
         raise UserError(f'config.json: depths {depths}, hidden_sizes {widths} and patch_size {patch_size} do not fit')
     grn = kind == 'convnextv2'
     scale = 0 if grn else config.get('layer_scale_init_value', 1e-6)
+    if not isinstance(scale, int | float) or not 0 <= scale < 1e9:
+        raise UserError(f'config.json: layer_scale_init_value is {scale}')
     return Variant(tuple(sizes[0]), tuple(sizes[1]), patch_size=patch_size, grn=grn, layer_scale_init=scale)
 
 
@@ -254,7 +274,7 @@ def _stem(tensors: Tensors, layout: str) -> np.ndarray:
         'original': ('downsample_layers.0.0.weight', 'stem.weight'),
     }
     stem = next(x for name, x in tensors.items() if name.endswith(ends[layout]))
-    if stem.ndim != 4:
+    if stem.ndim != 4 or 0 in stem.shape:
         raise UserError(f"the stem's convolution has shape {stem.shape}, not (out, in, height, width)")
     return stem
 
@@ -267,9 +287,9 @@ def _has_grn(tensors: Tensors) -> bool:
     return any('.grn.' in name for name in tensors)
 
 
-def _last_epsilon(config: dict) -> float:
-    """Of Hugging Face's last norm; the others have 1e-6 everywhere."""
-    if 'model_type' not in config:
+def _last_epsilon(config: dict, layout: str) -> float:
+    """Of Hugging Face's last norm, 1e-12 by default; the others have 1e-6 everywhere."""
+    if layout != 'huggingface':
         return 1e-6
     epsilon = config.get('layer_norm_eps', 1e-12)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
@@ -330,7 +350,11 @@ def _huggingface_config(model: ConvNeXt, class_names: Sequence[str] | None, proc
 
 
 def _timm_config(
-    variant: Variant, num_classes: int, class_names: Sequence[str] | None, processor: ImageProcessor
+    variant: Variant,
+    channels: int,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    processor: ImageProcessor,
 ) -> dict:
     same = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
     names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == same]
@@ -343,7 +367,7 @@ def _timm_config(
         'architecture': names[0],
         'num_classes': num_classes,
         'num_features': variant.widths[-1],
-        'model_args': {'in_chans': len(processor.mean), 'patch_size': variant.patch_size},
+        'model_args': {'in_chans': channels, 'patch_size': variant.patch_size},
         'pretrained_cfg': images | {'num_classes': num_classes, 'first_conv': 'stem.0', 'classifier': 'head.fc'},
     }
     return config | ({'label_names': list(class_names)} if class_names else {})

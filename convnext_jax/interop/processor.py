@@ -42,13 +42,13 @@ class ImageProcessor:
 
     def __post_init__(self):
         numbers = (self.size, self.crop_pct, self.rescale_factor, *self.mean, *self.std)
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        if not all(isinstance(value, int | float) and abs(value) < 1e9 for value in numbers):  # nor NaN
             raise UserError(f'an image processor takes numbers, not {numbers}')
         if not (isinstance(self.size, int) and 1 <= self.size <= 8192):
             raise UserError(f'the size of an image processor must be in [1, 8192] pixels, not {self.size}')
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(f'crop_pct must be in (0, 1], not {self.crop_pct}')
-        if self.resample not in list(Image.Resampling):
+        if not 0.1 <= self.crop_pct <= 1:
+            raise UserError(f'crop_pct must be in [0.1, 1], not {self.crop_pct}')
+        if not isinstance(self.resample, int) or self.resample not in list(Image.Resampling):
             raise UserError(f"resample must be one of Pillow's filters, 0 to 5, not {self.resample}")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not all(std > 0 for std in self.std):
             raise UserError(f'mean and std need one value or three, std above 0: {self.mean}, {self.std}')
@@ -84,14 +84,14 @@ class ImageProcessor:
         size = size.get('shortest_edge') if isinstance(size, dict) else size
         if not isinstance(size, int):
             raise UserError(f'preprocessor_config.json: size must have a shortest_edge, not {config["size"]}')
-        mean, std = config.get('image_mean') or HALF, config.get('image_std') or HALF
+        mean, std = _three(config.get('image_mean') or HALF), _three(config.get('image_std') or HALF)
         return cls(
             size=size,
             crop_pct=config.get('crop_pct') or 224 / 256,
             resample=config.get('resample', Image.Resampling.BICUBIC),
             rescale_factor=config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1,
-            mean=_tuple(mean) if config.get('do_normalize', True) else (0.0,) * len(_tuple(mean)),
-            std=_tuple(std) if config.get('do_normalize', True) else (1.0,) * len(_tuple(std)),
+            mean=mean if config.get('do_normalize', True) else (0.0,) * len(mean),
+            std=std if config.get('do_normalize', True) else (1.0,) * len(std),
         )
 
     @classmethod
@@ -104,10 +104,14 @@ class ImageProcessor:
             UserError: a resampling or crop that ConvNeXt's do not use.
         """
         input_size = config.get('input_size') if isinstance(config, dict) else None
-        if not (isinstance(input_size, list) and len(input_size) == 3):
-            raise UserError(f'config.json of timm: input_size must be [channels, height, width], not {input_size}')
+        if not (isinstance(input_size, list) and len(input_size) == 3 and input_size[1] == input_size[2]):
+            raise UserError(f'config.json of timm: input_size must be [channels, side, side], not {input_size}')
         interpolation, mode = config.get('interpolation', 'bicubic'), config.get('crop_mode', 'center')
-        if interpolation not in TIMM_RESAMPLING or mode not in ('center', 'squash'):
+        if (
+            not isinstance(interpolation, str)
+            or interpolation not in TIMM_RESAMPLING
+            or mode not in ('center', 'squash')
+        ):
             raise UserError(
                 f"config.json of timm: interpolation '{interpolation}' with crop_mode '{mode}' is not known"
             )
@@ -116,8 +120,8 @@ class ImageProcessor:
             crop_pct=config.get('crop_pct', 224 / 256),
             resample=int(TIMM_RESAMPLING[interpolation]),
             squash=mode == 'squash',
-            mean=_tuple(config.get('mean', IMAGENET_MEAN)),
-            std=_tuple(config.get('std', IMAGENET_STD)),
+            mean=_three(config.get('mean', IMAGENET_MEAN)),
+            std=_three(config.get('std', IMAGENET_STD)),
         )
 
     def to_huggingface(self) -> dict:
@@ -149,13 +153,14 @@ class ImageProcessor:
         names = {int(number): name for name, number in TIMM_RESAMPLING.items()}
         if int(self.resample) not in names:
             raise UserError(f'timm knows {list(TIMM_RESAMPLING)}, not resample={self.resample}')
+        factor = 255 * self.rescale_factor  # timm always divides by 255
         return {
             'input_size': [len(self.mean), self.size, self.size],
             'interpolation': names[int(self.resample)],
             'crop_pct': 1.0 if self.squashes else self.crop_pct,
             'crop_mode': 'squash' if self.squashes else 'center',
-            'mean': list(self.mean),
-            'std': list(self.std),
+            'mean': [value / factor for value in self.mean],
+            'std': [value / factor for value in self.std],
         }
 
     @property
@@ -180,6 +185,8 @@ class ImageProcessor:
         """
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
+        if not hasattr(images, '__len__'):
+            raise UserError(f'images must be an image or many, not a {type(images).__name__}')
         if len(images) == 0:
             raise UserError('there are no images to process')
         return np.stack([self.normalize(self.resize(_open(image, f'image {i}'))) for i, image in enumerate(images)])
@@ -200,6 +207,8 @@ def _open(image: Picture, name: str) -> Image.Image:
         return image
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
+    if not isinstance(image, str | Path):
+        raise UserError(f'{name} is a {type(image).__name__}, no image, array or path')
     try:
         with Image.open(image) as file:
             return ImageOps.exif_transpose(file).convert('RGB')
@@ -221,5 +230,6 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _tuple(values: object) -> tuple:
-    return tuple(values) if isinstance(values, list | tuple) else (values,)
+def _three(values: object) -> tuple:
+    """One number stands for all three channels; a list of one is of grey images."""
+    return tuple(values) if isinstance(values, list | tuple) else (values,) * 3

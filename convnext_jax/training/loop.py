@@ -18,7 +18,7 @@ from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
-from convnext_jax.training.logging import RunLog
+from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import (
     Plan,
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
             run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
             state = run.restored_state()
-            if state is None or int(state.step) < plan.total_steps:
+            if state is None or not run.finished(int(state.step), workdir):
                 for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
                     print(line, flush=True)
                 run.go(state or run.first_state(), workdir)
@@ -152,6 +152,14 @@ class Run:
         )
         return restart(parameters)
 
+    def finished(self, step: int, workdir: Path) -> bool:
+        """Whether the last step is done and evaluated."""
+        return step >= self.plan.total_steps and self._evaluated(step, workdir)
+
+    def _evaluated(self, step: int, workdir: Path) -> bool:
+        split = self.config.data.eval_split
+        return any((record['step'], record['split']) == (step, split) for record in read_records(workdir))
+
     def go(self, state: TrainState, workdir: Path) -> None:
         """From a state to the last step.
 
@@ -162,7 +170,11 @@ class Run:
         with RunLog(workdir, step, self.plan.total_steps) as log, stop_signal() as stop:
             if step:
                 log.say(f'resumes at step {step} of {self.plan.total_steps}')
-                self._make_up_evaluation(log, step, state, stop)
+                last = step >= self.plan.total_steps
+                if (last or step % self.plan.eval_every_steps == 0) and not self._evaluated(step, workdir):
+                    self._evaluate(log, step, state, Stop() if last else stop)  # a signal or an error cut it short
+                if last:
+                    return
             batches = self.train_batches(step)
             first = next(batches)
             log.say('compiling the training step …')
@@ -223,12 +235,6 @@ class Run:
             crop_scale=self.config.data.crop_scale,
         )
         return to_devices(batches, self.batch_sharding)
-
-    def _make_up_evaluation(self, log: RunLog, step: int, state: TrainState, stop: Stop) -> None:
-        """The evaluation that the signal which stopped the run cut short."""
-        metrics = read_about(self.checkpoints.directory, step)['metrics']
-        if metrics is None and step % self.plan.eval_every_steps == 0:
-            self._evaluate(log, step, state, stop)
 
     def _evaluate(self, log: RunLog, step: int, state: TrainState, stop: Stop) -> dict[str, float] | None:
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""

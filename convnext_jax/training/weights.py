@@ -1,5 +1,6 @@
 """Weights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -30,7 +31,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     field = weights_field(params)
     if not _is_run(where):
         return read_pretrained(where, name=name, entry=_entry(params))
-    workdir = Path(where)
+    workdir = _folder(where)
     config = read_config(workdir / CONFIG)
     directory, step = newest_checkpoint(workdir)
     try:
@@ -62,7 +63,7 @@ def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Paramet
         UserError: as `read_weights`, or names or shapes differ; all differences are listed.
     """
     if _is_run(where):
-        loaded, notes = _load_run(Path(where), params, fresh)
+        loaded, notes = _load_run(_folder(where), params, fresh)
     else:
         weights_field(params)
         classes = fresh['head.bias'].size
@@ -119,7 +120,11 @@ def weights_field(params: str) -> str:
 
 
 def _is_run(where: str) -> bool:
-    return (Path(where) / CHECKPOINTS).is_dir()
+    return (_folder(where) / CHECKPOINTS).is_dir()
+
+
+def _folder(where: str) -> Path:
+    return Path(os.path.expanduser(where))  # the shell leaves the ~ of --weights=~/run as it is
 
 
 def _entry(params: str) -> str | None:

@@ -77,7 +77,7 @@ def test_enormous_image_names_itself(monkeypatch):
 
 
 def eval_resize_by_pillow(image, size, crop_pct):
-    """Hugging Face's processor: torchvision's, but for an odd margin, of which the smaller half is on the left and top."""
+    """torchvision's, but for an odd margin: the smaller half is at the left and top, as in Hugging Face's."""
     if size >= 384:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     (width, height), shorter = image.size, int(size / crop_pct)

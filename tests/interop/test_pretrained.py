@@ -245,6 +245,37 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path, change):
         load_pretrained(tmp_path / 'model.pth')
 
 
+@pytest.mark.parametrize(
+    'tensor',
+    [
+        torch.zeros(1, dtype=torch.half).expand(10**13),
+        torch.zeros(3).to_sparse(),
+        torch.zeros(3, device='meta'),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.float8_e4m3fn),
+    ],
+    ids=['stride 0', 'sparse', 'meta', 'int64', 'float8'],
+)
+def test_tensors_that_are_no_weights_are_refused_and_take_no_memory(tmp_path, tensor):
+    torch.save(state_dict(random_model()) | {'norm.bias': tensor}, tmp_path / 'model.pth')
+    with pytest.raises(UserError, match='no plain float weights: norm.bias'):
+        load_pretrained(tmp_path / 'model.pth')
+
+
+def test_parameters_with_gradients_load(tmp_path):
+    model = random_model()
+    torch.save({name: torch.nn.Parameter(x) for name, x in state_dict(model).items()}, tmp_path / 'model.pth')
+    assert_equal(load_pretrained(tmp_path / 'model.pth'), model)
+
+
+def test_a_timm_model_that_computes_something_else_is_refused(tmp_path):
+    save_pretrained(random_model(), tmp_path / 'out', layout='timm')
+    path = tmp_path / 'out' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': {'act_layer': 'relu', 'norm_eps': 1e-3}}))
+    with pytest.raises(UserError, match='no ConvNeXt of ours has act_layer=relu, norm_eps=0.001'):
+        load_pretrained(tmp_path / 'out')
+
+
 class Hostile:
     def __reduce__(self):
         return (Path.touch, (Path('hostile-code-ran'),))
@@ -312,6 +343,7 @@ def test_broken_folders_are_one_line(tmp_path, name, content, match):
         ('hidden_sizes', [40, 80, 160, 60_000], 'is .* not'),
         ('hidden_sizes', 'wide', 'do not fit'),
         ('layer_norm_eps', 'small', 'layer_norm_eps is small'),
+        ('patch_size', 10**30, 'do not fit'),
     ],
 )
 def test_a_config_that_lies_is_one_line_and_takes_no_memory(tmp_path, field, value, match):

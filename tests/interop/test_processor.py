@@ -138,6 +138,10 @@ def test_timm_prepares_the_same(tmp_path):
         ({'size': 224, 'resample': 9}, 'resample must be one of'),
         ({'size': 224, 'image_std': [0, 1, 1]}, 'std above 0'),
         ({'size': 224, 'image_mean': ['a', 'b', 'c']}, 'takes numbers'),
+        ({'size': 224, 'image_mean': [0.5, 0.5, float('inf')]}, 'takes numbers'),
+        ({'size': 224, 'rescale_factor': float('nan')}, 'takes numbers'),
+        ({'size': 224, 'crop_pct': 1e-300}, 'crop_pct must be in'),
+        ({'size': 224, 'resample': 3.0}, 'resample must be one of'),
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused(config, match):
@@ -145,7 +149,16 @@ def test_a_config_that_cannot_be_followed_is_refused(config, match):
         ImageProcessor.from_huggingface(config)
 
 
+def test_one_number_stands_for_three_channels_and_timm_gets_the_factor():
+    processor = ImageProcessor.from_huggingface(
+        {'size': 224, 'image_mean': 1, 'image_std': 1, 'rescale_factor': 1 / 127.5}
+    )
+    assert processor.mean == (1, 1, 1)
+    assert processor.to_timm()['mean'] == pytest.approx([0.5] * 3)
+
+
 def test_what_is_no_image_is_refused(tmp_path):
+    Image.new('L', (1, 40_000)).save(tmp_path / 'thin.png')
     (tmp_path / 'text.jpg').write_text('not an image')
     for image, match in (
         (tmp_path / 'text.jpg', 'cannot be read as an image'),
@@ -155,6 +168,9 @@ def test_what_is_no_image_is_refused(tmp_path):
         (np.full((4, 4), 3.0), 'outside 0 to 1'),
         (np.full((4, 4), np.nan), 'outside 0 to 1'),
         ([], 'no images'),
+        ([3], 'image 0 is a int'),
+        (3, 'must be an image or many'),
+        (tmp_path / 'thin.png', 'is too thin'),
     ):
         with pytest.raises(UserError, match=match):
             ImageProcessor()(image)

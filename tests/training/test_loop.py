@@ -245,6 +245,15 @@ def test_a_folder_of_photographs_trains(commands, tmp_path):
     shutil.copy(broken.with_name('05.jpg'), broken)
     mended = commands.run(*arguments, '--config.steps=8', f'--workdir={tmp_path / "other"}')
     assert 'finished: top-1' in mended.stdout
+    photo = tmp_path / 'photos' / 'val' / 'cat' / '00.jpg'
+    whole = photo.read_bytes()
+    photo.write_bytes(whole[:300])
+    refused = commands.run(*arguments, f'--workdir={tmp_path / "third"}', status=2)
+    assert refused.stderr.splitlines()[-1].startswith(f'error: {photo} cannot be decoded')
+    photo.write_bytes(whole)
+    made_up = commands.run(*arguments, f'--workdir={tmp_path / "third"}')
+    assert 'resumes at step 3 of 3' in made_up.stdout
+    assert 'finished: top-1' in made_up.stdout
     shutil.copy(broken, broken.with_name('99.jpg'))
     for split in ('train', 'val'):
         (tmp_path / 'photos' / split / 'dog').rename(tmp_path / 'photos' / split / 'emu')
