@@ -35,10 +35,10 @@ def convert(arguments: list[str]) -> None:
     """Writes a run's or another library's weights as a folder of another library."""
     values = flags.FlagValues()
     flags.DEFINE_enum('layout', 'huggingface', LAYOUTS, 'What the folder is for.', flag_values=values)
-    flags.DEFINE_string('params', None, "Which weights: 'ema' or 'raw'.", flag_values=values)
+    flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
     flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
-    pretrained = read_weights(source, values.params or 'raw', values.name)
+    pretrained = read_weights(source, values.params, values.name)
     save_pretrained(
         pretrained.model,
         target,

@@ -1,7 +1,6 @@
 """load_pretrained and save_pretrained: whole models in the folders and files of the other libraries."""
 
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,17 +8,29 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors.numpy import save_file
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.interop.files import Tensors, locate, read_folder, read_json, read_tensors
-from convnext_jax.interop.layouts import LAYOUTS, dense_encoder, from_layout, to_layout
+from convnext_jax.interop.layouts import dense_encoder, from_layout, to_layout
 from convnext_jax.interop.processor import ImageProcessor
-from convnext_jax.models import VARIANTS, ConvNeXt, Variant, get_parameters, get_variant, with_parameters
+from convnext_jax.interop.recognition import (
+    has_grn,
+    last_epsilon,
+    recognize_layout,
+    recognize_variant,
+    stem_kernel,
+)
+from convnext_jax.models import VARIANTS, ConvNeXt, Variant, create_model, get_parameters, with_parameters
 
 HEAD = ('head.kernel', 'head.bias')
-BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
+HEAD_MODULES = {'huggingface': 'classifier.', 'timm': 'head.fc.', 'original': 'head.'}
+LAST_NORMS = {
+    'huggingface': ('convnext.layernorm.weight', 'convnextv2.layernorm.weight'),
+    'timm': ('head.norm.weight',),
+    'original': ('norm.weight',),
+}
+HEAD_BIASES = tuple(f'{module}bias' for module in HEAD_MODULES.values())
 
 
 class Pretrained(NamedTuple):
@@ -71,7 +82,7 @@ def read_pretrained(
         where: a folder of Hugging Face (`config.json` with safetensors, in one file or several, or
             `pytorch_model.bin`) or of timm; a hub id of either; a timm or original file, `.safetensors`, `.pth`,
             `.pt` or `.bin`. The layout is told by the tensors' names.
-        name: the architecture, for a file that is of none of `list_models()` by its names and shapes.
+        name: the architecture to insist on; by default as the folder's config, or the names and shapes, say.
         entry: which weights of an original file: 'model' or 'model_ema'.
         revision: branch, tag or commit on the hub.
         num_classes: where it is not the file's, the head is fresh.
@@ -88,30 +99,26 @@ def read_pretrained(
     tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
     config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
     tensors = dense_encoder(tensors)
-    layout = _layout(tensors, where)
+    layout = recognize_layout(tensors)
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
-    variant = _variant(tensors, config, name, layout, where)
+    variant = recognize_variant(tensors, config, name, layout)
     saved_classes = next((tensors[bias].size for bias in HEAD_BIASES if bias in tensors), None)
     num_classes = saved_classes if num_classes is None else num_classes
     if num_classes is None:
         raise UserError(f'{where} has no head: give num_classes=, and key= for a fresh one')
 
-    if num_classes < 1:
-        raise UserError(f'num_classes must be at least 1, not {num_classes}')
-
-    # drop_path_rate and the rest have no trace in the parameters: only the names and shapes are wanted here.
     def build(key: jax.Array) -> ConvNeXt:
-        return ConvNeXt(
+        return create_model(
             variant,
+            key=key,
             num_classes=num_classes,
-            in_channels=_in_channels(tensors, layout),
             drop_path_rate=drop_path_rate,
             head_init_scale=head_init_scale,
-            layer_norm_eps=_last_epsilon(config, layout),
+            layer_norm_eps=last_epsilon(config, layout),
+            in_channels=stem_kernel(tensors, layout).shape[1],
             remat=remat,
-            dtype=jnp.dtype(dtype),
-            key=key,
+            dtype=dtype,
         )
 
     model = jax.eval_shape(build, jax.random.key(0))
@@ -129,15 +136,6 @@ def read_pretrained(
         parameters |= drawn
     model = with_parameters(model, {name: jnp.asarray(array) for name, array in parameters.items()})
     return Pretrained(model, layout, _class_names(config, num_classes), _processor(path, config), fresh, notes)
-
-
-HEAD_MODULES = {'huggingface': 'classifier.', 'timm': 'head.fc.', 'original': 'head.'}
-LAST_NORMS = {
-    'huggingface': ('convnext.layernorm.weight', 'convnextv2.layernorm.weight'),
-    'timm': ('head.norm.weight',),
-    'original': ('norm.weight',),
-}
-HEAD_BIASES = tuple(f'{module}bias' for module in HEAD_MODULES.values())
 
 
 def save_pretrained(
@@ -193,108 +191,12 @@ def save_pretrained(
         raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
 
 
-def _layout(tensors: Tensors, where: str | Path) -> str:
-    marks = {
-        'huggingface': ('embeddings.patch_embeddings.weight',),
-        'timm': ('stem.0.weight',),
-        'original': ('downsample_layers.0.0.weight', 'stem.weight'),
-    }
-    for layout in LAYOUTS:
-        if any(name.endswith(mark) for name in tensors for mark in marks[layout]):
-            return layout
-    raise UserError(f'{where} is no ConvNeXt of a layout known here: its tensors are {sorted(tensors)[:3]} …')
-
-
 def _with_prefix(tensors: Tensors) -> Tensors:
     """The names of a bare ConvNextModel or ConvNextV2Model as in the model with a head."""
     if not any(name.startswith('embeddings.') for name in tensors):
         return tensors
-    prefix = 'convnextv2.' if any('.grn.' in name for name in tensors) else 'convnext.'
+    prefix = 'convnextv2.' if has_grn(tensors) else 'convnext.'
     return {prefix + name: x for name, x in tensors.items()}
-
-
-def _variant(tensors: Tensors, config: dict, name: str | None, layout: str, where: str | Path) -> Variant:
-    if name is None and layout == 'timm' and 'architecture' in config:
-        name = str(config['architecture'])
-    if layout == 'timm':
-        _check_timm_arguments(config)
-    if name is not None:
-        # timm's 'convnext_tiny.fb_in1k' is a convnext_tiny
-        return get_variant(name.split('.')[0]).replace(patch_size=_stem(tensors, layout).shape[2])
-    if layout == 'huggingface' and config:
-        return _huggingface_variant(config, len(tensors))
-    depths: dict[int, set[str]] = {}
-    for tensor in tensors:
-        if match := BLOCK_NAMES.search(tensor):
-            depths.setdefault(int(match[1] or 0), set()).add(match[2])
-    stem = _stem(tensors, layout)
-    found = (tuple(len(depths[stage]) for stage in sorted(depths)), len(stem), _has_grn(tensors))
-    for variant in VARIANTS.values():
-        if (variant.depths, variant.widths[0], variant.grn) == found:
-            return variant.replace(patch_size=stem.shape[2])
-    raise UserError(f'{where} is none of our models: its stages have {found[0]} blocks, the first {found[1]} channels')
-
-
-def _check_timm_arguments(config: dict) -> None:
-    """Refuses a timm model whose arguments change what it computes."""
-    arguments = config.get('model_args', {})
-    same = {'norm_eps': 1e-6, 'act_layer': 'gelu', 'kernel_sizes': 7}
-    free = ('in_chans', 'patch_size', 'num_classes', 'drop_rate', 'drop_path_rate', 'depths', 'dims', 'ls_init_value')
-    if not isinstance(arguments, dict):
-        raise UserError(f'config.json of timm: model_args is {arguments}')
-    odd = [f'{key}={value}' for key, value in arguments.items() if key not in free and same.get(key) != value]
-    if odd:
-        raise UserError(f'config.json of timm: no ConvNeXt of ours has {", ".join(odd)}')
-
-
-def _huggingface_variant(config: dict, tensors: int) -> Variant:
-    kind, depths, widths = (config.get(field) for field in ('model_type', 'depths', 'hidden_sizes'))
-    if kind not in ('convnext', 'convnextv2'):
-        raise UserError(f"config.json: model_type is '{kind}', not convnext or convnextv2")
-    if config.get('hidden_act', 'gelu') != 'gelu':
-        raise UserError(f"config.json: hidden_act is '{config['hidden_act']}', and ConvNeXt's is gelu")
-    patch_size = config.get('patch_size', 4)
-    # A depth that no file can back is refused before anything of that size is built.
-    sizes = [depths or [3, 3, 9, 3], widths or [96, 192, 384, 768]]
-    valid = all(isinstance(size, list) and all(isinstance(n, int) and 0 < n < 2**16 for n in size) for size in sizes)
-    valid = valid and isinstance(patch_size, int) and 0 < patch_size < 1024
-    if not valid or len(sizes[0]) != len(sizes[1]) or sum(sizes[0]) > tensors:
-        raise UserError(f'config.json: depths {depths}, hidden_sizes {widths} and patch_size {patch_size} do not fit')
-    grn = kind == 'convnextv2'
-    scale = 0 if grn else config.get('layer_scale_init_value', 1e-6)
-    if not isinstance(scale, int | float) or not 0 <= scale < 1e9:
-        raise UserError(f'config.json: layer_scale_init_value is {scale}')
-    return Variant(tuple(sizes[0]), tuple(sizes[1]), patch_size=patch_size, grn=grn, layer_scale_init=scale)
-
-
-def _stem(tensors: Tensors, layout: str) -> np.ndarray:
-    ends = {
-        'huggingface': 'patch_embeddings.weight',
-        'timm': 'stem.0.weight',
-        'original': ('downsample_layers.0.0.weight', 'stem.weight'),
-    }
-    stem = next(x for name, x in tensors.items() if name.endswith(ends[layout]))
-    if stem.ndim != 4 or 0 in stem.shape:
-        raise UserError(f"the stem's convolution has shape {stem.shape}, not (out, in, height, width)")
-    return stem
-
-
-def _in_channels(tensors: Tensors, layout: str) -> int:
-    return _stem(tensors, layout).shape[1]
-
-
-def _has_grn(tensors: Tensors) -> bool:
-    return any('.grn.' in name for name in tensors)
-
-
-def _last_epsilon(config: dict, layout: str) -> float:
-    """Of Hugging Face's last norm, 1e-12 by default; the others have 1e-6 everywhere."""
-    if layout != 'huggingface':
-        return 1e-6
-    epsilon = config.get('layer_norm_eps', 1e-12)
-    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise UserError(f'config.json: layer_norm_eps is {epsilon}')
-    return epsilon
 
 
 def _fresh_parts(

@@ -107,11 +107,7 @@ class ImageProcessor:
         if not (isinstance(input_size, list) and len(input_size) == 3 and input_size[1] == input_size[2]):
             raise UserError(f'config.json of timm: input_size must be [channels, side, side], not {input_size}')
         interpolation, mode = config.get('interpolation', 'bicubic'), config.get('crop_mode', 'center')
-        if (
-            not isinstance(interpolation, str)
-            or interpolation not in TIMM_RESAMPLING
-            or mode not in ('center', 'squash')
-        ):
+        if interpolation not in list(TIMM_RESAMPLING) or mode not in ('center', 'squash'):  # it may be no string
             raise UserError(
                 f"config.json of timm: interpolation '{interpolation}' with crop_mode '{mode}' is not known"
             )
@@ -153,15 +149,20 @@ class ImageProcessor:
         names = {int(number): name for name, number in TIMM_RESAMPLING.items()}
         if int(self.resample) not in names:
             raise UserError(f'timm knows {list(TIMM_RESAMPLING)}, not resample={self.resample}')
-        factor = 255 * self.rescale_factor  # timm always divides by 255
+        mean, std = self.mean_and_std_of_255()  # timm always divides by 255
         return {
             'input_size': [len(self.mean), self.size, self.size],
             'interpolation': names[int(self.resample)],
             'crop_pct': 1.0 if self.squashes else self.crop_pct,
             'crop_mode': 'squash' if self.squashes else 'center',
-            'mean': [value / factor for value in self.mean],
-            'std': [value / factor for value in self.std],
+            'mean': list(mean),
+            'std': list(std),
         }
+
+    def mean_and_std_of_255(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std that give the same where a grey level is divided by 255."""
+        factor = 255 * self.rescale_factor
+        return tuple(value / factor for value in self.mean), tuple(value / factor for value in self.std)
 
     @property
     def squashes(self) -> bool:

@@ -224,7 +224,7 @@ class ConvNeXt(nnx.Module):
 
 
 def create_model(
-    name: str,
+    name: str | Variant,
     *,
     key: jax.Array,
     num_classes: int = 1000,
@@ -240,7 +240,7 @@ def create_model(
     """A freshly initialised model.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or an architecture that is none of them.
         key: random key of the initialisation.
         num_classes: outputs of the head.
         drop_path_rate: drop rate of the last block, in [0, 1); it applies when the model is called with a key.
@@ -255,7 +255,7 @@ def create_model(
     Raises:
         UserError: an unknown name, or a value out of its range.
     """
-    variant = get_variant(name)
+    variant = name if isinstance(name, Variant) else get_variant(name)
     check_key(key, ((),))
     if not 0 <= drop_path_rate < 1:
         raise UserError(f'drop_path_rate must be in [0, 1), not {drop_path_rate}')

@@ -92,9 +92,7 @@ def _evaluate(
         squash=processor.squash,
         resample=processor.resample,
     )
-    # On the device a grey level is divided by 255: any other factor goes into mean and std.
-    factor = 255 * processor.rescale_factor
-    mean, std = ([value / factor for value in values] for values in (processor.mean, processor.std))
+    mean, std = processor.mean_and_std_of_255()
     return evaluate(
         jax.jit(make_eval_step(model, mean, std)), {'': parameters}, to_devices(batches, batch_sharding(mesh))
     )

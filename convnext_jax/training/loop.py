@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
             run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
             state = run.restored_state()
-            if state is None or not run.finished(int(state.step), workdir):
+            if state is None or not run.is_done(int(state.step), workdir):
                 for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
                     print(line, flush=True)
                 run.go(state or run.first_state(), workdir)
@@ -152,7 +152,7 @@ class Run:
         )
         return restart(parameters)
 
-    def finished(self, step: int, workdir: Path) -> bool:
+    def is_done(self, step: int, workdir: Path) -> bool:
         """Whether the last step is done and evaluated."""
         return step >= self.plan.total_steps and self._evaluated(step, workdir)
 

@@ -33,12 +33,8 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
         return read_pretrained(where, name=name, entry=_entry(params))
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)
-    directory, step = newest_checkpoint(workdir)
-    try:
-        parameters = restore_parameters(directory, step, field)
-        class_names = read_about(directory, step)['data']['class names']
-    except DamagedCheckpoint as error:
-        raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
+    step, parameters = _newest_parameters(workdir, field)
+    class_names = read_about(workdir / CHECKPOINTS, step)['data']['class names']
     model = with_parameters(abstract_model(config), parameters)
     named = tuple(class_names) if len(class_names) == config.model.num_classes else None
     return Pretrained(model, 'convnext_jax', named, config_processor(config), (), [])
@@ -83,16 +79,20 @@ def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Paramet
 
 
 def _load_run(workdir: Path, params: str, fresh: Parameters) -> tuple[Parameters, list[str]]:
-    directory, step = newest_checkpoint(workdir)
-    try:
-        loaded = restore_parameters(directory, step, weights_field(params))
-    except DamagedCheckpoint as error:
-        raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
+    step, loaded = _newest_parameters(workdir, weights_field(params))
     notes = [f'starts from the {params} weights of {workdir}, step {step}']
     if loaded['head.bias'].shape != fresh['head.bias'].shape:
         notes.append(f'the head is fresh: {fresh["head.bias"].size} classes here, {loaded["head.bias"].size} there')
         loaded |= {name: fresh[name] for name in ('head.kernel', 'head.bias')}
     return loaded, notes
+
+
+def _newest_parameters(workdir: Path, field: str) -> tuple[int, Parameters]:
+    directory, step = newest_checkpoint(workdir)
+    try:
+        return step, restore_parameters(directory, step, field)
+    except DamagedCheckpoint as error:
+        raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
 
 
 def newest_checkpoint(workdir: Path) -> tuple[Path, int]:

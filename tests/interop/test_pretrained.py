@@ -12,6 +12,7 @@ from convnext_jax import load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, read_pretrained
 from convnext_jax.interop.layouts import to_layout
+from convnext_jax.interop.recognition import recognize_layout, recognize_variant
 from convnext_jax.models import ConvNeXt, create_model, get_parameters, get_variant, list_models, with_parameters
 
 torch = pytest.importorskip('torch', reason='torch is a development requirement')
@@ -123,8 +124,6 @@ def test_timm_loads_what_we_save_as_a_folder_and_as_a_file(tmp_path, name):
 @pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
 def test_every_model_is_told_by_its_names_and_shapes(layout):
     """Of none is the memory taken: a zero of no strides stands for each tensor."""
-    from convnext_jax.interop import pretrained
-
     for name in list_models():
         if 'isotropic' in name and layout != 'original':
             continue
@@ -132,8 +131,8 @@ def test_every_model_is_told_by_its_names_and_shapes(layout):
         zeros = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in get_parameters(model).items()}
         tensors = {theirs: x.shape for theirs, x in _shapes(zeros, model.variant, layout).items()}
         empty = {theirs: np.broadcast_to(np.float32(0), shape) for theirs, shape in tensors.items()}
-        assert pretrained._layout(empty, 'here') == layout
-        assert pretrained._variant(empty, {}, None, layout, 'here') == get_variant(name)
+        assert recognize_layout(empty) == layout
+        assert recognize_variant(empty, {}, None, layout) == get_variant(name)
 
 
 def _shapes(parameters, variant, layout):
@@ -214,6 +213,20 @@ def test_another_number_of_classes_has_a_fresh_head_and_says_so(tmp_path):
         loaded = load_pretrained(tmp_path / 'out', num_classes=7, key=jax.random.key(3))
     assert_equal(loaded, model, but=('head.kernel', 'head.bias'))
     assert float(loaded.head.kernel[...].std()) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+        ({'num_classes': 0}, 'num_classes must be at least 1'),
+        ({'drop_path_rate': -0.1}, 'drop_path_rate must be in'),
+        ({'dtype': 'int8'}, "dtype must be one of .*, not 'int8'"),
+    ],
+)
+def test_bad_arguments_are_refused_as_by_create_model(tmp_path, arguments, match):
+    save_pretrained(random_model(), tmp_path / 'out')
+    with pytest.raises(UserError, match=match):
+        load_pretrained(tmp_path / 'out', key=jax.random.key(0), **arguments)
 
 
 def test_half_precision_files_load_exactly(tmp_path):
