@@ -6,14 +6,20 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import SMALL_RUN
 from PIL import Image
 
 import train as train_command
+from configs.fashion_mnist import get_config
 from convnext_jax.training.checkpoint import restore_parameters, saved_steps
-from convnext_jax.training.logging import read_records
+from convnext_jax.training.logging import RunLog, read_records
+from convnext_jax.training.loop import Run
+from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.sharding import make_mesh
+from convnext_jax.training.stop import Stop
 
 STEPS = 24
 
@@ -132,6 +138,30 @@ def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resum
     commands.train(run, *arguments)
     assert [record['step'] for record in read_records(run) if record['split'] == 'test'] == [10, 20, 24]
     assert fingerprints(run) == fingerprints(finished_run)
+
+
+def test_an_evaluation_stops_within_a_batch(tmp_path):
+    """Of 1,000 images in batches of 8, none is evaluated after the signal."""
+    config = get_config()
+    config.batch_size = 8
+    train_source, eval_source = open_sources(config)
+    settle_classes(config, train_source)
+    plan = make_plan(config, train_source)
+    run = Run(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints=None)
+    stop, batches = Stop(), []
+
+    def eval_step(parameters, batch):
+        batches.append(batch)
+        stop.received = signal.SIGTERM if len(batches) == 3 else None
+        return {'count': np.float32(8), 'loss': np.float32(0), 'top1': np.float32(0), 'top5': np.float32(0)}
+
+    run.eval_step = eval_step
+    state = jax.eval_shape(run.fresh_state)
+    state.ema = {}
+    with RunLog(tmp_path, 0, plan.total_steps) as log:
+        assert run._evaluate(log, 1, state, stop) is None
+    assert len(batches) == 3
+    assert read_records(tmp_path) == []
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(commands, finished_run, tmp_path):
