@@ -24,15 +24,18 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
         raise UserError(f'{name} cannot be decoded as an image: {error}') from error
 
 
-def train_crop(
-    image: Image.Image, size: int, scale: tuple[float, float] | tuple[()], rng: np.random.Generator
-) -> np.ndarray:
-    """A random part of the image at size×size, (size, size, C) uint8; the whole image if `scale` is empty.
+def resize(image: Image.Image, size: int, *, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
+    """The whole image squashed to the square, (size, size, C) uint8."""
+    return _pixels(image.resize((size, size), resample))
+
+
+def train_crop(image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A random part of the image at size×size, (size, size, C) uint8.
 
     The crop of arXiv:1409.4842 as torchvision draws it: area uniform in `scale` of the image's, aspect ratio
     log-uniform from 3/4 to 4/3, ten tries, then the largest centre crop of an allowed ratio.
     """
-    box = _random_box(image.width, image.height, scale, rng) if scale else None
+    box = _random_box(image.width, image.height, scale, rng)
     return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
@@ -50,7 +53,7 @@ def eval_resize(
     whole image is squashed to the square.
     """
     if squash or (squash is None and size >= 384):
-        return _pixels(image.resize((size, size), resample))
+        return resize(image, size, resample=resample)
     shorter = int(size / crop_pct)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
     if width * height > MOST_PIXELS:

@@ -6,6 +6,7 @@ number of processes, sees the examples that the unbroken run would have seen.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from convnext_jax.data.decode import decode, eval_resize, train_crop
+from convnext_jax.data.decode import decode, eval_resize, resize, train_crop
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
 ENDLESS = 2**40  # more batches than any training takes
+KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
 Batch = dict[str, np.ndarray | jax.Array]
 """`image` (N, H, W, C) uint8, `label` (N,) int32, `weight` (N,) float32: 0 where a row only fills up the batch."""
@@ -84,13 +86,24 @@ def train_batches(
     used = steps_per_epoch(source, share.batch_size) * share.batch_size
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
+    def whole(index: int) -> Batch:
+        example = source[index]
+        image = decode(example.image, channels, example.name)
+        return _row(resize(image, image_size), example.label, weight=1)
+
+    def cropped(index: int, epoch: int) -> Batch:
+        example = source[index]
+        image = decode(example.image, channels, example.name)
+        rng = np.random.default_rng((seed, epoch, index))
+        return _row(train_crop(image, image_size, crop_scale, rng), example.label, weight=1)
+
+    if len(source) * image_size**2 * channels <= KEPT_BYTES:
+        whole = functools.cache(whole)
+
     def load(local: int) -> Batch:
         epoch, place = divmod(share.position(int(local)), used)
         index = int(order[epoch * len(source) + place])
-        example = source[index]
-        image = decode(example.image, channels, example.name)
-        pixels = train_crop(image, image_size, crop_scale, np.random.default_rng((seed, epoch, index)))
-        return _row(pixels, example.label, weight=1)
+        return cropped(index, epoch) if crop_scale else whole(index)
 
     return _batches(load, share.rows, start_step, ENDLESS)
 

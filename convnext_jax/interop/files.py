@@ -1,5 +1,6 @@
 """Files of other libraries, read as data: safetensors, PyTorch files without the code that a pickle can hold, JSON."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -7,12 +8,29 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from convnext_jax.errors import UserError, first_line
 
-Tensors = dict[str, np.ndarray]
 
-FLOATS = ('float32', 'float16', 'bfloat16')  # the three that float32 parameters hold exactly
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that stays in its safetensors file until `np.asarray` reads it, so that no model is in memory twice."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        # Opened anew each time: pages of a file that stays mapped count as the process's memory.
+        with safe_open(self.path, framework='np') as file:
+            return np.asarray(file.get_tensor(self.name), dtype)
+
+
+Tensors = Mapping[str, np.ndarray | StoredTensor]
+"""Name → tensor of one of `FLOATS`; what both have is `shape`, and `np.asarray` gives the numbers."""
+
+FLOATS = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # the three that float32 parameters hold exactly
 
 WEIGHTS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'model.pth')
 """What a folder's weights may be called, the first that is there counts."""
@@ -125,12 +143,12 @@ def read_json(path: Path) -> dict:
 def _read_safetensors(path: Path) -> Tensors:
     try:
         with safe_open(path, framework='np') as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (AttributeError, TypeError) as error:
-        raise UserError(f'{path} holds tensors of a type that is no weight: {first_line(error)}') from error
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            dtypes = {name: piece.get_dtype() for name, piece in slices.items()}
+            tensors = {name: StoredTensor(path, name, tuple(piece.get_shape())) for name, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f'{path} is no whole safetensors file: {first_line(error)}') from error
-    others = [f'{name} is {x.dtype}' for name, x in tensors.items() if x.dtype.name not in FLOATS]
+    others = [f'{name} is {dtype}' for name, dtype in dtypes.items() if dtype not in FLOATS]
     if others:
         raise UserError(f'{path} holds tensors that are no weights: {"; ".join(others[:3])}')
     return tensors
@@ -154,7 +172,7 @@ def _read_torch(path: Path, entry: str | None) -> Tensors:
         content = content[entry]
     if not _is_mapping(content) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f'{path} holds no state dict' + (f', but {inside}: choose one' if inside else ''))
-    floats = [getattr(torch, name) for name in FLOATS]
+    floats = [getattr(torch, name) for name in FLOATS.values()]
     odd = [
         name
         for name, x in content.items()
@@ -168,3 +186,37 @@ def _read_torch(path: Path, entry: str | None) -> Tensors:
 
 def _is_mapping(content: object) -> bool:
     return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+
+
+def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], files: Mapping[str, dict], *, torch: bool) -> None:
+    """Writes tensors as `model.safetensors`, or as `model.pth` if `torch`, and beside them JSON files.
+
+    Args:
+        folder: new or empty.
+        tensors: name → array.
+        files: name → content.
+        torch: a PyTorch file with the entry 'model'; it takes torch to write.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f'{folder} is not empty: give a new folder')
+        if torch:
+            _write_torch(folder / 'model.pth', tensors)
+        else:
+            save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + '\n')
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
+
+
+def _write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError('the original layout is a PyTorch file: pip install torch to write it') from error
+    torch.save({'model': {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}}, path)

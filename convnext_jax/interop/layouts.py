@@ -4,14 +4,17 @@ The three store the same numbers: convolutions as (out, in, H, W) where ours are
 (out, in) where ours are (in, out), and each block by itself where ours are stacked along a leading axis.
 """
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import Variant
+from convnext_jax.interop.files import Tensors
+from convnext_jax.models import Parameters, Variant
 
 LAYOUTS = ('huggingface', 'timm', 'original')
 
@@ -33,6 +36,12 @@ TRUNK = {
     'norm': ('layernorm', 'head.norm', 'norm'),
     'head': ('classifier', 'head.fc', 'head'),
 }
+HEADS = {
+    'huggingface': ('classifier.', 'convnext.layernorm.', 'convnextv2.layernorm.'),
+    'timm': ('head.',),
+    'original': ('head.', 'norm.'),
+}
+"""How the names of the last norm and the head begin."""
 BLOCK = {
     'depthwise.kernel': ('dwconv.weight', 'conv_dw.weight', 'dwconv.weight'),
     'depthwise.bias': ('dwconv.bias', 'conv_dw.bias', 'dwconv.bias'),
@@ -97,13 +106,11 @@ def to_layout(parameters: Mapping[str, np.ndarray], variant: Variant, layout: st
     return tensors
 
 
-def from_layout(
-    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
-) -> dict[str, np.ndarray]:
-    """Another layout's tensors as our parameters, float32.
+def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> Parameters:
+    """Another layout's tensors as our parameters, float32; beyond them it takes the memory of one.
 
     Args:
-        tensors: name → array, all of the model and nothing else.
+        tensors: all of the model and nothing else.
         shapes: our parameters' names → shapes, which the result has.
         variant: the architecture.
         layout: one of `LAYOUTS`.
@@ -111,33 +118,42 @@ def from_layout(
     Raises:
         UserError: tensors are missing, left over or of another shape; all are listed.
     """
-    wanted = {entry.theirs: entry for entry in entries(shapes, variant, layout)}
-    problems = [f'{name} is missing' for name in wanted if name not in tensors]
-    problems += [f'{name} is left over' for name in tensors if name not in wanted]
-    for theirs, ours, block in wanted.values():
+    wanted = entries(shapes, variant, layout)
+    names = {entry.theirs for entry in wanted}
+    problems = [f'{name} is missing' for name in names if name not in tensors]
+    problems += [f'{name} is left over' for name in tensors if name not in names]
+    for theirs, ours, block in wanted:
         shape = shapes[ours] if block is None else shapes[ours][1:]
         expected = _outward(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
         if theirs in tensors and tensors[theirs].shape != expected:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
     if problems:
         raise UserError(f'the {layout} weights do not fit the model: {"; ".join(sorted(problems))}')
-    parameters = {ours: np.empty(shape, np.float32) for ours, shape in shapes.items()}
-    for theirs, ours, block in wanted.values():
-        target = parameters[ours] if block is None else parameters[ours][block]
-        target[...] = _inward(tensors[theirs], ours, target.shape)
-    return parameters
+    sources = collections.defaultdict(list)
+    for theirs, ours, block in wanted:
+        sources[ours].append((theirs, block))
+    parameters = {}
+    # The largest first: each is there twice for a moment, and the others are not yet there.
+    for ours in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+        array = np.empty(shapes[ours], np.float32)
+        for theirs, block in sources[ours]:
+            target = array if block is None else array[block]
+            target[...] = _inward(np.asarray(tensors[theirs]), ours, target.shape)
+        parameters[ours] = jnp.asarray(array)
+    return {ours: parameters[ours] for ours in shapes}
 
 
-def dense_encoder(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def dense_encoder(tensors: Tensors) -> Tensors:
     """The encoder of an FCMAE pre-training, kept as sparse convolutions, as the dense original; others as they are.
 
     A sparse kernel is (places, in, out), or (places, channels) where each channel is by itself, and counts its places
     column by column. Names have a level more, as in `norm.ln.weight` (ConvNeXt-V2, utils.py).
     """
     if not any(name.endswith('.kernel') for name in tensors):
-        return dict(tensors)
+        return tensors
     dense = {}
-    for name, x in tensors.items():
+    for name, stored in tensors.items():
+        x = np.asarray(stored)
         name = name.removeprefix('encoder.').replace('.ln.', '.').replace('.linear.', '.')
         if name.endswith('.kernel'):
             side = math.isqrt(len(x)) if x.ndim else 0
@@ -170,6 +186,8 @@ def _block_name(ours: str, block: int, variant: Variant, layout: str) -> str:
 def _trunk_name(ours: str, variant: Variant, layout: str) -> str:
     module, parameter = ours.rsplit('.', 1)
     parameter = 'bias' if parameter == 'bias' else 'weight'
+    if module.startswith('norms.'):
+        return _prefix(module, variant, layout) + f'hidden_states_{module}.{parameter}'
     if len(variant.depths) == 1 and module == 'stem.conv':
         return f'stem.{parameter}'
     stage = module.split('.')[1] if module.startswith('stages.') else ''

@@ -1,11 +1,12 @@
 """Which library's names a file has, and which architecture its tensors and its config say it is."""
 
 import re
-
-import numpy as np
+from pathlib import Path
+from typing import NamedTuple
 
 from convnext_jax.errors import UserError
-from convnext_jax.interop.files import Tensors
+from convnext_jax.interop.files import Tensors, locate, read_folder, read_json, read_tensors
+from convnext_jax.interop.layouts import dense_encoder
 from convnext_jax.models import VARIANTS, Variant, get_variant
 
 BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
@@ -15,6 +16,44 @@ STEMS = {
     'original': ('downsample_layers.0.0.weight', 'stem.weight'),
 }
 """Layout → how the name of the stem's kernel ends: every ConvNeXt has one."""
+
+
+class Opened(NamedTuple):
+    """A file or folder of weights, and what it turned out to be.
+
+    Attributes:
+        path: of the file or folder here.
+        tensors: under their full names, those of sparse convolutions as dense ones.
+        config: content of the `config.json` beside them, or empty.
+        layout: one of `layouts.LAYOUTS`.
+        variant: the architecture.
+        in_channels: of the images.
+    """
+
+    path: Path
+    tensors: Tensors
+    config: dict
+    layout: str
+    variant: Variant
+    in_channels: int
+
+
+def open_weights(where: str, *, name: str | None, entry: str | None, revision: str | None) -> Opened:
+    """Finds and recognizes weights; arguments as `read_pretrained`.
+
+    Raises:
+        UserError: the file cannot be read, or is no ConvNeXt of ours.
+    """
+    path = locate(where, revision)
+    if path.is_dir() and entry:
+        raise UserError(f"'{entry}' is chosen from one .pth file, and {where} is a folder")
+    tensors = dense_encoder(read_folder(path) if path.is_dir() else read_tensors(path, entry))
+    config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
+    layout = recognize_layout(tensors)
+    if layout == 'huggingface':
+        tensors = _with_prefix(tensors)
+    variant = recognize_variant(tensors, config, name, layout)
+    return Opened(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1])
 
 
 def recognize_layout(tensors: Tensors) -> str:
@@ -44,9 +83,9 @@ def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: 
     if layout == 'timm':
         _check_timm_arguments(config)
         name = name or config.get('architecture')
-    stem = stem_kernel(tensors, layout)
+    stem = _stem_shape(tensors, layout)
     if name is not None:
-        return get_variant(str(name).split('.')[0]).replace(patch_size=stem.shape[2])
+        return get_variant(str(name).split('.')[0]).replace(patch_size=stem[2])
     if layout == 'huggingface' and config:
         return _huggingface_variant(config, len(tensors))
     blocks: dict[int, set[str]] = {}
@@ -55,26 +94,9 @@ def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: 
             blocks.setdefault(int(match[1] or 0), set()).add(match[2])
     depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
     for variant in VARIANTS.values():
-        if (variant.depths, variant.widths[0], variant.grn) == (depths, len(stem), has_grn(tensors)):
-            return variant.replace(patch_size=stem.shape[2])
-    raise UserError(f'this is none of our models: its stages have {depths} blocks, the first {len(stem)} channels')
-
-
-def stem_kernel(tensors: Tensors, layout: str) -> np.ndarray:
-    """(out, in, height, width).
-
-    Raises:
-        UserError: it has another shape.
-    """
-    stem = next(x for name, x in tensors.items() if name.endswith(STEMS[layout]))
-    if stem.ndim != 4 or 0 in stem.shape:
-        raise UserError(f"the stem's convolution has shape {stem.shape}, not (out, in, height, width)")
-    return stem
-
-
-def has_grn(tensors: Tensors) -> bool:
-    """Whether it is a V2."""
-    return any('.grn.' in name for name in tensors)
+        if (variant.depths, variant.widths[0], variant.grn) == (depths, stem[0], _has_grn(tensors)):
+            return variant.replace(patch_size=stem[2])
+    raise UserError(f'this is none of our models: its stages have {depths} blocks, the first {stem[0]} channels')
 
 
 def last_epsilon(config: dict, layout: str) -> float:
@@ -121,3 +143,24 @@ def _huggingface_variant(config: dict, tensors: int) -> Variant:
     if not isinstance(scale, int | float) or not 0 <= scale < 1e9:
         raise UserError(f'config.json: layer_scale_init_value is {scale}')
     return Variant(tuple(sizes[0]), tuple(sizes[1]), patch_size=patch_size, grn=grn, layer_scale_init=scale)
+
+
+def _stem_shape(tensors: Tensors, layout: str) -> tuple[int, int, int, int]:
+    """Of the stem's kernel: (out, in, height, width)."""
+    shape = next(x.shape for name, x in tensors.items() if name.endswith(STEMS[layout]))
+    if len(shape) != 4 or 0 in shape:
+        raise UserError(f"the stem's convolution has shape {shape}, not (out, in, height, width)")
+    return shape
+
+
+def _has_grn(tensors: Tensors) -> bool:
+    """Whether it is a V2."""
+    return any('.grn.' in name for name in tensors)
+
+
+def _with_prefix(tensors: Tensors) -> Tensors:
+    """The names of a bare ConvNextModel, ConvNextV2Model or backbone as in the model with a head."""
+    if not any(name.startswith('embeddings.') for name in tensors):
+        return tensors
+    prefix = 'convnextv2.' if _has_grn(tensors) else 'convnext.'
+    return {prefix + name: x for name, x in tensors.items()}

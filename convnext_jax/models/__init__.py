@@ -1,11 +1,13 @@
 """What the network computes; knows no data, no training, no files."""
 
+from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.convnext import ConvNeXt, create_model
 from convnext_jax.models.parameters import Parameters, get_parameters, with_parameters
 from convnext_jax.models.variants import VARIANTS, Variant, get_variant, list_models
 
 __all__ = [
     'VARIANTS',
+    'Backbone',
     'ConvNeXt',
     'Parameters',
     'Variant',

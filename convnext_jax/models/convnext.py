@@ -1,136 +1,19 @@
-"""ConvNeXt V1 (arXiv:2201.03545) and V2 (arXiv:2301.00808) as Flax NNX modules that are plain JAX pytrees."""
+"""ConvNeXt V1 and V2 as classifiers."""
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from convnext_jax.errors import UserError
-from convnext_jax.models.depthwise import depthwise_conv
-from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, drop_path, gelu, normal
+from convnext_jax.models.layers import LayerNorm, Linear
+from convnext_jax.models.trunk import Trunk, check_key
 from convnext_jax.models.variants import Variant, get_variant
 
-KERNEL_SIZE = 7
 
-
-class Depthwise(nnx.Module):
-    """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
-
-    def __init__(self, channels: int, *, dtype: jnp.dtype, key: jax.Array):
-        self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)))
-        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
-        self.dtype = dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return depthwise_conv(x.astype(self.dtype), self.kernel.astype(self.dtype)) + self.bias.astype(self.dtype)
-
-
-class Block(nnx.Module):
-    """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input."""
-
-    def __init__(self, channels: int, *, grn: bool, layer_scale_init: float, dtype: jnp.dtype, key: jax.Array):
-        keys = jax.random.split(key, 3)
-        self.depthwise = Depthwise(channels, dtype=dtype, key=keys[0])
-        self.norm = LayerNorm(channels)
-        self.pointwise1 = Linear(channels, 4 * channels, dtype=dtype, key=keys[1])
-        self.grn = GRN(4 * channels) if grn else None
-        self.pointwise2 = Linear(4 * channels, channels, dtype=dtype, key=keys[2])
-        self.layer_scale = nnx.Param(jnp.full(channels, layer_scale_init, jnp.float32)) if layer_scale_init else None
-
-    def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
-        branch = gelu(self.pointwise1(self.norm(self.depthwise(x))))
-        if self.grn is not None:
-            branch = self.grn(branch)
-        branch = self.pointwise2(branch)
-        if self.layer_scale is not None:
-            branch = branch * self.layer_scale.astype(branch.dtype)
-        if keys is not None:
-            branch = drop_path(branch, drop_rate, keys)
-        return x + branch
-
-
-class Stem(nnx.Module):
-    """Cuts the image into patches: (N, H, W, in) → (N, H / size, W / size, C)."""
-
-    def __init__(self, in_channels: int, channels: int, size: int, *, norm: bool, dtype: jnp.dtype, key: jax.Array):
-        self.conv = PatchConv(in_channels, channels, size, dtype=dtype, key=key)
-        self.norm = LayerNorm(channels) if norm else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(x)
-        return x if self.norm is None else self.norm(x)
-
-
-class Downsample(nnx.Module):
-    """Halves the sides between two stages: (N, H, W, in) → (N, H // 2, W // 2, out)."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, key: jax.Array):
-        self.norm = LayerNorm(in_channels)
-        self.conv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(self.norm(x))
-
-
-class Stage(nnx.Module):
-    """A downsampling, if the stage is not the first, and equal blocks that share one program.
-
-    The blocks' parameters are stacked along a leading axis and run under `lax.scan`, so that 27 blocks compile like
-    one.
-
-    Attributes:
-        drop_rates: the drop rate of each block.
-        first_block: number of blocks before this stage in the model; block i draws by its number in the model.
-        remat: recompute each block in the backward pass instead of keeping what it computed.
-    """
-
-    def __init__(
-        self,
-        in_channels: int | None,
-        channels: int,
-        drop_rates: tuple[float, ...],
-        *,
-        first_block: int,
-        variant: Variant,
-        remat: bool,
-        dtype: jnp.dtype,
-        key: jax.Array,
-    ):
-        downsample_key, blocks_key = jax.random.split(key)
-        self.downsample = (
-            None if in_channels is None else Downsample(in_channels, channels, dtype=dtype, key=downsample_key)
-        )
-
-        def block(key: jax.Array) -> Block:
-            return Block(channels, grn=variant.grn, layer_scale_init=variant.layer_scale_init, dtype=dtype, key=key)
-
-        self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
-        self.drop_rates = drop_rates
-        self.first_block = first_block
-        self.remat = remat
-
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """(N, H, W, in) → (N, H', W', C); `keys` is (N,), one for each image, or None."""
-        if self.downsample is not None:
-            x = self.downsample(x)
-
-        def run(x, block_and_draw):
-            block, drop_rate, number = block_and_draw
-            block_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            return block(x, drop_rate, block_keys), None
-
-        numbers = self.first_block + jnp.arange(len(self.drop_rates))
-        scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
-        return jax.lax.scan(jax.checkpoint(run) if self.remat else run, x, scanned)[0]
-
-
-class ConvNeXt(nnx.Module):
-    """The whole network; see `create_model`.
+class ConvNeXt(Trunk):
+    """The classifier; see `create_model`.
 
     Attributes:
         stem, stages, norm, head: the parts, in the order of the data.
-        variant: the architecture.
-        drop_path_rate: drop rate of the last block; the rates rise to it linearly from 0 at the first.
     """
 
     def __init__(
@@ -143,84 +26,29 @@ class ConvNeXt(nnx.Module):
         head_init_scale: float,
         layer_norm_eps: float,
         remat: bool,
-        dtype: jnp.dtype,
+        dtype: jnp.dtype | str,
         key: jax.Array,
     ):
-        stem_key, head_key, *stage_keys = jax.random.split(key, 2 + len(variant.depths))
-        self.stem = Stem(
-            in_channels, variant.widths[0], variant.patch_size, norm=variant.stem_norm, dtype=dtype, key=stem_key
+        check_key(key, ((),))
+        trunk_key, head_key = jax.random.split(key)
+        super().__init__(
+            variant,
+            in_channels=in_channels,
+            drop_path_rate=drop_path_rate,
+            output_stride=variant.total_stride,
+            remat=remat,
+            dtype=dtype,
+            key=trunk_key,
         )
-        blocks = sum(variant.depths)
-        rates = tuple(drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks))
-        stages = []
-        for stage, (depth, width) in enumerate(zip(variant.depths, variant.widths, strict=True)):
-            first = sum(variant.depths[:stage])
-            stages.append(
-                Stage(
-                    variant.widths[stage - 1] if stage > 0 else None,
-                    width,
-                    rates[first : first + depth],
-                    first_block=first,
-                    variant=variant,
-                    remat=remat,
-                    dtype=dtype,
-                    key=stage_keys[stage],
-                )
-            )
-        self.stages = nnx.List(stages)
         self.norm = LayerNorm(variant.widths[-1], epsilon=layer_norm_eps)
         # The head is a ten-thousandth of the work: it stays in float32 whatever the compute type.
         self.head = Linear(variant.widths[-1], num_classes, key=head_key)
         self.head.kernel[...] *= head_init_scale
-        self.drop_path_rate = drop_path_rate
-        self.variant = variant
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Class logits.
-
-        Args:
-            images: (N, H, W, in_channels) float, normalised.
-            key: training: one key, or (N,) keys, one for each image; what an image draws depends on its key alone.
-                None: inference, nothing is dropped.
-
-        Returns:
-            (N, num_classes) float32.
-
-        Raises:
-            UserError: the images have another rank or channel count, or a side below the total stride; `key` is no
-                key of `jax.random.key`, or there are neither one nor N.
-        """
-        pooled = self._maps(images, key)[-1].mean((1, 2), dtype=jnp.float32)
-        return self.head(self.norm(pooled))
-
-    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Feature maps by name, (N, H / stride, W / stride, C) each: 'stem', 'stage1' … Arguments as in a call."""
-        names = ['stem', *(f'stage{stage + 1}' for stage in range(len(self.stages)))]
-        return dict(zip(names, self._maps(images, key), strict=True))
-
-    def _maps(self, images: jax.Array, key: jax.Array | None) -> list[jax.Array]:
-        self._check(images)
-        if key is not None:
-            check_key(key, ((), images.shape[:1]))
-        if self.drop_path_rate == 0:
-            key = None
-        if key is not None and key.ndim == 0:
-            key = jax.random.split(key, images.shape[0])
-        maps = [self.stem(images)]
-        for stage in self.stages:
-            maps.append(stage(maps[-1], key))
-        return maps
-
-    def _check(self, images: jax.Array) -> None:
-        in_channels = self.stem.conv.kernel.shape[2]
-        if images.ndim != 4 or images.shape[3] != in_channels:
-            raise UserError(f'images must be (N, H, W, {in_channels}), these are {images.shape}')
-        if min(images.shape[1:3]) < self.variant.total_stride:
-            height, width = images.shape[1:3]
-            raise UserError(
-                f'images of {height}×{width} are smaller than the total stride of {self.variant.total_stride}: '
-                'enlarge them, or give a smaller patch_size'
-            )
+        """Class logits, (N, num_classes) float32; arguments and errors as `features`."""
+        last = list(self.features(images, key=key).values())[-1]
+        return self.head(self.norm(last.mean((1, 2), dtype=jnp.float32)))
 
 
 def create_model(
@@ -255,46 +83,16 @@ def create_model(
     Raises:
         UserError: an unknown name, or a value out of its range.
     """
-    variant = name if isinstance(name, Variant) else get_variant(name)
-    check_key(key, ((),))
-    if not 0 <= drop_path_rate < 1:
-        raise UserError(f'drop_path_rate must be in [0, 1), not {drop_path_rate}')
-    for field, value in {'num_classes': num_classes, 'in_channels': in_channels}.items():
-        if value < 1:
-            raise UserError(f'{field} must be at least 1, not {value}')
-    if patch_size is not None and patch_size < 1:
-        raise UserError(f'patch_size must be at least 1, not {patch_size}')
+    if num_classes < 1:
+        raise UserError(f'num_classes must be at least 1, not {num_classes}')
     return ConvNeXt(
-        variant.replace(patch_size=patch_size, layer_scale_init=layer_scale_init),
+        get_variant(name).replace(patch_size=patch_size, layer_scale_init=layer_scale_init),
         num_classes=num_classes,
         in_channels=in_channels,
         drop_path_rate=drop_path_rate,
         head_init_scale=head_init_scale,
         layer_norm_eps=layer_norm_eps,
         remat=remat,
-        dtype=_float_dtype(dtype),
+        dtype=dtype,
         key=key,
     )
-
-
-def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Refuses what is no random key of one of these shapes.
-
-    Raises:
-        UserError: with what to pass.
-    """
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise UserError(f'key must be a key such as jax.random.key(0), not {type(key).__name__}')
-    if key.shape not in shapes:
-        raise UserError(f'key has shape {key.shape}: pass {" or ".join(map(str, shapes))}')
-
-
-def _float_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
-    names = ('float32', 'bfloat16', 'float16')
-    try:
-        parsed = jnp.dtype(dtype)
-    except TypeError:
-        parsed = None
-    if parsed is None or parsed.name not in names:
-        raise UserError(f"dtype must be one of {', '.join(names)}, not '{dtype}'")
-    return parsed

@@ -50,6 +50,32 @@ class PatchConv(nnx.Module):
         return patches.reshape(n, rows, columns, -1) @ kernel + self.bias.astype(self.dtype)
 
 
+class SameConv(nnx.Module):
+    """A convolution of stride 1 padded with zeros to keep the sides: (N, H, W, in) → (N, H, W, out).
+
+    Where the padding is odd, the larger half is below and to the right.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array
+    ):
+        self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
+        self.dilation = dilation
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding='SAME',
+            rhs_dilation=(self.dilation, self.dilation),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        return y + self.bias.astype(self.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Normalises the last axis to mean 0 and variance 1, then scales and shifts it: (..., C) → (..., C)."""
 

@@ -31,13 +31,25 @@ class Variant:
     stem_norm: bool = True
 
     def replace(self, **changes: int | float | None) -> 'Variant':
-        """The same architecture with other values; None leaves a value as it is."""
-        return dataclasses.replace(self, **{field: value for field, value in changes.items() if value is not None})
+        """The same architecture with other values; None leaves a value as it is.
+
+        Raises:
+            UserError: a patch_size below 1.
+        """
+        given = {field: value for field, value in changes.items() if value is not None}
+        if given.get('patch_size', 1) < 1:
+            raise UserError(f'patch_size must be at least 1, not {given["patch_size"]}')
+        return dataclasses.replace(self, **given)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image that one position of each stage's map stands for, along a side."""
+        return tuple(self.patch_size * 2**stage for stage in range(len(self.depths)))
 
     @property
     def total_stride(self) -> int:
-        """Pixels of the image that one position of the last feature map stands for, along a side."""
-        return self.patch_size * 2 ** (len(self.depths) - 1)
+        """That of the last stage."""
+        return self.strides[-1]
 
     def multiply_adds(self, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> int:
         """Multiply-adds of one square image's forward pass in convolutions and linear layers, as the papers count."""
@@ -87,12 +99,14 @@ def list_models() -> list[str]:
     return sorted(VARIANTS)
 
 
-def get_variant(name: str) -> Variant:
-    """The architecture of that name.
+def get_variant(name: str | Variant) -> Variant:
+    """The architecture of that name; an architecture stays as it is.
 
     Raises:
         UserError: no model has this name; the nearest names are suggested.
     """
+    if isinstance(name, Variant):
+        return name
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
         hint = f'did you mean {", ".join(near)}?' if near else 'python -m convnext_jax models lists them.'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_jax.data.decode import decode, eval_resize, train_crop
+from convnext_jax.data.decode import decode, eval_resize, resize, train_crop
 from convnext_jax.errors import UserError
 
 COLOUR = (200, 30, 90)
@@ -173,11 +173,11 @@ def test_train_crop_falls_back_to_the_centre(width, height, box):
     np.testing.assert_array_equal(pixels, image.resize((32, 32), Image.Resampling.BICUBIC, box=box))
 
 
-def test_train_crop_without_a_scale_is_the_whole_image():
-    """Small centred images (the demo's) are not cropped, and spend no random numbers."""
-    image, rng = noise(28, 28), np.random.default_rng(0)
-    np.testing.assert_array_equal(train_crop(image, 28, (), rng), image)
-    assert rng.integers(1000) == np.random.default_rng(0).integers(1000)
+def test_resize_squashes_the_whole_image():
+    """Small centred images (the demo's) are trained on whole; what has the size already stays as it is."""
+    small, wide = noise(28, 28), noise(40, 20)
+    np.testing.assert_array_equal(resize(small, 28), small)
+    np.testing.assert_array_equal(resize(wide, 28), wide.resize((28, 28), Image.Resampling.BICUBIC))
 
 
 def test_train_crop_follows_its_generator():

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from convnext_jax.data import pipeline
 from convnext_jax.data.pipeline import Share, eval_batches, steps_per_epoch, to_devices, train_batches
 from convnext_jax.data.sources import Example
 from convnext_jax.errors import UserError
@@ -94,6 +95,22 @@ def test_images_belong_to_their_labels():
         for pixels, label in zip(batch['image'], batch['label'], strict=True):
             image = Image.open(io.BytesIO(source[int(label)].image)).resize((4, 4), Image.Resampling.BICUBIC)
             np.testing.assert_array_equal(pixels[:, :, 0], image)
+
+
+def test_small_images_that_do_not_change_are_decoded_once(monkeypatch):
+    """Decoding the same small image every epoch is most of the host's work; what would fill the memory is not kept."""
+    reads = []
+    whole = Numbered.__getitem__
+    monkeypatch.setattr(Numbered, '__getitem__', lambda self, index: reads.append(index) or whole(self, index))
+    kept = train(23, steps=30, crop_scale=())
+    assert sorted(set(reads)) == list(range(23))
+    assert len(reads) <= 2 * 23, 'threads may meet at an image, epochs may not'
+    monkeypatch.setattr(pipeline, 'KEPT_BYTES', 23 * 16 - 1)
+    reads.clear()
+    assert_equal(train(23, steps=30, crop_scale=()), kept)
+    assert len(reads) >= 120
+    monkeypatch.undo()
+    assert not any((a['image'] == b['image']).all() for a, b in itertools.pairwise(train(4, steps=5))), 'crops are not'
 
 
 def test_order_and_crops_follow_the_seed():

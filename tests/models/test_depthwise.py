@@ -10,7 +10,7 @@ import pytest
 from convnext_jax.models import depthwise
 from convnext_jax.models.depthwise import depthwise_conv
 
-CASES = [  # images, height, width, channels, kernel
+CASES = [  # images, height, width, channels, kernel, and in some the dilation
     (2, 1, 1, 3, 7),
     (1, 2, 5, 4, 7),
     (3, 9, 6, 5, 7),
@@ -18,43 +18,52 @@ CASES = [  # images, height, width, channels, kernel
     (2, 3, 8, 1, 5),
     (1, 4, 4, 6, 3),
     (2, 1, 6, 2, 3),
+    (2, 9, 6, 3, 7, 2),
+    (1, 5, 14, 2, 7, 4),
+    (2, 6, 7, 4, 3, 3),
 ]
 
 
-def native(x, kernel):
+def native(x, kernel, *, dilation=1):
     return jax.lax.conv_general_dilated(
         x,
         kernel[:, :, None, :],
         (1, 1),
         'SAME',
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=x.shape[-1],
         precision='highest',
     )
 
 
-def arrays(n, height, width, channels, size):
+def shifted(x, kernel, *, dilation=1):
+    return depthwise._shifted(dilation, x, kernel)
+
+
+def arrays(n, height, width, channels, size, dilation=1):
     rng = np.random.default_rng(0)
     shapes = (n, height, width, channels), (size, size, channels), (n, height, width, channels)
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-@partial(jax.jit, static_argnums=0)
-def value_and_gradients(conv, x, kernel, weights):
-    y, pullback = jax.vjp(conv, x, kernel)
+@partial(jax.jit, static_argnums=(0, 4))
+def value_and_gradients(conv, x, kernel, weights, dilation=1):
+    y, pullback = jax.vjp(partial(conv, dilation=dilation), x, kernel)
     return (y, *pullback(weights.astype(y.dtype)))
 
 
 @pytest.mark.parametrize(
     ('conv', 'case'),
-    [*((depthwise._shifted, case) for case in CASES), (depthwise_conv, CASES[2])],
-    ids=['1×1', '2×5', '9×6', '7×7 kernel 5', '3×8 kernel 5', '4×4 kernel 3', '1×6 kernel 3', 'chosen by platform'],
+    [*((shifted, case) for case in CASES), (depthwise_conv, CASES[2]), (depthwise_conv, CASES[-1])],
+    ids=lambda value: getattr(value, '__name__', str(value)),
 )
 def test_equals_the_compiler_s_convolution(conv, case):
     """A flipped kernel or a wrong border: published weights give other logits, or training a wrong gradient."""
     x, kernel, weights = arrays(*case)
-    ours = value_and_gradients(conv, x, kernel, weights)
-    theirs = value_and_gradients(native, x, kernel, weights)
+    dilation = case[5] if len(case) > 5 else 1
+    ours = value_and_gradients(conv, x, kernel, weights, dilation)
+    theirs = value_and_gradients(native, x, kernel, weights, dilation)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape

@@ -1,0 +1,112 @@
+"""create_backbone: feature maps with anybody's weights, in and out of Hugging Face's ConvNextBackbone folders."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnext_jax.errors import UserError
+from convnext_jax.interop.files import Tensors
+from convnext_jax.interop.layouts import HEADS, from_layout, to_layout
+from convnext_jax.interop.recognition import open_weights
+from convnext_jax.models import VARIANTS, Backbone, Variant, get_parameters, get_variant, with_parameters
+
+NORM_NAMES = re.compile(r'\w+\.hidden_states_norms\.(\w+)\.\w+')
+
+
+def create_backbone(
+    source: str | Path,
+    *,
+    out_features: Sequence[str] | None = None,
+    output_stride: int | None = None,
+    key: jax.Array | None = None,
+    entry: str | None = None,
+    revision: str | None = None,
+    in_channels: int = 3,
+    drop_path_rate: float = 0.0,
+    remat: bool = False,
+    dtype: jnp.dtype | str = jnp.float32,
+) -> Backbone:
+    """Stem and stages that give the chosen feature maps, each through a LayerNorm of its own.
+
+        backbone = cx.create_backbone('facebook/convnext-tiny-224', out_features=('stage2', 'stage4'))
+        maps = backbone(images)  # {'stage2': (N, H / 8, W / 8, 192), 'stage4': (N, H / 32, W / 32, 768)}
+        backbone.channels['stage2'], backbone.strides['stage2']  # 192, 8
+
+    Args:
+        source: one of `list_models()` for a fresh one; or weights, as `load_pretrained` reads them, with or without a
+            head. Norms that the file does not have start as the identity, and a warning says so.
+        out_features: of 'stem', 'stage1', 'stage2' …; by default those that the file has norms for, or else the stages.
+        output_stride: the largest stride, 8 or 16 where the model's own is 32: the stages after it are dilated, and
+            their weights are the same.
+        key: random key of a fresh one.
+        entry, revision: as `read_pretrained`.
+        in_channels: of a fresh one.
+        drop_path_rate, remat, dtype: as `create_model`.
+
+    Raises:
+        UserError: there is no such model or file, it does not fit, or a value is out of its range.
+    """
+    options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'dtype': dtype}
+    # What has neither a slash nor a file is a name, perhaps misspelt.
+    if str(source) in VARIANTS or not ('/' in str(source) or Path(source).exists()):
+        variant = get_variant(str(source))
+        if key is None:
+            raise UserError('a fresh backbone is drawn at random: give key=jax.random.key(…)')
+        return Backbone(
+            variant,
+            out_features=_stages(variant) if out_features is None else out_features,
+            in_channels=in_channels,
+            output_stride=variant.total_stride if output_stride is None else output_stride,
+            key=key,
+            **options,
+        )
+    opened = open_weights(str(source), name=None, entry=entry, revision=revision)
+    given = tuple(dict.fromkeys(match[1] for name in opened.tensors if (match := NORM_NAMES.fullmatch(name))))
+    if out_features is None:
+        out_features = given or _stages(opened.variant)
+    model = jax.eval_shape(
+        lambda key: Backbone(
+            opened.variant,
+            out_features=out_features,
+            in_channels=opened.in_channels,
+            output_stride=opened.variant.total_stride if output_stride is None else output_stride,
+            key=key,
+            **options,
+        ),
+        jax.random.key(0),
+    )
+    fresh = [name for name in model.out_features if name not in given]
+    shapes = {name: array.shape for name, array in get_parameters(model).items()}
+    norms = {f'norms.{name}.{part}': shapes.pop(f'norms.{name}.{part}') for name in fresh for part in ('scale', 'bias')}
+    kept = _without_heads(opened.tensors, opened.layout, model.out_features)
+    parameters = from_layout(kept, shapes, opened.variant, opened.layout)
+    if fresh:
+        warnings.warn(f'the norms of {", ".join(fresh)} are fresh: the file has none', stacklevel=2)
+        ones = {name: jnp.full(shape, float(name.endswith('scale'))) for name, shape in norms.items()}
+        parameters |= ones
+    return with_parameters(model, parameters)
+
+
+def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
+    """As ConvNextBackbone or ConvNextV2Backbone names and shapes them: without the classifier's prefix."""
+    tensors = to_layout(jax.device_get(get_parameters(backbone)), backbone.variant, 'huggingface')
+    return {name.split('.', 1)[1]: x for name, x in tensors.items()}
+
+
+def _stages(variant: Variant) -> tuple[str, ...]:
+    return tuple(f'stage{stage + 1}' for stage in range(len(variant.depths)))
+
+
+def _without_heads(tensors: Tensors, layout: str, out_features: tuple[str, ...]) -> Tensors:
+    """Without last norm and head, and without the norms of other feature maps."""
+    norms = {name: match[1] for name in tensors if (match := NORM_NAMES.fullmatch(name))}
+    return {
+        name: x
+        for name, x in tensors.items()
+        if not name.startswith(HEADS[layout]) and norms.get(name) in (None, *out_features)
+    }

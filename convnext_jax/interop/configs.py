@@ -1,0 +1,95 @@
+"""The `config.json` that Hugging Face's and timm's models are built from."""
+
+import warnings
+from collections.abc import Sequence
+
+from convnext_jax.errors import UserError
+from convnext_jax.interop.processor import ImageProcessor
+from convnext_jax.models import VARIANTS, Backbone, ConvNeXt
+
+
+def classifier_config(
+    model: ConvNeXt, layout: str, class_names: Sequence[str] | None, processor: ImageProcessor
+) -> dict[str, dict]:
+    """The layout's `config.json`, if it has one; arguments as `save_pretrained`.
+
+    Raises:
+        UserError: the class names are no names of these classes, or the other library has no such model.
+    """
+    num_classes = model.head.bias.shape[0]
+    if class_names is not None and (len(class_names) != num_classes or len(set(class_names)) != num_classes):
+        raise UserError(f'{len(class_names)} class names for {num_classes} classes: give as many, none twice')
+    if layout == 'huggingface':
+        return {'config.json': _huggingface_config(model, class_names, processor)}
+    if model.norm.epsilon != 1e-6:
+        warnings.warn(f"{layout} has no place for the last norm's epsilon of {model.norm.epsilon}", stacklevel=3)
+    return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
+
+
+def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
+    """`config.json` of a ConvNextBackbone folder.
+
+    Raises:
+        UserError: the backbone is dilated, which Hugging Face's is not.
+    """
+    if backbone.output_stride != backbone.variant.total_stride:
+        raise UserError(
+            f'Hugging Face has no backbone of output_stride={backbone.output_stride}: save it without, the weights '
+            'are the same'
+        )
+    names = list(backbone.channels)
+    return _common(backbone, 'Backbone', processor) | {
+        'layer_norm_eps': 1e-12,
+        'stage_names': names,
+        'out_features': list(backbone.out_features),
+        'out_indices': [names.index(name) for name in backbone.out_features],
+    }
+
+
+def _huggingface_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
+    names = class_names or [f'LABEL_{label}' for label in range(model.head.bias.shape[0])]
+    return _common(model, 'ForImageClassification', processor) | {
+        'layer_norm_eps': model.norm.epsilon,
+        'id2label': {str(label): name for label, name in enumerate(names)},
+        'label2id': {name: label for label, name in enumerate(names)},
+    }
+
+
+def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
+    variant, num_classes = model.variant, model.head.bias.shape[0]
+    same = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
+    names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == same]
+    if variant.patch_size == 2:
+        raise UserError('timm gives a ConvNeXt of patch_size=2 one more downsampling: it has no such model')
+    if not names:
+        raise UserError(f'timm has no ConvNeXt of depths {variant.depths} and widths {variant.widths}')
+    images = processor.to_timm()
+    config = {
+        'architecture': names[0],
+        'num_classes': num_classes,
+        'num_features': variant.widths[-1],
+        'model_args': {'in_chans': model.in_channels, 'patch_size': variant.patch_size},
+        'pretrained_cfg': images | {'num_classes': num_classes, 'first_conv': 'stem.0', 'classifier': 'head.fc'},
+    }
+    return config | ({'label_names': list(class_names)} if class_names else {})
+
+
+def _common(model: ConvNeXt | Backbone, architecture: str, processor: ImageProcessor) -> dict:
+    """What every `config.json` of a ConvNeXt of Hugging Face's has; `architecture` as in 'ForImageClassification'."""
+    variant = model.variant
+    kind = 'ConvNextV2' if variant.grn else 'ConvNext'
+    config = {
+        'architectures': [kind + architecture],
+        'model_type': kind.lower(),
+        'depths': list(variant.depths),
+        'hidden_sizes': list(variant.widths),
+        'num_stages': len(variant.depths),
+        'patch_size': variant.patch_size,
+        'num_channels': model.in_channels,
+        'image_size': processor.size,
+        'hidden_act': 'gelu',
+        'drop_path_rate': 0.0,
+        'initializer_range': 0.02,
+        'torch_dtype': 'float32',
+    }
+    return config if variant.grn else config | {'layer_scale_init_value': variant.layer_scale_init}

@@ -1,0 +1,52 @@
+"""ConvNeXt V1 and V2 as backbones: feature maps for detection, segmentation and what else stands on them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convnext_jax.errors import UserError
+from convnext_jax.models.layers import LayerNorm
+from convnext_jax.models.trunk import Trunk
+from convnext_jax.models.variants import Variant
+
+
+class Backbone(Trunk):
+    """Stem and stages, and a LayerNorm on each feature map that goes out, as Hugging Face's ConvNextBackbone.
+
+    Attributes:
+        norms: name of a feature map → its LayerNorm.
+        out_features: these names, in the order of the data.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        out_features: Sequence[str],
+        in_channels: int,
+        drop_path_rate: float,
+        output_stride: int,
+        remat: bool,
+        dtype: jnp.dtype | str,
+        key: jax.Array,
+    ):
+        super().__init__(
+            variant,
+            in_channels=in_channels,
+            drop_path_rate=drop_path_rate,
+            output_stride=output_stride,
+            remat=remat,
+            dtype=dtype,
+            key=key,
+        )
+        if not out_features or isinstance(out_features, str) or not set(out_features) <= set(self.channels):
+            raise UserError(f'out_features must be a choice of {tuple(self.channels)}, not {out_features!r}')
+        self.out_features = tuple(name for name in self.channels if name in out_features)
+        self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Name → normalised feature map (N, H / stride, W / stride, C); arguments and errors as `features`."""
+        maps = self.features(images, key=key)
+        return {name: self.norms[name](maps[name]) for name in self.out_features}

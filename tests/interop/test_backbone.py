@@ -1,0 +1,201 @@
+"""Feature maps as the other libraries' backbones give them, with transformers and timm as judges."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax import Backbone, create_backbone, create_model, save_pretrained
+from convnext_jax.errors import UserError
+from convnext_jax.interop.layouts import to_layout
+from convnext_jax.models import Variant, get_parameters, get_variant, with_parameters
+
+torch = pytest.importorskip('torch', reason='torch is a development requirement')
+
+BOUND = 2e-5  # of the reference's standard deviation, float32
+CHOICE = ('stem', 'stage2', 'stage4')
+
+
+def randomized(model):
+    """Every parameter away from its first value, and of a size that matters."""
+    rng = np.random.default_rng(1)
+    values = {}
+    for name, x in get_parameters(model).items():
+        fan_in = 49 if 'depthwise' in name else np.prod(x.shape['blocks' in name : -1])
+        scale = fan_in**-0.5 if name.endswith('.kernel') else 0.3
+        values[name] = jnp.asarray(rng.normal(name.endswith('.scale'), scale, x.shape), jnp.float32)
+    return with_parameters(model, values)
+
+
+def random_backbone(name='convnextv2_atto', **arguments):
+    return randomized(create_backbone(name, key=jax.random.key(0), **arguments))
+
+
+def images(height, width):
+    return np.random.default_rng(2).normal(size=(2, height, width, 3)).astype(np.float32)
+
+
+def nchw(x):
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+
+
+def largest_differences(ours, theirs):
+    """Feature → largest difference, in standard deviations of the reference."""
+    references = {name: x.detach().numpy().transpose(0, 2, 3, 1) for name, x in theirs.items()}
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in references.items()}
+    return {name: float(np.abs(ours[name] - x).max() / x.std()) for name, x in references.items()}
+
+
+call = jax.jit(lambda backbone, x: backbone(x))
+
+
+@pytest.mark.parametrize('size', [(224, 224), (100, 143)])
+@pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_atto'])
+def test_equals_the_backbone_of_transformers_that_loads_it(tmp_path, name, size):
+    """Detectors that were trained on Hugging Face's maps would see others; 100×143 is no multiple of any stride."""
+    transformers = pytest.importorskip('transformers')
+    backbone = random_backbone(name, out_features=CHOICE)
+    save_pretrained(backbone, tmp_path / 'ours')
+    kind = transformers.ConvNextV2Backbone if 'v2' in name else transformers.ConvNextBackbone
+    theirs, info = kind.from_pretrained(tmp_path / 'ours', output_loading_info=True)
+    assert not any(info[problem] for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    assert tuple(theirs.out_features) == CHOICE
+    assert theirs.channels == [backbone.channels[feature] for feature in CHOICE]
+    x = images(*size)
+    with torch.no_grad():
+        maps = dict(zip(CHOICE, theirs.eval()(nchw(x)).feature_maps, strict=True))
+    differences = largest_differences(call(backbone, x), maps)
+    print(name, size, 'ConvNextBackbone', differences)
+    assert max(differences.values()) < BOUND
+
+    theirs.save_pretrained(tmp_path / 'theirs')
+    again = create_backbone(tmp_path / 'theirs')
+    assert again.out_features == CHOICE
+    jax.tree.map(np.testing.assert_array_equal, get_parameters(again), get_parameters(backbone))
+
+
+@pytest.mark.parametrize('output_stride', [8, 16])
+@pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_atto'])
+def test_dilated_stages_equal_timm(name, output_stride):
+    """Segmentation keeps the resolution: a dilation or padding that is off by one moves every mask."""
+    timm = pytest.importorskip('timm')
+    backbone = random_backbone(name, output_stride=output_stride)
+    reference = timm.create_model(name, features_only=True, output_stride=output_stride).eval()
+    trunk = {feature: x for feature, x in get_parameters(backbone).items() if not feature.startswith('norms.')}
+    tensors = to_layout(trunk, get_variant(name), 'timm')
+    # features_only flattens the names: stem.0 → stem_0, stages.1 → stages_1
+    state = {t.replace('stem.', 'stem_').replace('stages.', 'stages_', 1): x for t, x in tensors.items()}
+    reference.load_state_dict({t: torch.from_numpy(np.array(x)) for t, x in state.items()}, strict=True)
+    x = images(100, 143)
+    names = [f'stage{stage}' for stage in range(1, 5)]
+    with torch.no_grad():
+        maps = dict(zip(names, reference(nchw(x)), strict=True))
+    ours = jax.jit(lambda backbone, x: backbone.features(x))(backbone, x)
+    ours.pop('stem')
+    differences = largest_differences(ours, maps)
+    print(name, output_stride, 'timm', differences)
+    assert max(differences.values()) < BOUND
+    assert [backbone.strides[feature] for feature in names] == reference.feature_info.reduction()
+    assert [backbone.channels[feature] for feature in names] == reference.feature_info.channels()
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
+def test_a_classifier_s_folder_gives_its_trunk_and_says_that_the_norms_are_fresh(tmp_path, layout):
+    model = randomized(create_model('convnext_atto', key=jax.random.key(0), num_classes=3))
+    save_pretrained(model, tmp_path / 'out', layout=layout)
+    with pytest.warns(UserWarning, match='the norms of stage1, stage3 are fresh: the file has none'):
+        backbone = create_backbone(tmp_path / 'out', out_features=('stage3', 'stage1'), output_stride=8)
+    assert backbone.out_features == ('stage1', 'stage3'), 'in the order of the data'
+    trunk = get_parameters(model)
+    for name, value in get_parameters(backbone).items():
+        expected = trunk.get(name, np.full(value.shape, name.endswith('scale'), np.float32))
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+
+
+def test_other_features_of_a_backbone_s_folder(tmp_path):
+    """What was trained stays, what the file does not have is told, what is not asked for is left out."""
+    backbone = random_backbone(out_features=('stage1', 'stage2'))
+    save_pretrained(backbone, tmp_path / 'out')
+    with pytest.warns(UserWarning, match='the norms of stage4 are fresh'):
+        other = create_backbone(tmp_path / 'out', out_features=('stage2', 'stage4'))
+    assert set(other.norms) == {'stage2', 'stage4'}
+    np.testing.assert_array_equal(other.norms['stage2'].scale, backbone.norms['stage2'].scale)
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    save_pretrained(random_backbone(), tmp_path / 'out')
+    file = tmp_path / 'out' / 'model.safetensors'
+    tensors = load_file(file)
+    tensors['extra'] = tensors.pop('hidden_states_norms.stage2.bias')
+    tensors['hidden_states_norms.stage1.weight'] = tensors['hidden_states_norms.stage1.weight'][:-1]
+    save_file(tensors, file)
+    listed = r'extra is left over; .*stage1.weight is \(39,\), not \(40,\); .*stage2.bias is missing'
+    with pytest.raises(UserError, match=listed):
+        create_backbone(tmp_path / 'out')
+
+
+def test_gradients_reach_every_parameter_and_keys_drop_paths():
+    backbone = random_backbone(output_stride=8, drop_path_rate=0.5)
+    x = images(32, 32)
+
+    def loss(backbone, key):
+        return sum(jnp.square(x).sum() for x in backbone(images(32, 32), key=key).values())
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(backbone, jax.random.key(0))
+    assert np.isfinite(value)
+    assert all((np.abs(x).max() > 0) for x in get_parameters(gradients).values())
+    assert value != jax.jit(loss)(backbone, jax.random.key(1))
+    assert max(np.abs(a).max() for a in call(backbone, x).values()) > 0
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+        ({'source': 'convnext_tinny'}, "there is no model 'convnext_tinny': did you mean convnext_tiny"),
+        ({'key': None}, 'give key='),
+        ({'out_features': ('stage5',)}, r"out_features must be a choice of \('stem', 'stage1'"),
+        ({'out_features': 'stage1'}, 'out_features must be a choice of'),
+        ({'out_features': ()}, 'out_features must be a choice of'),
+        ({'output_stride': 12}, r'output_stride must be one of \(4, 8, 16, 32\), not 12'),
+        ({'output_stride': 0}, r'output_stride must be one of \(4, 8, 16, 32\), not 0'),
+        ({'dtype': 'int8'}, 'dtype must be one of'),
+    ],
+)
+def test_bad_arguments(arguments, match):
+    options = {'source': 'convnext_atto', 'key': jax.random.key(0)} | arguments
+    with pytest.raises(UserError, match=match):
+        create_backbone(options.pop('source'), **options)
+
+
+def test_what_the_other_libraries_do_not_have_is_not_written(tmp_path):
+    with pytest.raises(UserError, match='only the huggingface layout holds'):
+        save_pretrained(random_backbone(), tmp_path / 'a', layout='timm')
+    with pytest.raises(UserError, match='no backbone of output_stride=16'):
+        save_pretrained(random_backbone(output_stride=16), tmp_path / 'b')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
+    variant = Variant((1, 1), (8, 16), patch_size=2, layer_scale_init=0)
+    backbone = Backbone(
+        variant,
+        out_features=('stage2',),
+        in_channels=1,
+        drop_path_rate=0.0,
+        output_stride=4,
+        remat=False,
+        dtype='float32',
+        key=jax.random.key(0),
+    )
+    save_pretrained(backbone, tmp_path / 'out')
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['num_channels'] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = create_backbone(tmp_path / 'out')
+    assert again.variant == variant
+    assert again(jnp.ones((1, 9, 5, 1)))['stage2'].shape == (1, 2, 1, 16)
