@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from convnext_jax.errors import UserError
@@ -139,7 +139,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
         for theirs, block in sources[ours]:
             target = array if block is None else array[block]
             target[...] = _inward(np.asarray(tensors[theirs]), ours, target.shape)
-        parameters[ours] = jnp.asarray(array)
+        parameters[ours] = jax.device_put(array)
     return {ours: parameters[ours] for ours in shapes}
 
 
