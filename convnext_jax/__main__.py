@@ -3,6 +3,7 @@
 models                                       the table of architectures
 predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
+export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that runs without this package
 """
 
 import json
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from convnext_jax.command_line import parse, required, run
 from convnext_jax.errors import UserError
+from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
@@ -49,6 +51,17 @@ def convert(arguments: list[str]) -> None:
     print(f'{target} holds the {pretrained.layout} weights of {source} in the {values.layout} layout')
 
 
+def export(arguments: list[str]) -> None:
+    """Writes a run's or another library's model as a program, its weights and its preprocessing."""
+    values = flags.FlagValues()
+    flags.DEFINE_enum('format', 'stablehlo', ['stablehlo'], 'Of the program.', flag_values=values)
+    flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
+    flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
+    source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
+    export_stablehlo(read_weights(source, values.params, values.name), target)
+    print(f'{target} holds model.stablehlo, its weights in model.safetensors, and model.json about classes and images')
+
+
 def predict_photos(arguments: list[str]) -> None:
     """Prints what a model sees in photographs; a file that cannot be read is reported, and the exit status is 2."""
     values = flags.FlagValues()
@@ -82,7 +95,7 @@ def _as_table(prediction: Prediction) -> str:
     return '\n'.join([f'{prediction.path}', *(f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best)])
 
 
-COMMANDS = {'models': models, 'predict': predict_photos, 'convert': convert}
+COMMANDS = {'models': models, 'predict': predict_photos, 'convert': convert, 'export': export}
 
 
 def main(arguments: list[str]) -> None:

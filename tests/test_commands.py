@@ -102,7 +102,10 @@ def test_weights_leave_a_run_and_come_back(commands, finished_run, tmp_path):
         assert (theirs['top1'], theirs['images']) == (run['top1'], 40)
         assert theirs['loss'] == pytest.approx(run['loss'], rel=1e-5)
     started = commands.train(
-        tmp_path / 'tuned', f'--config.init.weights={tmp_path / "hf"}', '--config.model.num_classes=12'
+        tmp_path / 'tuned',
+        f'--config.init.weights={tmp_path / "hf"}',
+        '--config.model.num_classes=12',
+        '--config.data.image_size=36',  # fine-tuning at another resolution needs nothing
     )
     assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started.stdout
     assert 'the head is fresh: 12 classes here, 10 in the file' in started.stdout
@@ -177,4 +180,4 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
 
 
 def test_an_unknown_command_lists_those_there_are(commands):
-    assert '{models | predict | convert}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
+    assert '{models | predict | convert | export}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr

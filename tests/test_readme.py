@@ -13,6 +13,7 @@ def test_the_python_examples_run():
         names = {}
         exec(block, names)
         assert names['logits'].shape == (2, 10)
+        assert names['pyramid']['stage4'].shape == (2, 4, 6, 320)
         assert names['maps']['stage4'].shape == (2, 2, 3, 320)
 
 

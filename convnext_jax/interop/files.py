@@ -188,8 +188,10 @@ def _is_mapping(content: object) -> bool:
     return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
 
 
-def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], files: Mapping[str, dict], *, torch: bool) -> None:
-    """Writes tensors as `model.safetensors`, or as `model.pth` if `torch`, and beside them JSON files.
+def write_folder(
+    folder: Path, tensors: Mapping[str, np.ndarray], files: Mapping[str, dict | bytes], *, torch: bool = False
+) -> None:
+    """Writes tensors as `model.safetensors`, or as `model.pth` if `torch`, and beside them JSON objects and bytes.
 
     Args:
         folder: new or empty.
@@ -209,7 +211,9 @@ def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], files: Mapping
         else:
             save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + '\n')
+            if isinstance(content, dict):
+                content = f'{json.dumps(content, indent=2)}\n'.encode()
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
 

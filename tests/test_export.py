@@ -1,0 +1,93 @@
+"""An exported model runs where this package is not, and says the same."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from convnext_jax import ImageProcessor, create_model
+from convnext_jax.__main__ import main
+from convnext_jax.errors import UserError
+from convnext_jax.export import export_stablehlo
+from convnext_jax.interop import Pretrained
+from convnext_jax.models import get_parameters, with_parameters
+from convnext_jax.training.weights import read_weights
+
+ELSEWHERE = """
+import pathlib, sys
+sys.modules['convnext_jax'] = None  # an import of it is an error
+import jax, numpy as np
+from jax import export
+from safetensors.numpy import load_file
+folder = pathlib.Path(sys.argv[1])
+program = export.deserialize(bytearray((folder / 'model.stablehlo').read_bytes()))
+weights = load_file(folder / 'model.safetensors')
+images = np.load(folder / 'images.npy')
+for size in (1, 3):
+    np.save(folder / f'logits{size}.npy', jax.jit(program.call)(weights, images[:size]))
+"""
+
+
+def run_elsewhere(folder):
+    """The logits of one and of three images, from a process that cannot import this package."""
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    command = [sys.executable, '-c', ELSEWHERE, str(folder)]
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    return [np.load(folder / f'logits{size}.npy') for size in (1, 3)]
+
+
+def randomized(model):
+    rng = np.random.default_rng(0)
+    values = {
+        name: rng.normal(name.endswith('norm.scale'), 0.2, x.shape).astype(np.float32)
+        for name, x in get_parameters(model).items()
+    }
+    return with_parameters(model, jax.tree.map(jax.numpy.asarray, values))
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
+def test_runs_in_a_process_without_this_package(tmp_path, name):
+    """Who deploys has uint8 images, jax and the folder, and wants the model's own logits at any batch size."""
+    model = randomized(create_model(name, key=jax.random.key(0), num_classes=7))
+    processor = ImageProcessor(size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    pretrained = Pretrained(model, 'timm', tuple('abcdefg'), processor, (), [])
+    export_stablehlo(pretrained, tmp_path / 'out')
+    images = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    np.save(tmp_path / 'out' / 'images.npy', images)
+    expected = np.asarray(jax.jit(lambda model, x: model(x))(model, processor.normalize(images)))
+    for logits in run_elsewhere(tmp_path / 'out'):
+        difference = np.abs(logits - expected[: len(logits)]).max() / expected.std()
+        assert difference < 2e-5, difference
+    about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+    assert about['class_names'] == list('abcdefg')
+    assert ImageProcessor(**about['preprocessing']).size == 64
+
+
+def test_the_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
+    model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=7)
+    export_stablehlo(Pretrained(model, 'timm', None, None, (), []), tmp_path / 'out')
+    file = tmp_path / 'out' / 'model.stablehlo'
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    assert program.platforms == ('cpu', 'cuda', 'rocm', 'tpu')
+    assert str(program.in_avals[-1].shape) == '(batch, 224, 224, 3)'
+    assert program.in_avals[-1].dtype == np.uint8
+    assert file.stat().st_size < 1e6
+    with pytest.raises(UserError, match='is not empty'):
+        export_stablehlo(Pretrained(model, 'timm', None, None, (), []), tmp_path / 'out')
+
+
+def test_the_command_exports_a_run(finished_run, tmp_path, capsys):
+    """Of the average too: what a run evaluates best is what people deploy."""
+    main(['convnext_jax', 'export', str(finished_run), str(tmp_path / 'out'), '--params=ema'])
+    assert 'holds model.stablehlo' in capsys.readouterr().out
+    average = get_parameters(read_weights(str(finished_run), 'ema', None).model)
+    weights = load_file(tmp_path / 'out' / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, weights, dict(average))
+    with pytest.raises(UserError, match='flag --format=onnx'):
+        main(['convnext_jax', 'export', str(finished_run), str(tmp_path / 'other'), '--format=onnx'])
