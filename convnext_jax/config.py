@@ -58,6 +58,8 @@ def default_config() -> ConfigDict:
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
+    config.optimizer.layer_decay = 1.0  # learning rate of each layer to that of the next; 1: the same for all
+    config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block or a 'group' of them
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: off
     config.label_smoothing = 0.1
 
@@ -85,6 +87,7 @@ POSITIVE = [
     'data.crop_pct',
     'optimizer.learning_rate',
     'optimizer.epsilon',
+    'optimizer.layer_decay',
 ]
 NOT_NEGATIVE = [
     'seed',
@@ -125,8 +128,11 @@ def check_values(config: ConfigDict) -> None:
         problems.append(f'data.mean and data.std need one value (grey) or three (RGB), std above 0: {mean}, {std}')
     if values['init.params'] not in ('raw', 'ema'):
         problems.append(f"init.params must be 'raw' or 'ema', not '{values['init.params']}'")
-    if values['data.crop_pct'] > 1:
-        problems.append(f'data.crop_pct must be at most 1, not {values["data.crop_pct"]}')
+    problems += [
+        f'{field} must be at most 1, not {values[field]}'
+        for field in ('data.crop_pct', 'optimizer.layer_decay')
+        if values[field] > 1
+    ]
     if problems:
         raise UserError('; '.join(problems))
 

@@ -19,7 +19,7 @@ from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.logging import RunLog, read_records
-from convnext_jax.training.optimizer import adamw, cosine_schedule
+from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
 from convnext_jax.training.setup import (
     Plan,
     abstract_model,
@@ -96,8 +96,9 @@ class Run:
         self.config, self.plan, self.checkpoints = config, plan, checkpoints
         self.train_source, self.eval_source = train_source, eval_source
         peak = config.optimizer.learning_rate * config.batch_size / 256
+        layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
-            list(get_parameters(model)),
+            layer_factors(list(get_parameters(model)), model.variant.depths, rule, layer_decay),
             beta1=config.optimizer.beta1,
             beta2=config.optimizer.beta2,
             epsilon=config.optimizer.epsilon,

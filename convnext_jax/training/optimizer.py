@@ -1,10 +1,12 @@
-"""AdamW with weight decay by role, the learning-rate schedule, and the moving average of the weights."""
+"""AdamW with weight decay by role and layer decay, the learning-rate schedule, the moving average of the weights."""
 
 import re
 
 import jax
+import numpy as np
 import optax
 
+from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters
 
 # The first rule that matches a parameter's name says whether weight decay falls on it: on the weights of convolutions
@@ -30,6 +32,59 @@ def decays(name: str) -> bool:
     raise ValueError(f'no rule of DECAY_RULES covers {name}')
 
 
+def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: float) -> dict[str, np.ndarray | float]:
+    """What the learning rate of each parameter is multiplied by: decay to the power of its distance from the head.
+
+    Stacked parameters have one factor for each block, along their leading axis.
+
+    Args:
+        names: of all parameters.
+        depths: blocks in each stage.
+        rule: 'single', a layer for each block; or 'group', one for every three blocks of the third stage and one for
+            each of the others (both `optim_factory.py` of the original repositories).
+        decay: in (0, 1]; 1 leaves all at the learning rate.
+
+    Raises:
+        UserError: an unknown rule, or the group rule for a model that has no four stages.
+    """
+    if rule not in LAYER_RULES:
+        raise UserError(f"optimizer.layer_decay_rule must be one of {', '.join(LAYER_RULES)}, not '{rule}'")
+    if rule == 'group' and len(depths) != 4:
+        raise UserError("optimizer.layer_decay_rule='group' is for models of four stages: take 'single'")
+    layers, head = LAYER_RULES[rule](depths)
+    factors = {}
+    for name in names:
+        part, *rest = name.split('.')
+        if part == 'stem':
+            layer = np.zeros(())
+        elif part == 'stages':
+            downsample, blocks = layers[int(rest[0])]
+            layer = np.asarray(blocks if rest[1] == 'blocks' else downsample)
+        else:
+            layer = np.asarray(head)
+        factors[name] = decay ** (head - layer)
+    return factors
+
+
+def _single_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
+    """(Layer of the downsampling, layer of each block) of each stage, and the head's layer; the stem's is 0."""
+    layers = []
+    for stage, depth in enumerate(depths):
+        first = sum(depths[:stage]) + 1
+        layers.append((first, list(range(first, first + depth))))
+    return layers, sum(depths) + 1
+
+
+def _group_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
+    """As `_single_layers`; 12 layers between stem and head where the third stage has 27 blocks, 6 where it has 9."""
+    third = [3 + block // 3 for block in range(depths[2])]
+    last = third[-1] + 1
+    return [(1, [1] * depths[0]), (2, [2] * depths[1]), (3, third), (last, [last] * depths[3])], last + 1
+
+
+LAYER_RULES = {'single': _single_layers, 'group': _group_layers}
+
+
 def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Step → learning rate: linear from 0 to the peak, then half a cosine to the minimum.
 
@@ -44,13 +99,31 @@ def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps:
 
 
 def adamw(
-    names: list[str], *, beta1: float, beta2: float, epsilon: float, weight_decay: float, clip_norm: float
+    factors: dict[str, np.ndarray | float],
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) but for the last factor: the training step multiplies by −learning rate itself."""
+    """AdamW (arXiv:1711.05101) but for the last factor: the training step multiplies by −learning rate itself.
+
+    Args:
+        factors: of the learning rate, as `layer_factors` gives them for every parameter.
+        beta1, beta2, epsilon, weight_decay: as in the paper.
+        clip_norm: largest global norm of the gradient; 0 for any.
+    """
+
+    def by_layer(updates: Parameters, _) -> Parameters:
+        # A block's factor stands at the front of the stacked axes.
+        return {name: u * np.reshape(factors[name], (-1,) + (1,) * (u.ndim - 1)) for name, u in updates.items()}
+
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.scale_by_adam(beta1, beta2, epsilon),
-        optax.add_decayed_weights(weight_decay, mask={name: decays(name) for name in names}),
+        optax.add_decayed_weights(weight_decay, mask={name: decays(name) for name in factors}),
+        optax.stateless(by_layer),
     )
 
 

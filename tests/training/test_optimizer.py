@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from convnext_jax.errors import UserError
+from convnext_jax.interop.layouts import entries
 from convnext_jax.models import create_model, get_parameters, list_models
-from convnext_jax.training.optimizer import adamw, cosine_schedule, decays, moving_average
+from convnext_jax.training.optimizer import adamw, cosine_schedule, decays, layer_factors, moving_average
 
 
 def published_schedule(peak, minimum, warmup, total):
@@ -42,7 +44,7 @@ def test_update_is_adamw_with_decoupled_decay():
     """Two steps against the formula of arXiv:1711.05101 in float64."""
     rng = np.random.default_rng(0)
     weights = {'head.kernel': rng.normal(size=(3, 2)), 'head.bias': rng.normal(size=2)}
-    optimizer = adamw(list(weights), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
+    optimizer = adamw(dict.fromkeys(weights, 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
     ours = {name: value.astype(np.float32) for name, value in weights.items()}
     state = optimizer.init(ours)
     first, second = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
@@ -65,16 +67,101 @@ def test_clipping_bounds_the_global_norm_of_the_gradient():
     small, huge = {'head.kernel': np.full((2, 2), 0.1, np.float32)}, {'head.kernel': np.full((2, 2), 1e6, np.float32)}
 
     def second_update(clip_norm):
-        optimizer = adamw(['head.kernel'], beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=clip_norm)
+        optimizer = adamw(
+            {'head.kernel': 1.0}, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=clip_norm
+        )
         _, state = optimizer.update(small, optimizer.init(small), small)
         return np.asarray(optimizer.update(huge, state, small)[0]['head.kernel'])
 
     bounded = {'head.kernel': huge['head.kernel'] / np.float32(2e6)}  # of norm 1
-    optimizer = adamw(['head.kernel'], beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
+    optimizer = adamw({'head.kernel': 1.0}, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
     _, state = optimizer.update(small, optimizer.init(small), small)
     expected = np.asarray(optimizer.update(bounded, state, small)[0]['head.kernel'])
     np.testing.assert_allclose(second_update(1.0), expected, rtol=1e-5)
     assert not np.allclose(second_update(0.0), expected, rtol=1e-2)
+
+
+def layers_of(name, rule, decay=0.5):
+    """Parameter → the layers between it and the head, one for each block of what is stacked."""
+    model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
+    factors = layer_factors(list(get_parameters(model)), model.variant.depths, rule, decay)
+    return {parameter: (np.log(factor) / np.log(decay)).round(9).tolist() for parameter, factor in factors.items()}
+
+
+@pytest.mark.parametrize('name', ['convnext_tiny', 'convnext_base', 'convnextv2_large', 'convnextv2_atto'])
+def test_single_layer_decay_equals_timm_s_parameter_groups(name):
+    timm = pytest.importorskip('timm', reason='timm is a development requirement')
+    torch = pytest.importorskip('torch')
+    from timm.optim import param_groups_layer_decay
+
+    with torch.device('meta'):
+        reference = timm.create_model(name)
+    names = {parameter: name for name, parameter in reference.named_parameters()}
+    groups = param_groups_layer_decay(reference, weight_decay=0.05, layer_decay=0.5)
+    theirs = {names[parameter]: -np.log2(group['lr_scale']) for group in groups for parameter in group['params']}
+    model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
+    shapes = {parameter: x.shape for parameter, x in get_parameters(model).items()}
+    ours = layers_of(name, 'single')
+    for entry in entries(shapes, model.variant, 'timm'):
+        layer = ours[entry.ours] if entry.block is None else ours[entry.ours][entry.block]
+        assert layer == pytest.approx(theirs.pop(entry.theirs)), entry.theirs
+    assert not theirs
+
+
+@pytest.mark.parametrize(
+    ('name', 'third', 'last'),
+    [
+        ('convnext_tiny', [3, 3, 3, 4, 4, 4, 5, 5, 5], 6),
+        ('convnext_base', [3 + block // 3 for block in range(27)], 12),
+        ('convnextv2_large', [3 + block // 3 for block in range(27)], 12),
+    ],
+)
+def test_group_layer_decay_is_the_original_s_table(name, third, last):
+    """`optim_factory.py` of ConvNeXt, get_num_layer_for_convnext: 12 layers, or 6 for the depth of tiny."""
+    layers = {parameter: last + 1 - np.asarray(layer) for parameter, layer in layers_of(name, 'group').items()}
+    expected = {
+        'stem.conv.kernel': 0,
+        'stem.norm.scale': 0,
+        'stages.0.blocks.depthwise.kernel': [1] * 3,
+        'stages.1.downsample.conv.kernel': 2,
+        'stages.1.blocks.norm.bias': [2] * 3,
+        'stages.2.downsample.norm.scale': 3,
+        'stages.2.blocks.pointwise1.kernel': third,
+        'stages.3.downsample.conv.bias': last,
+        'stages.3.blocks.pointwise2.bias': [last] * 3,
+        'norm.scale': last + 1,
+        'head.kernel': last + 1,
+    }
+    for parameter, layer in expected.items():
+        np.testing.assert_array_equal(layers[parameter], layer, err_msg=parameter)
+
+
+def test_layer_decay_scales_the_whole_update_of_each_block():
+    """As a learning rate does: Adam's direction and the weight decay alike, each block of a stack by its own."""
+    rng = np.random.default_rng(0)
+    names = {'stages.0.blocks.pointwise1.kernel': (2, 3, 4), 'head.bias': (4,)}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+    gradient = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+    options = {'beta1': 0.9, 'beta2': 0.999, 'epsilon': 1e-8, 'weight_decay': 0.05, 'clip_norm': 0}
+
+    def update(factors):
+        optimizer = adamw(factors, **options)
+        return optimizer.update(gradient, optimizer.init(weights), weights)[0]
+
+    plain = update(dict.fromkeys(names, 1.0))
+    scaled = update(layer_factors(list(names), (2,), 'single', 0.5))
+    kernel = 'stages.0.blocks.pointwise1.kernel'
+    np.testing.assert_allclose(scaled[kernel], plain[kernel] * np.array([0.25, 0.5])[:, None, None], rtol=1e-6)
+    np.testing.assert_array_equal(scaled['head.bias'], plain['head.bias'])
+
+
+@pytest.mark.parametrize(
+    ('depths', 'rule', 'match'),
+    [((3, 3, 9, 3), 'blockwise', 'must be one of single, group'), ((18,), 'group', 'for models of four stages')],
+)
+def test_bad_layer_rules(depths, rule, match):
+    with pytest.raises(UserError, match=match):
+        layer_factors(['head.bias'], depths, rule, 0.9)
 
 
 def test_moving_average():

@@ -31,7 +31,9 @@ def small_config():
 
 def build(config):
     model = abstract_model(config)
-    optimizer = adamw(list(get_parameters(model)), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
+    optimizer = adamw(
+        dict.fromkeys(get_parameters(model), 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0
+    )
     schedule = cosine_schedule(1e-3, 1e-6, 0, 100)
     state = jax.jit(
         lambda: initial_state(
