@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.2860,)
     config.data.std = (0.3530,)
     config.augment.crop_padding = 1
+    config.augment.randaugment = ''
+    config.augment.erasing = 0.0
     config.optimizer.learning_rate = 1.2e-2
     config.optimizer.warmup_epochs = 1
     config.optimizer.beta2 = 0.95  # the run is too short for a longer memory

@@ -6,9 +6,7 @@ After the colon: a V1 size ('tiny' … 'xlarge'), or any name of `python -m conv
 directory with imagenet2012 in ArrayRecord form. The hyperparameters are those of arXiv:2201.03545, table 5: 4,096
 images to a step, 300 epochs. On fewer devices set config.accumulation_steps.
 
-The published top-1 of T/S/B/L is 82.1/83.1/83.8/84.3 %, of isotropic S/B/L 78.7/82.0/82.6 %. It takes RandAugment,
-random erasing, mixup and cutmix, which this config does not have yet: expect less. For the other sizes no such run is
-published.
+The published top-1 of T/S/B/L is 82.1/83.1/83.8/84.3 %. For the other sizes no such run is published.
 """
 
 from ml_collections import ConfigDict

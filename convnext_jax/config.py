@@ -48,6 +48,15 @@ def default_config() -> ConfigDict:
     config.augment = ConfigDict()  # on the device, by key
     config.augment.flip = True
     config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
+    config.augment.randaugment = 'rand-m9-mstd0.5-inc1'  # in timm's syntax; '': off
+    config.augment.erasing = 0.25  # probability that a rectangle of the image is erased
+    config.augment.erasing_mode = 'pixel'  # noise for each 'pixel', 'rand' for each channel, or 'const' 0
+
+    config.mix = ConfigDict()  # neighbours in the batch
+    config.mix.mixup = 0.0  # α of the Beta distribution that the shares are drawn from; 0: off
+    config.mix.cutmix = 0.0  # the same; where both are on, they take turns at random
+    config.mix.mode = 'batch'  # one draw for the 'batch', or for each 'pair'
+    config.mix.off_epoch = 0.0  # from this epoch on no mixing; 0: always
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 2.5e-4  # peak for 256 images: multiplied by batch_size / 256
@@ -96,6 +105,10 @@ NOT_NEGATIVE = [
     'model.num_classes',
     'model.patch_size',
     'augment.crop_padding',
+    'augment.erasing',
+    'mix.mixup',
+    'mix.cutmix',
+    'mix.off_epoch',
     'optimizer.min_learning_rate',
     'optimizer.warmup_epochs',
     'optimizer.warmup_steps',
@@ -130,7 +143,7 @@ def check_values(config: ConfigDict) -> None:
         problems.append(f"init.params must be 'raw' or 'ema', not '{values['init.params']}'")
     problems += [
         f'{field} must be at most 1, not {values[field]}'
-        for field in ('data.crop_pct', 'optimizer.layer_decay')
+        for field in ('data.crop_pct', 'optimizer.layer_decay', 'augment.erasing')
         if values[field] > 1
     ]
     if problems:
@@ -138,7 +151,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
-FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'ema')
+FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'mix', 'ema')
 FREE = ('data.dir', 'model.remat')
 
 

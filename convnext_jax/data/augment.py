@@ -8,17 +8,54 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from convnext_jax.data.randaugment import parse_randaugment, rand_augment
+from convnext_jax.errors import UserError
+
+ERASED_AREA = (0.02, 1 / 3)  # of the image; this and the next as in arXiv:1708.04896 and timm
+ERASED_ASPECT = (0.3, 1 / 0.3)
+ERASING_TRIES = 10
+
 
 def augment(
-    images: jax.Array, keys: jax.Array, *, flip: bool, crop_padding: int, mean: Sequence[float], std: Sequence[float]
+    images: jax.Array,
+    keys: jax.Array,
+    *,
+    flip: bool,
+    crop_padding: int,
+    randaugment: str,
+    erasing: float,
+    erasing_mode: str,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> jax.Array:
-    """Training images: (N, H, W, C) uint8 and (N,) keys → (N, H, W, C) float32, normalised."""
-    flip_keys, crop_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    """Training images.
+
+    Args:
+        images: (N, H, W, C) uint8.
+        keys: (N,), one for each image.
+        flip, crop_padding, randaugment, erasing, erasing_mode: as in the config's `augment`.
+        mean, std: of each channel, of pixels in [0, 1].
+
+    Returns:
+        (N, H, W, C) float32, normalised.
+
+    Raises:
+        UserError: `randaugment` or `erasing_mode` is none.
+    """
+    flip_keys, crop_keys, policy_keys, erasing_keys = jnp.unstack(
+        jax.vmap(lambda key: jax.random.split(key, 4))(keys), axis=1
+    )
     if crop_padding:
         images = random_crop(images, crop_keys, crop_padding)
     if flip:
         images = random_flip(images, flip_keys)
-    return normalize(images, mean, std)
+    if randaugment:
+        fill = [round(255 * value) for value in mean]
+        images = rand_augment(images, policy_keys, parse_randaugment(randaugment), fill)
+    images = normalize(images, mean, std)
+    if erasing:
+        images = random_erasing(images, erasing_keys, erasing, erasing_mode)
+    return images
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -41,3 +78,45 @@ def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
         return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
     return jax.vmap(crop)(images, keys)
+
+
+def random_erasing(images: jax.Array, keys: jax.Array, probability: float, mode: str) -> jax.Array:
+    """Erases a rectangle of each image with that probability (arXiv:1708.04896).
+
+    Args:
+        images: (N, H, W, C) float32, normalised.
+        keys: (N,), one for each image.
+        probability: that an image loses a rectangle.
+        mode: what comes in its place: 'pixel' noise of N(0, 1), one such 'rand' value for each channel, or 'const' 0.
+
+    Raises:
+        UserError: an unknown mode.
+    """
+    if mode not in ('pixel', 'rand', 'const'):
+        raise UserError(f"augment.erasing_mode must be 'pixel', 'rand' or 'const', not '{mode}'")
+    height, width, channels = images.shape[1:]
+
+    def erase(image: jax.Array, key: jax.Array) -> jax.Array:
+        erased_key, box_key, noise_key = jax.random.split(key, 3)
+        inside = _erased_box(box_key, height, width) & jax.random.bernoulli(erased_key, probability)
+        shape = {'pixel': image.shape, 'rand': (1, 1, channels), 'const': (1, 1, 1)}[mode]
+        noise = jnp.zeros(shape) if mode == 'const' else jax.random.normal(noise_key, shape)
+        return jnp.where(inside[:, :, None], noise, image)
+
+    return jax.vmap(erase)(images, keys)
+
+
+def _erased_box(key: jax.Array, height: int, width: int) -> jax.Array:
+    """(H, W) bool: the first of ten rectangles that is smaller than the image; none if all are larger."""
+    area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
+    area = height * width * jax.random.uniform(area_key, ERASING_TRIES, minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
+    low, high = jnp.log(jnp.asarray(ERASED_ASPECT))
+    aspect = jnp.exp(jax.random.uniform(aspect_key, ERASING_TRIES, minval=low, maxval=high))
+    tall, wide = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    fits = (tall < height) & (wide < width)
+    first = jnp.argmax(fits)
+    tall, wide = jnp.where(fits.any(), tall[first], 0), jnp.where(fits.any(), wide[first], 0)
+    top = jnp.floor(jax.random.uniform(top_key) * (height - tall + 1))
+    left = jnp.floor(jax.random.uniform(left_key) * (width - wide + 1))
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)[None]
+    return (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)

@@ -113,7 +113,7 @@ class Run:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
         )
         self.train_step = jax.jit(
-            make_train_step(model, self.optimizer, schedule, config),
+            make_train_step(model, self.optimizer, schedule, config, plan.mixing_steps),
             donate_argnums=0,
             out_shardings=(self.state_sharding, None),
         )

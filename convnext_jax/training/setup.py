@@ -19,6 +19,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     eval_every_steps: int
+    mixing_steps: int
 
     def epoch(self, step: int) -> float:
         """Passes over the training split after so many steps."""
@@ -32,11 +33,13 @@ def make_plan(config: ConfigDict, source: Source) -> Plan:
         UserError: the run would be empty, or all warm-up.
     """
     epoch = steps_per_epoch(source, config.batch_size)
+    total = config.steps or round(config.epochs * epoch)
     plan = Plan(
         steps_per_epoch=epoch,
-        total_steps=config.steps or round(config.epochs * epoch),
+        total_steps=total,
         warmup_steps=config.optimizer.warmup_steps or round(config.optimizer.warmup_epochs * epoch),
         eval_every_steps=max(round(config.eval_every_epochs * epoch), 1),
+        mixing_steps=round(config.mix.off_epoch * epoch) or total,
     )
     if plan.total_steps <= plan.warmup_steps:
         raise UserError(

@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.augment import augment
+from convnext_jax.data.mixing import mix
 from convnext_jax.data.pipeline import Batch
 from convnext_jax.models import ConvNeXt, Parameters, with_parameters
 from convnext_jax.training.optimizer import moving_average
@@ -18,7 +19,11 @@ SKIPS_IN_A_ROW = 10
 
 
 def make_train_step(
-    model: ConvNeXt, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ConfigDict
+    model: ConvNeXt,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ConfigDict,
+    mixing_steps: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step.
 
@@ -29,17 +34,29 @@ def make_train_step(
         optimizer: as `adamw` gives it.
         schedule: steps done → learning rate.
         config: of the experiment.
+        mixing_steps: steps in which images are mixed; those after them see every image by itself.
     """
+    classes = model.head.bias.shape[0]
 
-    def loss(parameters: Parameters, images: jax.Array, labels: jax.Array, keys: jax.Array) -> jax.Array:
+    def loss(parameters: Parameters, images: jax.Array, targets: jax.Array, keys: jax.Array) -> jax.Array:
         logits = with_parameters(model, parameters)(images, key=keys)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        augment_keys, drop_path_keys = _keys(config.seed, state.step, len(batch['label']))
+        augment_keys, drop_path_keys, mix_key = _keys(config.seed, state.step, len(batch['label']))
         images = augment(batch['image'], augment_keys, mean=config.data.mean, std=config.data.std, **config.augment)
-        examples = (images, batch['label'], drop_path_keys)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch['label'], classes), config.label_smoothing)
+        if config.mix.mixup or config.mix.cutmix:
+            images, targets = mix(
+                images,
+                targets,
+                mix_key,
+                mixup=config.mix.mixup,
+                cutmix=config.mix.cutmix,
+                mode=config.mix.mode,
+                on=state.step < mixing_steps,
+            )
+        examples = (images, targets, drop_path_keys)
         value, gradient = _accumulate(jax.value_and_grad(loss), state.parameters, examples, config.accumulation_steps)
         grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
@@ -70,10 +87,10 @@ def make_train_step(
     return train_step
 
 
-def _keys(seed: int, step: jax.Array, images: int) -> tuple[jax.Array, jax.Array]:
-    """One key for each image for augmentation, and one for drop path: from seed and step alone."""
-    augment_key, drop_path_key = jax.random.split(step_key(seed, step))
-    return jax.random.split(augment_key, images), jax.random.split(drop_path_key, images)
+def _keys(seed: int, step: jax.Array, images: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A key for each image for augmentation, one for drop path, and one for mixing: from seed and step alone."""
+    augment_key, drop_path_key, mix_key = jax.random.split(step_key(seed, step), 3)
+    return jax.random.split(augment_key, images), jax.random.split(drop_path_key, images), mix_key
 
 
 def _accumulate(

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnext_jax.data.augment import augment, normalize, random_crop, random_flip
+from convnext_jax.data.augment import augment, normalize, random_crop, random_erasing, random_flip
+from convnext_jax.errors import UserError
 
 PLAIN = {'mean': (0.0,), 'std': (1 / 255,)}  # normalising that leaves the pixels' values
+PLAIN |= {'randaugment': '', 'erasing': 0.0, 'erasing_mode': 'pixel'}
 
 
 def keys(count, seed=0):
@@ -95,3 +97,50 @@ def test_each_part_can_be_switched_off(flip, crop_padding):
         assert not same.all()
     else:
         assert same.all()
+
+
+def erased(mode, probability=1.0, count=2000):
+    images = jnp.full((count, 24, 32, 3), 7.0)
+    out = np.asarray(jax.jit(lambda x, k: random_erasing(x, k, probability, mode))(images, keys(count)))
+    return out, (out != 7).any(-1)
+
+
+def test_erasing_takes_one_rectangle_of_the_published_area_and_aspect():
+    _, gone = erased('pixel')
+    areas, aspects = [], []
+    for mask in gone:
+        ys, xs = np.nonzero(mask)
+        assert mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].all()
+        areas.append(mask.mean())
+        aspects.append((np.ptp(ys) + 1) / (np.ptp(xs) + 1))
+    assert min(areas) > 0.01
+    assert max(areas) < 0.36
+    assert abs(np.mean(areas) - 0.17) < 0.02
+    assert min(aspects) > 0.2
+    assert max(aspects) < 4.5
+    covered = gone.mean(0)
+    assert covered.min() > 0, 'every pixel is erased now and then, the corners among them'
+
+
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+def test_what_comes_in_place_of_the_erased(mode):
+    out, gone = erased(mode)
+    values = out[gone]
+    if mode == 'const':
+        assert (values == 0).all()
+        return
+    assert abs(values.mean()) < 0.1
+    assert abs(values.std() - 1) < 0.1
+    one = out[0][gone[0]]
+    assert len(np.unique(one[:, 0])) == (1 if mode == 'rand' else len(one))
+    assert len(np.unique(one[0])) == 3
+
+
+def test_erasing_comes_by_its_probability_and_the_rest_stays():
+    _, gone = erased('pixel', probability=0.25)
+    assert abs(gone.any((1, 2)).mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+
+
+def test_an_unknown_way_of_erasing_is_refused():
+    with pytest.raises(UserError, match="augment.erasing_mode must be 'pixel', 'rand' or 'const', not 'mean'"):
+        erased('mean')

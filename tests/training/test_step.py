@@ -25,11 +25,14 @@ def small_config():
     config.model.drop_path_rate = 0.3
     config.data.image_size = 16
     config.augment.crop_padding = 2
+    config.augment.erasing = 0.5
+    config.mix.mixup = 0.8
+    config.mix.cutmix = 1.0
     config.ema.decay = 0.9
     return config
 
 
-def build(config):
+def build(config, mixing_steps=100):
     model = abstract_model(config)
     optimizer = adamw(
         dict.fromkeys(get_parameters(model), 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0
@@ -40,7 +43,7 @@ def build(config):
             get_parameters(build_model(config, init_key(config.seed))), optimizer, ema=config.ema.decay > 0
         )
     )()
-    return jax.jit(make_train_step(model, optimizer, schedule, config)), state
+    return jax.jit(make_train_step(model, optimizer, schedule, config, mixing_steps)), state
 
 
 def make_batch(images=16):
