@@ -1,0 +1,102 @@
+"""Every published recipe is stored field by field, so that a number that changes shows in review.
+
+    python -m tests.test_configs    # writes tests/golden/ anew
+
+`tests/golden/default.json` holds all fields; the others hold, for each variant, those that differ.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import finetune, imagenet22k, isotropic, v2_finetune
+from convnext_jax.config import as_dict, changed_fields, check_values, default_config
+from convnext_jax.errors import UserError
+from convnext_jax.models import get_parameters, list_models
+from convnext_jax.training.setup import abstract_model
+
+GOLDEN = Path(__file__).parent / 'golden'
+VARIANTS = {
+    'fashion_mnist': [None],
+    'image_folder': ['atto', 'tiny'],
+    'imagenet1k': ['tiny', 'small', 'base', 'large', 'xlarge', *(name for name in list_models() if 'v2' in name)],
+    'isotropic': list(isotropic.DROP_PATH_RATES),
+    'imagenet22k': list(imagenet22k.DROP_PATH_RATES),
+    'finetune': finetune.VARIANTS,
+    'v2_finetune': list(v2_finetune.RECIPES),
+}
+CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
+
+
+def build(family, variant):
+    get_config = importlib.import_module(f'configs.{family}').get_config
+    return get_config() if variant is None else get_config(variant)
+
+
+def differences(config):
+    changed = changed_fields(as_dict(default_config()), as_dict(config))
+    return {field: new for field, (_, new) in changed.items()}
+
+
+def golden(name):
+    return json.loads((GOLDEN / f'{name}.json').read_text())
+
+
+def test_defaults_are_those_that_were_reviewed():
+    assert as_dict(default_config()) == golden('default')
+
+
+@pytest.mark.parametrize('family', VARIANTS)
+def test_recipes_are_those_that_were_reviewed(family):
+    ours = {str(variant): differences(build(family, variant)) for variant in VARIANTS[family]}
+    assert ours == golden(family)
+
+
+@pytest.mark.parametrize(('family', 'variant'), CASES)
+def test_recipes_pass_the_checks_of_a_run(family, variant):
+    """A typo in a name or a rate beyond its range would show after the data was prepared."""
+    config = build(family, variant)
+    check_values(config)
+    config.model.num_classes = config.model.num_classes or 1000
+    assert 'head.kernel' in get_parameters(abstract_model(config))
+    assert config.optimizer.warmup_epochs < config.epochs
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'learning_rate', 'family', 'variant'),
+    [
+        (4096, 4e-3, 'imagenet1k', 'tiny'),
+        (4096, 4e-3, 'imagenet22k', 'xlarge'),
+        (512, 5e-5, 'finetune', 'large_1k_384'),
+        (1024, 8e-4, 'v2_finetune', 'atto'),
+        (1024, 3.2e-3, 'v2_finetune', 'tiny'),
+        (1024, 2.5e-3, 'v2_finetune', 'base'),
+        (1024, 5e-3, 'v2_finetune', 'huge'),
+        (4096, 4e-3, 'v2_finetune', 'nano_22k'),
+        (512, 5e-5, 'v2_finetune', 'huge_22k_1k_512'),
+    ],
+)
+def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, family, variant):
+    """Ours is for 256 images; the papers give it for the batch."""
+    config = build(family, variant)
+    assert config.batch_size == batch_size
+    assert config.optimizer.learning_rate * batch_size / 256 == pytest.approx(learning_rate)
+
+
+@pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune'])
+def test_an_unknown_variant_is_refused_with_those_there_are(family):
+    with pytest.raises(UserError, match=f'there is no configs/{family}.py:medium: .*, '):
+        build(family, 'medium')
+
+
+def main():
+    GOLDEN.mkdir(exist_ok=True)
+    families = {family: {str(v): differences(build(family, v)) for v in names} for family, names in VARIANTS.items()}
+    for name, content in ({'default': as_dict(default_config())} | families).items():
+        (GOLDEN / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
