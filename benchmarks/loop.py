@@ -1,11 +1,11 @@
 """Images per second inside the training loop against the bare jitted step on batches that are already on the device.
 
-    python -m benchmarks.loop [--rounds=5] [--steps=39]
+    python -m benchmarks.loop [--rounds=12] [--steps=39]
 
-The two take turns, so that a ratio is of neighbours in time and a busy machine slows both. The loop's figures are its
-own from metrics.jsonl, decoding, transfer, dispatch and records, without evaluations and saves: one of the first
-epoch, in which every image is decoded, one of the second, for which small images are kept. Both sides run the demo's
-config, both are compiled anew each round and warm up for one interval of `steps`, by default half an epoch.
+The real loop runs the demo's config, with decoding, transfer, dispatch and records; where it would evaluate, every
+`steps` steps, the bare step runs as often instead. So a ratio is of neighbours in time, and a busy machine slows both.
+The first two rounds, half an epoch each by default, warm up; from the third on, small images come from memory. Then
+all of it once more with every image decoded every time, as large ones are.
 """
 
 import argparse
@@ -20,51 +20,68 @@ from pathlib import Path
 import jax
 
 from configs.fashion_mnist import get_config
+from convnext_jax.data import pipeline
+from convnext_jax.training.checkpoint import Checkpoints
 from convnext_jax.training.logging import read_records
-from convnext_jax.training.loop import Run, train
+from convnext_jax.training.loop import Run
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
+
+WARM_UP = 2
+
+
+class Alternating(Run):
+    """A run that measures the bare step where it would evaluate."""
+
+    def prepare(self, steps: int) -> None:
+        """Puts batches on the device and compiles the step."""
+        self.bare_images_per_second: list[float] = []
+        self._steps = steps
+        self._resident = list(itertools.islice(self.train_batches(0), 8))
+        self._state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
+        self._step = self.train_step.lower(self._state, self._resident[0]).compile()
+
+    def _evaluate(self, *_) -> None:
+        began = time.perf_counter()
+        for batch in itertools.islice(itertools.cycle(self._resident), self._steps):
+            self._state, _ = self._step(self._state, batch)
+        jax.block_until_ready(self._state)
+        self.bare_images_per_second.append(self._steps * self.config.batch_size / (time.perf_counter() - began))
+
+
+def ratios(rounds: int, steps: int) -> list[float]:
+    """Of the loop to the bare step, one for each round."""
+    config = get_config()
+    config.steps = (rounds + WARM_UP) * steps
+    config.log_every_steps = steps
+    config.optimizer.warmup_steps = 1
+    config.checkpoint_every_steps = 10**6
+    train_source, eval_source = open_sources(config)
+    config.eval_every_epochs = steps / (len(train_source) // config.batch_size)
+    settle_classes(config, train_source)
+    plan = make_plan(config, train_source)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        workdir = Path(folder)
+        with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:
+            model = abstract_model(config)
+            run = Alternating(config, plan, make_mesh(-1), model, train_source, eval_source, checkpoints)
+            run.prepare(steps)
+            run.go(run.first_state(), workdir)
+        inside = [record['images_per_second'] for record in read_records(workdir)]
+    return [a / b for a, b in zip(inside, run.bare_images_per_second, strict=True)][WARM_UP:]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument('--rounds', type=int, default=5)
+    arguments.add_argument('--rounds', type=int, default=12)
     arguments.add_argument('--steps', type=int, default=39)
     options = arguments.parse_args()
-
-    config = get_config()
-    config.steps = 4 * options.steps
-    config.log_every_steps = options.steps
-    config.optimizer.warmup_steps = 1
-    config.eval_every_epochs = 1000.0
-    config.checkpoint_every_steps = 1000
-    train_source, eval_source = open_sources(config)
-    settle_classes(config, train_source)
-    plan = make_plan(config, train_source)
-    run = Run(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints=None)
-    resident = list(itertools.islice(run.train_batches(0), 8))
-
-    ratios = {'first epoch': [], 'later epochs': []}
-    for _ in range(options.rounds):
-        with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
-            train(config, Path(workdir))
-            training = [record for record in read_records(Path(workdir)) if record['split'] == 'train']
-        speed = [record['images_per_second'] for record in training]
-        inside = {'first epoch': speed[1], 'later epochs': statistics.mean(speed[2:])}
-
-        state = jax.jit(run.fresh_state, out_shardings=run.state_sharding)()
-        step = run.train_step.lower(state, resident[0]).compile()
-        for _ in range(2):
-            began = time.perf_counter()
-            for batch in itertools.islice(itertools.cycle(resident), options.steps):
-                state, _ = step(state, batch)
-            jax.block_until_ready(state)
-        bare = options.steps * config.batch_size / (time.perf_counter() - began)
-        for epoch, images_per_second in inside.items():
-            ratios[epoch].append(images_per_second / bare)
-        print(f'bare {bare:.1f} images/s', *(f'{epoch} {speed:.1f}' for epoch, speed in inside.items()), flush=True)
-    for epoch, rounds in ratios.items():
-        print(f'{epoch}: median ratio {statistics.median(rounds):.3f}, from {min(rounds):.3f} to {max(rounds):.3f}')
+    for images in ('kept', 'decoded'):
+        if images == 'decoded':
+            pipeline.KEPT_BYTES = 0
+        values = ratios(options.rounds, options.steps)
+        median, spread = statistics.median(values), f'from {min(values):.3f} to {max(values):.3f}'
+        print(f'images {images}: median ratio {median:.3f}, {spread}', flush=True)
 
 
 if __name__ == '__main__':

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import export, symbolic_shape
+from PIL import Image
 
-from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.data.augment import normalize
+from convnext_jax.interop import Pretrained
+from convnext_jax.interop.configs import check_class_names
 from convnext_jax.interop.files import write_folder
+from convnext_jax.interop.processor import processor_for
 from convnext_jax.models import Parameters, get_parameters, with_parameters
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -31,19 +35,25 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         folder: new or empty.
 
     Raises:
-        UserError: the folder is not empty, or cannot be written.
+        UserError: the folder is not empty or cannot be written, or processor or class names are of another model.
     """
-    model, processor = pretrained.model, pretrained.processor or ImageProcessor()
+    model = pretrained.model
+    processor = processor_for(model.in_channels, pretrained.processor)
+    if pretrained.class_names is not None:
+        check_class_names(pretrained.class_names, model.head.bias.shape[0])
+    mean, std = processor.mean_and_std_of_255()
 
     def logits(weights: Parameters, images: jax.Array) -> jax.Array:
-        mean, std = (jnp.asarray(values, jnp.float32) for values in (processor.mean, processor.std))
-        rescaled = images.astype(jnp.float32) * jnp.float32(processor.rescale_factor)
-        return with_parameters(model, weights)((rescaled - mean) / std)
+        return with_parameters(model, weights)(normalize(images, mean, std))
 
     weights = get_parameters(model)
     (batch,) = symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, processor.size, processor.size, model.in_channels), jnp.uint8)
     program = export(jax.jit(logits), platforms=PLATFORMS)(weights, images)
-    about = {'preprocessing': dataclasses.asdict(processor), 'class_names': pretrained.class_names}
+    preprocessing = dataclasses.asdict(processor) | {
+        'squash': processor.squashes,
+        'resample': Image.Resampling(processor.resample).name.lower(),
+    }
+    about = {'preprocessing': preprocessing, 'class_names': pretrained.class_names}
     files = {'model.stablehlo': bytes(program.serialize()), 'model.json': about}
     write_folder(Path(folder), jax.tree.map(np.asarray, weights), files)

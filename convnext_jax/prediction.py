@@ -12,7 +12,8 @@ import numpy as np
 
 from convnext_jax.data.sources import IMAGE_SUFFIXES
 from convnext_jax.errors import UserError
-from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.interop import Pretrained
+from convnext_jax.interop.processor import processor_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def predict(
         top: how many classes for each.
         batch_size: photographs at once.
     """
-    processor = pretrained.processor or ImageProcessor()
+    processor = processor_for(pretrained.model.in_channels, pretrained.processor)
     classes = pretrained.model.head.bias.shape[0]
     names = pretrained.class_names or [f'class {label}' for label in range(classes)]
     probabilities = jax.jit(lambda model, images: jax.nn.softmax(model(images)))

@@ -66,7 +66,9 @@ def test_runs_in_a_process_without_this_package(tmp_path, name):
         assert difference < 2e-5, difference
     about = json.loads((tmp_path / 'out' / 'model.json').read_text())
     assert about['class_names'] == list('abcdefg')
-    assert ImageProcessor(**about['preprocessing']).size == 64
+    assert about['preprocessing']['size'] == 64
+    assert about['preprocessing']['resample'] == 'bicubic'
+    assert about['preprocessing']['squash'] is False
 
 
 def test_the_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
@@ -91,3 +93,14 @@ def test_the_command_exports_a_run(finished_run, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, weights, dict(average))
     with pytest.raises(UserError, match='flag --format=onnx'):
         main(['convnext_jax', 'export', str(finished_run), str(tmp_path / 'other'), '--format=onnx'])
+
+
+def test_grey_models_and_odd_ones(tmp_path):
+    grey = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2, in_channels=1)
+    export_stablehlo(Pretrained(grey, 'timm', None, None, (), []), tmp_path / 'grey')
+    assert len(json.loads((tmp_path / 'grey' / 'model.json').read_text())['preprocessing']['mean']) == 1
+    four = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2, in_channels=4)
+    with pytest.raises(UserError, match='images of 4 channels have no processor'):
+        export_stablehlo(Pretrained(four, 'timm', None, None, (), []), tmp_path / 'four')
+    with pytest.raises(UserError, match='3 class names for 2 classes'):
+        export_stablehlo(Pretrained(grey, 'timm', ('a', 'b', 'c'), None, (), []), tmp_path / 'names')

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import Tensors
-from convnext_jax.interop.layouts import HEADS, from_layout, to_layout
+from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.recognition import open_weights
 from convnext_jax.models import VARIANTS, Backbone, Variant, get_parameters, get_variant, with_parameters
 
@@ -19,9 +19,9 @@ NORM_NAMES = re.compile(r'\w+\.hidden_states_norms\.(\w+)\.\w+')
 
 
 def create_backbone(
-    source: str | Path,
+    source: str | Path | Variant,
     *,
-    out_features: Sequence[str] | None = None,
+    out_features: Iterable[str] | None = None,
     output_stride: int | None = None,
     key: jax.Array | None = None,
     entry: str | None = None,
@@ -38,13 +38,14 @@ def create_backbone(
         backbone.channels['stage2'], backbone.strides['stage2']  # 192, 8
 
     Args:
-        source: one of `list_models()` for a fresh one; or weights, as `load_pretrained` reads them, with or without a
-            head. Norms that the file does not have start as the identity, and a warning says so.
-        out_features: of 'stem', 'stage1', 'stage2' …; by default those that the file has norms for, or else the stages.
+        source: one of `list_models()`, or an architecture, for a fresh one; or weights, as `load_pretrained` reads
+            them, with or without a head (a folder that has a model's name as './name'). Norms that the file does not
+            have start as the identity, and a warning says so.
+        out_features: of 'stem', 'stage1', 'stage2' …; by default those of the folder's config, or else the stages.
         output_stride: the largest stride, 8 or 16 where the model's own is 32: the stages after it are dilated, and
             their weights are the same.
         key: random key of a fresh one.
-        entry, revision: as `read_pretrained`.
+        entry, revision: of weights, as `read_pretrained`.
         in_channels: of a fresh one.
         drop_path_rate, remat, dtype: as `create_model`.
 
@@ -52,11 +53,12 @@ def create_backbone(
         UserError: there is no such model or file, it does not fit, or a value is out of its range.
     """
     options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'dtype': dtype}
-    # What has neither a slash nor a file is a name, perhaps misspelt.
-    if str(source) in VARIANTS or not ('/' in str(source) or Path(source).exists()):
-        variant = get_variant(str(source))
+    if _is_architecture(source):
+        variant = get_variant(source)
         if key is None:
-            raise UserError('a fresh backbone is drawn at random: give key=jax.random.key(…)')
+            raise UserError(
+                f'a fresh {source} is drawn at random: give key=jax.random.key(…), or ./{source} for a folder'
+            )
         return Backbone(
             variant,
             out_features=_stages(variant) if out_features is None else out_features,
@@ -66,9 +68,9 @@ def create_backbone(
             **options,
         )
     opened = open_weights(str(source), name=None, entry=entry, revision=revision)
-    given = tuple(dict.fromkeys(match[1] for name in opened.tensors if (match := NORM_NAMES.fullmatch(name))))
+    given = {match[1] for name in opened.tensors if (match := NORM_NAMES.fullmatch(name))}
     if out_features is None:
-        out_features = given or _stages(opened.variant)
+        out_features = (given and opened.config.get('out_features')) or given or _stages(opened.variant)
     model = jax.eval_shape(
         lambda key: Backbone(
             opened.variant,
@@ -83,12 +85,14 @@ def create_backbone(
     fresh = [name for name in model.out_features if name not in given]
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
     norms = {f'norms.{name}.{part}': shapes.pop(f'norms.{name}.{part}') for name in fresh for part in ('scale', 'bias')}
-    kept = _without_heads(opened.tensors, opened.layout, model.out_features)
+    unasked = set(model.channels) - set(model.out_features)
+    kept = _without_heads(opened.tensors, opened.layout, unasked)
     parameters = from_layout(kept, shapes, opened.variant, opened.layout)
     if fresh:
         warnings.warn(f'the norms of {", ".join(fresh)} are fresh: the file has none', stacklevel=2)
-        ones = {name: jnp.full(shape, float(name.endswith('scale'))) for name, shape in norms.items()}
-        parameters |= ones
+        parameters |= {
+            name: jnp.full(shape, float(name.endswith('scale')), jnp.float32) for name, shape in norms.items()
+        }
     return with_parameters(model, parameters)
 
 
@@ -98,15 +102,19 @@ def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
     return {name.split('.', 1)[1]: x for name, x in tensors.items()}
 
 
+def _is_architecture(source: str | Path | Variant) -> bool:
+    """Whether it is no place of weights: a name of ours, or what can only be one, perhaps misspelt."""
+    if isinstance(source, str):
+        return source in VARIANTS or bool(re.fullmatch(r'\w{1,64}', source) and not Path(source).exists())
+    return isinstance(source, Variant)
+
+
 def _stages(variant: Variant) -> tuple[str, ...]:
     return tuple(f'stage{stage + 1}' for stage in range(len(variant.depths)))
 
 
-def _without_heads(tensors: Tensors, layout: str, out_features: tuple[str, ...]) -> Tensors:
-    """Without last norm and head, and without the norms of other feature maps."""
+def _without_heads(tensors: Tensors, layout: str, unasked: set[str]) -> Tensors:
+    """Without last norm and head, and without the norms of feature maps that nobody asked for."""
     norms = {name: match[1] for name in tensors if (match := NORM_NAMES.fullmatch(name))}
-    return {
-        name: x
-        for name, x in tensors.items()
-        if not name.startswith(HEADS[layout]) and norms.get(name) in (None, *out_features)
-    }
+    heads = HEADS[layout] + LAST_NORMS[layout]
+    return {name: x for name, x in tensors.items() if not name.startswith(heads) and norms.get(name) not in unasked}

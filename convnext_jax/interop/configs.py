@@ -17,13 +17,24 @@ def classifier_config(
         UserError: the class names are no names of these classes, or the other library has no such model.
     """
     num_classes = model.head.bias.shape[0]
-    if class_names is not None and (len(class_names) != num_classes or len(set(class_names)) != num_classes):
-        raise UserError(f'{len(class_names)} class names for {num_classes} classes: give as many, none twice')
+    if class_names is not None:
+        check_class_names(class_names, num_classes)
     if layout == 'huggingface':
         return {'config.json': _huggingface_config(model, class_names, processor)}
     if model.norm.epsilon != 1e-6:
         warnings.warn(f"{layout} has no place for the last norm's epsilon of {model.norm.epsilon}", stacklevel=3)
     return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
+
+
+def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
+    """Refuses what is no name for each class.
+
+    Raises:
+        UserError: too few, too many, one twice, or one that is no text.
+    """
+    names = [] if isinstance(class_names, str) else list(class_names)
+    if len(names) != num_classes or len(set(names)) != num_classes or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{len(names)} class names for {num_classes} classes: give as many texts, none twice')
 
 
 def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
@@ -49,7 +60,7 @@ def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
 def _huggingface_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
     names = class_names or [f'LABEL_{label}' for label in range(model.head.bias.shape[0])]
     return _common(model, 'ForImageClassification', processor) | {
-        'layer_norm_eps': model.norm.epsilon,
+        'layer_norm_eps': float(model.norm.epsilon),
         'id2label': {str(label): name for label, name in enumerate(names)},
         'label2id': {name: label for label, name in enumerate(names)},
     }
@@ -59,8 +70,6 @@ def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: 
     variant, num_classes = model.variant, model.head.bias.shape[0]
     same = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
     names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == same]
-    if variant.patch_size == 2:
-        raise UserError('timm gives a ConvNeXt of patch_size=2 one more downsampling: it has no such model')
     if not names:
         raise UserError(f'timm has no ConvNeXt of depths {variant.depths} and widths {variant.widths}')
     images = processor.to_timm()
@@ -92,4 +101,4 @@ def _common(model: ConvNeXt | Backbone, architecture: str, processor: ImageProce
         'initializer_range': 0.02,
         'torch_dtype': 'float32',
     }
-    return config if variant.grn else config | {'layer_scale_init_value': variant.layer_scale_init}
+    return config if variant.grn else config | {'layer_scale_init_value': float(variant.layer_scale_init)}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +24,14 @@ class StoredTensor:
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         # Opened anew each time: pages of a file that stays mapped count as the process's memory.
-        with safe_open(self.path, framework='np') as file:
-            return np.asarray(file.get_tensor(self.name), dtype)
+        try:
+            with safe_open(self.path, framework='np') as file:
+                array = file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f'{self.path} was changed while it was read: {first_line(error)}') from error
+        if array.shape != self.shape or array.dtype.name not in FLOATS.values():
+            raise UserError(f'{self.path} was changed while it was read: {self.name} is {array.shape} {array.dtype}')
+        return np.asarray(array, dtype)
 
 
 Tensors = Mapping[str, np.ndarray | StoredTensor]
@@ -93,12 +100,20 @@ def read_folder(folder: Path) -> Tensors:
     outside = [name for name in files if Path(name).name != name or not name.endswith('.safetensors')]
     if outside:
         raise UserError(f'{path} names files that are no safetensors of its folder: {outside[:3]}')
-    tensors = {}
+    tensors, found = {}, {}
     for name in files:
-        tensors |= read_tensors(folder / name)
-    if tensors.keys() != places.keys():
-        raise UserError(f'{path} and its files differ in {sorted(tensors.keys() ^ places.keys())[:3]}')
+        shard = read_tensors(folder / name)
+        tensors |= shard
+        found |= {tensor: name if tensor not in found else 'two files' for tensor in shard}
+    if found != places:
+        differ = [printable(tensor) for tensor in found.keys() | places if found.get(tensor) != places.get(tensor)]
+        raise UserError(f'{path} and its files differ in {", ".join(sorted(differ)[:3])}')
     return tensors
+
+
+def printable(name: str) -> str:
+    """A name from a file as an error message may show it: on one line, and not too long of that."""
+    return (name if name.isprintable() else repr(name))[:200]
 
 
 def read_tensors(path: Path, entry: str | None = None) -> Tensors:
@@ -148,7 +163,7 @@ def _read_safetensors(path: Path) -> Tensors:
             tensors = {name: StoredTensor(path, name, tuple(piece.get_shape())) for name, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f'{path} is no whole safetensors file: {first_line(error)}') from error
-    others = [f'{name} is {dtype}' for name, dtype in dtypes.items() if dtype not in FLOATS]
+    others = [f'{printable(name)} is {dtype}' for name, dtype in dtypes.items() if dtype not in FLOATS]
     if others:
         raise UserError(f'{path} holds tensors that are no weights: {"; ".join(others[:3])}')
     return tensors
@@ -202,20 +217,27 @@ def write_folder(
     Raises:
         UserError: the folder is not empty, or cannot be written.
     """
+    partial = folder.with_name(f'{folder.name}.partial')  # takes the folder's name when all of it is there
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             raise UserError(f'{folder} is not empty: give a new folder')
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
+    try:
         if torch:
-            _write_torch(folder / 'model.pth', tensors)
+            _write_torch(partial / 'model.pth', tensors)
         else:
-            save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+            save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
         for name, content in files.items():
             if isinstance(content, dict):
                 content = f'{json.dumps(content, indent=2)}\n'.encode()
-            (folder / name).write_bytes(content)
-    except OSError as error:
+            (partial / name).write_bytes(content)
+        partial.replace(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last
         raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 
 from convnext_jax.errors import UserError
-from convnext_jax.interop.files import Tensors
+from convnext_jax.interop.files import Tensors, printable
 from convnext_jax.models import Parameters, Variant
 
 LAYOUTS = ('huggingface', 'timm', 'original')
+TIMM_STRIDE = 32  # its `output_stride` by default
+MOST_LISTED = 50
 
 # Module names: ours → theirs, in the order of LAYOUTS. S stands for the stage, B for the block.
 TRUNK = {
@@ -36,12 +38,13 @@ TRUNK = {
     'norm': ('layernorm', 'head.norm', 'norm'),
     'head': ('classifier', 'head.fc', 'head'),
 }
-HEADS = {
-    'huggingface': ('classifier.', 'convnext.layernorm.', 'convnextv2.layernorm.'),
-    'timm': ('head.',),
-    'original': ('head.', 'norm.'),
+# Layout → how the names of the head, and of the last norm before it, begin.
+HEADS = {'huggingface': ('classifier.',), 'timm': ('head.fc.',), 'original': ('head.',)}
+LAST_NORMS = {
+    'huggingface': ('convnext.layernorm.', 'convnextv2.layernorm.'),
+    'timm': ('head.norm.',),
+    'original': ('norm.',),
 }
-"""How the names of the last norm and the head begin."""
 BLOCK = {
     'depthwise.kernel': ('dwconv.weight', 'conv_dw.weight', 'dwconv.weight'),
     'depthwise.bias': ('dwconv.bias', 'conv_dw.bias', 'dwconv.bias'),
@@ -81,6 +84,13 @@ def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
     isotropic = len(variant.depths) == 1
     if isotropic and layout != 'original':
         raise UserError(f'the {layout} library has no isotropic ConvNeXt: only the original layout holds it')
+    if not isotropic and not variant.stem_norm:
+        raise UserError(f'the {layout} library has no ConvNeXt of several stages without a norm in the stem')
+    if layout == 'timm' and (variant.patch_size == 2 or variant.strides[-2] >= TIMM_STRIDE):
+        raise UserError(
+            f'timm builds a ConvNeXt of patch_size={variant.patch_size} otherwise: from 2 with one more downsampling, '
+            f'beyond a stride of {TIMM_STRIDE} with dilated stages'
+        )
     result = []
     for ours, shape in shapes.items():
         if '.blocks.' in ours:
@@ -121,14 +131,16 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
     wanted = entries(shapes, variant, layout)
     names = {entry.theirs for entry in wanted}
     problems = [f'{name} is missing' for name in names if name not in tensors]
-    problems += [f'{name} is left over' for name in tensors if name not in names]
+    problems += [f'{printable(name)} is left over' for name in tensors if name not in names]
     for theirs, ours, block in wanted:
         shape = shapes[ours] if block is None else shapes[ours][1:]
         expected = _outward(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
         if theirs in tensors and tensors[theirs].shape != expected:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
     if problems:
-        raise UserError(f'the {layout} weights do not fit the model: {"; ".join(sorted(problems))}')
+        more = f'; and {len(problems) - MOST_LISTED} more' if len(problems) > MOST_LISTED else ''
+        listed = '; '.join(sorted(problems)[:MOST_LISTED])
+        raise UserError(f'the {layout} weights do not fit the model: {listed}{more}')
     sources = collections.defaultdict(list)
     for theirs, ours, block in wanted:
         sources[ours].append((theirs, block))
@@ -157,8 +169,8 @@ def dense_encoder(tensors: Tensors) -> Tensors:
         name = name.removeprefix('encoder.').replace('.ln.', '.').replace('.linear.', '.')
         if name.endswith('.kernel'):
             side = math.isqrt(len(x)) if x.ndim else 0
-            if x.ndim not in (2, 3) or side**2 != len(x):
-                raise UserError(f'{name} has shape {x.shape}: no sparse kernel of a square')
+            if x.ndim not in (2, 3) or side**2 != len(x) or 0 in x.shape:
+                raise UserError(f'{printable(name)} has shape {x.shape}: no sparse kernel of a square')
             columns = x.reshape(side, side, *x.shape[1:]) if x.ndim == 3 else x.reshape(side, side, 1, -1)
             x = columns.transpose(3, 2, 1, 0)
             name = name.removesuffix('kernel') + 'weight'

@@ -13,19 +13,12 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.backbone import backbone_tensors
 from convnext_jax.interop.configs import backbone_config, classifier_config
 from convnext_jax.interop.files import Tensors, write_folder
-from convnext_jax.interop.layouts import from_layout, to_layout
-from convnext_jax.interop.processor import ImageProcessor
+from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
+from convnext_jax.interop.processor import ImageProcessor, processor_for
 from convnext_jax.interop.recognition import Opened, last_epsilon, open_weights
 from convnext_jax.models import Backbone, ConvNeXt, create_model, get_parameters, with_parameters
 
 HEAD = ('head.kernel', 'head.bias')
-HEAD_MODULES = {'huggingface': 'classifier.', 'timm': 'head.fc.', 'original': 'head.'}
-LAST_NORMS = {
-    'huggingface': ('convnext.layernorm.weight', 'convnextv2.layernorm.weight'),
-    'timm': ('head.norm.weight',),
-    'original': ('norm.weight',),
-}
-HEAD_BIASES = tuple(f'{module}bias' for module in HEAD_MODULES.values())
 
 
 class Pretrained(NamedTuple):
@@ -90,7 +83,8 @@ def read_pretrained(
     """
     opened = open_weights(str(where), name=name, entry=entry, revision=revision)
     tensors, layout = opened.tensors, opened.layout
-    saved_classes = next((math.prod(tensors[bias].shape) for bias in HEAD_BIASES if bias in tensors), None)
+    bias = tensors.get(f'{HEADS[layout][0]}bias')
+    saved_classes = None if bias is None else math.prod(bias.shape)
     num_classes = saved_classes if num_classes is None else num_classes
     if num_classes is None:
         raise UserError(f'{where} has no head: give num_classes=, and key= for a fresh one')
@@ -112,7 +106,7 @@ def read_pretrained(
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
     notes, fresh = _fresh_parts(tensors, saved_classes, num_classes, layout)
     if saved_classes is not None and HEAD[0] in fresh:
-        tensors = {name: x for name, x in tensors.items() if not name.startswith(HEAD_MODULES[layout])}
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(HEADS[layout])}
     parameters = from_layout(
         tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, opened.variant, layout
     )
@@ -135,7 +129,7 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that the other library loads as it is.
 
-    'huggingface': `AutoModelForImageClassification.from_pretrained(folder)`, or `AutoBackbone`, and its processor.
+    'huggingface': `AutoModelForImageClassification.from_pretrained(folder)`, or `ConvNextBackbone`, and its processor.
     'timm': `timm.create_model('local-dir:FOLDER')`, or `checkpoint_path=FOLDER/model.safetensors`. 'original':
     `torch.load('FOLDER/model.pth')['model']`; it takes torch to write.
 
@@ -149,9 +143,7 @@ def save_pretrained(
     Raises:
         UserError: the folder is not empty or cannot be written, or the other library has no such model.
     """
-    if processor is None:
-        grey = model.in_channels == 1
-        processor = ImageProcessor(mean=(0.5,), std=(0.5,)) if grey else ImageProcessor()
+    processor = processor_for(model.in_channels, processor)
     if isinstance(model, Backbone):
         if layout != 'huggingface' or class_names is not None:
             raise UserError('a backbone has no classes, and only the huggingface layout holds one')
@@ -172,7 +164,7 @@ def _fresh_parts(
         return [], ()
     if saved_classes is not None:
         return [f'the head is fresh: {num_classes} classes here, {saved_classes} in the file'], HEAD
-    if any(name in tensors for name in LAST_NORMS[layout]):
+    if any(name.startswith(LAST_NORMS[layout]) for name in tensors):
         return ['the head is fresh: the file has none'], HEAD
     return ['the last norm and the head are fresh: the file has none'], ('norm.scale', 'norm.bias', *HEAD)
 

@@ -203,6 +203,20 @@ class ImageProcessor:
         return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
+def processor_for(channels: int, given: ImageProcessor | None = None) -> ImageProcessor:
+    """The processor that was given, or by default ImageNet's at 224 pixels; of grey images to the range of ±1.
+
+    Raises:
+        UserError: it is for another number of channels, or none was given for neither 1 nor 3.
+    """
+    if given is None and channels not in (1, 3):
+        raise UserError(f'images of {channels} channels have no processor: it prepares grey and RGB')
+    processor = given or (ImageProcessor(mean=(0.5,), std=(0.5,)) if channels == 1 else ImageProcessor())
+    if len(processor.mean) != channels:
+        raise UserError(f'the processor is for {len(processor.mean)} channels, the model for {channels}')
+    return processor
+
+
 def _open(image: Picture, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image

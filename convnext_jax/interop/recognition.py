@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convnext_jax.errors import UserError
-from convnext_jax.interop.files import Tensors, locate, read_folder, read_json, read_tensors
+from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
 from convnext_jax.interop.layouts import dense_encoder
 from convnext_jax.models import VARIANTS, Variant, get_variant
 
 BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
+MOST_TENSORS = 2000  # five times the largest model's
 STEMS = {
     'huggingface': ('embeddings.patch_embeddings.weight',),
     'timm': ('stem.0.weight',),
@@ -47,7 +48,10 @@ def open_weights(where: str, *, name: str | None, entry: str | None, revision: s
     path = locate(where, revision)
     if path.is_dir() and entry:
         raise UserError(f"'{entry}' is chosen from one .pth file, and {where} is a folder")
-    tensors = dense_encoder(read_folder(path) if path.is_dir() else read_tensors(path, entry))
+    tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
+    if len(tensors) > MOST_TENSORS:
+        raise UserError(f'{where} holds {len(tensors)} tensors: no ConvNeXt has so many')
+    tensors = dense_encoder(tensors)
     config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
     layout = recognize_layout(tensors)
     if layout == 'huggingface':
@@ -65,7 +69,9 @@ def recognize_layout(tensors: Tensors) -> str:
     for layout, ends in STEMS.items():
         if any(name.endswith(ends) for name in tensors):
             return layout
-    raise UserError(f'this is no ConvNeXt of a layout known here: the tensors are {sorted(tensors)[:3]} …')
+    raise UserError(
+        f'this is no ConvNeXt of a layout known here: the tensors are {sorted(map(printable, tensors))[:3]} …'
+    )
 
 
 def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: str) -> Variant:

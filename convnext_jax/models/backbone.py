@@ -1,6 +1,6 @@
 """ConvNeXt V1 and V2 as backbones: feature maps for detection, segmentation and what else stands on them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Backbone(Trunk):
         self,
         variant: Variant,
         *,
-        out_features: Sequence[str],
+        out_features: Iterable[str],
         in_channels: int,
         drop_path_rate: float,
         output_stride: int,
@@ -41,9 +41,10 @@ class Backbone(Trunk):
             dtype=dtype,
             key=key,
         )
-        if not out_features or isinstance(out_features, str) or not set(out_features) <= set(self.channels):
+        chosen = tuple(out_features) if isinstance(out_features, Iterable) else ()
+        if not chosen or isinstance(out_features, str) or not all(name in tuple(self.channels) for name in chosen):
             raise UserError(f'out_features must be a choice of {tuple(self.channels)}, not {out_features!r}')
-        self.out_features = tuple(name for name in self.channels if name in out_features)
+        self.out_features = tuple(name for name in self.channels if name in chosen)
         self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:

@@ -85,6 +85,8 @@ def create_model(
     """
     if num_classes < 1:
         raise UserError(f'num_classes must be at least 1, not {num_classes}')
+    if not layer_norm_eps > 0:
+        raise UserError(f'layer_norm_eps must be above 0, not {layer_norm_eps}')
     return ConvNeXt(
         get_variant(name).replace(patch_size=patch_size, layer_scale_init=layer_scale_init),
         num_classes=num_classes,

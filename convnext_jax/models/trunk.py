@@ -80,8 +80,7 @@ class Stem(nnx.Module):
 class Downsample(nnx.Module):
     """What lies between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
 
-    Where the stage after it is dilated, the sides stay as they are, and the stage before it tells how far apart the
-    convolution looks.
+    Where the stage after it is dilated, the sides stay as they are.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array):
@@ -89,7 +88,8 @@ class Downsample(nnx.Module):
         if dilation == 1:
             self.conv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
         else:
-            self.conv = SameConv(in_channels, out_channels, 2, dilation=dilation // 2, dtype=dtype, key=key)
+            # As timm has it: that of the stage before, and never more than 2.
+            self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(self.norm(x))
@@ -188,7 +188,7 @@ class Trunk(nnx.Module):
             raise UserError(f'drop_path_rate must be in [0, 1), not {drop_path_rate}')
         if in_channels < 1:
             raise UserError(f'in_channels must be at least 1, not {in_channels}')
-        if output_stride not in variant.strides:
+        if not isinstance(output_stride, int) or output_stride not in variant.strides:
             raise UserError(f'output_stride must be one of {variant.strides}, not {output_stride}')
         dtype = _float_dtype(dtype)
         stem_key, *stage_keys = jax.random.split(key, 1 + len(variant.depths))

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,14 +78,25 @@ def test_equals_the_backbone_of_transformers_that_loads_it(tmp_path, name, size)
     jax.tree.map(np.testing.assert_array_equal, get_parameters(again), get_parameters(backbone))
 
 
-@pytest.mark.parametrize('output_stride', [8, 16])
-@pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_atto'])
-def test_dilated_stages_equal_timm(name, output_stride):
+@pytest.mark.parametrize(
+    ('name', 'patch_size', 'output_stride'),
+    [
+        ('convnext_tiny', 4, 8),
+        ('convnext_tiny', 4, 16),
+        ('convnextv2_atto', 4, 8),
+        ('convnextv2_atto', 4, 16),
+        ('convnextv2_atto', 8, 8),
+    ],
+)
+def test_dilated_stages_equal_timm(name, patch_size, output_stride):
     """Segmentation keeps the resolution: a dilation or padding that is off by one moves every mask."""
     timm = pytest.importorskip('timm')
-    backbone = random_backbone(name, output_stride=output_stride)
-    reference = timm.create_model(name, features_only=True, output_stride=output_stride).eval()
+    variant = get_variant(name).replace(patch_size=patch_size)
+    backbone = random_backbone(variant, output_stride=output_stride)
+    arguments = {'output_stride': output_stride, 'patch_size': patch_size}
+    reference = timm.create_model(name, features_only=True, **arguments).eval()
     trunk = {feature: x for feature, x in get_parameters(backbone).items() if not feature.startswith('norms.')}
+    # Of another patch size the names are the same, and the layout of a whole timm model is another network.
     tensors = to_layout(trunk, get_variant(name), 'timm')
     # features_only flattens the names: stem.0 → stem_0, stages.1 → stages_1
     state = {t.replace('stem.', 'stem_').replace('stages.', 'stages_', 1): x for t, x in tensors.items()}
@@ -162,6 +174,11 @@ def test_gradients_reach_every_parameter_and_keys_drop_paths():
         ({'out_features': 'stage1'}, 'out_features must be a choice of'),
         ({'out_features': ()}, 'out_features must be a choice of'),
         ({'output_stride': 12}, r'output_stride must be one of \(4, 8, 16, 32\), not 12'),
+        ({'output_stride': 8.0}, r'output_stride must be one of \(4, 8, 16, 32\), not 8.0'),
+        ({'out_features': 5}, 'out_features must be a choice of'),
+        ({'out_features': [['stage1']]}, 'out_features must be a choice of'),
+        ({'source': 'x' * 5000}, 'is no path'),
+        ({'source': 'nope.safetensors'}, 'nope.safetensors is no file or folder'),
         ({'output_stride': 0}, r'output_stride must be one of \(4, 8, 16, 32\), not 0'),
         ({'dtype': 'int8'}, 'dtype must be one of'),
     ],
@@ -178,6 +195,43 @@ def test_what_the_other_libraries_do_not_have_is_not_written(tmp_path):
     with pytest.raises(UserError, match='no backbone of output_stride=16'):
         save_pretrained(random_backbone(output_stride=16), tmp_path / 'b')
     assert not list(tmp_path.iterdir())
+
+
+def test_features_may_come_one_by_one():
+    assert random_backbone(out_features=(f'stage{i}' for i in (1, 2))).out_features == ('stage1', 'stage2')
+
+
+def test_a_folder_with_a_model_s_name_is_read_and_not_drawn_at_random(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = random_backbone(Variant((1, 1), (8, 16)))
+    save_pretrained(backbone, 'convnext_atto')
+    for place in (Path('convnext_atto'), './convnext_atto', tmp_path / 'convnext_atto'):
+        assert create_backbone(place, key=jax.random.key(0)).variant.depths == (1, 1)
+    with pytest.raises(UserError, match='or ./convnext_atto for a folder'):
+        create_backbone('convnext_atto')
+
+
+@pytest.mark.parametrize(
+    ('features', 'expected'),
+    [(['stage2'], ('stage2',)), (None, ('stem', 'stage1', 'stage2')), (['stage9'], None), (5, None)],
+)
+def test_the_config_says_which_features_go_out(tmp_path, features, expected):
+    save_pretrained(random_backbone(out_features=('stem', 'stage1', 'stage2')), tmp_path / 'out')
+    path = tmp_path / 'out' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'out_features': features}))
+    if expected:
+        assert create_backbone(tmp_path / 'out').out_features == expected
+    else:
+        with pytest.raises(UserError, match='out_features must be a choice of'):
+            create_backbone(tmp_path / 'out')
+
+
+def test_fresh_norms_are_float32_as_all_parameters(tmp_path):
+    """A weak type compiles the training step twice, and is float64 where that is on."""
+    save_pretrained(create_model('convnext_atto', key=jax.random.key(0)), tmp_path / 'out')
+    with pytest.warns(UserWarning, match='are fresh'):
+        backbone = create_backbone(tmp_path / 'out')
+    assert all(x.dtype == jnp.float32 and not x.weak_type for x in get_parameters(backbone).values())
 
 
 def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
@@ -199,3 +253,6 @@ def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
         again = create_backbone(tmp_path / 'out')
     assert again.variant == variant
     assert again(jnp.ones((1, 9, 5, 1)))['stage2'].shape == (1, 2, 1, 16)
+    transformers = pytest.importorskip('transformers')
+    theirs = transformers.ConvNextBackbone.from_pretrained(tmp_path / 'out')
+    assert theirs.config.layer_scale_init_value == 0

@@ -161,7 +161,7 @@ def test_another_patch_size_and_grey_images_survive(tmp_path):
     judge = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'huggingface').eval()
     theirs = judge(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).logits.detach().numpy()
     assert np.abs(ours - theirs).max() / theirs.std() < BOUND
-    with pytest.raises(UserError, match='timm gives a ConvNeXt of patch_size=2 one more downsampling'):
+    with pytest.raises(UserError, match='timm builds a ConvNeXt of patch_size=2 otherwise'):
         save_pretrained(model, tmp_path / 'timm', layout='timm', processor=grey)
 
 
@@ -402,3 +402,94 @@ def test_timm_has_no_place_for_another_epsilon(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         save_pretrained(random_model(), tmp_path / 'silent', layout='timm')
+
+
+@pytest.mark.parametrize('patch_size', [8, 16])
+def test_timm_dilates_where_ours_strides_so_neither_takes_the_other_s(tmp_path, patch_size):
+    """The tensors are the same and the numbers are not: without a word the logits would be off by their own size."""
+    timm = pytest.importorskip('timm')
+    with pytest.raises(UserError, match=f'timm builds a ConvNeXt of patch_size={patch_size} otherwise'):
+        save_pretrained(random_model('convnext_atto', patch_size=patch_size), tmp_path / 'out', layout='timm')
+    theirs = timm.create_model('convnext_atto', patch_size=patch_size, num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
+    with pytest.raises(UserError, match=f'timm builds a ConvNeXt of patch_size={patch_size} otherwise'):
+        load_pretrained(tmp_path / 'theirs.pth')
+
+
+@pytest.mark.parametrize('change', ['cut', 'removed', 'other shape', 'other type'])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, change):
+    """A download that goes on beside the reading, or a folder that is saved over."""
+    from safetensors.numpy import load_file, save_file
+
+    from convnext_jax.interop import pretrained
+
+    save_pretrained(random_model(), tmp_path / 'out')
+    file = tmp_path / 'out' / 'model.safetensors'
+    tensors, content = load_file(file), file.read_bytes()
+    bias = 'convnextv2.encoder.stages.0.layers.0.dwconv.bias'
+    read = pretrained.from_layout
+
+    def change_then_read(*arguments):
+        if change == 'cut':
+            file.write_bytes(content[: len(content) // 2])
+        elif change == 'removed':
+            file.unlink()
+        else:
+            other = tensors[bias][:1] if change == 'other shape' else tensors[bias].astype(np.int32)
+            save_file(tensors | {bias: other}, file)
+        return read(*arguments)
+
+    monkeypatch.setattr(pretrained, 'from_layout', change_then_read)
+    with pytest.raises(UserError, match='was changed while it was read'):
+        load_pretrained(tmp_path / 'out')
+
+
+def test_saving_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    """A folder with weights and no config would be refused as not empty the next time."""
+    from convnext_jax.interop import files
+
+    model = random_model()
+    monkeypatch.setattr(files, 'save_file', lambda *_, **__: (_ for _ in ()).throw(OSError(28, 'No space left')))
+    with pytest.raises(UserError, match='out cannot be written: .*No space left'):
+        save_pretrained(model, tmp_path / 'out')
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    for names in (np.arange(3), (b'a', b'b', b'c'), 'abc', ('a', 'a', 'b')):
+        with pytest.raises(UserError, match='class names for 3 classes'):
+            save_pretrained(model, tmp_path / 'out', class_names=names)
+    assert list(tmp_path.iterdir()) == []
+    save_pretrained(model, tmp_path / 'out', class_names=NAMES)
+
+
+def test_a_processor_for_other_channels_is_refused(tmp_path):
+    with pytest.raises(UserError, match='the processor is for 3 channels, the model for 1'):
+        save_pretrained(random_model(in_channels=1), tmp_path / 'out', processor=ImageProcessor())
+    with pytest.raises(UserError, match='images of 4 channels have no processor'):
+        save_pretrained(random_model(in_channels=4), tmp_path / 'out')
+
+
+def test_a_file_of_thousands_of_tensors_is_refused_at_once(tmp_path):
+    from safetensors.numpy import save_file
+
+    tensors = {f'x{i}': np.zeros(0, np.float32) for i in range(4000)} | {'a.kernel': np.zeros((1, 1), np.float32)}
+    save_file(tensors, tmp_path / 'many.safetensors')
+    with pytest.raises(UserError, match='holds 4001 tensors: no ConvNeXt has so many'):
+        load_pretrained(tmp_path / 'many.safetensors')
+
+
+def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    save_pretrained(random_model(), tmp_path / 'out')
+    file = tmp_path / 'out' / 'model.safetensors'
+    tensors = load_file(file)
+    save_file(tensors, file.with_name('a.safetensors'))
+    save_file({'classifier.bias': tensors['classifier.bias'] + 1}, file.with_name('b.safetensors'))
+    file.unlink()
+    index = {'weight_map': dict.fromkeys(tensors, 'a.safetensors')}
+    file.with_name('model.safetensors.index.json').write_text(json.dumps(index))
+    assert_equal(load_pretrained(tmp_path / 'out'), random_model())  # what no index names is not read
+    index['weight_map']['classifier.weight'] = 'b.safetensors'
+    file.with_name('model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match='and its files differ in classifier.bias, classifier.weight'):
+        load_pretrained(tmp_path / 'out')
