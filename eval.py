@@ -3,7 +3,9 @@
     python eval.py --workdir=runs/demo [--params=ema|raw] [--step=N]
     python eval.py --config=configs/imagenet1k.py:tiny --weights=FOLDER_OR_FILE_OR_HUB_ID [--params=ema|raw]
 
-The last line of output is one JSON object; accuracies are in percent.
+Either takes other splits (--splits=imagenet2012_real@validation,imagenet_v2@test), --resolution, --crop_pct, --flip,
+and --per_class=FILE.csv. Top-1, top-5 and the expected calibration error (ece) are in percent. The last line of output
+is one JSON object; of several splits it holds a list under "splits", and a table stands before it.
 """
 
 import json
@@ -13,7 +15,7 @@ from absl import flags
 
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.errors import UserError
-from convnext_jax.training.evaluate import evaluate_run, evaluate_weights
+from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
 
 
 def main(arguments: list[str]) -> None:
@@ -24,15 +26,44 @@ def main(arguments: list[str]) -> None:
     )
     flags.DEFINE_integer('step', None, 'Step of the checkpoint; the newest by default.', flag_values=values)
     flags.DEFINE_string('weights', None, 'Of another library, or the workdir of a run.', flag_values=values)
+    flags.DEFINE_list('splits', [], 'NAME@SPLIT of other data sets in data.dir, by commas.', flag_values=values)
+    flags.DEFINE_integer('resolution', None, 'Side of the images in pixels.', lower_bound=1, flag_values=values)
+    flags.DEFINE_float('crop_pct', None, 'Share of the shorter side in the crop.', flag_values=values)
+    flags.DEFINE_bool('flip', False, 'Average the logits with those of the mirrored image.', flag_values=values)
+    flags.DEFINE_string('per_class', None, 'CSV file for the accuracy of each class.', flag_values=values)
     define_config(values, arguments)
     parse(values, arguments, usage=__doc__)
+    protocol = Protocol(
+        splits=tuple(map(_name_and_split, values.splits)),
+        resolution=values.resolution,
+        crop_pct=values.crop_pct,
+        flip=values.flip,
+        per_class=Path(values.per_class) if values.per_class else None,
+    )
     if values.weights is None:
-        metrics = evaluate_run(Path(required(values, 'workdir')), values.params, values.step)
+        results = evaluate_run(Path(required(values, 'workdir')), values.params, values.step, protocol)
     elif values.workdir is None and values.step is None:
-        metrics = evaluate_weights(required_config(values), values.weights, values.params or 'raw')
+        results = evaluate_weights(required_config(values), values.weights, values.params or 'raw', protocol)
     else:
         raise UserError('--weights goes with --config, --workdir with --step: give one or the other')
-    print(json.dumps(metrics))
+    if len(results) > 1:
+        print(_table(results))
+    print(json.dumps(results[0] if len(results) == 1 else {'splits': results}))
+
+
+def _name_and_split(text: str) -> tuple[str, str]:
+    name, at, split = text.partition('@')
+    if not (name and at and split):
+        raise UserError(f"--splits takes NAME@SPLIT, as imagenet_v2@test, not '{text}'")
+    return name, split
+
+
+def _table(results: list[Result]) -> str:
+    lines = [f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}']
+    for result in results:
+        numbers = f'{result["loss"]:9.4f}{result["top1"]:8.2f}{result["top5"]:8.2f}{result["ece"]:8.2f}'
+        lines.append(f'{result["data"] + "@" + result["split"]:34}{result["images"]:9,}{numbers}')
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':

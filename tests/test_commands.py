@@ -30,6 +30,28 @@ def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, finished_run):
     assert raw['loss'] == pytest.approx(last['loss'], rel=1e-6)
 
 
+def test_eval_of_several_splits_by_another_protocol(commands, finished_run, tmp_path):
+    """A table for people, one JSON object for scripts, and a file for those who ask which class it is."""
+    file = tmp_path / 'classes.csv'
+    splits = '--splits=fashion_mnist_mini@test[:40],fashion_mnist_mini@test[40:60]'
+    arguments = (f'--workdir={finished_run}', splits, '--flip', '--resolution=32', f'--per_class={file}')
+    lines = commands.run('eval.py', *arguments).stdout.splitlines()
+    assert [line.split()[0] for line in lines[-4:-1]] == [
+        'data',
+        'fashion_mnist_mini@test[:40]',
+        'fashion_mnist_mini@test[40:60]',
+    ]
+    results = json.loads(lines[-1])['splits']
+    assert [result['images'] for result in results] == [40, 20]
+    assert results[0]['loss'] != evaluate(commands, f'--workdir={finished_run}')['loss']
+    rows = [line.split(',') for line in file.read_text().splitlines()]
+    assert rows[0] == ['data', 'split', 'label', 'class', 'top1']
+    assert len(rows) == 21
+    for result in results:
+        scores = [float(row[4]) for row in rows[1:] if row[1] == result['split'] and row[4]]
+        assert min(scores) <= result['top1'] <= max(scores)
+
+
 def test_eval_of_an_earlier_step(commands, finished_run):
     assert evaluate(commands, f'--workdir={finished_run}', '--step=20')['step'] == 20
 
@@ -40,6 +62,9 @@ def test_eval_of_an_earlier_step(commands, finished_run):
         ((), '--workdir is missing'),
         (('--workdir=nowhere',), 'nowhere holds no run'),
         (('--workdir={run}', '--params=best'), "weights are 'raw' or 'ema', not 'best'"),
+        (('--workdir={run}', '--splits=test'), "--splits takes NAME@SPLIT, as imagenet_v2@test, not 'test'"),
+        (('--workdir={run}', '--splits=fashion_mnist_mini@train[:0]'), "has no split 'train[:0]'"),
+        (('--workdir={run}', '--per_class=nowhere/a.csv'), 'nowhere/a.csv cannot be written'),
         (('--workdir={run}', '--step=3'), 'has no checkpoint of step 3, only of'),
         (('--workdir={run}', '--stap=3'), "Unknown command line flag 'stap'"),
     ],

@@ -1,12 +1,14 @@
 """Metrics over a whole split against plain numpy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convnext_jax.data.augment import normalize
-from convnext_jax.evaluation import evaluate, make_eval_step
+from convnext_jax.evaluation import add_up, class_accuracies, evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
 
 COUNT = 23
@@ -49,8 +51,15 @@ def metrics_in_numpy(model, parameters, images, labels):
     logits = np.asarray(with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD)), np.float64)
     log_sums = np.log(np.exp(logits).sum(-1))
     order = np.argsort(-logits, axis=-1)
+    confidence = np.exp(logits.max(-1) - log_sums)
+    gaps = 0
+    for low, high in itertools.pairwise(np.linspace(0, 1, 16)):  # arXiv:1706.04599, equation 3
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            gaps += inside.sum() * abs((order[inside, 0] == labels[inside]).mean() - confidence[inside].mean())
     return {
         'loss': np.mean(log_sums - logits[np.arange(len(labels)), labels]),
+        'ece': 100 * gaps / len(labels),
         'top1': 100 * np.mean(order[:, 0] == labels),
         'top5': 100 * np.mean((order[:, :5] == labels[:, None]).any(-1)),
     }
@@ -74,7 +83,7 @@ def test_equals_numpy_for_any_batch_size(ten_classes, batch_size):
     step, weights, images, labels, expected = ten_classes
     metrics = evaluate(step, weights, batches(images, labels, batch_size))
     assert metrics.pop('images') == COUNT
-    assert metrics.keys() == {f'{prefix}{name}' for prefix in weights for name in ('loss', 'top1', 'top5')}
+    assert metrics.keys() == {f'{prefix}{name}' for prefix in weights for name in ('loss', 'top1', 'top5', 'ece')}
     for prefix, values in expected.items():
         assert 0 < values['top1'] < values['top5'] < 100, 'the example cannot tell the metrics apart'
         for name, value in values.items():
@@ -116,3 +125,64 @@ def test_sharded_batches_give_the_same_metrics(ten_classes):
     for prefix, values in expected.items():
         for name, value in values.items():
             assert metrics[f'{prefix}{name}'] == pytest.approx(value, rel=1e-5), f'{prefix}{name}'
+
+
+def run(model, parameters, images, labels, **options):
+    weights = np.ones(len(images), np.float32)
+    batch = {'image': images, 'label': labels, 'weight': weights}
+    return jax.device_get(jax.jit(make_eval_step(model, MEAN, STD, **options))(parameters, batch))
+
+
+def logits_of(model, parameters, images):
+    return np.asarray(with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD)))
+
+
+def test_an_image_of_several_labels_is_right_with_any_of_them():
+    """ReaL (arXiv:2006.07159): an image of a desk with a laptop on it is both."""
+    model, raw, _ = build(10)
+    images, _ = examples(10)
+    order = np.argsort(-logits_of(model, raw, images), axis=-1)
+    labels = np.full((COUNT, 4), -1, np.int32)
+    labels[:, 0] = order[:, 9]
+    labels[:8, 1] = order[:8, 0]
+    labels[8:12, 2] = order[8:12, 3]
+    sums = run(model, raw, images, labels)
+    assert (sums['top1'], sums['top5'], sums['count']) == (8, 12, COUNT)
+
+
+def test_judged_labels_are_the_only_ones_to_choose_from():
+    """ImageNet-A and -R score among their 200 classes: with all 1,000 the figures are others than the published."""
+    model, raw, _ = build(10)
+    images, _ = examples(10)
+    judged = (1, 4, 7)
+    among = logits_of(model, raw, images)[:, judged].astype(np.float64)
+    labels = np.asarray(judged, np.int32)[among.argmax(-1)]
+    labels[:5] = np.asarray(judged)[among[:5].argmin(-1)]
+    sums = run(model, raw, images, labels, judged=judged)
+    assert sums['top1'] == COUNT - 5
+    chosen = np.log(np.exp(among).sum(-1)) - among[np.arange(COUNT), [judged.index(label) for label in labels]]
+    assert sums['loss'] == pytest.approx(chosen.sum(), rel=1e-5)
+
+
+def test_flip_averages_the_logits_of_both_sides():
+    model, raw, _ = build(10)
+    images, labels = examples(10)
+    both = (logits_of(model, raw, images) + logits_of(model, raw, images[:, :, ::-1])) / 2
+    sums = run(model, raw, images, labels, flip=True)
+    assert sums['top1'] == (both.argmax(-1) == labels).sum()
+    expected = np.log(np.exp(both.astype(np.float64)).sum(-1)) - both[np.arange(COUNT), labels]
+    assert sums['loss'] == pytest.approx(expected.sum(), rel=1e-5)
+    assert sums['loss'] != pytest.approx(run(model, raw, images, labels)['loss'], rel=1e-4)
+
+
+def test_accuracy_of_each_class():
+    model, raw, _ = build(10)
+    images, labels = examples(10)
+    labels = np.where(labels == 3, 2, labels).astype(np.int32)
+    labels[:4] = logits_of(model, raw, images[:4]).argmax(-1)
+    hits = logits_of(model, raw, images).argmax(-1) == labels
+    sums = add_up(jax.jit(make_eval_step(model, MEAN, STD)), {'': raw}, batches(images, labels, 7))['']
+    accuracies = class_accuracies(sums)
+    for label in range(10):
+        rows = labels == label
+        assert accuracies[label] == (pytest.approx(100 * hits[rows].mean()) if rows.any() else None)

@@ -21,10 +21,12 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
 ENDLESS = 2**40  # more batches than any training takes
+MOST_LABELS = 32  # of one image; ReaL's have a dozen
 KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
 Batch = dict[str, np.ndarray | jax.Array]
-"""`image` (N, H, W, C) uint8, `label` (N,) int32, `weight` (N,) float32: 0 where a row only fills up the batch."""
+"""`image` (N, H, W, C) uint8; `label` (N,) int32, or (N, MOST_LABELS) with −1 where there are fewer; `weight` (N,)
+float32: 0 where a row only fills up the batch, or has no label."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +125,12 @@ def eval_batches(
     Images are prepared as by `eval_resize`.
     """
 
+    none = () if isinstance(source[0].label, tuple) else 0
+
     def load(local: int) -> Batch:
         index = share.position(int(local))
         if index >= len(source):
-            return _row(np.zeros((image_size, image_size, channels), np.uint8), label=0, weight=0)
+            return _row(np.zeros((image_size, image_size, channels), np.uint8), none, weight=0)
         example = source[index]
         image = decode(example.image, channels, example.name)
         pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample)
@@ -154,5 +158,8 @@ def _batches(load: Callable[[int], Batch], rows: int, first: int, last: int) -> 
     return iter(grain.MapDataset.range(first * rows, last * rows).map(load).batch(rows).to_iter_dataset(options))
 
 
-def _row(pixels: np.ndarray, label: int, weight: float) -> Batch:
+def _row(pixels: np.ndarray, label: int | tuple[int, ...], weight: float) -> Batch:
+    if isinstance(label, tuple):
+        weight = weight if label else 0
+        label = (*label, *(-1,) * (MOST_LABELS - len(label)))
     return {'image': pixels, 'label': np.int32(label), 'weight': np.float32(weight)}

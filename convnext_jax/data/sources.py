@@ -9,22 +9,36 @@ from typing import Protocol
 from convnext_jax.errors import UserError, first_line
 
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
+# ImageNet-A (arXiv:1907.07174) and -R (arXiv:2006.16241) hold 200 of ImageNet's classes, and score among these alone.
+SOME_CLASSES = ('imagenet_a', 'imagenet_r')
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One encoded image, its class, and a name that tells a person where it is."""
+    """One encoded image.
+
+    Attributes:
+        image: the bytes of its file.
+        label: its class; or the classes that all count as right, of which there may be none.
+        name: tells a person where it is.
+    """
 
     image: bytes
-    label: int
+    label: int | tuple[int, ...]
     name: str
 
 
 class Source(Protocol):
-    """One split of a data set."""
+    """One split of a data set.
+
+    Attributes:
+        class_names: of all labels.
+        judged: the labels that an evaluation chooses among; None for all.
+    """
 
     class_names: Sequence[str]
+    judged: tuple[int, ...] | None
 
     def __len__(self) -> int: ...
 
@@ -49,6 +63,8 @@ def open_source(name: str, directory: str, split: str) -> Source:
 
 class FolderSource:
     """A folder of images, `directory/split/CLASS/*.jpg`: classes are numbered in the order of their names."""
+
+    judged = None
 
     def __init__(self, directory: Path, split: str):
         root = directory / split
@@ -80,21 +96,31 @@ class FolderSource:
 
 
 class TfdsSource:
-    """A TFDS data set in ArrayRecord form, read without TensorFlow: features `image` and `label`."""
+    """A TFDS data set in ArrayRecord form, read without TensorFlow: features `image`, and `label` or `real_label`."""
 
     def __init__(self, name: str, directory: str, split: str):
         import tensorflow_datasets as tfds  # takes half a second: only where it is needed
 
         builder = _tfds_builder(name, directory)
         features = builder.info.features
-        if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
+        self._field = 'real_label' if 'real_label' in features else 'label'
+        label = features[self._field] if self._field in features else None
+        label = getattr(label, 'feature', label)  # of a sequence
+        if 'image' not in features or not hasattr(label, 'names'):
             raise UserError(f'{name} is no image classification: its features are {sorted(features)}')
+
+        def records(split: str) -> Sequence:
+            return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+
         try:
-            self._records = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
+            self._records = records(split)
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise UserError(f"{name} has no split '{split}' in ArrayRecord form: {first_line(error)}") from error
-        self.class_names = list(features['label'].names)
+        self.class_names = list(label.names)
         self._name = f'{name} {split}'
+        self.judged = None
+        if builder.name in SOME_CLASSES:
+            self.judged = tuple(sorted({int(record['label']) for record in records(split.split('[')[0])}))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -105,7 +131,8 @@ class TfdsSource:
             record = self._records[index]
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f'{name} cannot be read: {first_line(error)}') from error
-        return Example(record['image'], int(record['label']), name)
+        label = record[self._field]
+        return Example(record['image'], int(label) if self._field == 'label' else tuple(map(int, label)), name)
 
 
 def _tfds_builder(name: str, directory: str):

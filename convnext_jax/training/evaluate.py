@@ -1,5 +1,8 @@
-"""Evaluates a run of ours from its workdir, or anybody's weights on a config's data."""
+"""Evaluates a run of ours from its workdir, or anybody's weights, on splits of a config's data or of others."""
 
+import csv
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -7,9 +10,9 @@ from ml_collections import ConfigDict
 
 from convnext_jax.config import read_config
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
-from convnext_jax.data.sources import open_source
+from convnext_jax.data.sources import Source, open_source
 from convnext_jax.errors import UserError
-from convnext_jax.evaluation import evaluate, make_eval_step
+from convnext_jax.evaluation import add_up, class_accuracies, make_eval_step, summary
 from convnext_jax.interop import ImageProcessor
 from convnext_jax.models import ConvNeXt, Parameters, get_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
@@ -18,17 +21,39 @@ from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.weights import config_processor, newest_checkpoint, read_weights, weights_field
 from convnext_jax.training.workdir import CONFIG
 
+Result = dict[str, float | int | str]
 
-def evaluate_run(workdir: Path, params: str | None, step: int | None) -> dict[str, float | int | str]:
-    """Top-1, top-5 and loss over the run's evaluation split.
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How to evaluate, where it is not as the run or the weights say.
+
+    Attributes:
+        splits: ('NAME', 'SPLIT') of data sets in the config's `data.dir`; empty for the config's own.
+        resolution: side of the images in pixels.
+        crop_pct: as in the config.
+        flip: average the logits with those of the mirrored image.
+        per_class: CSV file for the accuracy of each class.
+    """
+
+    splits: tuple[tuple[str, str], ...] = ()
+    resolution: int | None = None
+    crop_pct: float | None = None
+    flip: bool = False
+    per_class: Path | None = None
+
+
+def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: Protocol) -> list[Result]:
+    """Metrics over each split.
 
     Args:
         workdir: of a run of ours, which may be running.
         params: 'raw' or 'ema'; None for the moving average if the run has one.
         step: of the checkpoint; None for the newest.
+        protocol: what differs from the run's own evaluations.
 
     Raises:
-        UserError: no such run, step or weights, or the checkpoint is damaged.
+        UserError: no such run, step, weights or split, or the checkpoint is damaged.
     """
     config = read_config(workdir / CONFIG)
     params = params or ('ema' if config.ema.decay else 'raw')
@@ -47,28 +72,31 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None) -> dict[st
         parameters = restore_parameters(directory, step, weights_field(params), like)
     except DamagedCheckpoint as error:
         raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
-    metrics = _evaluate(config, model, parameters, config_processor(config), mesh)
-    return {'model': config.model.name, 'params': params, 'step': step, 'split': config.data.eval_split, **metrics}
+    about = {'model': config.model.name, 'params': params, 'step': step}
+    results = _evaluate(config, model, parameters, config_processor(config), mesh, protocol)
+    return [about | result for result in results]
 
 
-def evaluate_weights(config: ConfigDict, where: str, params: str) -> dict[str, float | int | str]:
-    """Top-1, top-5 and loss of anybody's weights over the config's evaluation split.
+def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Protocol) -> list[Result]:
+    """Metrics of anybody's weights over each split.
 
     Images are prepared as the weights' folder says; if it says nothing, as the config says.
 
     Args:
         config: of which the data and the batch size count.
         where, params: as `read_weights`.
+        protocol: what differs from that.
 
     Raises:
-        UserError: as `read_weights`, or the data set has more classes than the head.
+        UserError: as `read_weights`, no such split, or the data set has more classes than the head.
     """
     pretrained = read_weights(where, params)
     processor = pretrained.processor or config_processor(config)
     mesh = make_mesh(-1)
     parameters = jax.device_put(get_parameters(pretrained.model), replicated(mesh))
-    metrics = _evaluate(config, pretrained.model, parameters, processor, mesh)
-    return {'weights': where, 'layout': pretrained.layout, 'split': config.data.eval_split, **metrics}
+    about = {'weights': where, 'layout': pretrained.layout}
+    results = _evaluate(config, pretrained.model, parameters, processor, mesh, protocol)
+    return [about | result for result in results]
 
 
 def _evaluate(
@@ -77,22 +105,46 @@ def _evaluate(
     parameters: Parameters,
     processor: ImageProcessor,
     mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-    source = open_source(config.data.name, config.data.dir, config.data.eval_split)
+    protocol: Protocol,
+) -> Iterable[Result]:
+    """The result of each split, as soon as it is there."""
+    splits = protocol.splits or ((config.data.name, config.data.eval_split),)
+    sources = [open_source(name, config.data.dir, split) for name, split in splits]
     classes = parameters['head.bias'].size
-    if len(source.class_names) > classes:
-        raise UserError(f'{config.data.name} has {len(source.class_names)} classes, and the head {classes}')
-    per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
-    batches = eval_batches(
-        source,
-        Share(per_device * mesh.size, jax.process_index(), jax.process_count()),
-        image_size=processor.size,
-        channels=len(processor.mean),
-        crop_pct=processor.crop_pct,
-        squash=processor.squash,
-        resample=processor.resample,
-    )
+    for (name, _), source in zip(splits, sources, strict=True):
+        if len(source.class_names) > classes:
+            raise UserError(f'{name} has {len(source.class_names)} classes, and the head {classes}')
+    changes = {'size': protocol.resolution, 'crop_pct': protocol.crop_pct}
+    processor = dataclasses.replace(processor, **{field: x for field, x in changes.items() if x is not None})
     mean, std = processor.mean_and_std_of_255()
-    return evaluate(
-        jax.jit(make_eval_step(model, mean, std)), {'': parameters}, to_devices(batches, batch_sharding(mesh))
-    )
+    per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
+    share = Share(per_device * mesh.size, jax.process_index(), jax.process_count())
+    tables = []
+    for (name, split), source in zip(splits, sources, strict=True):
+        batches = eval_batches(
+            source,
+            share,
+            image_size=processor.size,
+            channels=len(processor.mean),
+            crop_pct=processor.crop_pct,
+            squash=processor.squash,
+            resample=processor.resample,
+        )
+        step = jax.jit(make_eval_step(model, mean, std, judged=source.judged, flip=protocol.flip))
+        sums = add_up(step, {'': parameters}, to_devices(batches, batch_sharding(mesh)))['']
+        tables.append((name, split, source, class_accuracies(sums)))
+        yield {'data': name, 'split': split, 'images': int(sums['count']), **summary(sums)}
+    if protocol.per_class:
+        _write_per_class(protocol.per_class, tables)
+
+
+def _write_per_class(path: Path, tables: list[tuple[str, str, Source, list[float | None]]]) -> None:
+    try:
+        with path.open('w', newline='') as file:
+            writer = csv.writer(file)
+            writer.writerow(['data', 'split', 'label', 'class', 'top1'])
+            for name, split, source, accuracies in tables:
+                for label, class_name in enumerate(source.class_names):
+                    writer.writerow([name, split, label, class_name, accuracies[label]])
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}') from error

@@ -57,6 +57,8 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
     """
     train = open_source(config.data.name, config.data.dir, config.data.train_split)
     evaluation = open_source(config.data.name, config.data.dir, config.data.eval_split)
+    if isinstance(train[0].label, tuple):
+        raise UserError(f'{config.data.name} has images of several labels or none: it is for evaluation')
     if list(train.class_names) != list(evaluation.class_names):
         differ = sorted(set(train.class_names) ^ set(evaluation.class_names))
         raise UserError(f'the classes of {config.data.train_split} and {config.data.eval_split} differ: {differ}')

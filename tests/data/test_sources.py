@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_jax.data.pipeline import MOST_LABELS, Share, eval_batches
 from convnext_jax.data.sources import BUNDLED, open_source
 from convnext_jax.errors import UserError
 
@@ -121,6 +122,69 @@ def test_tfds_set_that_is_no_image_classification_or_no_array_record(tmp_path):
     features.write_text(features.read_text().replace('"label"', '"caption"'))
     message = error_of('captions', str(tmp_path), 'train')
     assert message == "captions is no image classification: its features are ['caption', 'image']"
+
+
+def imagenet_like(parent, name, version, split, field, labels):
+    """A TFDS directory with the features of an ImageNet: one image for each of `labels`, a number or several."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    directory = tfds_directory(parent, name, version=version)
+    directory = directory.rename(directory.with_name(version))
+    for path in directory.glob('*array_record*'):
+        path.unlink()
+    records = []
+    for label in labels:
+        buffer = io.BytesIO()
+        Image.new('RGB', (4, 4)).save(buffer, 'JPEG')
+        example = tf_example_pb2.Example()
+        example.features.feature['image'].bytes_list.value.append(buffer.getvalue())
+        example.features.feature[field].int64_list.value.extend(label if isinstance(label, tuple) else [label])
+        records.append(example.SerializeToString())
+    writer = ArrayRecordWriter(str(directory / f'{name}-{split}.array_record-00000-of-00001'), 'group_size:1')
+    for record in records:
+        writer.write(record)
+    writer.close()
+    kind = {
+        'classLabel': {'numClasses': '10'},
+        'pythonClassName': 'tensorflow_datasets.core.features.class_label_feature.ClassLabel',
+    }
+    if isinstance(labels[0], tuple):
+        kind = {
+            'sequence': {'feature': kind, 'length': '-1'},
+            'pythonClassName': 'tensorflow_datasets.core.features.sequence_feature.Sequence',
+        }
+    path = directory / 'features.json'
+    features = json.loads(path.read_text())
+    columns = features['featuresDict']['features']
+    del columns['label']
+    columns['image']['image'] = {'dtype': 'uint8', 'encodingFormat': 'jpeg', 'shape': {'dimensions': ['-1', '-1', '3']}}
+    columns[field] = kind
+    path.write_text(json.dumps(features))
+    path = directory / 'dataset_info.json'
+    info = json.loads(path.read_text())
+    lengths = [str(len(records))]
+    info['splits'] = [info['splits'][0] | {'name': split, 'shardLengths': lengths, 'numBytes': '1000'}]
+    path.write_text(json.dumps(info))
+
+
+def test_images_of_several_labels_or_none(tmp_path):
+    """ImageNet ReaL: an image without a label that people agreed on does not count."""
+    imagenet_like(tmp_path, 'imagenet2012_real', '1.0.0', 'validation', 'real_label', [(3,), (), (1, 7, 2)])
+    source = open_source('imagenet2012_real', str(tmp_path), 'validation')
+    assert [source[index].label for index in range(3)] == [(3,), (), (1, 7, 2)]
+    (batch,) = eval_batches(source, Share(4), image_size=4, channels=3, crop_pct=1.0)
+    assert batch['label'].shape == (4, MOST_LABELS)
+    assert [[label for label in row if label >= 0] for row in batch['label'].tolist()] == [[3], [], [1, 7, 2], []]
+    np.testing.assert_array_equal(batch['weight'], [1, 0, 1, 0])
+
+
+def test_imagenet_a_and_r_are_judged_among_their_classes(tmp_path):
+    """A slice is judged among those of the whole split."""
+    imagenet_like(tmp_path, 'imagenet_a', '0.1.0', 'test', 'label', [5, 2, 5, 9])
+    imagenet_like(tmp_path, 'my_photos', '1.0.0', 'test', 'label', [5, 2, 5, 9])
+    assert open_source('imagenet_a', str(tmp_path), 'test[:1]').judged == (2, 5, 9)
+    assert open_source('my_photos', str(tmp_path), 'test').judged is None
 
 
 def test_folder_is_sorted_and_labelled_by_class_name(folder):
