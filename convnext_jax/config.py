@@ -42,6 +42,7 @@ def default_config() -> ConfigDict:
     config.data.image_size = 224
     config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
     config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
+    config.data.on_error = 'replace'  # an unreadable training image by the next, up to 1 in 1,000; or 'raise'
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
     config.data.std = (0.229, 0.224, 0.225)
 
@@ -116,6 +117,13 @@ NOT_NEGATIVE = [
     'optimizer.clip_norm',
 ]
 BELOW_ONE = ['optimizer.beta1', 'optimizer.beta2', 'label_smoothing', 'ema.decay', 'model.drop_path_rate']
+CHOICES = {
+    'init.params': ('raw', 'ema'),
+    'data.on_error': ('replace', 'raise'),
+    'augment.erasing_mode': ('pixel', 'rand', 'const'),
+    'mix.mode': ('batch', 'pair'),
+    'optimizer.layer_decay_rule': ('single', 'group'),
+}
 
 
 def check_values(config: ConfigDict) -> None:
@@ -139,12 +147,15 @@ def check_values(config: ConfigDict) -> None:
     mean, std = values['data.mean'], values['data.std']
     if len(mean) not in (1, 3) or len(std) != len(mean) or not all(value > 0 for value in std):
         problems.append(f'data.mean and data.std need one value (grey) or three (RGB), std above 0: {mean}, {std}')
-    if values['init.params'] not in ('raw', 'ema'):
-        problems.append(f"init.params must be 'raw' or 'ema', not '{values['init.params']}'")
     problems += [
         f'{field} must be at most 1, not {values[field]}'
         for field in ('data.crop_pct', 'optimizer.layer_decay', 'augment.erasing')
         if values[field] > 1
+    ]
+    problems += [
+        f"{field} must be one of {', '.join(choices)}, not '{values[field]}'"
+        for field, choices in CHOICES.items()
+        if values[field] not in choices
     ]
     if problems:
         raise UserError('; '.join(problems))
@@ -152,7 +163,7 @@ def check_values(config: ConfigDict) -> None:
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
 FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'mix', 'ema')
-FREE = ('data.dir', 'model.remat')
+FREE = ('data.dir', 'data.on_error', 'model.remat')
 
 
 def changed_fields(old: dict, new: dict) -> dict[str, tuple]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import grain
@@ -56,6 +57,38 @@ class Share:
         return batch * self.batch_size + self.process * self.rows + row
 
 
+class Unreadable:
+    """The training images that could not be read, told by the loader's threads to the loop.
+
+    Raises:
+        UserError: from `add`, when they are more than one in a thousand of `images`: then it is no accident.
+    """
+
+    def __init__(self, images: int):
+        self._images = images
+        self._errors: dict[int, UserError] = {}
+        self._told = 0
+        self._lock = threading.Lock()
+
+    def add(self, index: int, error: UserError) -> None:
+        with self._lock:
+            self._errors[index] = error
+            if len(self._errors) * 1000 > self._images:
+                raise UserError(
+                    f'{error}. Unreadable are {len(self._errors)} of {self._images} images, more than one in a thousand'
+                ) from error
+
+    def news(self) -> list[str]:
+        """A line for each image since the last call."""
+        with self._lock:
+            errors = list(self._errors.values())[self._told :]
+            self._told += len(errors)
+        return [f'{error}: the next image stands in for it' for error in errors]
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+
 def steps_per_epoch(source: Source, batch_size: int) -> int:
     """Whole batches in an epoch; what is left over is dropped, other examples each epoch.
 
@@ -76,8 +109,12 @@ def train_batches(
     image_size: int,
     channels: int,
     crop_scale: tuple[float, float] | tuple[()],
+    unreadable: 'Unreadable | None' = None,
 ) -> Iterator[Batch]:
     """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch.
+
+    An image that cannot be read is told to `unreadable`, and the next example of the split stands in for it, so that
+    the batch does not depend on who loads it; without `unreadable` it is an error.
 
     Raises:
         UserError: `crop_scale` is no range of shares, or the split is smaller than a batch; while iterating, an image
@@ -88,16 +125,24 @@ def train_batches(
     used = steps_per_epoch(source, share.batch_size) * share.batch_size
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
+    def read(index: int) -> tuple[Image.Image, int]:
+        try:
+            example = source[index]
+            return decode(example.image, channels, example.name), example.label
+        except UserError as error:
+            if unreadable is None:
+                raise
+            unreadable.add(index, error)
+            return read((index + 1) % len(source))
+
     def whole(index: int) -> Batch:
-        example = source[index]
-        image = decode(example.image, channels, example.name)
-        return _row(resize(image, image_size), example.label, weight=1)
+        image, label = read(index)
+        return _row(resize(image, image_size), label, weight=1)
 
     def cropped(index: int, epoch: int) -> Batch:
-        example = source[index]
-        image = decode(example.image, channels, example.name)
+        image, label = read(index)
         rng = np.random.default_rng((seed, epoch, index))
-        return _row(train_crop(image, image_size, crop_scale, rng), example.label, weight=1)
+        return _row(train_crop(image, image_size, crop_scale, rng), label, weight=1)
 
     if len(source) * image_size**2 * channels <= KEPT_BYTES:
         whole = functools.cache(whole)

@@ -104,7 +104,7 @@ class TfdsSource:
         builder = _tfds_builder(name, directory)
         features = builder.info.features
         self._field = 'real_label' if 'real_label' in features else 'label'
-        label = features[self._field] if self._field in features else None
+        label = features[self._field] if self._field in features else None  # noqa: SIM401 - no dict
         label = getattr(label, 'feature', label)  # of a sequence
         if 'image' not in features or not hasattr(label, 'names'):
             raise UserError(f'{name} is no image classification: its features are {sorted(features)}')

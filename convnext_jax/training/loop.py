@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
-from convnext_jax.data.pipeline import Batch, Share, eval_batches, to_devices, train_batches
+from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
@@ -95,6 +95,7 @@ class Run:
     ):
         self.config, self.plan, self.checkpoints = config, plan, checkpoints
         self.train_source, self.eval_source = train_source, eval_source
+        self.unreadable = Unreadable(len(train_source))
         peak = config.optimizer.learning_rate * config.batch_size / 256
         layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
@@ -234,6 +235,7 @@ class Run:
             image_size=self.config.data.image_size,
             channels=len(self.config.data.mean),
             crop_scale=self.config.data.crop_scale,
+            unreadable=self.unreadable if self.config.data.on_error == 'replace' else None,
         )
         return to_devices(batches, self.batch_sharding)
 
@@ -264,9 +266,12 @@ class Run:
             'images_per_second': len(fetched) * self.config.batch_size / seconds,
             'grad_norm': float(newest['grad_norm']),
             'skipped': int(newest['skipped']),
+            'unreadable': len(self.unreadable),
         }
         left = (self.plan.total_steps - step) * seconds / len(fetched)
         log.train(step, self.plan.epoch(step), metrics, left)
+        for line in self.unreadable.news():
+            log.say(line)
         skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
         if skips:
             log.say(f'step {step}: {skips} updates left out because the loss or its gradient was not finite')

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from convnext_jax.data import pipeline
-from convnext_jax.data.pipeline import Share, eval_batches, steps_per_epoch, to_devices, train_batches
+from convnext_jax.data.pipeline import Share, Unreadable, eval_batches, steps_per_epoch, to_devices, train_batches
 from convnext_jax.data.sources import Example
 from convnext_jax.errors import UserError
 
@@ -229,3 +229,34 @@ def test_image_that_cannot_be_decoded_is_named():
     for batches in (training, eval_batches(source, Share(4), crop_pct=1.0, **options)):
         with pytest.raises(UserError, match='number 5 cannot be decoded as an image'):
             list(itertools.islice(batches, 2))
+
+
+@pytest.mark.parametrize('crop_scale', [(), (0.3, 1.0)])
+def test_an_unreadable_image_is_told_and_the_next_stands_in_for_it(crop_scale):
+    """One broken file of a million must not end a run of days; another order of loading must not change the batch."""
+    options = {'seed': 0, 'image_size': 4, 'channels': 1, 'crop_scale': crop_scale}
+    whole = list(itertools.islice(train_batches(Numbered(1000), Share(50), start_step=0, **options), 20))
+    unreadable = Unreadable(1000)
+    source = Numbered(1000, broken=5)
+    batches = train_batches(source, Share(50), start_step=0, unreadable=unreadable, **options)
+    mended = list(itertools.islice(batches, 20))
+    assert_equal([{'label': np.where(batch['label'] == 5, 6, batch['label'])} for batch in whole], labels_of(mended))
+    again = train_batches(source, Share(50), start_step=0, unreadable=Unreadable(1000), **options)
+    assert_equal(list(itertools.islice(again, 20)), mended)
+    assert len(unreadable) == 1
+    (line,) = unreadable.news()
+    assert 'number 5 cannot be decoded' in line
+    assert line.endswith('the next image stands in for it')
+    assert unreadable.news() == []
+
+
+def labels_of(batches):
+    return [{'label': batch['label']} for batch in batches]
+
+
+def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
+    unreadable = Unreadable(2000)
+    for index in (3, 3, 7):  # an image counts once, however often it comes
+        unreadable.add(index, UserError(f'number {index} is broken'))
+    with pytest.raises(UserError, match='number 9 is broken. Unreadable are 3 of 2000 images, more than one in a tho'):
+        unreadable.add(9, UserError('number 9 is broken'))
