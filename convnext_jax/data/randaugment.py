@@ -90,11 +90,14 @@ def rand_augment(images: jax.Array, keys: jax.Array, policy: RandAugment, fill: 
     Returns:
         (N, H, W, C) uint8.
     """
-    for layer in range(policy.layers):
+
+    def apply_layer(images: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
         layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         operation, argument = jax.vmap(lambda key: _draw(key, policy))(layer_keys)
-        images = apply_operations(images, operation, argument, fill)
-    return images
+        return apply_operations(images, operation, argument, fill), None
+
+    # A loop, not unrolled: otherwise the compiler computes the first layer anew wherever the second reads a pixel.
+    return lax.scan(apply_layer, images, jnp.arange(policy.layers))[0]
 
 
 def apply_operations(images: jax.Array, operation: jax.Array, argument: jax.Array, fill: Sequence[int]) -> jax.Array:

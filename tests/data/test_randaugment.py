@@ -113,9 +113,11 @@ def test_each_image_takes_its_own_operation_and_the_others_stay(photos):
 
 def test_grey_images_take_every_operation(photos):
     grey = photos[:, :, :, :1]
-    for number in range(len(OPERATIONS)):
-        run = jax.jit(lambda x, operation: apply_operations(x, operation, jnp.full(6, 1.0), FILL[:1]))
-        assert run(grey, jnp.full(6, number)).shape == grey.shape
+    run = jax.jit(lambda images, operation: apply_operations(images, operation, jnp.full(6, 0.5), FILL[:1]))
+    for number, name in enumerate(OPERATIONS):
+        out = np.asarray(run(grey, jnp.full(6, number)))
+        assert out.shape == grey.shape
+        assert (out != grey).any() == (name != 'Color'), name
 
 
 def test_accelerators_program_equals_the_one_for_cpu(photos, monkeypatch):
