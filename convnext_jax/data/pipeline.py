@@ -109,7 +109,7 @@ def train_batches(
     image_size: int,
     channels: int,
     crop_scale: tuple[float, float] | tuple[()],
-    unreadable: 'Unreadable | None' = None,
+    unreadable: Unreadable | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch.
 
@@ -170,7 +170,7 @@ def eval_batches(
     Images are prepared as by `eval_resize`.
     """
 
-    none = () if isinstance(source[0].label, tuple) else 0
+    none = () if source.many_labels else 0
 
     def load(local: int) -> Batch:
         index = share.position(int(local))

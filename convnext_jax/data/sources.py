@@ -34,10 +34,12 @@ class Source(Protocol):
 
     Attributes:
         class_names: of all labels.
+        many_labels: whether an example's label is a tuple.
         judged: the labels that an evaluation chooses among; None for all.
     """
 
     class_names: Sequence[str]
+    many_labels: bool
     judged: tuple[int, ...] | None
 
     def __len__(self) -> int: ...
@@ -64,6 +66,7 @@ def open_source(name: str, directory: str, split: str) -> Source:
 class FolderSource:
     """A folder of images, `directory/split/CLASS/*.jpg`: classes are numbered in the order of their names."""
 
+    many_labels = False
     judged = None
 
     def __init__(self, directory: Path, split: str):
@@ -103,7 +106,8 @@ class TfdsSource:
 
         builder = _tfds_builder(name, directory)
         features = builder.info.features
-        self._field = 'real_label' if 'real_label' in features else 'label'
+        self.many_labels = 'real_label' in features
+        self._field = 'real_label' if self.many_labels else 'label'
         label = features[self._field] if self._field in features else None  # noqa: SIM401 - no dict
         label = getattr(label, 'feature', label)  # of a sequence
         if 'image' not in features or not hasattr(label, 'names'):
@@ -132,7 +136,7 @@ class TfdsSource:
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f'{name} cannot be read: {first_line(error)}') from error
         label = record[self._field]
-        return Example(record['image'], int(label) if self._field == 'label' else tuple(map(int, label)), name)
+        return Example(record['image'], tuple(map(int, label)) if self.many_labels else int(label), name)
 
 
 def _tfds_builder(name: str, directory: str):

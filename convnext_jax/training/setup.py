@@ -57,7 +57,7 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
     """
     train = open_source(config.data.name, config.data.dir, config.data.train_split)
     evaluation = open_source(config.data.name, config.data.dir, config.data.eval_split)
-    if isinstance(train[0].label, tuple):
+    if train.many_labels:
         raise UserError(f'{config.data.name} has images of several labels or none: it is for evaluation')
     if list(train.class_names) != list(evaluation.class_names):
         differ = sorted(set(train.class_names) ^ set(evaluation.class_names))

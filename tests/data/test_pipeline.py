@@ -18,6 +18,8 @@ from convnext_jax.errors import UserError
 class Numbered:
     """Images of noise; the label of each is its index. `broken` is one that cannot be decoded."""
 
+    many_labels = False
+
     def __init__(self, count, broken=None):
         self.class_names = [str(index) for index in range(count)]
         self._broken = broken
