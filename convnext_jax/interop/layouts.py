@@ -126,7 +126,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
         layout: one of `LAYOUTS`.
 
     Raises:
-        UserError: tensors are missing, left over or of another shape; all are listed.
+        UserError: tensors are missing, left over or of another shape; they are listed, up to 50.
     """
     wanted = entries(shapes, variant, layout)
     names = {entry.theirs for entry in wanted}

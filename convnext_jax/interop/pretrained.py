@@ -78,7 +78,7 @@ def read_pretrained(
         drop_path_rate, head_init_scale, remat, dtype: as `create_model`.
 
     Raises:
-        UserError: the file cannot be read, is of another model, or has tensors missing, left over or misshapen; all
+        UserError: the file cannot be read, is of another model, or has tensors missing, left over or misshapen; these
             are listed.
     """
     opened = open_weights(str(where), name=name, entry=entry, revision=revision)
