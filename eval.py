@@ -17,6 +17,8 @@ from convnext_jax.command_line import define_config, parse, required, required_c
 from convnext_jax.errors import UserError
 from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
 
+HEADER = f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}'
+
 
 def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
@@ -46,9 +48,15 @@ def main(arguments: list[str]) -> None:
         results = evaluate_weights(required_config(values), values.weights, values.params or 'raw', protocol)
     else:
         raise UserError('--weights goes with --config, --workdir with --step: give one or the other')
-    if len(results) > 1:
-        print(_table(results))
-    print(json.dumps(results[0] if len(results) == 1 else {'splits': results}))
+    several = len(protocol.splits) > 1
+    if several:
+        print(HEADER)
+    rows = []
+    for result in results:
+        rows.append(result)
+        if several:
+            print(_row(result), flush=True)
+    print(json.dumps({'splits': rows} if several else rows[0]))
 
 
 def _name_and_split(text: str) -> tuple[str, str]:
@@ -58,12 +66,9 @@ def _name_and_split(text: str) -> tuple[str, str]:
     return name, split
 
 
-def _table(results: list[Result]) -> str:
-    lines = [f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}']
-    for result in results:
-        numbers = f'{result["loss"]:9.4f}{result["top1"]:8.2f}{result["top5"]:8.2f}{result["ece"]:8.2f}'
-        lines.append(f'{result["data"] + "@" + result["split"]:34}{result["images"]:9,}{numbers}')
-    return '\n'.join(lines)
+def _row(result: Result) -> str:
+    numbers = f'{result["loss"]:9.4f}{result["top1"]:8.2f}{result["top5"]:8.2f}{result["ece"]:8.2f}'
+    return f'{result["data"] + "@" + result["split"]:34}{result["images"]:9,}{numbers}'
 
 
 if __name__ == '__main__':

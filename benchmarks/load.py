@@ -7,7 +7,6 @@ is in memory; the peak is of the process's resident memory, less what it was bef
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,10 +40,7 @@ def load(side: str, folder: str) -> None:
     before = _resident('VmRSS')
     began = time.perf_counter()
     materialize()
-    print(
-        time.perf_counter() - began,
-        max(_resident('VmHWM'), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 - before * 1024,
-    )
+    print(time.perf_counter() - began, 1024 * (_resident('VmHWM') - before))
 
 
 def _resident(field: str) -> int:

@@ -6,7 +6,7 @@ After the colon: a V1 size ('tiny' … 'xlarge'), or any name of `python -m conv
 directory with imagenet2012 in ArrayRecord form.
 
 Published top-1 of T/S/B/L: 82.1/83.1/83.8/84.3 %. For the other sizes no such run is published. Meant for accelerators
-that hold 4,096 images at once between them, 32 of 16 GB or so; on fewer set config.accumulation_steps.
+that hold 4,096 images at once between them, as 16 chips of 16 GB do for T; on fewer set config.accumulation_steps.
 """
 
 from ml_collections import ConfigDict

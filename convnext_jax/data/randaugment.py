@@ -1,8 +1,8 @@
 """RandAugment (arXiv:1909.13719) as timm has it, on the device: every image of a batch its own operations, by key.
 
 Each operation gives what Pillow's does. All images go through one program, in which what an image did not draw is the
-identity: a table of 256 grey levels for each channel, two blends, and three shifts of rows and columns. None of it
-gathers pixel by pixel, which TPUs do slowly.
+identity: a table of 256 grey levels for each channel, two blends, and three shifts of rows and columns. On accelerators
+none of it gathers pixel by pixel, which TPUs do slowly.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -43,8 +43,8 @@ class Protocol:
     per_class: Path | None = None
 
 
-def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: Protocol) -> list[Result]:
-    """Metrics over each split.
+def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: Protocol) -> Iterator[Result]:
+    """Metrics over each split, as soon as they are there.
 
     Args:
         workdir: of a run of ours, which may be running.
@@ -73,12 +73,12 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: 
     except DamagedCheckpoint as error:
         raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
     about = {'model': config.model.name, 'params': params, 'step': step}
-    results = _evaluate(config, model, parameters, config_processor(config), mesh, protocol)
-    return [about | result for result in results]
+    for result in _evaluate(config, model, parameters, config_processor(config), mesh, protocol):
+        yield about | result
 
 
-def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Protocol) -> list[Result]:
-    """Metrics of anybody's weights over each split.
+def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Protocol) -> Iterator[Result]:
+    """Metrics of anybody's weights over each split, as soon as they are there.
 
     Images are prepared as the weights' folder says; if it says nothing, as the config says.
 
@@ -95,8 +95,8 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     mesh = make_mesh(-1)
     parameters = jax.device_put(get_parameters(pretrained.model), replicated(mesh))
     about = {'weights': where, 'layout': pretrained.layout}
-    results = _evaluate(config, pretrained.model, parameters, processor, mesh, protocol)
-    return [about | result for result in results]
+    for result in _evaluate(config, pretrained.model, parameters, processor, mesh, protocol):
+        yield about | result
 
 
 def _evaluate(
@@ -106,8 +106,9 @@ def _evaluate(
     processor: ImageProcessor,
     mesh: jax.sharding.Mesh,
     protocol: Protocol,
-) -> Iterable[Result]:
-    """The result of each split, as soon as it is there."""
+) -> Iterator[Result]:
+    if protocol.per_class:
+        _write_per_class(protocol.per_class, [])  # what cannot be written fails before the work is done
     splits = protocol.splits or ((config.data.name, config.data.eval_split),)
     sources = [open_source(name, config.data.dir, split) for name, split in splits]
     classes = parameters['head.bias'].size
