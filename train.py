@@ -5,10 +5,11 @@ from pathlib import Path
 from absl import flags
 
 from convnext_jax.command_line import define_config, parse, required, required_config, run
-from convnext_jax.training.loop import train
 
 
 def main(arguments: list[str]) -> None:
+    from convnext_jax.training.loop import train  # not above: the processes that decode images import this file too
+
     values = flags.FlagValues()
     define_config(values, arguments)
     flags.DEFINE_string('workdir', None, 'Folder of the run: config, checkpoints, logs.', flag_values=values)

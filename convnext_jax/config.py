@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
     config.data.image_size = 224
     config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
     config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
+    config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
+    config.data.workers = -1  # processes that decode training images; 0: threads of this one; −1: by the cores
     config.data.on_error = 'replace'  # an unreadable training image by the next, up to 1 in 1,000; or 'raise'
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
     config.data.std = (0.229, 0.224, 0.225)
@@ -163,7 +165,7 @@ def check_values(config: ConfigDict) -> None:
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
 FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'mix', 'ema')
-FREE = ('data.dir', 'data.on_error', 'model.remat')
+FREE = ('data.dir', 'data.on_error', 'data.workers', 'model.remat')
 
 
 def changed_fields(old: dict, new: dict) -> dict[str, tuple]:

@@ -5,12 +5,10 @@ number of processes, sees the examples that the unbroken run would have seen.
 """
 
 import collections
+import contextlib
 import dataclasses
-import functools
 import itertools
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import jax
@@ -18,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from convnext_jax.data.decode import decode, eval_resize, resize, train_crop
+from convnext_jax.data.loading import Row, load_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
-ENDLESS = 2**40  # more batches than any training takes
 MOST_LABELS = 32  # of one image; ReaL's have a dozen
 KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
@@ -58,31 +56,41 @@ class Share:
 
 
 class Unreadable:
-    """The training images that could not be read, told by the loader's threads to the loop.
+    """The training images that could not be read, each with its error."""
 
-    Raises:
-        UserError: from `add`, when they are more than one in a thousand of `images`: then it is no accident.
-    """
-
-    def __init__(self, images: int):
-        self._images = images
+    def __init__(self, source: Source, channels: int):
+        self._source, self._channels = source, channels
         self._errors: dict[int, UserError] = {}
         self._told = 0
-        self._lock = threading.Lock()
 
-    def add(self, index: int, error: UserError) -> None:
-        with self._lock:
-            self._errors[index] = error
-            if len(self._errors) * 1000 > self._images:
-                raise UserError(
-                    f'{error}. Unreadable are {len(self._errors)} of {self._images} images, more than one in a thousand'
-                ) from error
+    def add(self, index: int) -> None:
+        """Counts an image, once.
+
+        Raises:
+            UserError: they are more than one in a thousand: then it is no accident.
+        """
+        if index in self._errors:
+            return
+        error = self._error(index)
+        self._errors[index] = error
+        if len(self._errors) * 1000 > len(self._source):
+            raise UserError(
+                f'{error}. Unreadable are {len(self._errors)} of {len(self._source)} images, '
+                'more than one in a thousand'
+            ) from error
+
+    def _error(self, index: int) -> UserError:
+        try:
+            name = self._source[index].name
+            decode(self._source[index].image, self._channels, name)
+        except UserError as error:
+            return error
+        return UserError(f'{name} could not be read, and now it can')
 
     def news(self) -> list[str]:
         """A line for each image since the last call."""
-        with self._lock:
-            errors = list(self._errors.values())[self._told :]
-            self._told += len(errors)
+        errors = list(self._errors.values())[self._told :]
+        self._told = len(self._errors)
         return [f'{error}: the next image stands in for it' for error in errors]
 
     def __len__(self) -> int:
@@ -109,50 +117,111 @@ def train_batches(
     image_size: int,
     channels: int,
     crop_scale: tuple[float, float] | tuple[()],
+    exact: bool = False,
     unreadable: Unreadable | None = None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch.
 
     An image that cannot be read is told to `unreadable`, and the next example of the split stands in for it, so that
-    the batch does not depend on who loads it; without `unreadable` it is an error.
+    the batch does not depend on who loads it; without `unreadable` it is an error. Closing the iterator ends the
+    decoding threads or processes.
+
+    Args:
+        source: the split.
+        share: the rows of this process.
+        seed: of order and crops.
+        start_step: the first batch's number.
+        image_size, channels: of the images.
+        crop_scale: least and most share of the area that the random crop takes; () for the whole image.
+        exact: decode and resize as Pillow does, as in `train_crop`.
+        unreadable: collects what cannot be read.
+        workers: processes that decode, as in `decoders`.
 
     Raises:
         UserError: `crop_scale` is no range of shares, or the split is smaller than a batch; while iterating, an image
-            that cannot be read.
+            that cannot be read, or too many of them, or a process that was killed.
     """
     if crop_scale and not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1):
         raise UserError(f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {crop_scale}')
-    used = steps_per_epoch(source, share.batch_size) * share.batch_size
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    rows = TrainRows(source, share, seed, image_size, channels, crop_scale, exact, replace=unreadable is not None)
+    shape = (image_size, image_size, channels)
+    batches = load_batches(
+        rows, itertools.count(start_step), share.rows, shape, 0 if rows.kept is not None else workers
+    )
+    return _tell(batches, unreadable, len(source))
 
-    def read(index: int) -> tuple[Image.Image, int]:
-        try:
-            example = source[index]
-            return decode(example.image, channels, example.name), example.label
-        except UserError as error:
-            if unreadable is None:
-                raise
-            unreadable.add(index, error)
-            return read((index + 1) % len(source))
 
-    def whole(index: int) -> Batch:
-        image, label = read(index)
-        return _row(resize(image, image_size), label, weight=1)
+class TrainRows:
+    """Number of a row of this process → the row. Its arguments are those of `train_batches`.
 
-    def cropped(index: int, epoch: int) -> Batch:
-        image, label = read(index)
-        rng = np.random.default_rng((seed, epoch, index))
-        return _row(train_crop(image, image_size, crop_scale, rng), label, weight=1)
+    Attributes:
+        kept: images that are the same in every epoch, where they are few and small.
+    """
 
-    if len(source) * image_size**2 * channels <= KEPT_BYTES:
-        whole = functools.cache(whole)
+    def __init__(
+        self,
+        source: Source,
+        share: Share,
+        seed: int,
+        image_size: int,
+        channels: int,
+        crop_scale: tuple[float, float] | tuple[()],
+        exact: bool,
+        replace: bool,
+    ):
+        self._source, self._share, self._seed = source, share, seed
+        self._image_size, self._channels, self._crop_scale, self._exact = image_size, channels, crop_scale, exact
+        self._used = steps_per_epoch(source, share.batch_size) * share.batch_size
+        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._tries = len(source) // 1000 + 2 if replace else 1  # more in a row are too many anyway
+        small = not crop_scale and len(source) * image_size**2 * channels <= KEPT_BYTES
+        self.kept: dict[int, Row] | None = {} if small else None
 
-    def load(local: int) -> Batch:
-        epoch, place = divmod(share.position(int(local)), used)
-        index = int(order[epoch * len(source) + place])
-        return cropped(index, epoch) if crop_scale else whole(index)
+    def __call__(self, local: int) -> Row:
+        epoch, place = divmod(self._share.position(local), self._used)
+        index = int(self._order[epoch * len(self._source) + place])
+        for skipped in range(self._tries):
+            try:
+                row = self._row((index + skipped) % len(self._source), epoch)
+            except UserError:
+                if skipped == self._tries - 1:
+                    raise
+            else:
+                return row | {'index': np.int64(index), 'skipped': np.int32(skipped)}
+        raise AssertionError('the last try raises or returns')
 
-    return _batches(load, share.rows, start_step, ENDLESS)
+    def _row(self, index: int, epoch: int) -> Row:
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        example = self._source[index]
+        if self._crop_scale:
+            pixels = train_crop(
+                example.image,
+                self._image_size,
+                channels=self._channels,
+                scale=self._crop_scale,
+                seed=(self._seed, epoch, index),
+                exact=self._exact,
+                name=example.name,
+            )
+        else:
+            pixels = resize(decode(example.image, self._channels, example.name), self._image_size)
+        row = _row(pixels, example.label, weight=1)
+        if self.kept is not None:
+            self.kept[index] = row
+        return row
+
+
+def _tell(batches: Iterator[Row], unreadable: Unreadable | None, images: int) -> Iterator[Batch]:
+    """Takes out of the batches which images could not be read, and tells it."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            index, skipped = batch.pop('index'), batch.pop('skipped')
+            for row in np.flatnonzero(skipped):
+                for step in range(skipped[row]):
+                    unreadable.add(int(index[row] + step) % images)
+            yield batch
 
 
 def eval_batches(
@@ -172,8 +241,8 @@ def eval_batches(
 
     none = () if source.many_labels else 0
 
-    def load(local: int) -> Batch:
-        index = share.position(int(local))
+    def load(local: int) -> Row:
+        index = share.position(local)
         if index >= len(source):
             return _row(np.zeros((image_size, image_size, channels), np.uint8), none, weight=0)
         example = source[index]
@@ -181,7 +250,8 @@ def eval_batches(
         pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample)
         return _row(pixels, example.label, weight=1)
 
-    return _batches(load, share.rows, 0, -(-len(source) // share.batch_size))
+    steps = range(-(-len(source) // share.batch_size))
+    return load_batches(load, steps, share.rows, (image_size, image_size, channels), workers=0)
 
 
 def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2) -> Iterator[Batch]:
@@ -196,14 +266,7 @@ def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead:
         yield queue.popleft()
 
 
-def _batches(load: Callable[[int], Batch], rows: int, first: int, last: int) -> Iterator[Batch]:
-    """Batches `first` to `last` of `rows` examples, loaded by threads ahead of need: Pillow decodes outside the GIL."""
-    threads = max((os.cpu_count() or 1) - 1, 1)  # one core is the loop's; on small images a second thread only fights
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(grain.MapDataset.range(first * rows, last * rows).map(load).batch(rows).to_iter_dataset(options))
-
-
-def _row(pixels: np.ndarray, label: int | tuple[int, ...], weight: float) -> Batch:
+def _row(pixels: np.ndarray, label: int | tuple[int, ...], weight: float) -> Row:
     if isinstance(label, tuple):
         weight = weight if label else 0
         label = (*label, *(-1,) * (MOST_LABELS - len(label)))

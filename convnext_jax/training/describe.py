@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from convnext_jax.data.loading import decoders
 from convnext_jax.data.sources import Source
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.logging import read_records
@@ -28,6 +29,8 @@ def describe(
     devices, epoch = jax.devices(), plan.steps_per_epoch
     axes = ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
+    processes, threads = decoders(data.workers)
+    decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'
     peak = optimizer.learning_rate * config.batch_size / 256
     return [
         f'model      {config.model.name}: {parameters:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
@@ -35,7 +38,7 @@ def describe(
         f'devices    {len(devices)} × {devices[0].device_kind}, mesh {axes}, {jax.process_count()} process(es)',
         f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
         f'data       {data.name}: {data.train_split} {len(train_source):,}, {data.eval_split} {len(eval_source):,} '
-        f'images, {len(train_source.class_names)} classes',
+        f'images, {len(train_source.class_names)} classes, decoded by {decoding}',
         f'optimizer  AdamW, learning rate {peak:.3g} after {plan.warmup_steps:,} steps of warm-up, cosine to '
         f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
         f'workdir    {workdir}',

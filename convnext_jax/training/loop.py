@@ -95,7 +95,7 @@ class Run:
     ):
         self.config, self.plan, self.checkpoints = config, plan, checkpoints
         self.train_source, self.eval_source = train_source, eval_source
-        self.unreadable = Unreadable(len(train_source))
+        self.unreadable = Unreadable(train_source, len(config.data.mean))
         peak = config.optimizer.learning_rate * config.batch_size / 256
         layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
@@ -169,7 +169,11 @@ class Run:
             UserError, Stopped: as `train`.
         """
         step = saved = int(state.step)
-        with RunLog(workdir, step, self.plan.total_steps) as log, stop_signal() as stop:
+        with (
+            RunLog(workdir, step, self.plan.total_steps) as log,
+            stop_signal() as stop,
+            contextlib.closing(self.train_batches(step)) as batches,
+        ):
             if step:
                 log.say(f'resumes at step {step} of {self.plan.total_steps}')
                 last = step >= self.plan.total_steps
@@ -177,7 +181,6 @@ class Run:
                     self._evaluate(log, step, state, Stop() if last else stop)  # a signal or an error cut it short
                 if last:
                     return
-            batches = self.train_batches(step)
             first = next(batches)
             log.say('compiling the training step …')
             began = time.perf_counter()
@@ -209,10 +212,7 @@ class Run:
                             saved = step
                     if stop.received and not last:
                         self.checkpoints.wait()
-                        raise Stopped(
-                            f'stopped by {stop.received.name} at step {step}, saved; the same command resumes it',
-                            128 + stop.received,
-                        )
+                        raise Stopped(stop.received, step)
                     if last:
                         break
             except NotFinite:
@@ -222,6 +222,8 @@ class Run:
                     self._save(state, step, None)
                     self.checkpoints.wait()
                     log.say(f'saved at step {step}')
+                if stop.received:  # by the processes that decode images, too
+                    raise Stopped(stop.received, step) from None
                 raise
             self.checkpoints.wait()
 
@@ -235,7 +237,9 @@ class Run:
             image_size=self.config.data.image_size,
             channels=len(self.config.data.mean),
             crop_scale=self.config.data.crop_scale,
+            exact=self.config.data.exact,
             unreadable=self.unreadable if self.config.data.on_error == 'replace' else None,
+            workers=self.config.data.workers,
         )
         return to_devices(batches, self.batch_sharding)
 

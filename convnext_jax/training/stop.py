@@ -10,9 +10,9 @@ from collections.abc import Iterator
 class Stopped(Exception):
     """The run was told to stop, and saved first; `status` is the exit status that a shell expects."""
 
-    def __init__(self, line: str, status: int):
-        super().__init__(line)
-        self.status = status
+    def __init__(self, by: signal.Signals, step: int):
+        super().__init__(f'stopped by {by.name} at step {step}, saved; the same command resumes it')
+        self.status = 128 + by
 
 
 @dataclasses.dataclass

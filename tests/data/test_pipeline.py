@@ -16,11 +16,11 @@ from convnext_jax.errors import UserError
 
 
 class Numbered:
-    """Images of noise; the label of each is its index. `broken` is one that cannot be decoded."""
+    """Images of noise; the label of each is its index. `broken` are those that cannot be decoded."""
 
     many_labels = False
 
-    def __init__(self, count, broken=None):
+    def __init__(self, count, broken=()):
         self.class_names = [str(index) for index in range(count)]
         self._broken = broken
 
@@ -28,7 +28,7 @@ class Numbered:
         return len(self.class_names)
 
     def __getitem__(self, index):
-        if index == self._broken:
+        if index in self._broken:
             return Example(b'no image', index, f'number {index}')
         buffer = io.BytesIO()
         pixels = np.random.default_rng(index).integers(0, 256, (6, 6), dtype=np.uint8)
@@ -226,7 +226,7 @@ def test_bad_crop_scale(crop_scale):
 def test_image_that_cannot_be_decoded_is_named():
     """The loading threads must hand the error on, with the image's name, in training and in evaluation."""
     options = {'image_size': 4, 'channels': 1}
-    source = Numbered(8, broken=5)
+    source = Numbered(8, broken=(5,))
     training = train_batches(source, Share(4), seed=0, start_step=0, crop_scale=(), **options)
     for batches in (training, eval_batches(source, Share(4), crop_pct=1.0, **options)):
         with pytest.raises(UserError, match='number 5 cannot be decoded as an image'):
@@ -238,12 +238,12 @@ def test_an_unreadable_image_is_told_and_the_next_stands_in_for_it(crop_scale):
     """One broken file of a million must not end a run of days; another order of loading must not change the batch."""
     options = {'seed': 0, 'image_size': 4, 'channels': 1, 'crop_scale': crop_scale}
     whole = list(itertools.islice(train_batches(Numbered(1000), Share(50), start_step=0, **options), 20))
-    unreadable = Unreadable(1000)
-    source = Numbered(1000, broken=5)
+    source = Numbered(1000, broken=(5,))
+    unreadable = Unreadable(source, channels=1)
     batches = train_batches(source, Share(50), start_step=0, unreadable=unreadable, **options)
     mended = list(itertools.islice(batches, 20))
     assert_equal([{'label': np.where(batch['label'] == 5, 6, batch['label'])} for batch in whole], labels_of(mended))
-    again = train_batches(source, Share(50), start_step=0, unreadable=Unreadable(1000), **options)
+    again = train_batches(source, Share(50), start_step=0, unreadable=Unreadable(source, channels=1), **options)
     assert_equal(list(itertools.islice(again, 20)), mended)
     assert len(unreadable) == 1
     (line,) = unreadable.news()
@@ -257,8 +257,25 @@ def labels_of(batches):
 
 
 def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
-    unreadable = Unreadable(2000)
+    unreadable = Unreadable(Numbered(2000, broken=(3, 7, 9)), channels=1)
     for index in (3, 3, 7):  # an image counts once, however often it comes
-        unreadable.add(index, UserError(f'number {index} is broken'))
-    with pytest.raises(UserError, match='number 9 is broken. Unreadable are 3 of 2000 images, more than one in a tho'):
-        unreadable.add(9, UserError('number 9 is broken'))
+        unreadable.add(index)
+    with pytest.raises(
+        UserError, match='number 9 cannot.*Unreadable are 3 of 2000 images, more than one in a thousand'
+    ):
+        unreadable.add(9)
+
+
+def test_a_long_row_of_unreadable_images_ends():
+    """Where all is broken there is no next image to stand in: the search for one must not go on for ever."""
+    source = Numbered(50, broken=range(50))
+    options = {'seed': 0, 'start_step': 0, 'image_size': 4, 'channels': 1, 'crop_scale': ()}
+    with pytest.raises(UserError, match='number .* cannot be decoded as an image'):
+        next(train_batches(source, Share(4), unreadable=Unreadable(source, channels=1), **options))
+
+
+def test_an_image_that_can_be_read_again_is_told_so():
+    """A file server that was away for a second: the log must not say that the image is broken."""
+    unreadable = Unreadable(Numbered(2000), channels=1)
+    unreadable.add(4)
+    assert unreadable.news() == ['number 4 could not be read, and now it can: the next image stands in for it']

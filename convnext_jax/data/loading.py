@@ -1,0 +1,168 @@
+"""Rows → batches, by threads or by processes, ahead of need and in order."""
+
+import collections
+import contextlib
+import ctypes
+import functools
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+from convnext_jax.errors import UserError
+
+HELD_BACK = {signal.SIGINT, signal.SIGTERM}
+
+Row = dict[str, np.ndarray | np.generic]
+"""Of one example: `image`, (H, W, C) uint8, and other fields."""
+
+
+def decoders(workers: int) -> tuple[int, int]:
+    """Processes that decode (0: threads of this one do), and the threads of each.
+
+    Threads decode as fast as processes while Python's lock does not hold them up, and it is taken for about a fifth of
+    an image's time: few cores get threads, and many a process for every four.
+
+    Args:
+        workers: how many processes; −1 leaves it to the machine.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if workers < 0:
+        workers = cores // 4 if cores >= 8 else 0
+    # Without processes one core is left to the loop: on small images one more thread only fights.
+    return workers, max(cores // workers if workers else cores - 1, 1)
+
+
+def load_batches(
+    load: Callable[[int], Row], batches: Iterable[int], rows: int, image_shape: tuple[int, int, int], workers: int
+) -> Iterator[Row]:
+    """Batch b holds rows b · `rows` to (b + 1) · `rows` − 1, stacked; whoever loads them, they come in order.
+
+    Closing the iterator, or an error, ends threads and processes.
+
+    Args:
+        load: number of a row → its fields. Runs in several threads at once; for processes, it can be pickled.
+        batches: their numbers, in order.
+        rows: of a batch.
+        image_shape: (H, W, C).
+        workers: as in `decoders`.
+
+    Raises:
+        UserError: as `load`, or a process was killed.
+    """
+    processes, threads = decoders(workers)
+    if processes:
+        return _by_processes(load, batches, rows, image_shape, processes, threads)
+    return _by_threads(load, batches, rows, threads)
+
+
+def _by_threads(load: Callable[[int], Row], batches: Iterable[int], rows: int, threads: int) -> Iterator[Row]:
+    def batch(number: int) -> Row:
+        return _stack([load(row) for row in range(number * rows, (number + 1) * rows)])
+
+    with _closing(ThreadPoolExecutor(threads)) as pool:
+        for future in _ahead((functools.partial(pool.submit, batch, number) for number in batches), 2 * threads):
+            yield future.result()
+
+
+def _by_processes(
+    load: Callable[[int], Row],
+    batches: Iterable[int],
+    rows: int,
+    image_shape: tuple[int, int, int],
+    processes: int,
+    threads: int,
+) -> Iterator[Row]:
+    """Images come through one block of shared memory with a slot for each batch under way, the rest as results."""
+    slots = 2 * processes
+    spawn = multiprocessing.get_context('spawn')  # a fork would copy JAX's threads half
+    # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
+    memory = spawn.RawArray(ctypes.c_uint8, slots * rows * math.prod(image_shape))
+    images = np.frombuffer(memory, np.uint8).reshape(slots, rows, *image_shape)
+    work = (load, memory, (slots, rows, *image_shape), threads)
+    with _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work)) as pool:
+
+        def submit(number: int, slot: int):
+            with _signals_held_back():  # from a process that begins, too, which imports for a second
+                return slot, pool.submit(_Worker.fill, number, slot)
+
+        numbered = (functools.partial(submit, number, place % slots) for place, number in enumerate(batches))
+        try:
+            for slot, future in _ahead(numbered, slots - 1):
+                yield {**future.result(), 'image': images[slot].copy()}
+        except BrokenProcessPool as error:
+            raise UserError('a process that decodes images was killed: out of memory? Lower data.workers') from error
+
+
+class _Worker:
+    """What a decoding process holds; in the training process it is not used."""
+
+    load: Callable[[int], Row]
+    images: np.ndarray
+    pool: Executor
+
+    @classmethod
+    def begin(cls, load: Callable[[int], Row], memory: ctypes.Array, shape: tuple[int, ...], threads: int) -> None:
+        os.setpgrp()  # what Ctrl-C or a launcher sends to the group is the training process's to answer
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came since the start
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+        cls.load = staticmethod(load)
+        cls.images = np.frombuffer(memory, np.uint8).reshape(shape)
+        cls.pool = ThreadPoolExecutor(threads)
+        threading.Thread(target=cls.end_with_parent, daemon=True).start()
+
+    @classmethod
+    def end_with_parent(cls) -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    @classmethod
+    def fill(cls, number: int, slot: int) -> Row:
+        """Puts a batch's images into its slot, and returns its other fields."""
+        images = cls.images[slot]
+
+        def put(row: int) -> Row:
+            fields = cls.load(number * len(images) + row)
+            images[row] = fields.pop('image')
+            return fields
+
+        return _stack(list(cls.pool.map(put, range(len(images)))))
+
+
+def _stack(rows: list[Row]) -> Row:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
+    """Results of the calls, each made when its result is the `count`-th of those to come."""
+    made = collections.deque()
+    for call in calls:
+        made.append(call())
+        if len(made) > count:
+            yield made.popleft()
+    yield from made
+
+
+@contextlib.contextmanager
+def _closing(pool: Executor) -> Iterator[Executor]:
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,143 @@
+"""Batches by threads and by processes: the same, in order, and nothing is left behind however they end."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from convnext_jax.data.loading import decoders, load_batches
+from convnext_jax.data.pipeline import Share, Unreadable, train_batches
+from convnext_jax.data.sources import open_source
+from convnext_jax.errors import UserError
+
+SHAPE = (2, 3, 1)
+
+
+@dataclasses.dataclass
+class Load:
+    """A row of its own number; slow where the number says so, an error or the end of the process at one of them."""
+
+    broken: int = -1
+    deadly: int = -1
+
+    def __call__(self, row):
+        time.sleep(0.01 * (row % 3 == 0))
+        if row == self.broken:
+            raise UserError(f'row {row} is broken')
+        if row == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {'image': np.full(SHAPE, row % 256, np.uint8), 'label': np.int32(row)}
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_come_in_order_and_whole(workers):
+    """A batch that overtakes another, or images of another batch in a slot that was given back too early."""
+    batches = list(itertools.islice(load_batches(Load(), itertools.count(5), 4, SHAPE, workers), 12))
+    assert [batch['label'].tolist() for batch in batches] == [list(range(4 * b, 4 * b + 4)) for b in range(5, 17)]
+    for batch in batches:
+        assert (batch['image'] == batch['label'][:, None, None, None]).all()
+        assert {name: (rows.shape, rows.dtype.name) for name, rows in batch.items()} == {
+            'image': ((4, *SHAPE), 'uint8'),
+            'label': ((4,), 'int32'),
+        }
+    assert len(list(load_batches(Load(), range(3), 4, SHAPE, workers))) == 3
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_error_comes_through(workers):
+    """An error in a thread or process must reach the training with its text, not hang it."""
+    batches = load_batches(Load(broken=9), itertools.count(), 4, SHAPE, workers)
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(UserError, match='^row 9 is broken$'):
+        next(batches)
+
+
+def test_a_killed_process_is_told():
+    """The kernel kills what takes too much memory: the training must say so instead of waiting for ever."""
+    with pytest.raises(UserError, match='a process that decodes images was killed: out of memory. Lower data.workers'):
+        list(load_batches(Load(deadly=9), range(10), 4, SHAPE, workers=2))
+
+
+def test_processes_give_the_batches_of_threads():
+    """Another number of workers must not be another run; the sources must reach them."""
+    source = open_source('fashion_mnist_mini', '', 'train')
+    options = {'seed': 0, 'start_step': 3, 'image_size': 28, 'channels': 1, 'crop_scale': (0.3, 1.0)}
+    options |= {'unreadable': Unreadable(source, 1)}
+    by_threads, by_processes = (
+        list(itertools.islice(train_batches(source, Share(16), workers=workers, **options), 3)) for workers in (0, 2)
+    )
+    for ours, theirs in zip(by_threads, by_processes, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_how_many_decode(monkeypatch):
+    """A laptop must not start processes for each evaluation, nor a pod host decode by one process."""
+    for cores, expected in {1: (0, 1), 2: (0, 1), 4: (0, 3), 8: (2, 4), 96: (24, 4)}.items():
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda _, cores=cores: range(cores), raising=False)
+        assert decoders(-1) == expected
+    assert decoders(0) == (0, 95)
+    assert decoders(96) == (96, 1)
+
+
+PROGRAM = """
+import itertools, os, sys
+from convnext_jax.data.loading import load_batches
+from tests.data.test_loading import Load, SHAPE
+
+if __name__ == '__main__':
+    batches = load_batches(Load(), itertools.count(), 4, SHAPE, workers=2)
+    next(batches)
+    print('ready', flush=True)
+    try:
+        for batch in batches:
+            pass
+    except KeyboardInterrupt:
+        print('interrupted', flush=True)
+        sys.exit(130)
+"""
+
+
+def processes_of_session(session):
+    lines = subprocess.run(['ps', '-eo', 'pid=,sess=,stat='], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in lines.splitlines()]
+    return [int(pid) for pid, of_session, state in rows if int(of_session) == session and not state.startswith('Z')]
+
+
+@pytest.mark.parametrize('how', ['interrupt', 'kill'])
+def test_nothing_is_left_behind(how, tmp_path):
+    """Processes that live on after Ctrl-C or a kill hold memory for days; their tracebacks hide ours."""
+    path = tmp_path / 'program.py'
+    path.write_text(textwrap.dedent(PROGRAM))
+    segments = set(os.listdir('/dev/shm')) if os.path.isdir('/dev/shm') else set()
+    process = subprocess.Popen(
+        [sys.executable, path],
+        env=os.environ | {'PYTHONPATH': os.pathsep.join(['.', *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == 'ready\n', process.stderr.read()
+    assert len(processes_of_session(process.pid)) >= 3
+    if how == 'interrupt':
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60) == ('interrupted\n', '')
+        assert process.returncode == 130
+    else:
+        process.kill()
+        process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while processes_of_session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of_session(process.pid) == []
+    if segments:
+        assert set(os.listdir('/dev/shm')) <= segments
