@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from convnext_jax.data.shards import find_shards, open_index, read_bytes
 from convnext_jax.errors import UserError, first_line
 
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
@@ -51,15 +54,17 @@ def open_source(name: str, directory: str, split: str) -> Source:
     """Opens one split.
 
     Args:
-        name: 'fashion_mnist_mini' (bundled), 'folder', or the name of a TFDS image-classification data set.
-        directory: the folder of images, or the TFDS data directory; the bundled set needs none.
-        split: a folder's name under `directory`, or a TFDS split such as 'train[:99%]'.
+        name: 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or the name of a TFDS data set of labelled images.
+        directory: the folder of images or of tar shards, or the TFDS data directory; the bundled set needs none.
+        split: a folder's name under `directory`, the shards' name, or a TFDS split such as 'train[:99%]'.
 
     Raises:
         UserError: the data set, the split or an image is not there, or the data set is not one of labelled images.
     """
     if name == 'folder':
         return FolderSource(Path(directory), split)
+    if name == 'webdataset':
+        return WebDatasetSource(Path(directory), split)
     return TfdsSource(name, directory, split)
 
 
@@ -77,7 +82,7 @@ class FolderSource:
         if not folders:
             raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
         self.class_names = [folder.name for folder in folders]
-        self._files = []
+        self.files = []
         for label, folder in enumerate(folders):
             files = sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
             images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -85,17 +90,52 @@ class FolderSource:
                 raise UserError(f'class folder {folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
             if len(images) < len(files):
                 warnings.warn(f'{folder}: left out {len(files) - len(images)} files that are no images', stacklevel=2)
-            self._files += [(path, label) for path in images]
+            self.files += [(path, label) for path in images]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
-        path, label = self._files[index]
+        path, label = self.files[index]
         try:
             return Example(path.read_bytes(), label, str(path))
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
+
+
+class WebDatasetSource:
+    """Tar shards of KEY.jpg and KEY.cls, the number of its class, as WebDataset writes them, read in any order.
+
+    Classes are named by `directory/classnames.txt`, one a line, or else by their numbers.
+    """
+
+    many_labels = False
+    judged = None
+
+    def __init__(self, directory: Path, split: str):
+        self._shards = find_shards(directory, split)
+        self._index = open_index(directory, split, self._shards, IMAGE_SUFFIXES)
+        largest = int(self._index['label'].max())
+        path = directory / 'classnames.txt'
+        names = path.read_text(encoding='utf-8').splitlines() if path.is_file() else map(str, range(largest + 1))
+        self.class_names = list(names)
+        if largest >= len(self.class_names):
+            raise UserError(f'{path} names {len(self.class_names)} classes; {split} has images of class {largest}')
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._index[index]
+        shard = self._shards[row['shard']]
+        image = read_bytes(shard, int(row['offset']), int(row['size']))
+        return Example(image, int(row['label']), f'{shard}, {row["name"].decode(errors="replace")}')
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'_index': self._index.filename}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state | {'_index': np.load(state['_index'], mmap_mode='r', allow_pickle=False)}
 
 
 class TfdsSource:

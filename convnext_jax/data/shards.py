@@ -1,0 +1,167 @@
+"""Images inside tars: where each one lies, and an index of shards, made once, so that any image is read directly."""
+
+import hashlib
+import os
+import re
+import sys
+import tarfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from convnext_jax.errors import UserError, first_line
+
+BLOCK = 512  # a tar is made of such blocks, and one of zeros marks its end
+CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'convnext_jax'
+
+
+class Member(NamedTuple):
+    """A file inside a tar: its name there, and its bytes' place in the tar's file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def tar_members(path: Path, within: Member | None = None) -> list[Member]:
+    """The files in a tar, or in the tar that is itself a member of it.
+
+    Raises:
+        UserError: it is no tar, or damaged, or cut short: `tarfile` alone takes a damaged header for the end.
+    """
+    name = f'{path}, {within.name}' if within else str(path)
+    try:
+        with path.open('rb') as file:
+            file.seek(within.offset if within else 0)
+            with tarfile.open(fileobj=file, mode='r:') as tar:
+                members = [Member(entry.name, entry.offset_data, entry.size) for entry in tar if entry.isfile()]
+                end = tar.offset
+            file.seek(end)
+            whole = file.read(BLOCK) == bytes(BLOCK)
+    except tarfile.TarError as error:
+        raise UserError(f'{name} is no whole tar ({first_line(error)}): copy or download it again') from error
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    if not whole or (within and end > within.offset + within.size):
+        raise UserError(f'{name} is damaged or cut short at byte {end}: copy or download it again')
+    return members
+
+
+def read_bytes(path: Path, offset: int, size: int) -> bytes:
+    """A part of a file; nothing stays open, so that any thread or process may ask.
+
+    Raises:
+        UserError: it cannot be read, or the file ends before.
+    """
+    try:
+        with path.open('rb', buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    if len(data) < size:
+        raise UserError(f'{path} ends before byte {offset + size}: it is cut short')
+    return data
+
+
+def find_shards(directory: Path, split: str) -> list[Path]:
+    """`directory/split/*.tar`, or else `directory/*split-*.tar`, such as train-0001.tar or imagenet-train-000001.tar.
+
+    Raises:
+        UserError: there are none.
+    """
+    name = re.compile(rf'(.*[-_.])?{re.escape(split)}[-_.]\d+\.tar')
+    shards = sorted((directory / split).glob('*.tar'))
+    shards = shards or sorted(path for path in directory.glob('*.tar') if name.fullmatch(path.name))
+    if not shards:
+        raise UserError(f"{directory} holds no shards of split '{split}': {split}/*.tar, or *{split}-NUMBER.tar")
+    return shards
+
+
+def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: set[str]) -> np.memmap:
+    """A row for each image: `shard` by number, `offset`, `size`, `label`, `name`; mapped, so it costs no memory.
+
+    It is kept beside the shards, or in the user's cache where they cannot be written. Its name follows from the shards'
+    names, sizes and times, so that it is made anew when they change.
+
+    Raises:
+        UserError: as `index_shard`, or it cannot be written.
+    """
+    name = f'{split}.index-{_fingerprint(shards)}.npy'
+    if (directory / name).is_file() or os.access(directory, os.W_OK):
+        path = directory / name
+    else:
+        path = CACHE / directory.resolve().relative_to('/') / name
+    if not path.is_file():
+        if path.parent != directory:
+            warnings.warn(f'{directory} cannot be written: the index of its shards becomes {path}', stacklevel=3)
+        bar = tqdm(enumerate(shards), f'indexing {split}', len(shards), unit='tar', disable=not sys.stderr.isatty())
+        rows = [index_shard(shard, number, suffixes) for number, shard in bar]
+        _write_index(path, np.concatenate(rows))
+        for other in path.parent.glob(f'{split}.index-*.npy'):
+            if other != path:  # outdated
+                other.unlink(missing_ok=True)
+    return np.load(path, mmap_mode='r', allow_pickle=False)
+
+
+def index_shard(path: Path, number: int, suffixes: set[str]) -> np.ndarray:
+    """The rows of one shard. As in WebDataset, a key is a name up to the first dot of its last part.
+
+    Raises:
+        UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or that is no number, two
+            images or labels of one key, or no images at all.
+    """
+    images, labels = {}, {}
+    for member in tar_members(path):
+        folder, _, file = member.name.rpartition('/')
+        stem, _, suffix = file.partition('.')
+        kind = labels if suffix == 'cls' else images if f'.{suffix.lower()}' in suffixes else None
+        if kind is None:  # what else a sample holds: .json, .txt
+            continue
+        key = f'{folder}/{stem}'
+        if key in kind:
+            raise UserError(f'{path} holds {kind[key].name} and {member.name}, of the same key: keep one')
+        kind[key] = member
+    if not images:
+        raise UserError(f'{path} holds no images: KEY.jpg (or {", ".join(sorted(suffixes))}) with KEY.cls beside it')
+    for key in images.keys() ^ labels.keys():
+        alone = (images.get(key) or labels.get(key)).name
+        raise UserError(f'{path}: {alone} has no {"KEY.cls" if key in images else "image"} of the same key')
+    with path.open('rb') as file:
+        for key, member in labels.items():
+            file.seek(member.offset)
+            text = file.read(member.size).strip()
+            if not re.fullmatch(rb'\d{1,9}', text):
+                raise UserError(f'{path}: {member.name} holds {text[:20]!r}, not the number of a class')
+            labels[key] = int(text)
+    names = [image.name.encode(errors='surrogateescape') for image in images.values()]
+    longest = max(map(len, names))
+    kinds = [('shard', 'i4'), ('offset', 'i8'), ('size', 'i8'), ('label', 'i4'), ('name', f'S{longest}')]
+    rows = [(number, image.offset, image.size, labels[key]) for key, image in images.items()]
+    return np.array([(*row, name) for row, name in zip(rows, names, strict=True)], kinds)
+
+
+def _fingerprint(shards: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in shards:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f'{path} cannot be read: {error.strerror}') from error
+        digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_index(path: Path, rows: np.ndarray) -> None:
+    scratch = path.with_name(f'.{path.name}.{os.getpid()}')  # several processes may be at it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open('wb') as file:
+            np.save(file, rows, allow_pickle=False)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UserError(f'the index {path} cannot be written: {error.strerror}') from error
