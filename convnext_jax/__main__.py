@@ -1,5 +1,9 @@
 """python -m convnext_jax COMMAND
 
+prepare imagenet2012 --manual_dir=TARS --data_dir=DATA
+                                             the official tars, for training
+prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
+                                             DIR/SPLIT/CLASS/*.jpg in a few large files, for training
 models                                       the table of architectures
 predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
@@ -8,12 +12,14 @@ export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 from absl import flags
 from tqdm import tqdm
 
 from convnext_jax.command_line import parse, required, run
+from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import save_pretrained
@@ -21,6 +27,22 @@ from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.training.weights import read_weights
+
+
+def prepare(arguments: list[str]) -> None:
+    """Writes a data set in ArrayRecord form; a call after one that was interrupted goes on where that ended."""
+    values = flags.FlagValues()
+    flags.DEFINE_string('manual_dir', None, 'Where the tars or the folders are.', flag_values=values)
+    flags.DEFINE_string('data_dir', None, 'Where the data set goes: the data.dir of training.', flag_values=values)
+    flags.DEFINE_string('name', None, 'Of the data set made from folders: its data.name.', flag_values=values)
+    (what,) = parse(values, arguments, usage=__doc__, positional=('imagenet2012 or folder',))
+    if what not in ('imagenet2012', 'folder'):
+        raise UserError(f"prepare makes 'imagenet2012' or 'folder', not '{what}'")
+    manual_dir, data_dir = (Path(required(values, name)) for name in ('manual_dir', 'data_dir'))
+    if what == 'folder':
+        prepare_folder(manual_dir, data_dir, required(values, 'name'))
+    else:
+        prepare_imagenet2012(manual_dir, data_dir)
 
 
 def models(arguments: list[str]) -> None:
@@ -95,7 +117,7 @@ def _as_table(prediction: Prediction) -> str:
     return '\n'.join([f'{prediction.path}', *(f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best)])
 
 
-COMMANDS = {'models': models, 'predict': predict_photos, 'convert': convert, 'export': export}
+COMMANDS = {'prepare': prepare, 'models': models, 'predict': predict_photos, 'convert': convert, 'export': export}
 
 
 def main(arguments: list[str]) -> None:

@@ -205,4 +205,7 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
 
 
 def test_an_unknown_command_lists_those_there_are(commands):
-    assert '{models | predict | convert | export}' in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
+    assert (
+        '{prepare | models | predict | convert | export}'
+        in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
+    )

@@ -1,0 +1,114 @@
+"""Images in ImageNet's tars or in folders → a TFDS data set in ArrayRecord form, without TensorFlow."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from convnext_jax.data.dataset_writer import Image, describe_dataset, write_dataset
+from convnext_jax.data.shards import tar_members
+from convnext_jax.data.sources import FolderSource
+from convnext_jax.errors import UserError
+
+TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
+OFFICIAL = {'train': 1_281_167, 'validation': 50_000}
+
+
+def prepare_imagenet2012(manual_dir: Path, data_dir: Path) -> None:
+    """Writes `imagenet2012` from the official tars, as TFDS's version 5.1.0: its labels, names and order of images.
+
+    TFDS encodes 22 CMYK images and a PNG among the JPEGs anew; here they stay as they are, for the decoder takes them.
+
+    Raises:
+        UserError: a tar is not there or damaged, or holds what the official one does not; or as `write_dataset`.
+    """
+    directory = data_dir / 'imagenet2012' / '5.1.0'
+    if _is_prepared(directory):
+        return
+    missing = [str(manual_dir / tar) for tar in TARS.values() if not (manual_dir / tar).is_file()]
+    if missing:
+        raise UserError(f'{" and ".join(missing)} not there: --manual_dir holds the tars from image-net.org')
+    class_names = _tfds_lines('labels.txt')
+    splits = {
+        'train': _imagenet_train(manual_dir / TARS['train'], class_names),
+        'validation': _imagenet_validation(manual_dir / TARS['validation'], class_names),
+    }
+    for split, images in splits.items():
+        if not images:
+            raise UserError(f'{manual_dir / TARS[split]} holds no images')
+        if len(images) != OFFICIAL[split]:
+            held = f'{manual_dir / TARS[split]} holds {len(images):,} images'
+            print(f'warning: {held}, the official one {OFFICIAL[split]:,}', file=sys.stderr)
+    write_dataset(directory, class_names, splits, encoding_format='jpeg')
+
+
+def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
+    """Writes `manual_dir/SPLIT/CLASS/*.jpg` as the data set `name`, version 1.0.0.
+
+    Raises:
+        UserError: the name is not free or not allowed, the splits differ in their classes, or a split is no folder of
+            class folders; or as `write_dataset`.
+    """
+    import tensorflow_datasets as tfds
+
+    if not re.fullmatch('[a-z][a-z0-9_]*', name):
+        raise UserError(f"--name={name}: a TFDS name is made of the letters a-z, digits and '_'")
+    if name in tfds.list_builders(with_community_datasets=False):
+        raise UserError(f'--name={name} is a data set of TFDS: take another name')
+    directory = data_dir / name / '1.0.0'
+    if _is_prepared(directory):
+        return
+    if not manual_dir.is_dir():
+        raise UserError(f'--manual_dir={manual_dir} is not a folder')
+    splits = sorted(path.name for path in manual_dir.iterdir() if path.is_dir() and not path.name.startswith('.'))
+    if not splits:
+        raise UserError(f'{manual_dir} holds no folders: images are expected in {manual_dir}/SPLIT/CLASS/')
+    sources = {split: FolderSource(manual_dir, split) for split in splits}
+    class_names = sources[splits[0]].class_names
+    for split, source in sources.items():
+        if not re.fullmatch(r'\w+', split):
+            raise UserError(f"{manual_dir / split} cannot be a split's name: letters, digits and '_' alone")
+        if source.class_names != class_names:
+            differ = sorted(set(source.class_names) ^ set(class_names))
+            raise UserError(f'the classes of {splits[0]} and {split} in {manual_dir} differ: {differ}')
+    images = {split: _folder_images(manual_dir / split, source) for split, source in sources.items()}
+    write_dataset(directory, class_names, images, encoding_format=None)
+
+
+def _tfds_lines(name: str) -> list[str]:
+    import tensorflow_datasets as tfds
+
+    return tfds.core.tfds_path(f'datasets/imagenet2012/{name}').read_text().split()
+
+
+def _imagenet_train(path: Path, class_names: Sequence[str]) -> list[Image]:
+    images = []
+    labels = {f'{synset}.tar': label for label, synset in enumerate(class_names)}
+    for inner in tqdm(tar_members(path), 'reading the train tar', unit='tar', disable=not sys.stderr.isatty()):
+        if inner.name not in labels:
+            raise UserError(f'{path} holds {inner.name}, which is no SYNSET.tar of the 1,000 classes')
+        images += [Image(name, labels[inner.name], path, *place) for name, *place in tar_members(path, inner)]
+    return images
+
+
+def _imagenet_validation(path: Path, class_names: Sequence[str]) -> list[Image]:
+    images = []
+    synsets = _tfds_lines('validation_labels.txt')  # by the images' numbers, from 1
+    for name, offset, size in tar_members(path):
+        number = re.fullmatch(r'ILSVRC2012_val_(\d{8})\.JPEG', name)
+        if not number or not 1 <= int(number[1]) <= len(synsets):
+            raise UserError(f'{path} holds {name}, which is none of ILSVRC2012_val_00000001.JPEG to …50000.JPEG')
+        images.append(Image(name, class_names.index(synsets[int(number[1]) - 1]), path, offset, size))
+    return images
+
+
+def _folder_images(root: Path, source: FolderSource) -> list[Image]:
+    return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in source.files]
+
+
+def _is_prepared(directory: Path) -> bool:
+    if directory.is_dir():
+        print(f'{describe_dataset(directory)}: nothing is left to do (remove it to prepare it anew)')
+    return directory.is_dir()
