@@ -35,8 +35,8 @@ def default_config() -> ConfigDict:
     config.init.params = 'raw'  # which of its weights: 'raw' or 'ema' ('model' or 'model_ema' of an original .pth)
 
     config.data = ConfigDict()
-    config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', or a TFDS name
-    config.data.dir = ''  # the folder of images, or the TFDS data directory
+    config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or a TFDS name
+    config.data.dir = ''  # the folder of images or of tar shards, or the TFDS data directory
     config.data.train_split = 'train'
     config.data.eval_split = 'validation'
     config.data.image_size = 224

@@ -96,7 +96,7 @@ def _in_order(split: str, images: list[Image]) -> list[Image]:
 
 
 def _plan(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
-    digest = hashlib.sha256(repr(class_names).encode())
+    digest = hashlib.sha256(repr((SHARD_BYTES, *class_names)).encode())
     for split, images in splits.items():
         for image in images:
             digest.update(repr((split, image.name, image.label, image.size)).encode())

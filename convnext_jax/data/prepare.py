@@ -55,8 +55,8 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
 
     if not re.fullmatch('[a-z][a-z0-9_]*', name):
         raise UserError(f"--name={name}: a TFDS name is made of the letters a-z, digits and '_'")
-    if name in tfds.list_builders(with_community_datasets=False):
-        raise UserError(f'--name={name} is a data set of TFDS: take another name')
+    if name in ('folder', 'webdataset', *tfds.list_builders(with_community_datasets=False)):
+        raise UserError(f'--name={name} is the name of another data set: take another one')
     directory = data_dir / name / '1.0.0'
     if _is_prepared(directory):
         return

@@ -112,12 +112,14 @@ def index_shard(path: Path, number: int, suffixes: set[str]) -> np.ndarray:
 
     Raises:
         UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or that is no number, two
-            images or labels of one key, or no images at all.
+            images or labels of one key, a key with a dot, or no images at all.
     """
     images, labels = {}, {}
     for member in tar_members(path):
         folder, _, file = member.name.rpartition('/')
         stem, _, suffix = file.partition('.')
+        if suffix.endswith('.cls'):
+            raise UserError(f'{path}: {member.name} has a dot in its key, where WebDataset ends the key')
         kind = labels if suffix == 'cls' else images if f'.{suffix.lower()}' in suffixes else None
         if kind is None:  # what else a sample holds: .json, .txt
             continue

@@ -1,0 +1,213 @@
+"""Tar shards: found, indexed once, read in any order, and what errors say."""
+
+import concurrent.futures
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_jax.data import shards
+from convnext_jax.data.pipeline import Share, train_batches
+from convnext_jax.data.sources import open_source
+from convnext_jax.errors import UserError
+
+
+def png(value=0):
+    buffer = io.BytesIO()
+    Image.new('RGB', (4, 4), (value, 0, 0)).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def sample(key, value, label, suffix='png'):
+    return [(f'{key}.{suffix}', png(value)), (f'{key}.json', b'{}'), (f'{key}.cls', str(label).encode())]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Two shards of three images in all; the label stands before its image once, and one key is in both shards."""
+    backwards = reversed(sample('deep.er/b', 2, 0, suffix='PNG'))
+    write_tar(tmp_path / 'mini-train-000000.tar', [*sample('a', 1, 2), *backwards, ('a.seg.png', png(9))])
+    write_tar(tmp_path / 'mini-train-000001.tar', sample('a', 3, '1\n', suffix='jpeg'))
+    return tmp_path
+
+
+def error_of(directory, split='train'):
+    with pytest.raises(UserError) as error:
+        open_source('webdataset', str(directory), split)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def values(source):
+    return [Image.open(io.BytesIO(source[i].image)).getpixel((0, 0))[0] for i in range(len(source))]
+
+
+def test_images_and_labels_of_all_shards(directory):
+    """An image under another's label, or one left out, spoils training unseen."""
+    source = open_source('webdataset', str(directory), 'train')
+    assert values(source) == [1, 2, 3]
+    assert [source[i].label for i in range(3)] == [2, 0, 1]
+    assert all(type(source[i].label) is int for i in range(3))
+    assert source.class_names == ['0', '1', '2']
+    assert source[2].name == f'{directory / "mini-train-000001.tar"}, a.jpeg'
+    assert source[1].image == png(2)
+    with pytest.raises(IndexError):
+        source[3]
+    batches = train_batches(source, Share(3), seed=0, start_step=0, image_size=4, channels=3, crop_scale=())
+    assert sorted(next(batches)['label']) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    'name', ['train-0001.tar', 'imagenet-train-000001.tar', 'in1k_train_01.tar', 'train/anything.tar', 'train.0.tar']
+)
+def test_shards_are_found_under_the_names_in_use(tmp_path, name):
+    """Users would have to rename thousands of files."""
+    for other in ('val-0001.tar', 'retrain-0001.tar', 'train-val-0001.tar'):
+        write_tar(tmp_path / other, sample('other', 9, 9))
+    write_tar(tmp_path / name, sample('a', 7, 0))
+    assert values(open_source('webdataset', str(tmp_path), 'train')) == [7]
+
+
+def test_class_names(directory):
+    """Predictions would name numbers; and names that are too few would name the wrong classes."""
+    (directory / 'classnames.txt').write_text('ant\nbee\ncat\ndog\n')
+    assert open_source('webdataset', str(directory), 'train').class_names == ['ant', 'bee', 'cat', 'dog']
+    (directory / 'classnames.txt').write_text('ant\nbee\n')
+    assert error_of(directory).endswith('classnames.txt names 2 classes; train has images of class 2')
+
+
+def test_index_is_made_once_and_anew_when_a_shard_changes(directory, monkeypatch):
+    """A million images would be indexed at every start; or the old places be read in a new file."""
+    open_source('webdataset', str(directory), 'train')
+    (index,) = directory.glob('*.npy')
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, 'index_shard', None)  # whoever indexes fails
+        assert values(open_source('webdataset', str(directory), 'train')) == [1, 2, 3]
+    shard = directory / 'mini-train-000001.tar'
+    stat = shard.stat()
+    write_tar(shard, sample('longer_name', 5, 1))
+    assert shard.stat().st_size == stat.st_size  # the time alone tells
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    source = open_source('webdataset', str(directory), 'train')
+    assert (values(source), source[2].name) == ([1, 2, 5], f'{shard}, longer_name.png')
+    assert len(list(directory.glob('*.npy'))) == 1
+    assert not index.exists()
+
+
+def test_folder_that_cannot_be_written(directory, tmp_path_factory, monkeypatch):
+    """Shared data is often read-only: the index must be kept somewhere, and the user be told where."""
+    cache = tmp_path_factory.mktemp('cache')
+    monkeypatch.setattr(shards, 'CACHE', cache)
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    with pytest.warns(UserWarning, match=f'{directory} cannot be written: the index of its shards becomes {cache}'):
+        source = open_source('webdataset', str(directory), 'train')
+    assert values(source) == values(open_source('webdataset', str(directory), 'train')) == [1, 2, 3]  # no warning
+    assert not list(directory.glob('*.npy'))
+
+
+def test_source_goes_to_other_processes_and_threads(directory):
+    """Loaders copy it: a copy that holds the index costs gigabytes, one that holds a file's position mixes up reads."""
+    write_tar(directory / 'big-0.tar', [member for i in range(5000) for member in sample(f'{i:04}', i % 256, i % 10)])
+    source = open_source('webdataset', str(directory), 'big')
+    pickled = cloudpickle.dumps(source)
+    assert len(pickled) < 2000
+    code = 'import pickle, sys; s = pickle.load(sys.stdin.buffer); print(len(s), s[4321].label, s[4321].name)'
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, '-c', code], input=pickled, cwd=root, capture_output=True, timeout=120)
+    assert result.stdout.decode().split() == ['5000', '1', f'{directory / "big-0.tar"},', '4321.png'], result.stderr
+    order = np.random.default_rng(0).permutation(5000)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda i: source[int(i)].image, order))
+    assert read == [png(i % 256) for i in order]
+
+
+def test_processes_may_open_at_once(directory):
+    """Every process of a pod opens the data in the same second."""
+    root = Path(__file__).parents[2]
+    code = f"""
+from convnext_jax.data.sources import open_source
+source = open_source('webdataset', {str(directory)!r}, 'train')
+print(len(source), source[2].label)
+"""
+    command = [sys.executable, '-c', code]
+    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ['3 1\n'] * 4
+    assert len(list(directory.glob('*npy*'))) == 1
+
+
+@pytest.mark.parametrize(
+    ('members', 'line'),
+    [
+        ([('a.png', png())], 'a.png has no KEY.cls of the same key'),
+        ([*sample('b', 0, 0), ('a.cls', b'1')], 'a.cls has no image of the same key'),
+        (sample('a', 0, 'cat'), "a.cls holds b'cat', not the number of a class"),
+        (sample('a', 0, -1), "a.cls holds b'-1', not the number of a class"),
+        (sample('a', 0, ''), "a.cls holds b'', not the number of a class"),
+        ([*sample('a', 0, 0), ('a.jpg', png())], 'holds a.png and a.jpg, of the same key: keep one'),
+        ([*sample('a', 0, 0), ('a.cls', b'1')], 'holds a.cls and a.cls, of the same key: keep one'),
+        (sample('a.1', 0, 1), 'a.1.cls has a dot in its key'),
+        ([], 'holds no images: KEY.jpg'),
+        ([('a.txt', b'')], 'holds no images: KEY.jpg'),
+    ],
+)
+def test_shard_that_holds_something_else_is_named(directory, members, line):
+    """Guessing a label, or leaving an image out, would go unseen."""
+    shard = directory / 'mini-train-000001.tar'
+    write_tar(shard, members)
+    message = error_of(directory)
+    assert str(shard) in message
+    assert line in message
+    assert not list(directory.glob('*npy*'))
+
+
+@pytest.mark.parametrize('damage', ['header', 'cut in data', 'cut in header', 'cut at the end mark', 'empty', 'gzip'])
+def test_damaged_shard_is_named(directory, damage):
+    """`tarfile` ends in silence at a damaged header: half a shard would be missing from training."""
+    shard = directory / 'mini-train-000000.tar'
+    data = shard.read_bytes()
+    second = shards.tar_members(shard)[1].offset
+    shard.write_bytes(
+        {
+            'header': data[: second - 512] + b'\xff' * 512 + data[second:],
+            'cut in data': data[: second + 1],
+            'cut in header': data[: second - 300],
+            'cut at the end mark': data[: shards.tar_members(shard)[-1].offset + 512],
+            'empty': b'',
+            'gzip': b'\x1f\x8b' + bytes(2000),
+        }[damage]
+    )
+    message = error_of(directory)
+    assert message.startswith(str(shard))
+    assert message.endswith('copy or download it again')
+
+
+def test_shard_cut_after_it_was_opened(directory):
+    """One lost shard among a thousand must be found by the message alone."""
+    source = open_source('webdataset', str(directory), 'train')
+    shard = directory / 'mini-train-000001.tar'
+    shard.write_bytes(shard.read_bytes()[:520])
+    with pytest.raises(UserError, match=f'{shard} ends before byte'):
+        source[2]
+    shard.unlink()
+    with pytest.raises(UserError, match=f'{shard} cannot be read: No such file or directory'):
+        source[2]
+
+
+def test_missing_split(directory):
+    assert error_of(directory, 'val') == f"{directory} holds no shards of split 'val': val/*.tar, or *val-NUMBER.tar"
