@@ -42,6 +42,7 @@ def default_config() -> ConfigDict:
     config.data.image_size = 224
     config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
     config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
+    config.data.repeats = 1  # copies of an image in a batch, each augmented by itself; epochs keep their length
     config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
     config.data.workers = -1  # processes that decode training images; 0: threads of this one; −1: by the cores
     config.data.on_error = 'replace'  # an unreadable training image by the next, up to 1 in 1,000; or 'raise'
@@ -96,6 +97,7 @@ POSITIVE = [
     'checkpoint_every_steps',
     'keep_checkpoints',
     'data.image_size',
+    'data.repeats',
     'data.crop_pct',
     'optimizer.learning_rate',
     'optimizer.epsilon',

@@ -7,6 +7,7 @@ import functools
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +86,7 @@ def _by_processes(
     # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
     memory = spawn.RawArray(ctypes.c_uint8, slots * rows * math.prod(image_shape))
     images = np.frombuffer(memory, np.uint8).reshape(slots, rows, *image_shape)
-    work = (load, memory, (slots, rows, *image_shape), threads)
+    work = (pickle.dumps(load), memory, (slots, rows, *image_shape), threads)
     with _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work)) as pool:
 
         def submit(number: int, slot: int):
@@ -108,13 +109,13 @@ class _Worker:
     pool: Executor
 
     @classmethod
-    def begin(cls, load: Callable[[int], Row], memory: ctypes.Array, shape: tuple[int, ...], threads: int) -> None:
+    def begin(cls, load: bytes, memory: ctypes.Array, shape: tuple[int, ...], threads: int) -> None:
         os.setpgrp()  # what Ctrl-C or a launcher sends to the group is the training process's to answer
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came since the start
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
-        cls.load = staticmethod(load)
+        cls.load = staticmethod(pickle.loads(load))
         cls.images = np.frombuffer(memory, np.uint8).reshape(shape)
         cls.pool = ThreadPoolExecutor(threads)
         threading.Thread(target=cls.end_with_parent, daemon=True).start()

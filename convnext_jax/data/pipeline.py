@@ -117,6 +117,7 @@ def train_batches(
     image_size: int,
     channels: int,
     crop_scale: tuple[float, float] | tuple[()],
+    repeats: int = 1,
     exact: bool = False,
     unreadable: Unreadable | None = None,
     workers: int = 0,
@@ -134,17 +135,22 @@ def train_batches(
         start_step: the first batch's number.
         image_size, channels: of the images.
         crop_scale: least and most share of the area that the random crop takes; () for the whole image.
+        repeats: copies of each image in its batch, each cropped by itself (arXiv:1902.05509); an epoch keeps its
+            length, and so holds only a part of the images.
         exact: decode and resize as Pillow does, as in `train_crop`.
         unreadable: collects what cannot be read.
         workers: processes that decode, as in `decoders`.
 
     Raises:
-        UserError: `crop_scale` is no range of shares, or the split is smaller than a batch; while iterating, an image
-            that cannot be read, or too many of them, or a process that was killed.
+        UserError: `crop_scale` is no range of shares, the split is smaller than a batch, or the batch no multiple of
+            `repeats`; while iterating, an image that cannot be read, or too many of them, or a process that was killed.
     """
     if crop_scale and not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1):
         raise UserError(f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {crop_scale}')
-    rows = TrainRows(source, share, seed, image_size, channels, crop_scale, exact, replace=unreadable is not None)
+    if share.batch_size % repeats:
+        raise UserError(f'batch_size={share.batch_size} is no multiple of data.repeats={repeats}')
+    replace = unreadable is not None
+    rows = TrainRows(source, share, seed, image_size, channels, crop_scale, repeats, exact, replace)
     shape = (image_size, image_size, channels)
     batches = load_batches(
         rows, itertools.count(start_step), share.rows, shape, 0 if rows.kept is not None else workers
@@ -167,23 +173,28 @@ class TrainRows:
         image_size: int,
         channels: int,
         crop_scale: tuple[float, float] | tuple[()],
+        repeats: int,
         exact: bool,
         replace: bool,
     ):
         self._source, self._share, self._seed = source, share, seed
         self._image_size, self._channels, self._crop_scale, self._exact = image_size, channels, crop_scale, exact
-        self._used = steps_per_epoch(source, share.batch_size) * share.batch_size
+        self._distinct = share.batch_size // repeats
+        self._steps = steps_per_epoch(source, share.batch_size)
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._tries = len(source) // 1000 + 2 if replace else 1  # more in a row are too many anyway
         small = not crop_scale and len(source) * image_size**2 * channels <= KEPT_BYTES
         self.kept: dict[int, Row] | None = {} if small else None
 
     def __call__(self, local: int) -> Row:
-        epoch, place = divmod(self._share.position(local), self._used)
-        index = int(self._order[epoch * len(self._source) + place])
+        step, row = divmod(self._share.position(local), self._share.batch_size)
+        epoch, batch = divmod(step, self._steps)
+        # An image and its copies lie far apart in the batch: mixup takes neighbours.
+        copy, place = divmod(row, self._distinct)
+        index = int(self._order[epoch * len(self._source) + batch * self._distinct + place])
         for skipped in range(self._tries):
             try:
-                row = self._row((index + skipped) % len(self._source), epoch)
+                row = self._row((index + skipped) % len(self._source), epoch, copy)
             except UserError:
                 if skipped == self._tries - 1:
                     raise
@@ -191,7 +202,7 @@ class TrainRows:
                 return row | {'index': np.int64(index), 'skipped': np.int32(skipped)}
         raise AssertionError('the last try raises or returns')
 
-    def _row(self, index: int, epoch: int) -> Row:
+    def _row(self, index: int, epoch: int, copy: int) -> Row:
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         example = self._source[index]
@@ -201,7 +212,7 @@ class TrainRows:
                 self._image_size,
                 channels=self._channels,
                 scale=self._crop_scale,
-                seed=(self._seed, epoch, index),
+                seed=(self._seed, epoch, index, copy),
                 exact=self._exact,
                 name=example.name,
             )

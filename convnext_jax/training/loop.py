@@ -237,6 +237,7 @@ class Run:
             image_size=self.config.data.image_size,
             channels=len(self.config.data.mean),
             crop_scale=self.config.data.crop_scale,
+            repeats=self.config.data.repeats,
             exact=self.config.data.exact,
             unreadable=self.unreadable if self.config.data.on_error == 'replace' else None,
             workers=self.config.data.workers,

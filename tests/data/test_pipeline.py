@@ -36,7 +36,7 @@ class Numbered:
         return Example(buffer.getvalue(), index, f'number {index}')
 
 
-def train(count=23, share=None, *, steps, seed=0, start_step=0, crop_scale=(0.3, 1.0)):
+def train(count=23, share=None, *, steps, seed=0, start_step=0, crop_scale=(0.3, 1.0), repeats=1):
     batches = train_batches(
         Numbered(count),
         share or Share(4),
@@ -45,6 +45,7 @@ def train(count=23, share=None, *, steps, seed=0, start_step=0, crop_scale=(0.3,
         image_size=4,
         channels=1,
         crop_scale=crop_scale,
+        repeats=repeats,
     )
     return list(itertools.islice(batches, steps))
 
@@ -127,6 +128,23 @@ def test_an_example_is_cropped_anew_each_epoch():
         for pixels, label in zip(batch['image'], batch['label'], strict=True):
             rows.setdefault(int(label), []).append(pixels)
     assert sum((first != second).any() for first, second in rows.values()) > 20
+
+
+def test_repeated_augmentation():
+    """Copies that are equal are no augmentation; copies that lie side by side are mixed with themselves."""
+    batches = train(24, Share(12), steps=4, repeats=3)
+    for batch in batches:
+        first, second, third = batch['label'].reshape(3, 4)
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(first, third)
+        assert len(set(first)) == 4
+        copies = batch['image'].reshape(3, 4, -1)
+        assert sum((copies[a] != copies[b]).any() for a, b in ((0, 1), (0, 2), (1, 2))) == 3
+    assert len(set(labels(batches[:2]))) == 8, 'an epoch keeps its length'
+    assert len(set(labels(batches))) > 8, 'and takes other images each time'
+    assert_equal(train(24, Share(12), steps=2, start_step=2, repeats=3), batches[2:])
+    with pytest.raises(UserError, match='batch_size=12 is no multiple of data.repeats=5'):
+        train(24, Share(12), steps=1, repeats=5)
 
 
 @pytest.mark.parametrize('start_step', [1, 5, 12])
