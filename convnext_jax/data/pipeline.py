@@ -7,6 +7,7 @@ number of processes, sees the examples that the unbroken run would have seen.
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
 MOST_LABELS = 32  # of one image; ReaL's have a dozen
+ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
 KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
 Batch = dict[str, np.ndarray | jax.Array]
@@ -181,7 +183,6 @@ class TrainRows:
         self._image_size, self._channels, self._crop_scale, self._exact = image_size, channels, crop_scale, exact
         self._distinct = share.batch_size // repeats
         self._steps = steps_per_epoch(source, share.batch_size)
-        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._tries = len(source) // 1000 + 2 if replace else 1  # more in a row are too many anyway
         small = not crop_scale and len(source) * image_size**2 * channels <= KEPT_BYTES
         self.kept: dict[int, Row] | None = {} if small else None
@@ -191,7 +192,7 @@ class TrainRows:
         epoch, batch = divmod(step, self._steps)
         # An image and its copies lie far apart in the batch: mixup takes neighbours.
         copy, place = divmod(row, self._distinct)
-        index = int(self._order[epoch * len(self._source) + batch * self._distinct + place])
+        index = shuffled(batch * self._distinct + place, len(self._source), self._seed, epoch)
         for skipped in range(self._tries):
             try:
                 row = self._row((index + skipped) % len(self._source), epoch, copy)
@@ -222,6 +223,16 @@ class TrainRows:
         if self.kept is not None:
             self.kept[index] = row
         return row
+
+
+def shuffled(place: int, images: int, seed: int, epoch: int) -> int:
+    """Which of so many images is at a place of an epoch's order, worked out without the rest of the order."""
+    return grain.experimental.index_shuffle(place, images - 1, _epoch_seed(seed, epoch), ROUNDS)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 def _tell(batches: Iterator[Row], unreadable: Unreadable | None, images: int) -> Iterator[Batch]:
