@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 DEVICES = '--xla_force_host_platform_device_count='
 ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}1'}
-os.environ |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}8'}
+os.environ |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}8', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5'}
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # most of the tests' time is compiling: all processes share a cache
+    cache = tempfile.TemporaryDirectory(prefix='compiled')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = cache.name
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
@@ -28,23 +32,13 @@ SMALL_RUN = (
 
 
 class Commands:
-    """Starts the project's commands in processes of their own, on one device, with a shared compilation cache."""
-
-    def __init__(self, cache: Path):
-        self._env = (
-            os.environ
-            | ONE_DEVICE
-            | {
-                'JAX_COMPILATION_CACHE_DIR': str(cache),
-                'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
-            }
-        )
+    """Starts the project's commands in processes of their own, on one device."""
 
     def start(self, *arguments: object) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=self._env,
+            env=os.environ | ONE_DEVICE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,10 +56,8 @@ class Commands:
 
 
 @pytest.fixture(scope='session')
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
-    return Commands(shared / 'compilation_cache')
+def commands() -> Commands:
+    return Commands()
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,6 @@ import math
 import sys
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from convnext_jax.training.workdir import CURVES, METRICS, write_whole
@@ -21,6 +20,8 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
+        from tensorboardX import SummaryWriter  # takes a second, for it imports torch where there is one
+
         self._workdir = workdir
         self._total_steps = total_steps
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
