@@ -56,16 +56,17 @@ def open_source(name: str, directory: str, split: str) -> Source:
     Args:
         name: 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or the name of a TFDS data set of labelled images.
         directory: the folder of images or of tar shards, or the TFDS data directory; the bundled set needs none.
-        split: a folder's name under `directory`, the shards' name, or a TFDS split such as 'train[:99%]'.
+        split: a folder's or the shards' name, a TFDS split, or a part of either such as 'train[:99%]'.
 
     Raises:
         UserError: the data set, the split or an image is not there, or the data set is not one of labelled images.
     """
-    if name == 'folder':
-        return FolderSource(Path(directory), split)
-    if name == 'webdataset':
-        return WebDatasetSource(Path(directory), split)
-    return TfdsSource(name, directory, split)
+    files = {'folder': FolderSource, 'webdataset': WebDatasetSource}
+    if name not in files:
+        return TfdsSource(name, directory, split)
+    whole, bracket, _ = split.partition('[')
+    source = files[name](Path(directory), whole)
+    return Part(source, split) if bracket else source
 
 
 class FolderSource:
@@ -136,6 +137,30 @@ class WebDatasetSource:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state | {'_index': np.load(state['_index'], mmap_mode='r', allow_pickle=False)}
+
+
+class Part:
+    """A part of a source, 'train[:99%]' in TFDS's notation, cut out of an order in which the classes are mixed."""
+
+    def __init__(self, source: Source, split: str):
+        import tensorflow_datasets as tfds
+
+        whole = tfds.core.SplitInfo(name=split.partition('[')[0], shard_lengths=[len(source)], num_bytes=0)
+        try:
+            (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute({whole.name: whole})
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"split '{split}' is not as train[:99%] or train[1000:]: {first_line(error)}") from error
+        self._source = source
+        self._indices = np.random.default_rng(0).permutation(len(source))[part.from_ : part.to]
+        if not len(self._indices):
+            raise UserError(f"split '{split}' holds none of the {len(source)} images")
+        self.class_names, self.many_labels, self.judged = source.class_names, source.many_labels, source.judged
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[int(self._indices[index])]
 
 
 class TfdsSource:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,31 @@ def error_of(*arguments):
         open_source(*arguments)
     assert '\n' not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize('name', ['folder', 'webdataset'])
+def test_a_part_can_be_held_out(tmp_path, name):
+    """A minival that overlaps the training images, or holds the last class alone, measures nothing."""
+    for label in range(4):
+        for number in range(25):
+            write_image(tmp_path / 'train' / f'class{label}' / f'{number}.png', 50 * label + number)
+    if name == 'webdataset':
+        with tarfile.open(tmp_path / 'train-0.tar', 'w') as tar:
+            for label in range(4):
+                for number in range(25):
+                    tar.add(tmp_path / 'train' / f'class{label}' / f'{number}.png', f'{label}{number}.png')
+                    info = tarfile.TarInfo(f'{label}{number}.cls')
+                    info.size = 1
+                    tar.addfile(info, io.BytesIO(str(label).encode()))
+        shutil.rmtree(tmp_path / 'train')
+    whole, most, rest = (open_source(name, str(tmp_path), split) for split in ('train', 'train[:80%]', 'train[80:]'))
+    names = [[source[index].name for index in range(len(source))] for source in (whole, most, rest)]
+    assert (len(most), len(rest)) == (80, 20)
+    assert sorted(names[1] + names[2]) == sorted(names[0])
+    assert {rest[index].label for index in range(20)} == {0, 1, 2, 3}
+    assert most.class_names == whole.class_names
+    assert 'holds none of the 100 images' in error_of(name, str(tmp_path), 'train[100:]')
+    assert 'is not as train[:99%]' in error_of(name, str(tmp_path), 'train[:x]')
 
 
 def test_bundled_set_is_read_without_tensorflow():
