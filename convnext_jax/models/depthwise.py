@@ -1,17 +1,24 @@
-"""The depthwise convolution, with its gradient, in the formulation that is fastest where it runs.
+"""The depthwise convolution, with its derivatives, in the formulation that is fastest where it runs.
 
 On accelerators that is the compiler's own convolution. On CPU the compiler's depthwise convolution is very slow
 (about 0.5 GFLOP/s, and its gradient slower), so there it is written as shifted multiply-adds over the padded image.
 The platform is chosen when the program is lowered, not by a flag.
+
+Two primitives, each linear in either argument, and each the other's gradient: so that derivatives of any order and
+`vmap` come down to these two again.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 
+@functools.partial(jax.jit, static_argnames='dilation', inline=True)
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1) -> jax.Array:
     """Convolves each channel with its own square kernel, stride 1, zero padding that keeps H and W.
 
@@ -23,12 +30,17 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1) -> jax
     Returns:
         (N, H, W, C) of x's dtype.
     """
-    cpu = functools.partial(_shifted, dilation)
-    default = functools.partial(_native, dilation)
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+    return conv_p.bind(x, kernel, dilation=dilation)
 
 
-def _native(dilation: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+conv_p = Primitive('depthwise_conv')
+"""x (N, H, W, C), kernel (K, K, C) → (N, H, W, C)."""
+
+kernel_gradient_p = Primitive('depthwise_kernel_gradient')
+"""x, weights (N, H, W, C) each → (K, K, C): Σ over images and places of x, shifted by (r, c), times the weights."""
+
+
+def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None, :],
@@ -40,8 +52,13 @@ def _native(dilation: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _shifted(dilation: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _kernel_gradient_native(x: jax.Array, weights: jax.Array, *, size: int, dilation: int) -> jax.Array:
+    kernel = jax.ShapeDtypeStruct((size, size, x.shape[-1]), x.dtype)
+    (gradient,) = jax.linear_transpose(lambda kernel: _conv_native(x, kernel, dilation=dilation), kernel)(weights)
+    return gradient
+
+
+def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
     """K·K shifted multiply-adds over the padded image, two kernel rows to a pass.
 
     The barriers keep the compiler from merging the passes: the weights and the window of one pass stay in the
@@ -62,40 +79,26 @@ def _shifted(dilation: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return total.astype(x.dtype)
 
 
-def _shifted_forward(dilation, x, kernel):
-    return _shifted(dilation, x, kernel), (x, kernel)
+def _kernel_gradient_on_cpu(x: jax.Array, weights: jax.Array, *, size: int, dilation: int) -> jax.Array:
+    """A scan over the rows of all images, with one accumulator (K, W, C) for each kernel column.
 
-
-def _shifted_backward(dilation, residuals, gradient):
-    x, kernel = residuals
-    return (
-        _shifted(dilation, gradient, kernel[::-1, ::-1]),
-        _kernel_gradient(x, gradient, kernel.shape[0], dilation),
-    )
-
-
-_shifted.defvjp(_shifted_forward, _shifted_backward)
-
-
-def _kernel_gradient(x: jax.Array, gradient: jax.Array, size: int, dilation: int) -> jax.Array:
-    """∂/∂kernel[r, c] = Σ over images and positions of x, shifted by (r, c), times the gradient.
-
-    A scan over the rows of all images, with one accumulator (K, W, C) for each kernel column: small enough for the
-    second-level cache, and updated by one fused multiply-add. The only reduction comes at the end.
+    They are small enough for the second-level cache, and updated by one fused multiply-add. The only reduction comes at
+    the end.
     """
     n, height, width, channels = x.shape
-    padded, gradient = _pad(_wide(x), size // 2 * dilation), _wide(gradient)
+    padded, weights = _pad(_wide(x), size // 2 * dilation), _wide(weights)
     reach = dilation * (size - 1) + 1
 
     def add_row(sums, step):
         image, row = step // height, step % height
         window = lax.dynamic_slice(padded, (image, row, 0, 0), (1, reach, padded.shape[2], channels))[0, ::dilation]
-        errors = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, 1, width, channels))[0]
+        errors = lax.dynamic_slice(weights, (image, row, 0, 0), (1, 1, width, channels))[0]
         shifted = (window[:, column * dilation : column * dilation + width] for column in range(size))
         return tuple(total + part * errors for total, part in zip(sums, shifted, strict=True)), None
 
-    zeros = (jnp.zeros((size, width, channels), padded.dtype),) * size
-    sums, _ = lax.scan(add_row, zeros, jnp.arange(n * height))
+    sums = (jnp.zeros((size, width, channels), padded.dtype),) * size
+    if x.size:
+        sums, _ = lax.scan(add_row, sums, jnp.arange(n * height))
     return jnp.stack([total.sum(1) for total in sums], axis=1).astype(x.dtype)
 
 
@@ -106,3 +109,67 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _pad(x: jax.Array, margin: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+
+
+def _mirrored_conv(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
+    return conv_p.bind(x, kernel[::-1, ::-1], dilation=dilation)
+
+
+def _many_convs(arguments: tuple, dimensions: tuple, *, dilation: int) -> tuple[jax.Array, int]:
+    x, kernel = arguments
+    if dimensions[1] is None:  # one kernel: the copies of x are so many more images
+        x = jnp.moveaxis(x, dimensions[0], 0)
+        y = conv_p.bind(x.reshape(-1, *x.shape[2:]), kernel, dilation=dilation)
+        return y.reshape(x.shape), 0
+    copies = kernel.shape[dimensions[1]]
+    x, kernel = (_as_channels(*each, copies) for each in zip(arguments, dimensions, strict=True))
+    y = conv_p.bind(x, kernel, dilation=dilation)
+    return y.reshape(*y.shape[:-1], copies, -1), y.ndim - 1
+
+
+def _many_kernel_gradients(arguments: tuple, dimensions: tuple, *, size: int, dilation: int) -> tuple[jax.Array, int]:
+    pairs = list(zip(arguments, dimensions, strict=True))
+    (copies,) = {array.shape[dimension] for array, dimension in pairs if dimension is not None}
+    y = kernel_gradient_p.bind(*(_as_channels(*pair, copies) for pair in pairs), size=size, dilation=dilation)
+    return y.reshape(*y.shape[:-1], copies, -1), y.ndim - 1
+
+
+def _as_channels(x: jax.Array, dimension: int | None, copies: int) -> jax.Array:
+    """Copies along a dimension (None: all the same) as so many more channels."""
+    if dimension is None:
+        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], copies, x.shape[-1]))
+    else:
+        x = jnp.moveaxis(x, dimension, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def _define(primitive: Primitive, shape: Callable, on_cpu: Callable, native: Callable, many: Callable) -> None:
+    primitive.def_abstract_eval(lambda x, other, **options: x.update(shape=shape(x, other, **options)))
+    primitive.def_impl(lambda *arguments, **options: _outside_jit(on_cpu, native)(*arguments, **options))
+    mlir.register_lowering(primitive, mlir.lower_fun(native, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
+    batching.primitive_batchers[primitive] = many
+
+
+def _outside_jit(on_cpu: Callable, native: Callable) -> Callable:
+    return on_cpu if jax.default_backend() == 'cpu' else native
+
+
+_define(conv_p, lambda x, kernel, **_: x.shape, _conv_on_cpu, _conv_native, _many_convs)
+_define(
+    kernel_gradient_p,
+    lambda x, weights, size, **_: (size, size, x.shape[-1]),
+    _kernel_gradient_on_cpu,
+    _kernel_gradient_native,
+    _many_kernel_gradients,
+)
+ad.defbilinear(
+    conv_p,
+    lambda y, x, kernel, dilation: _mirrored_conv(y, kernel, dilation=dilation),
+    lambda y, x, kernel, dilation: kernel_gradient_p.bind(x, y, size=kernel.aval.shape[0], dilation=dilation),
+)
+ad.defbilinear(
+    kernel_gradient_p,
+    lambda kernel, x, weights, size, dilation: _mirrored_conv(weights, kernel, dilation=dilation),
+    lambda kernel, x, weights, size, dilation: conv_p.bind(x, kernel, dilation=dilation),
+)
