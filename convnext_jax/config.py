@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
     config.mix = ConfigDict()  # neighbours in the batch
     config.mix.mixup = 0.0  # α of the Beta distribution that the shares are drawn from; 0: off
     config.mix.cutmix = 0.0  # the same; where both are on, they take turns at random
-    config.mix.mode = 'batch'  # one draw for the 'batch', or for each 'pair'
+    config.mix.mode = 'batch'  # one draw for the 'batch', or for each image: 'elem'
     config.mix.off_epoch = 0.0  # from this epoch on no mixing; 0: always
 
     config.optimizer = ConfigDict()  # AdamW
@@ -121,7 +121,7 @@ CHOICES = {
     'init.params': ('raw', 'ema'),
     'data.on_error': ('replace', 'raise'),
     'augment.erasing_mode': ('pixel', 'rand', 'const'),
-    'mix.mode': ('batch', 'pair'),
+    'mix.mode': ('batch', 'elem'),
     'optimizer.layer_decay_rule': ('single', 'group'),
 }
 
