@@ -49,7 +49,8 @@ def default_config() -> ConfigDict:
     config.augment = ConfigDict()  # on the device, by key
     config.augment.flip = True
     config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
-    config.augment.randaugment = 'rand-m9-mstd0.5-inc1'  # in timm's syntax; '': off
+    config.augment.policy = 'rand-m9-mstd0.5-inc1'  # RandAugment in timm's syntax; '3a': three-augment; '': none
+    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share; 0.3 goes with '3a'
     config.augment.erasing = 0.25  # probability that a rectangle of the image is erased
     config.augment.erasing_mode = 'pixel'  # noise for each 'pixel', 'rand' for each channel, or 'const' 0
 
@@ -106,6 +107,7 @@ NOT_NEGATIVE = [
     'model.num_classes',
     'model.patch_size',
     'augment.crop_padding',
+    'augment.color_jitter',
     'augment.erasing',
     'mix.mixup',
     'mix.cutmix',
