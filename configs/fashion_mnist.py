@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.2860,)
     config.data.std = (0.3530,)
     config.augment.crop_padding = 1
-    config.augment.randaugment = ''
+    config.augment.policy = ''
     config.augment.erasing = 0.0
     config.optimizer.learning_rate = 1.2e-2
     config.optimizer.warmup_epochs = 1

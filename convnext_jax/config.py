@@ -52,14 +52,15 @@ def default_config() -> ConfigDict:
     config.augment = ConfigDict()  # on the device, by key
     config.augment.flip = True
     config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
-    config.augment.randaugment = 'rand-m9-mstd0.5-inc1'  # in timm's syntax; '': off
+    config.augment.policy = 'rand-m9-mstd0.5-inc1'  # RandAugment in timm's syntax; '3a': three-augment; '': none
+    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share; 0.3 goes with '3a'
     config.augment.erasing = 0.25  # probability that a rectangle of the image is erased
     config.augment.erasing_mode = 'pixel'  # noise for each 'pixel', 'rand' for each channel, or 'const' 0
 
     config.mix = ConfigDict()  # neighbours in the batch
     config.mix.mixup = 0.0  # α of the Beta distribution that the shares are drawn from; 0: off
     config.mix.cutmix = 0.0  # the same; where both are on, they take turns at random
-    config.mix.mode = 'batch'  # one draw for the 'batch', or for each 'pair'
+    config.mix.mode = 'batch'  # one draw for the 'batch', or for each image: 'elem'
     config.mix.off_epoch = 0.0  # from this epoch on no mixing; 0: always
 
     config.optimizer = ConfigDict()  # AdamW
@@ -110,6 +111,7 @@ NOT_NEGATIVE = [
     'model.num_classes',
     'model.patch_size',
     'augment.crop_padding',
+    'augment.color_jitter',
     'augment.erasing',
     'mix.mixup',
     'mix.cutmix',
@@ -125,7 +127,7 @@ CHOICES = {
     'init.params': ('raw', 'ema'),
     'data.on_error': ('replace', 'raise'),
     'augment.erasing_mode': ('pixel', 'rand', 'const'),
-    'mix.mode': ('batch', 'pair'),
+    'mix.mode': ('batch', 'elem'),
     'optimizer.layer_decay_rule': ('single', 'group'),
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from convnext_jax.data.color import jitter_colors, three_augment
 from convnext_jax.data.randaugment import parse_randaugment, rand_augment
 from convnext_jax.errors import UserError
 
@@ -22,7 +23,8 @@ def augment(
     *,
     flip: bool,
     crop_padding: int,
-    randaugment: str,
+    policy: str,
+    color_jitter: float,
     erasing: float,
     erasing_mode: str,
     mean: Sequence[float],
@@ -33,25 +35,29 @@ def augment(
     Args:
         images: (N, H, W, C) uint8.
         keys: (N,), one for each image.
-        flip, crop_padding, randaugment, erasing, erasing_mode: as in the config's `augment`.
+        flip, crop_padding, policy, color_jitter, erasing, erasing_mode: as in the config's `augment`.
         mean, std: of each channel, of pixels in [0, 1].
 
     Returns:
         (N, H, W, C) float32, normalised.
 
     Raises:
-        UserError: `randaugment` or `erasing_mode` is none.
+        UserError: `policy` or `erasing_mode` is none.
     """
-    flip_keys, crop_keys, policy_keys, erasing_keys = jnp.unstack(
-        jax.vmap(lambda key: jax.random.split(key, 4))(keys), axis=1
+    flip_keys, crop_keys, policy_keys, color_keys, erasing_keys = jnp.unstack(
+        jax.vmap(lambda key: jax.random.split(key, 5))(keys), axis=1
     )
     if crop_padding:
         images = random_crop(images, crop_keys, crop_padding)
     if flip:
         images = random_flip(images, flip_keys)
-    if randaugment:
+    if policy == '3a':
+        images = three_augment(images, policy_keys)
+    elif policy:
         fill = [round(255 * value) for value in mean]
-        images = rand_augment(images, policy_keys, parse_randaugment(randaugment), fill)
+        images = rand_augment(images, policy_keys, parse_randaugment(policy), fill)
+    if color_jitter:
+        images = jitter_colors(images, color_keys, color_jitter)
     images = normalize(images, mean, std)
     if erasing:
         images = random_erasing(images, erasing_keys, erasing, erasing_mode)

@@ -18,14 +18,14 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes each image with its neighbour: row 0 with 1, 2 with 3 and so on, so that both lie on one device.
 
-    Where both kinds are on, each batch or pair takes one of them by even odds.
+    Where both kinds are on, each batch or image takes one of them by even odds.
 
     Args:
         images: (N, H, W, C), N even.
         targets: (N, classes), smoothed.
         key: of the whole batch.
         mixup, cutmix: α of the Beta(α, α) that the share λ of the image itself is drawn from; 0 for never.
-        mode: one λ, kind and box for the whole 'batch', or for each 'pair'.
+        mode: one λ, kind and box for the whole 'batch', or for each image its own: 'elem', as timm calls it.
         on: False leaves all as it is.
 
     Returns:
@@ -37,9 +37,9 @@ def mix(
     """
     if len(images) % 2:
         raise UserError(f'mixup and cutmix take pairs: batch_size={len(images)} must be even')
-    if mode not in ('batch', 'pair'):
-        raise UserError(f"mix.mode must be 'batch' or 'pair', not '{mode}'")
-    draws = 1 if mode == 'batch' else len(images) // 2
+    if mode not in ('batch', 'elem'):
+        raise UserError(f"mix.mode must be 'batch' or 'elem', not '{mode}'")
+    draws = 1 if mode == 'batch' else len(images)
     kind_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 4)
     cuts = jax.random.bernoulli(kind_key, 0.5 if mixup and cutmix else float(bool(cutmix)), (draws,))
     share = jnp.where(
@@ -52,15 +52,15 @@ def mix(
     by_pixel = jnp.where(on, jnp.where(cuts[:, None, None], 1 - inside, share[:, None, None]), 1.0)
     by_target = jnp.where(on, jnp.where(cuts, kept, share), 1.0)
     return (
-        _with_neighbours(images, by_pixel[:, None, :, :, None]),
-        _with_neighbours(targets, by_target[:, None, None]),
+        _with_neighbours(images, by_pixel[:, :, :, None]),
+        _with_neighbours(targets, by_target[:, None]),
     )
 
 
 def _with_neighbours(rows: jax.Array, share: jax.Array) -> jax.Array:
-    """share · row + (1 − share) · its neighbour; `share` is broadcast over (pairs, 2, …)."""
-    pairs = rows.reshape(-1, 2, *rows.shape[1:])
-    return (share * pairs + (1 - share) * pairs[:, ::-1]).reshape(rows.shape)
+    """share · row + (1 − share) · its neighbour; `share` is broadcast over (N, …)."""
+    neighbours = rows.reshape(-1, 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
+    return share * rows + (1 - share) * neighbours
 
 
 def _boxes(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:

@@ -9,7 +9,7 @@ from convnext_jax.data.augment import augment, normalize, random_crop, random_er
 from convnext_jax.errors import UserError
 
 PLAIN = {'mean': (0.0,), 'std': (1 / 255,)}  # normalising that leaves the pixels' values
-PLAIN |= {'randaugment': '', 'erasing': 0.0, 'erasing_mode': 'pixel'}
+PLAIN |= {'policy': '', 'color_jitter': 0.0, 'erasing': 0.0, 'erasing_mode': 'pixel'}
 
 
 def keys(count, seed=0):
@@ -97,6 +97,15 @@ def test_each_part_can_be_switched_off(flip, crop_padding):
         assert not same.all()
     else:
         assert same.all()
+
+
+@pytest.mark.parametrize('changed', [{'policy': '3a'}, {'policy': 'rand-m9-mstd0.5-inc1'}, {'color_jitter': 0.4}])
+def test_policy_and_jitter_come_by_their_fields(changed):
+    """A field that does nothing leaves a run without the recipe's augmentation, and no metric says so."""
+    images = noise(32)
+    run = jax.jit(lambda x, k: augment(x, k, flip=False, crop_padding=0, **PLAIN | changed))
+    out = np.asarray(run(jnp.asarray(images), keys(32)))
+    assert (out.round() != images).any((1, 2, 3)).mean() > 0.4
 
 
 def erased(mode, probability=1.0, count=2000):

@@ -91,7 +91,7 @@ def test_thirty_steps_follow_torch(name):
     config.model.num_classes = CLASSES
     config.data.image_size = SIZE
     config.augment.flip = False
-    config.augment.randaugment = ''
+    config.augment.policy = ''
     config.augment.erasing = 0.0
     config.label_smoothing = SMOOTHING
     config.ema.decay = EMA

@@ -102,7 +102,7 @@ def test_ten_steps_learn_the_batch_and_draw_anew_each_step(plain):
     for _ in range(10):
         state, metrics = train_step(state, make_batch())
         losses.append(float(metrics['loss']))
-    assert losses[-1] < losses[0] - 0.3
+    assert np.mean(losses[-5:]) < losses[0] - 0.2, 'of the last five: each mixes anew'
     assert int(state.step) == 10
     assert int(state.skipped) == 0
 

@@ -1,0 +1,111 @@
+"""The share of a training step's FLOPs and bytes that augmentation and mixing take: ConvNeXt-T, 224 pixels, bfloat16.
+
+    python -m benchmarks.augment [--batch_size=16]
+
+For each policy it prints GFLOPs and GB an image of augmentation with mixing, those of the step without them, and the
+first's share of the sum. The figures are XLA's own count (`cost_analysis`) of programs that nobody runs: FLOPs of the
+program as it is lowered, because the CPU's compiler makes dense convolutions of the depthwise ones, and bytes of the
+program as the CPU's compiler fuses it. It counts a loop's body once, so the model's loops are unrolled, and
+RandAugment's is multiplied. Where the code differs by platform, the accelerators' is taken.
+"""
+
+import argparse
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from configs.imagenet1k import get_config
+from convnext_jax.data.augment import augment
+from convnext_jax.data.mixing import mix
+from convnext_jax.data.randaugment import parse_randaugment
+from convnext_jax.models import get_parameters
+from convnext_jax.training.optimizer import adamw, cosine_schedule
+from convnext_jax.training.setup import abstract_model
+from convnext_jax.training.state import initial_state
+from convnext_jax.training.step import make_train_step
+
+POLICIES = {'rand-m9-mstd0.5-inc1': 0.0, '3a': 0.3}  # each with its colour jitter
+KINDS = {'flops': 'GFLOPs', 'bytes': 'GB'}
+
+
+def recipe(batch_size: int) -> ConfigDict:
+    """ImageNet-1k's for ConvNeXt-T, in bfloat16."""
+    config = get_config('tiny')
+    config.batch_size = batch_size
+    config.model.num_classes = 1000
+    config.model.dtype = 'bfloat16'
+    return config
+
+
+def bare_step(config: ConfigDict) -> dict[str, float]:
+    """The cost of a training step that only normalises its images."""
+    config = config.copy_and_resolve_references()
+    config.augment.update(flip=False, policy='', erasing=0.0)
+    config.mix.update(mixup=0.0, cutmix=0.0)
+    model = abstract_model(config)
+    parameters = get_parameters(model)
+    optimizer = adamw(
+        dict.fromkeys(parameters, 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0
+    )
+    state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, ema=True), parameters)
+    batch = {'image': _images(config), 'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
+    step = make_train_step(model, optimizer, cosine_schedule(4e-3, 1e-6, 0, 100), config, mixing_steps=0)
+    with mock.patch('jax.lax.scan', functools.partial(jax.lax.scan, unroll=True)):
+        return _cost(step, state, batch)
+
+
+def augmentation(config: ConfigDict) -> dict[str, float]:
+    """The cost of augmentation and mixing, all of RandAugment's layers counted."""
+    whole = _augmentation_with_loops_once(config)
+    if not config.augment.policy.startswith('rand'):
+        return whole
+    without = config.copy_and_resolve_references()
+    without.augment.policy = ''
+    rest = _augmentation_with_loops_once(without)
+    layers = parse_randaugment(config.augment.policy).layers
+    return {kind: rest[kind] + layers * (whole[kind] - rest[kind]) for kind in KINDS}
+
+
+def _augmentation_with_loops_once(config: ConfigDict) -> dict[str, float]:
+    def run(images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = jax.random.split(key, len(images))
+        images = augment(images, keys, mean=config.data.mean, std=config.data.std, **config.augment)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, config.model.num_classes), config.label_smoothing)
+        chosen = {name: config.mix[name] for name in ('mixup', 'cutmix', 'mode')}
+        return mix(images, targets, key, **chosen)
+
+    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    return _cost(run, _images(config), labels, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
+    size = config.data.image_size
+    return jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8)
+
+
+def _cost(function, *arguments) -> dict[str, float]:
+    accelerators = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - stands in for a function
+    with mock.patch('jax.lax.platform_dependent', accelerators):
+        lowered = jax.jit(function).lower(*arguments)
+    return {'flops': lowered.cost_analysis()['flops'], 'bytes': lowered.compile().cost_analysis()['bytes accessed']}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument('--batch_size', type=int, default=16)
+    config = recipe(arguments.parse_args().batch_size)
+    step = bare_step(config)
+    for policy, jitter in POLICIES.items():
+        config.augment.update(policy=policy, color_jitter=jitter)
+        cost = augmentation(config)
+        for kind, unit in KINDS.items():
+            ours, rest = (total[kind] / config.batch_size / 1e9 for total in (cost, step))
+            print(f'{policy:22} {ours:.3f} {unit} beside {rest:.3f}: {ours / (ours + rest):.2%}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
