@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.model.name = 'convnextv2_atto'
     config.model.patch_size = 2
-    config.model.remat = True  # on CPU the recomputing costs less than the memory it saves
     config.data.name = 'fashion_mnist_mini'
     config.data.eval_split = 'test'
     config.data.image_size = 28

@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
     config.model.head_init_scale = 1.0
     config.model.patch_size = 0  # 0: the architecture's own
     config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
-    config.model.remat = False  # recompute the blocks in the backward pass: less memory, more work
+    config.model.remat = 'dots'  # recomputed in the backward pass: 'none', all but the 'dots', or the 'full' block
 
     config.init = ConfigDict()
     config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library
@@ -124,6 +124,7 @@ NOT_NEGATIVE = [
 ]
 BELOW_ONE = ['optimizer.beta1', 'optimizer.beta2', 'label_smoothing', 'ema.decay', 'model.drop_path_rate']
 CHOICES = {
+    'model.remat': ('none', 'dots', 'full'),
     'init.params': ('raw', 'ema'),
     'data.on_error': ('replace', 'raise'),
     'augment.erasing_mode': ('pixel', 'rand', 'const'),

@@ -28,7 +28,7 @@ def create_backbone(
     revision: str | None = None,
     in_channels: int = 3,
     drop_path_rate: float = 0.0,
-    remat: bool = False,
+    remat: str = 'dots',
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Backbone:
     """Stem and stages that give the chosen feature maps, each through a LayerNorm of its own.

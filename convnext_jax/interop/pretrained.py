@@ -61,7 +61,7 @@ def read_pretrained(
     key: jax.Array | None = None,
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
-    remat: bool = False,
+    remat: str = 'dots',
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Pretrained:
     """A model with the weights of another library, and what its folder says about classes and images.

@@ -28,7 +28,7 @@ class Backbone(Trunk):
         in_channels: int,
         drop_path_rate: float,
         output_stride: int,
-        remat: bool,
+        remat: str,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):

@@ -25,7 +25,7 @@ class ConvNeXt(Trunk):
         drop_path_rate: float,
         head_init_scale: float,
         layer_norm_eps: float,
-        remat: bool,
+        remat: str,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -62,7 +62,7 @@ def create_model(
     layer_norm_eps: float = 1e-6,
     in_channels: int = 3,
     patch_size: int | None = None,
-    remat: bool = False,
+    remat: str = 'dots',
     dtype: jnp.dtype | str = jnp.float32,
 ) -> ConvNeXt:
     """A freshly initialised model.
@@ -77,7 +77,8 @@ def create_model(
         layer_norm_eps: epsilon of the last norm; Hugging Face's models have 1e-12 there.
         in_channels: channels of the images.
         patch_size: kernel and stride of the stem in pixels; by default the variant's own.
-        remat: recompute each block in the backward pass: less memory, a third more work.
+        remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products and
+            convolutions; half the memory), or the 'full' block (a third of it, a third more work).
         dtype: float type of matrix products and convolutions; parameters, norms and logits are float32.
 
     Raises:

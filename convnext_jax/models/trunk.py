@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.depthwise import depthwise_conv
@@ -15,6 +16,12 @@ from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameCo
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
+REMAT = {
+    'none': jax.checkpoint_policies.everything_saveable,
+    'dots': jax.checkpoint_policies.save_only_these_names('depthwise', 'pointwise1', 'pointwise2'),
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+"""What is computed again in the backward pass: nothing; all but convolutions and matrix products; or whole blocks."""
 
 
 class Depthwise(nnx.Module):
@@ -54,10 +61,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
-        branch = gelu(self.pointwise1(self.norm(self.depthwise(x))))
+        branch = checkpoint_name(self.depthwise(x), 'depthwise')
+        branch = gelu(checkpoint_name(self.pointwise1(self.norm(branch)), 'pointwise1'))
         if self.grn is not None:
             branch = self.grn(branch)
-        branch = self.pointwise2(branch)
+        branch = checkpoint_name(self.pointwise2(branch), 'pointwise2')
         if self.layer_scale is not None:
             branch = branch * self.layer_scale.astype(branch.dtype)
         if keys is not None:
@@ -105,7 +113,7 @@ class Stage(nnx.Module):
         drop_rates: the drop rate of each block.
         dilation: of the stage's depthwise convolutions.
         first_block: number of blocks before this stage in the model; block i draws by its number in the model.
-        remat: recompute each block in the backward pass instead of keeping what it computed.
+        remat: what the blocks keep for the backward pass, one of `REMAT`.
     """
 
     def __init__(
@@ -117,7 +125,7 @@ class Stage(nnx.Module):
         dilation: int,
         first_block: int,
         variant: Variant,
-        remat: bool,
+        remat: str,
         dtype: jnp.dtype,
         key: jax.Array,
     ):
@@ -155,7 +163,9 @@ class Stage(nnx.Module):
 
         numbers = self.first_block + jnp.arange(len(self.drop_rates))
         scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
-        return jax.lax.scan(jax.checkpoint(run) if self.remat else run, x, scanned)[0]
+        # In a loop nothing can be merged with the forward pass, so there is no need to keep the compiler from it.
+        run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False)
+        return jax.lax.scan(run, x, scanned)[0]
 
 
 class Trunk(nnx.Module):
@@ -179,7 +189,7 @@ class Trunk(nnx.Module):
         in_channels: int,
         drop_path_rate: float,
         output_stride: int,
-        remat: bool,
+        remat: str,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -190,6 +200,8 @@ class Trunk(nnx.Module):
             raise UserError(f'in_channels must be at least 1, not {in_channels}')
         if not isinstance(output_stride, int) or output_stride not in variant.strides:
             raise UserError(f'output_stride must be one of {variant.strides}, not {output_stride}')
+        if remat not in REMAT:
+            raise UserError(f"remat must be one of {', '.join(REMAT)}, not '{remat}'")
         dtype = _float_dtype(dtype)
         stem_key, *stage_keys = jax.random.split(key, 1 + len(variant.depths))
         self.stem = Stem(

@@ -242,7 +242,7 @@ def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
         in_channels=1,
         drop_path_rate=0.0,
         output_stride=4,
-        remat=False,
+        remat='none',
         dtype='float32',
         key=jax.random.key(0),
     )

@@ -27,7 +27,7 @@ def build(variant, **options):
         'drop_path_rate': 0.5,
         'head_init_scale': 1.0,
         'layer_norm_eps': 1e-6,
-        'remat': False,
+        'remat': 'none',
         'dtype': jnp.float32,
     }
     model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, **(defaults | options)), jax.random.key(0))
@@ -236,21 +236,30 @@ def test_sharded_batch_gives_the_same_logits(v2, images):
     np.testing.assert_allclose(logits, call(v2, images, key), rtol=1e-4, atol=1e-5)
 
 
-def test_remat_changes_neither_value_nor_gradient(images, keys):
+@pytest.mark.parametrize('variant', [Variant((2,), (8,), grn=True, layer_scale_init=0), Variant((3,), (8,))])
+def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, images, keys):
     """Recomputed blocks that draw again give a gradient of another network than the one that was run."""
-    variant = Variant((2,), (8,), grn=True, layer_scale_init=0)
 
     def loss(model, parameters):
         return jnp.square(with_parameters(model, parameters)(images, key=keys)).mean()
 
-    (value, gradient), (again, recomputed) = (
-        jax.jit(jax.value_and_grad(partial(loss, model)))(get_parameters(model))
-        for model in (build(variant), build(variant, remat=True))
-    )
-    np.testing.assert_allclose(again, value, rtol=1e-5)
-    for name, leaf in gradient.items():
-        np.testing.assert_allclose(recomputed[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
-        assert np.abs(leaf).max() > 0, f'{name} gets no gradient'
+    def results(remat):
+        model = build(variant, remat=remat)
+        step = jax.jit(jax.value_and_grad(partial(loss, model)))
+        memory = step.lower(get_parameters(model)).compile().memory_analysis()
+        return *step(get_parameters(model)), memory.temp_size_in_bytes
+
+    value, gradient, memory = results('none')
+    for remat in ('dots', 'full'):
+        again, recomputed, less = results(remat)
+        np.testing.assert_allclose(again, value, rtol=1e-5)
+        for name, leaf in gradient.items():
+            np.testing.assert_allclose(recomputed[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
+            assert np.abs(leaf).max() > 0, f'{name} gets no gradient'
+        assert less < 0.9 * memory, f'{remat}: {less} of {memory} bytes'
+        memory = less
+    with pytest.raises(UserError, match="remat must be one of none, dots, full, not 'half'"):
+        build(variant, remat='half')
 
 
 def test_bfloat16_computes_near_float32(v2, images):
@@ -276,7 +285,7 @@ def scans(jaxpr):
     return lengths
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 def test_blocks_of_a_stage_run_under_one_scan(remat):
     """Unrolled, a model of 36 blocks takes minutes to compile."""
     model = jax.eval_shape(partial(create_model, 'convnext_small', remat=remat), key=jax.random.key(0))
