@@ -8,6 +8,7 @@ models                                       the table of architectures
 predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
 export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that runs without this package
+benchmark --models=NAME,… --mode=train       speed and memory beside timm, transformers, torch.compile, Flax and Keras
 """
 
 import json
@@ -18,6 +19,9 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
+from convnext_jax.benchmark.compare import MODES, choose_peers, compare, make_cases
+from convnext_jax.benchmark.process import OURS, PEERS
+from convnext_jax.benchmark.report import as_table, describe_machine, make_folder, write_report
 from convnext_jax.command_line import parse, required, run
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
@@ -117,7 +121,45 @@ def _as_table(prediction: Prediction) -> str:
     return '\n'.join([f'{prediction.path}', *(f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best)])
 
 
-COMMANDS = {'prepare': prepare, 'models': models, 'predict': predict_photos, 'convert': convert, 'export': export}
+def benchmark(arguments: list[str]) -> None:
+    """Prints, and writes if asked to, how models fare beside the peers that are installed."""
+    values = flags.FlagValues()
+    flags.DEFINE_list('models', ['convnext_tiny'], 'Their names.', flag_values=values)
+    flags.DEFINE_list('mode', ['train'], f'Of {", ".join(MODES)}: one or more.', flag_values=values)
+    flags.DEFINE_list('peers', list(PEERS), 'The others.', flag_values=values)
+    flags.DEFINE_integer('batch', 8, 'Images to a step; latency is of one.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('size', 224, 'Side of the images in pixels.', flag_values=values)
+    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of products.', flag_values=values)
+    flags.DEFINE_integer('rounds', 7, 'Turns of each.', lower_bound=1, flag_values=values)
+    flags.DEFINE_string('output', None, 'Folder for benchmark.json and benchmark.png.', flag_values=values)
+    parse(values, arguments, usage=__doc__)
+    cases = make_cases(values.models, values.mode, values.batch, values.size, values.dtype)
+    peers, missing = choose_peers(values.peers)
+    if values.output:
+        make_folder(Path(values.output))
+    machine, results = describe_machine(), []
+    left_out = [{'contender': name, 'reason': reason} for name, reason in missing.items()]
+    for case in cases:
+        measured, lost = compare(case, peers, values.rounds, say=lambda line: print(line, file=sys.stderr, flush=True))
+        results += measured
+        left_out += [{'case': str(case), 'contender': name, 'reason': reason} for name, reason in lost.items()]
+    print(as_table(machine, results))
+    for entry in left_out:
+        print('left out:', ', '.join(entry.values()))
+    if values.output:
+        write_report(Path(values.output), machine, results, left_out)
+    if any(entry['contender'] == OURS for entry in left_out):
+        sys.exit(1)
+
+
+COMMANDS = {
+    'prepare': prepare,
+    'models': models,
+    'predict': predict_photos,
+    'convert': convert,
+    'export': export,
+    'benchmark': benchmark,
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -16,9 +16,11 @@ ALLOWED = {
     'evaluation': {'models', 'data', 'errors'},
     'interop': {'models', 'data', 'errors'},
     'config': {'errors'},
+    'benchmark': {'training', 'models', 'config', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}
+BENCHMARK = ROOT / PACKAGE / 'benchmark'
 
 
 def module_name(path):
@@ -69,6 +71,16 @@ def test_arrows_run_one_way(path):
     assert used <= ALLOWED.get(own, used), f'{own} may not import {used - ALLOWED.get(own, used)}'
     if own not in COMMANDS:
         assert not used & COMMANDS
+
+
+@pytest.mark.parametrize('path', sorted(BENCHMARK.rglob('*.py')), ids=module_name)
+def test_a_benchmarked_process_holds_one_library(path):
+    """Two in one process share memory and threads, and neither's figures are its own."""
+    used = {name.split('.')[0] for name in imports(path)}
+    if path.name != 'on_torch.py':
+        assert not used & {'torch', 'timm', 'transformers'}
+    if path.parent.name == 'contenders' and path.name != 'ours.py':
+        assert PACKAGE not in used
 
 
 @pytest.mark.parametrize(

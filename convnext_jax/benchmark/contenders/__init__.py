@@ -1,0 +1,1 @@
+"""What runs in the benchmark's processes, one of them for each contender."""

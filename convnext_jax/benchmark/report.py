@@ -1,0 +1,132 @@
+"""What the benchmark tells: a table, benchmark.json and benchmark.png."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+from pathlib import Path
+
+from convnext_jax.benchmark.process import OURS
+from convnext_jax.errors import UserError
+
+PACKAGES = ('jax', 'flax', 'torch', 'timm', 'transformers', 'keras')
+COLUMNS = ('model', 'mode', 'batch', 'contender', 'images/s', 'ratio', 'of peak', 'memory', 'compile')
+LEGEND = """\
+Medians of the rounds, with the least and the most.
+ratio: images/s of convnext_jax to those of the contender in the same round.
+of peak: the model's FLOP/s to those of 2048×2048 matrix products in the same process.
+memory: the most that the process held while it was set up and did three steps, imports and compiling included.
+compile: the first step less a warm one.
+training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; a resident batch."""
+
+
+def describe_machine() -> dict:
+    """Processor, system, versions; and the load, the number of processes that run: those of others, before ours."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        'processor': _processor(),
+        'cores': os.cpu_count(),
+        'system': platform.system(),
+        'load': os.getloadavg()[0],
+        'versions': {'python': platform.python_version()} | versions,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def as_table(machine: dict, results: list[dict]) -> str:
+    """The results for people: the machine, a Markdown row for each contender, what the columns mean."""
+    versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
+    rows = [COLUMNS, *map(_row, results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, ' | '.join('-' * width for width in widths))
+    return '\n'.join(
+        [
+            f'{machine["processor"]}, {machine["cores"]} cores, {machine["system"]}, load {machine["load"]:.1f} before',
+            versions,
+            '',
+            *(f'| {line} |' for line in lines),
+            '',
+            LEGEND,
+        ]
+    )
+
+
+def _row(result: dict) -> tuple[str, ...]:
+    ratio, memory = result['ratio'], result['peak_memory_mb']
+    return (
+        result['model'],
+        result['mode'],
+        str(result['batch']),
+        result['contender'],
+        _with_range(result['images_per_second'], 1),
+        '–' if ratio is None or result['contender'] == OURS else _with_range(ratio, 2),
+        f'{result["share_of_peak"]["median"]:.0%} of {result["matmul_gflops"]["median"]:.0f} GFLOP/s',
+        '–' if memory is None else f'{memory:.0f} MB',
+        f'{result["compile_seconds"]:.1f} s',
+    )
+
+
+def _with_range(spread: dict, digits: int) -> str:
+    return f'{spread["median"]:.{digits}f} ({spread["least"]:.{digits}f}–{spread["most"]:.{digits}f})'
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a report.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written: {error.strerror}') from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'{folder} cannot be written')
+
+
+def write_report(folder: Path, machine: dict, results: list[dict], left_out: list[dict]) -> None:
+    """Writes benchmark.json and benchmark.png into a folder that is there."""
+    report = {'machine': machine, 'results': results, 'left_out': left_out}
+    (folder / 'benchmark.json').write_text(json.dumps(report, indent=2) + '\n')
+    draw(folder / 'benchmark.png', results)
+
+
+def draw(path: Path, results: list[dict]) -> None:
+    """Draws the images/s as bars, from the least to the most of the rounds: a plot for each model and mode."""
+    from matplotlib.figure import Figure  # takes a second: not at start
+
+    groups = [list(group) for _, group in itertools.groupby(results, lambda r: (r['model'], r['mode'], r['batch']))]
+    heights = [1 + 0.4 * len(group) for group in groups]
+    figure = Figure(figsize=(8, 0.5 + sum(heights)), layout='constrained')
+    plots = figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, group in zip(plots, groups, strict=True):
+        names = [result['contender'] for result in group]
+        speeds = [result['images_per_second'] for result in group]
+        medians = [speed['median'] for speed in speeds]
+        below = [speed['median'] - speed['least'] for speed in speeds]
+        above = [speed['most'] - speed['median'] for speed in speeds]
+        colors = ['tab:orange' if name == OURS else 'tab:blue' for name in names]
+        axes.barh(names, medians, xerr=[below, above], color=colors, ecolor='0.3', capsize=3)
+        for place, speed in enumerate(speeds):
+            axes.annotate(
+                f'{speed["median"]:.1f}', (speed['most'], place), (6, 0), textcoords='offset points', va='center'
+            )
+        axes.set_title(f'{group[0]["model"]} {group[0]["mode"]}, batch {group[0]["batch"]}, {group[0]["dtype"]}')
+        axes.set_xlim(0, 1.15 * max(speed['most'] for speed in speeds))
+        axes.invert_yaxis()
+        axes.grid(axis='x', alpha=0.3)
+    plots[-1].set_xlabel('images per second: median, least and most')
+    figure.savefig(path, dpi=100)

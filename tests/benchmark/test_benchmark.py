@@ -1,0 +1,176 @@
+"""The benchmark with real contenders on small images, and with contenders that misbehave. No speed is asserted."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+
+from convnext_jax import __main__ as package_command
+from convnext_jax.benchmark import process
+from convnext_jax.benchmark.process import CONTENDERS, OURS, PEERS, Kind
+from convnext_jax.errors import UserError
+from convnext_jax.models import create_model, get_parameters, get_variant
+
+SMALL = ('-m', 'convnext_jax', 'benchmark', '--models=convnextv2_atto', '--size=32', '--batch=2')
+
+
+def test_a_table_numbers_and_a_chart(commands, tmp_path):
+    """Without this the command may write a wrong ratio or share, or a file that no one can read."""
+    arguments = ('--mode=train,latency', '--rounds=2', '--peers=flax', f'--output={tmp_path / "made"}')
+    done = commands.run(*SMALL, *arguments)
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines() if '|' in line][2:]
+    assert [row[:4] for row in rows] == [
+        ['convnextv2_atto', 'train', '2', 'convnext_jax'],
+        ['convnextv2_atto', 'train', '2', 'flax'],
+        ['convnextv2_atto', 'latency', '1', 'convnext_jax'],
+        ['convnextv2_atto', 'latency', '1', 'flax'],
+    ]
+    report = json.loads((tmp_path / 'made' / 'benchmark.json').read_text())
+    assert {'python', 'jax', 'flax'} <= report['machine']['versions'].keys()
+    assert report['machine']['processor']
+    assert report['machine']['load'] >= 0
+    assert report['left_out'] == []
+    multiply_adds = get_variant('convnextv2_atto').multiply_adds(32)
+    for result, row in zip(report['results'], rows, strict=True):
+        ours = next(r for r in report['results'] if (r['mode'], r['contender']) == (result['mode'], OURS))
+        speeds, products = (result[name]['rounds'] for name in ('images_per_second', 'matmul_gflops'))
+        assert len(speeds) == 2
+        ratios = [a / b for a, b in zip(ours['images_per_second']['rounds'], speeds, strict=True)]
+        assert result['ratio']['median'] == pytest.approx(statistics.median(ratios))
+        flops = multiply_adds * (6 if result['mode'] == 'train' else 2)
+        shares = [flops * speed / (1e9 * peak) for speed, peak in zip(speeds, products, strict=True)]
+        assert result['share_of_peak']['least'] == pytest.approx(min(shares))
+        assert result['compile_seconds'] > 0
+        assert (result['device'], result['dtype'], result['size']) == ('cpu', 'float32', 32)
+        assert (result['peak_memory_mb'] is None) == (sys.platform != 'linux')
+        assert row[4].startswith(f'{result["images_per_second"]["median"]:.1f} (')
+        assert row[5] == '–' if result is ours else row[5].startswith(f'{result["ratio"]["median"]:.2f} (')
+    with Image.open(tmp_path / 'made' / 'benchmark.png') as chart:
+        assert chart.format == 'PNG'
+        assert chart.convert('L').getextrema()[0] < 128  # not blank
+
+
+CONTENDER = """
+import os, signal, time
+from contender import Contender
+
+steps = 0
+
+def build(task):
+    {at_build}
+    def step():
+        global steps
+        steps += 1
+        time.sleep(0.001)
+        {at_step}
+    print('a library that talks')
+    return Contender(step, lambda: time.sleep(0.001), {parameters}, 'cpu')
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Puts a contender of a few lines in the place of another, or beside them."""
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.setattr(process, 'TURN_SECONDS', 0.0)  # one step to a turn
+    model = jax.eval_shape(lambda: create_model('convnext_atto', key=jax.random.key(0)))
+    right = sum(array.size for array in get_parameters(model).values())
+
+    def put(name: str, at_build: str = '', at_step: str = '', parameters: int = right, needs: tuple[str, ...] = ()):
+        text = CONTENDER.format(at_build=at_build, at_step=at_step, parameters=parameters)
+        (tmp_path / f'stand_in_{name}.py').write_text(text)
+        for table in (CONTENDERS,) if name == OURS else (CONTENDERS, PEERS):
+            monkeypatch.setitem(table, name, Kind(f'stand_in_{name}', needs))
+
+    return put
+
+
+def run(*arguments: str) -> None:
+    package_command.main(['convnext_jax', 'benchmark', '--models=convnext_atto', '--rounds=3', *arguments])
+
+
+def test_one_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd, tmp_path):
+    """Otherwise one broken peer costs the measurements of all, or a wrong model is measured in silence."""
+    stand_in(OURS)
+    stand_in('good')
+    stand_in('absent', needs=('json', 'no_such_package'))
+    stand_in('killed', at_build='os.kill(os.getpid(), signal.SIGKILL)')
+    stand_in('broken', at_build="raise ValueError('no such model\\nand much more')")
+    stand_in('late', at_step="if steps > 4: raise MemoryError('no more')")
+    stand_in('another', parameters=7)
+    run('--peers=absent,killed,broken,late,another,good', f'--output={tmp_path}')
+    report = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert [(r['contender'], len(r['ratio']['rounds'])) for r in report['results']] == [(OURS, 3), ('good', 3)]
+    reasons = {entry['contender']: entry['reason'] for entry in report['left_out']}
+    assert reasons == {
+        'absent': 'not installed: no_such_package',
+        'killed': 'its process ended: SIGKILL',
+        'broken': 'ValueError: no such model',
+        'late': 'MemoryError: no more',
+        'another': 'its convnext_atto has 7 parameters, and not 3,695,520',
+    }
+    told = capfd.readouterr().out
+    for name, reason in reasons.items():
+        assert re.search(f'^left out: .*{name}, {reason}$', told, re.MULTILINE)
+
+
+def test_peers_are_measured_without_ours_but_it_is_no_success(stand_in, capfd):
+    """A script that takes exit status 0 for a comparison would compare with nothing."""
+    stand_in(OURS, at_build="raise RuntimeError('a bug')")
+    stand_in('good')
+    with pytest.raises(SystemExit) as ended:
+        run('--peers=good')
+    assert ended.value.code == 1
+    told = capfd.readouterr().out
+    assert re.search(r'\| good .*\| –', told)
+    assert 'left out: convnext_atto train, batch 8, convnext_jax, RuntimeError: a bug' in told
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds the processes in /proc')
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_process_outlives_the_command(commands, number, status):
+    """Those that did would slow the machine, and every later measurement, unseen."""
+    command = commands.start(*SMALL, '--mode=latency', '--rounds=10000', '--peers=')
+    while 'round 1 of' not in (line := command.stderr.readline()):
+        assert line, 'the command ended'
+    children = Path(f'/proc/{command.pid}/task/{command.pid}/children').read_text().split()
+    assert children
+    os.kill(command.pid, number)
+    command.communicate(timeout=300)
+    assert command.returncode == status
+    until = time.monotonic() + 300
+    while any(map(is_running, children)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'line'),
+    [
+        (('--mode=training',), "there is no mode 'training': train, eval, latency"),
+        (('--peers=tim',), "there is no peer 'tim': timm, transformers, compile, flax, keras"),
+        (('--models=convnext_tini',), 'did you mean convnext_tiny'),
+        (('--size=31',), '--size=31 is below the total stride 32 of convnext_atto'),
+        (('--rounds=0',), 'flag --rounds=0'),
+        (('--output=README.md/here', '--peers='), 'README.md/here cannot be written'),
+    ],
+)
+def test_it_refuses_what_it_cannot_do(arguments, line):
+    """Before anything is measured, in one line."""
+    with pytest.raises(UserError, match=re.escape(line)):
+        run(*arguments)
