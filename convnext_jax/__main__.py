@@ -8,6 +8,8 @@ models                                       the table of architectures
 predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
 export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that runs without this package
+plan --config=FILE --topology=v5e:4x4        memory, communication and cycles of a training step on TPUs that are not
+                                             here (--gpu=h100:8: on GPUs), by compiling it
 """
 
 import json
@@ -18,13 +20,14 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from convnext_jax.command_line import parse, required, run
+from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
+from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.training.weights import read_weights
 
@@ -117,7 +120,31 @@ def _as_table(prediction: Prediction) -> str:
     return '\n'.join([f'{prediction.path}', *(f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best)])
 
 
-COMMANDS = {'prepare': prepare, 'models': models, 'predict': predict_photos, 'convert': convert, 'export': export}
+def plan_step(arguments: list[str]) -> None:
+    """Prints what the compiler says of a config's training step on accelerators, without any."""
+    values = flags.FlagValues()
+    define_config(values, arguments)
+    flags.DEFINE_string('topology', None, 'A TPU slice: v5e:16x16, v5p:4x4x4, v6e:8x8.', flag_values=values)
+    flags.DEFINE_string('gpu', None, 'GPUs of one machine: h100:8.', flag_values=values)
+    flags.DEFINE_integer(
+        'batch', None, 'Images on each chip at once, in place of the batch_size.', lower_bound=1, flag_values=values
+    )
+    parse(values, arguments, usage=__doc__)
+    config = required_config(values)
+    if (values.topology is None) == (values.gpu is None):
+        raise UserError('give --topology=v5e:4x4 or --gpu=h100:8, one of the two')
+    jax.config.update('jax_platforms', 'cpu')  # accelerators that are here are left to others
+    plan(config, gpu_target(values.gpu) if values.topology is None else tpu_target(values.topology), values.batch)
+
+
+COMMANDS = {
+    'prepare': prepare,
+    'models': models,
+    'predict': predict_photos,
+    'convert': convert,
+    'export': export,
+    'plan': plan_step,
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ ALLOWED = {
     'evaluation': {'models', 'data', 'errors'},
     'interop': {'models', 'data', 'errors'},
     'config': {'errors'},
+    'plan': {'training', 'config', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}
