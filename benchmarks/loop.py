@@ -59,7 +59,7 @@ def ratios(rounds: int, steps: int) -> list[float]:
     train_source, eval_source = open_sources(config)
     config.eval_every_epochs = steps / (len(train_source) // config.batch_size)
     settle_classes(config, train_source)
-    plan = make_plan(config, train_source)
+    plan = make_plan(config, len(train_source))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         workdir = Path(folder)
         with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:

@@ -9,6 +9,8 @@ predict PHOTO... --weights=WHERE             what a model sees in files, folders
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
 export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that runs without this package
 benchmark --models=NAME,… --mode=train       speed and memory beside timm, transformers, torch.compile, Flax and Keras
+plan --config=FILE --topology=v5e:4x4        memory, communication and cycles of a training step on TPUs that are not
+                                             here (--gpu=h100:8: on GPUs), by compiling it
 """
 
 import json
@@ -22,13 +24,14 @@ from tqdm import tqdm
 from convnext_jax.benchmark.compare import MODES, choose_peers, compare, make_cases
 from convnext_jax.benchmark.process import OURS, PEERS
 from convnext_jax.benchmark.report import as_table, describe_machine, make_folder, write_report
-from convnext_jax.command_line import parse, required, run
+from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
+from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.training.weights import read_weights
 
@@ -152,6 +155,23 @@ def benchmark(arguments: list[str]) -> None:
         sys.exit(1)
 
 
+def plan_step(arguments: list[str]) -> None:
+    """Prints what the compiler says of a config's training step on accelerators, without any."""
+    values = flags.FlagValues()
+    define_config(values, arguments)
+    flags.DEFINE_string('topology', None, 'A TPU slice: v5e:16x16, v5p:4x4x4, v6e:8x8.', flag_values=values)
+    flags.DEFINE_string('gpu', None, 'GPUs of one machine: h100:8.', flag_values=values)
+    flags.DEFINE_integer(
+        'batch', None, 'Images on each chip at once, in place of the batch_size.', lower_bound=1, flag_values=values
+    )
+    parse(values, arguments, usage=__doc__)
+    config = required_config(values)
+    if (values.topology is None) == (values.gpu is None):
+        raise UserError('give --topology=v5e:4x4 or --gpu=h100:8, one of the two')
+    jax.config.update('jax_platforms', 'cpu')  # accelerators that are here are left to others
+    plan(config, gpu_target(values.gpu) if values.topology is None else tpu_target(values.topology), values.batch)
+
+
 COMMANDS = {
     'prepare': prepare,
     'models': models,
@@ -159,6 +179,7 @@ COMMANDS = {
     'convert': convert,
     'export': export,
     'benchmark': benchmark,
+    'plan': plan_step,
 }
 
 

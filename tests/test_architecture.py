@@ -17,6 +17,7 @@ ALLOWED = {
     'interop': {'models', 'data', 'errors'},
     'config': {'errors'},
     'benchmark': {'training', 'models', 'config', 'errors'},
+    'plan': {'training', 'config', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}

@@ -99,15 +99,15 @@ class Unreadable:
         return len(self._errors)
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
+def steps_per_epoch(images: int, batch_size: int) -> int:
     """Whole batches in an epoch; what is left over is dropped, other examples each epoch.
 
     Raises:
         UserError: the split is smaller than one batch.
     """
-    if len(source) < batch_size:
-        raise UserError(f'batch_size={batch_size} is more than the {len(source)} training images: lower it')
-    return len(source) // batch_size
+    if images < batch_size:
+        raise UserError(f'batch_size={batch_size} is more than the {images} training images: lower it')
+    return images // batch_size
 
 
 def train_batches(
@@ -182,7 +182,7 @@ class TrainRows:
         self._source, self._share, self._seed = source, share, seed
         self._image_size, self._channels, self._crop_scale, self._exact = image_size, channels, crop_scale, exact
         self._distinct = share.batch_size // repeats
-        self._steps = steps_per_epoch(source, share.batch_size)
+        self._steps = steps_per_epoch(len(source), share.batch_size)
         self._tries = len(source) // 1000 + 2 if replace else 1  # more in a row are too many anyway
         small = not crop_scale and len(source) * image_size**2 * channels <= KEPT_BYTES
         self.kept: dict[int, Row] | None = {} if small else None

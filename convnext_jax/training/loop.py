@@ -15,22 +15,15 @@ from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, t
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
-from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.models import ConvNeXt
 from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.logging import RunLog, read_records
-from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
-from convnext_jax.training.setup import (
-    Plan,
-    abstract_model,
-    build_model,
-    make_plan,
-    open_sources,
-    settle_classes,
-)
-from convnext_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, state_sharding
-from convnext_jax.training.state import TrainState, init_key, initial_state
-from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
+from convnext_jax.training.program import Program
+from convnext_jax.training.setup import Plan, abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.sharding import check_batch_size, make_mesh
+from convnext_jax.training.state import TrainState, initial_state
+from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
 from convnext_jax.training.weights import load_parameters
 from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
@@ -54,7 +47,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with locked(workdir):
         train_source, eval_source = open_sources(config)
         settle_classes(config, train_source)
-        plan = make_plan(config, train_source)
+        plan = make_plan(config, len(train_source))
         mesh = make_mesh(config.mesh.data)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         model = abstract_model(config)
@@ -75,11 +68,10 @@ class NotFinite(UserError):
     """The loss or its gradient was not finite too often in a row."""
 
 
-class Run:
-    """The parts of a run, put together once.
+class Run(Program):
+    """What a run computes, with the data that it goes over and the place that it is saved in.
 
     Attributes:
-        train_step: jitted; gives its first argument's memory to the next state.
         eval_step: jitted, as `make_eval_step`.
     """
 
@@ -93,37 +85,11 @@ class Run:
         eval_source: Source,
         checkpoints: Checkpoints,
     ):
-        self.config, self.plan, self.checkpoints = config, plan, checkpoints
+        super().__init__(config, plan, mesh, model)
+        self.checkpoints = checkpoints
         self.train_source, self.eval_source = train_source, eval_source
         self.unreadable = Unreadable(train_source, len(config.data.mean))
-        peak = config.optimizer.learning_rate * config.batch_size / 256
-        layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
-        self.optimizer = adamw(
-            layer_factors(list(get_parameters(model)), model.variant.depths, rule, layer_decay),
-            beta1=config.optimizer.beta1,
-            beta2=config.optimizer.beta2,
-            epsilon=config.optimizer.epsilon,
-            weight_decay=config.optimizer.weight_decay,
-            clip_norm=config.optimizer.clip_norm,
-        )
-        schedule = cosine_schedule(peak, config.optimizer.min_learning_rate, plan.warmup_steps, plan.total_steps)
-        self.batch_sharding = batch_sharding(mesh)
-        state = jax.eval_shape(self.fresh_state)
-        self.state_sharding = state_sharding(mesh, state)
-        self.abstract_state = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
-        )
-        self.train_step = jax.jit(
-            make_train_step(model, self.optimizer, schedule, config, plan.mixing_steps),
-            donate_argnums=0,
-            out_shardings=(self.state_sharding, None),
-        )
         self.eval_step = jax.jit(make_eval_step(model, config.data.mean, config.data.std))
-
-    def fresh_state(self) -> TrainState:
-        """The state before the first step; to be jitted."""
-        parameters = get_parameters(build_model(self.config, init_key(self.config.seed)))
-        return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)
 
     def restored_state(self) -> TrainState | None:
         """The newest whole checkpoint, or None if there is none.

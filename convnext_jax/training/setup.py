@@ -26,13 +26,13 @@ class Plan:
         return step / self.steps_per_epoch
 
 
-def make_plan(config: ConfigDict, source: Source) -> Plan:
-    """Durations in steps.
+def make_plan(config: ConfigDict, images: int) -> Plan:
+    """Durations in steps, for a training split of so many images.
 
     Raises:
         UserError: the run would be empty, or all warm-up.
     """
-    epoch = steps_per_epoch(source, config.batch_size)
+    epoch = steps_per_epoch(images, config.batch_size)
     total = config.steps or round(config.epochs * epoch)
     plan = Plan(
         steps_per_epoch=epoch,

@@ -1,5 +1,7 @@
 """The device mesh, and which axis of it each array lives on."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -7,16 +9,16 @@ from convnext_jax.errors import UserError
 from convnext_jax.training.state import TrainState
 
 
-def make_mesh(data: int) -> Mesh:
-    """All devices along one axis, `data`.
+def make_mesh(data: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices along one axis, `data`; the devices are those of this machine unless given.
 
     Raises:
         UserError: `data` is neither −1 nor the number of devices.
     """
-    devices = jax.device_count()
-    if data not in (-1, devices):
-        raise UserError(f'mesh.data={data}, but there are {devices} devices: give −1 for all of them')
-    return jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,))
+    devices = jax.devices() if devices is None else devices
+    if data not in (-1, len(devices)):
+        raise UserError(f'mesh.data={data}, but there are {len(devices)} devices: give −1 for all of them')
+    return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -223,9 +223,9 @@ def test_batches_are_put_ahead_of_need():
 
 def test_split_smaller_than_a_batch():
     """An endless wait for the first batch, or a division by zero, tells nobody to lower the batch size."""
-    assert steps_per_epoch(Numbered(24), 24) == 1
-    assert steps_per_epoch(Numbered(47), 24) == 1
-    for use in (lambda: steps_per_epoch(Numbered(23), 24), lambda: train(23, Share(24), steps=1)):
+    assert steps_per_epoch(24, 24) == 1
+    assert steps_per_epoch(47, 24) == 1
+    for use in (lambda: steps_per_epoch(23, 24), lambda: train(23, Share(24), steps=1)):
         with pytest.raises(UserError, match='batch_size=24 is more than the 23 training images: lower it'):
             use()
 

@@ -146,7 +146,7 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
     config.batch_size = 8
     train_source, eval_source = open_sources(config)
     settle_classes(config, train_source)
-    plan = make_plan(config, train_source)
+    plan = make_plan(config, len(train_source))
     run = Run(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints=None)
     stop, batches = Stop(), []
 

@@ -1,0 +1,92 @@
+"""The training step of a config, compiled for chips that need not be there."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from convnext_jax.errors import first_line
+from convnext_jax.plan.targets import Target
+from convnext_jax.training.program import Program
+from convnext_jax.training.setup import abstract_model, make_plan
+from convnext_jax.training.sharding import make_mesh
+
+IMAGES = 1_281_167
+"""Of ImageNet-1k: they set the number of steps, which the program holds, and which changes nothing of its size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each chip while a step runs.
+
+    Attributes:
+        arguments: state and batch; the next state takes the place of the last.
+        results: what has no place among the arguments.
+        temporaries: at their peak.
+        program: the code.
+    """
+
+    arguments: int
+    results: int
+    temporaries: int
+    program: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.results + self.temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of the step.
+
+    Attributes:
+        images: on each chip at once.
+        seconds: that it took.
+        memory: None if the program does not fit.
+        text: the program in HLO; the compiler's complaint if it does not fit.
+    """
+
+    images: int
+    seconds: float
+    memory: Memory | None
+    text: str
+
+
+def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
+    """Compiles the step for so many images on each chip at once.
+
+    Raises:
+        UserError: as `make_plan`, `make_mesh` and `build_model`.
+    """
+    config = config.copy_and_resolve_references()
+    config.batch_size = images * len(target.devices) * config.accumulation_steps
+    config.model.num_classes = config.model.num_classes or 1000
+    mesh = make_mesh(config.mesh.data, target.devices)
+    program = Program(config, make_plan(config, IMAGES), mesh, abstract_model(config))
+    began = time.perf_counter()
+    try:
+        lowered = program.train_step.lower(program.abstract_state, _abstract_batch(config, program))
+        compiled = lowered.compile(target.options)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return Compiled(images, time.perf_counter() - began, None, first_line(error))
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        program=stats.generated_code_size_in_bytes,
+    )
+    return Compiled(images, time.perf_counter() - began, memory, compiled.as_text())
+
+
+def _abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    rows, size, channels = config.batch_size, config.data.image_size, len(config.data.mean)
+    return {
+        'image': jax.ShapeDtypeStruct((rows, size, size, channels), jnp.uint8, sharding=program.batch_sharding),
+        'label': jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=program.batch_sharding),
+    }

@@ -1,0 +1,117 @@
+"""What a compiled program's text says: how often each instruction runs, its estimated cycles, its collectives."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
+INSTRUCTION = re.compile(r'\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(')
+CALLED = re.compile(r'\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
+BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
+ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of the program.
+
+    Attributes:
+        opcode: as 'fusion'; of an asynchronous pair both ends are here, as 'all-reduce-start' and 'all-reduce-done'.
+        result: the type, as 'bf16[64,56,56,96]{3,2,1,0}' or a tuple of such in brackets.
+        operation: of JAX, where it comes from.
+        runs: how often it runs in one step.
+        cycles: the compiler's estimate for one run; 0 where it gives none.
+    """
+
+    name: str
+    opcode: str
+    result: str
+    operation: str
+    runs: int
+    cycles: int
+
+    def bytes_by_type(self) -> dict[str, int]:
+        """Type → bytes of the result."""
+        sizes: dict[str, int] = {}
+        for dtype, bits, shape in ARRAY.findall(self.result):
+            elements = 1
+            for side in filter(None, shape.split(',')):
+                elements *= int(side)
+            sizes[dtype] = sizes.get(dtype, 0) + elements * int(bits or 8) // 8
+        return sizes
+
+
+@dataclasses.dataclass
+class Collectives:
+    """The collectives of one kind and type.
+
+    Attributes:
+        runs: in one step.
+        size: bytes of their results on each device.
+    """
+
+    runs: int = 0
+    size: int = 0
+
+
+def read_program(text: str) -> list[Instruction]:
+    """Every instruction that the program runs, with those of loops and calls.
+
+    A loop runs as often as the text says, or its condition's one constant; a loop whose length follows from the data
+    counts once, and of a choice every branch.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = None
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            lines = computations.setdefault(header['name'], [])
+            entry = header['name'] if header['entry'] else entry
+        elif INSTRUCTION.match(line):
+            lines.append(line)
+    return list(_run(computations, entry, 1))
+
+
+def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[Instruction]:
+    for line in computations[name]:
+        instruction = INSTRUCTION.match(line)
+        opcode = instruction['opcode']
+        yield Instruction(
+            name=instruction['name'],
+            opcode=opcode,
+            result=instruction['result'],
+            operation=_first(r'op_name="([^"]*)"', line) or '',
+            runs=runs,
+            cycles=int(_first(r'"estimated_cycles":"(\d+)"', line) or 0),
+        )
+        if opcode.endswith(('-done', '-update')):  # what they name ran at -start
+            continue
+        times = _trip_count(line, computations) if opcode == 'while' else 1
+        branches = re.findall(r'[\w.-]+', _first(BRANCHES, line) or '')
+        for called in CALLED.findall(line) + branches:
+            yield from _run(computations, called, runs * times)
+
+
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+    known = _first(r'"known_trip_count":\{"n":"(\d+)"', line)
+    condition = '\n'.join(computations[_first(r'\bcondition=%?([\w.-]+)', line)])
+    limits = [known] if known else re.findall(r'= [su]32\[\]\S* constant\((\d+)\)', condition)
+    return int(limits[0]) if len(limits) == 1 else 1
+
+
+def _first(pattern: str | re.Pattern, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match and match[1]
+
+
+def collectives(program: list[Instruction]) -> dict[tuple[str, str], Collectives]:
+    """(Kind, type) → how many there are and their bytes; an asynchronous pair counts once, at its end."""
+    found: dict[tuple[str, str], Collectives] = {}
+    for instruction in program:
+        kind = instruction.opcode.removesuffix('-done')
+        if kind in COLLECTIVES:
+            for dtype, size in instruction.bytes_by_type().items():
+                same = found.setdefault((kind, dtype), Collectives())
+                same.runs += instruction.runs
+                same.size += instruction.runs * size
+    return found

@@ -1,0 +1,153 @@
+"""plan(config, target, images): compiles the training step and prints what the compiler says of it."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from convnext_jax.config import check_values
+from convnext_jax.errors import UserError
+from convnext_jax.plan.compile import Compiled, Memory, compile_step
+from convnext_jax.plan.hlo import Collectives, Instruction, collectives, read_program
+from convnext_jax.plan.targets import Target
+
+HEAVIEST = 12
+GIB = 2**30
+
+
+def plan(config: ConfigDict, target: Target, images: int | None) -> None:
+    """Prints memory, collectives and estimated cycles of the training step, and the largest batch that fits.
+
+    Args:
+        config: as `default_config`; `model.num_classes` 0 stands for 1,000.
+        target: the chips.
+        images: on each of them at once; None: as many as the config's batch makes.
+
+    Raises:
+        UserError: as `compile_step`, the batch does not divide evenly, or not even one image on each chip fits.
+    """
+    check_values(config)
+    images = images or _images(config, target)
+    size, chips = config.data.image_size, len(target.devices)
+    print(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips')
+    print(f'compiler {target.compiler}: all figures are its own, none is measured')
+    compiled = _compile(config, target, images)
+    while compiled.memory is None:
+        if compiled.images == 1:
+            raise UserError(f'one image on each chip does not fit {target.name}: try --config.model.remat')
+        compiled = _compile(config, target, compiled.images // 2)
+    for line in describe(compiled, target):
+        print(line, flush=True)
+    if compiled.images > 1:
+        print(_largest_batch_line(_compile(config, target, compiled.images // 2), compiled, target))
+
+
+def _images(config: ConfigDict, target: Target) -> int:
+    parts = len(target.devices) * config.accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f'batch_size={config.batch_size} is no multiple of {len(target.devices)} chips × '
+            f'{config.accumulation_steps} accumulation steps: say with --batch how many images a chip takes at once'
+        )
+    return config.batch_size // parts
+
+
+def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
+    print(f'compiling the training step for {images} images on each chip at once …', flush=True)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(bar_format='{elapsed}', leave=False, disable=not sys.stderr.isatty()) as clock,
+    ):
+        future = pool.submit(compile_step, config, target, images)
+        while wait([future], timeout=1).not_done:
+            clock.refresh()
+    compiled = future.result()
+    outcome = 'compiled' if compiled.memory else f'does not fit ({compiled.text}); found'
+    print(f'{outcome} in {compiled.seconds:.1f} s', flush=True)
+    return compiled
+
+
+def _largest_batch_line(smaller: Compiled, larger: Compiled, target: Target) -> str:
+    points = f'{smaller.images} ({_gib(smaller.memory.total)}) and {larger.images} ({_gib(larger.memory.total)})'
+    if larger.memory.total <= smaller.memory.total:
+        return f'the memory does not grow between {points} images: plan with a larger --batch'
+    images = largest_batch(smaller, larger, target.chip.memory)
+    return f'about {images:,} images fit on a chip, by the line through {points}; to be sure plan with --batch={images}'
+
+
+def largest_batch(smaller: Compiled, larger: Compiled, capacity: float) -> int:
+    """Images on a chip of so many GiB, by the straight line through the memory of two programs."""
+    for_each = (larger.memory.total - smaller.memory.total) / (larger.images - smaller.images)
+    return int(larger.images + (capacity * GIB - larger.memory.total) / for_each)
+
+
+def describe(compiled: Compiled, target: Target) -> list[str]:
+    """The lines about a program: memory, collectives, cycles, communication."""
+    program = read_program(compiled.text)
+    found = collectives(program)
+    return [
+        *_memory_lines(compiled.memory, target.chip.memory),
+        *_collective_lines(found),
+        *_cycle_lines(program, found, target),
+    ]
+
+
+def _memory_lines(memory: Memory, capacity: float) -> list[str]:
+    rows = {
+        'state and batch': memory.arguments,
+        'other results': memory.results,
+        'temporaries': memory.temporaries,
+        'program': memory.program,
+    }
+    fits = 'fits' if memory.total <= capacity * GIB else 'does not fit'
+    return [
+        '\nmemory on each chip',
+        *(f'  {name:16}{_gib(size):>12}' for name, size in rows.items()),
+        f'  {"all":16}{_gib(memory.total):>12} of {capacity:g}: {fits}',
+    ]
+
+
+def _collective_lines(found: dict[tuple[str, str], Collectives]) -> list[str]:
+    rows = [
+        f'  {kind:20}{dtype:8}{same.runs:4} × {same.size / 1e6:10.2f} MB in all'
+        for (kind, dtype), same in sorted(found.items())
+    ]
+    return ['\ncollectives in one step, with the bytes of their results on each chip', *(rows or ['  none'])]
+
+
+def _cycle_lines(program: list[Instruction], found: dict[tuple[str, str], Collectives], target: Target) -> list[str]:
+    total = sum(instruction.runs * instruction.cycles for instruction in program)
+    if not total:
+        return ['\nestimated cycles: this compiler tells none']
+    heaviest = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)[:HEAVIEST]
+    seconds = total / target.chip.clock / 1e9
+    linked = link_seconds(found, len(target.devices), target.chip.link)
+    return [
+        f'\nestimated cycles of all but collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz; '
+        'share, runs × cycles and origin of the heaviest',
+        *(
+            f'  {i.runs * i.cycles / total:6.1%}{i.runs:4} × {i.cycles:10,}  {i.name}  '
+            f'{i.operation.removeprefix("jit(train_step)/")}'
+            for i in heaviest
+        ),
+        f'communication: {1000 * linked:.2f} ms at the {target.chip.link:g} GB/s of the links, which is the least: '
+        f'{linked / (linked + seconds):.1%} of the step if nothing runs beside it\n',
+    ]
+
+
+def link_seconds(found: dict[tuple[str, str], Collectives], chips: int, link: float) -> float:
+    """The least time in which a chip's links, in GB/s, carry what the collectives over all chips must send."""
+    others = (chips - 1) / chips
+    sent = {  # of the bytes of the result
+        'all-reduce': 2 * others,
+        'all-gather': others,
+        'reduce-scatter': chips - 1,
+        'all-to-all': others,
+        'collective-permute': 1,
+    }
+    return sum(sent[kind] * same.size for (kind, _), same in found.items()) / link / 1e9
+
+
+def _gib(size: int) -> str:
+    return f'{size / GIB:.2f} GiB'

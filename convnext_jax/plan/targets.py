@@ -1,0 +1,106 @@
+"""Accelerators to compile for: their devices as the compiler sees them, and figures from their vendors."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+from convnext_jax.errors import UserError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+        memory: GiB of HBM.
+        clock: GHz, for the compiler's cycles; None where it counts none.
+        link: GB/s that all its links to the others carry one way; None where there is no clock to compare with.
+    """
+
+    memory: float
+    clock: float | None = None
+    link: float | None = None
+
+
+# Memory and links: cloud.google.com/tpu/docs/v5e, v5p and v6e; nvidia.com's H100 data sheet. Google gives no clocks:
+# they follow from the documented peak and matrix units, four of 256×256 taken for v6e.
+CHIPS = {
+    'v5e': Chip(memory=16, clock=1.5, link=200),
+    'v5p': Chip(memory=95, clock=1.75, link=600),
+    'v6e': Chip(memory=32, clock=1.75, link=400),
+    'h100': Chip(memory=80),
+}
+H100 = Path(__file__).with_name('h100.txtpb')
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """So many chips of a kind, none of which need be there.
+
+    Attributes:
+        name: as the user gave it.
+        compiler: package and version.
+        options: of the compiler.
+    """
+
+    name: str
+    chip: Chip
+    devices: list[jax.Device]
+    compiler: str
+    options: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+
+def tpu_target(name: str) -> Target:
+    """A TPU slice, as v5e:16x16.
+
+    Raises:
+        UserError: there is no such slice, or libtpu is not installed.
+    """
+    kind, _, shape = name.partition(':')
+    if kind not in ('v5e', 'v5p', 'v6e') or not re.fullmatch(r'\d+(x\d+)+', shape):
+        raise UserError(f"--topology is a slice of v5e, v5p or v6e, as v5e:16x16 or v5p:4x4x4, not '{name}'")
+    if not importlib.util.find_spec('libtpu'):
+        raise UserError(
+            f"--topology needs libtpu, the TPU's compiler, and no TPU: pip install 'jax[tpu]=={jax.__version__}'"
+        )
+    # A chip of this machine is neither looked for nor taken, even if another process uses it. The next two say what
+    # libtpu would ask the cloud for, and complain about.
+    for variable, value in {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+    }.items():
+        os.environ.setdefault(variable, value)
+    try:
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f'--topology={name}: {first_line(error)}') from error
+    return Target(name, CHIPS[kind], devices, f'libtpu {importlib.metadata.version("libtpu")}')
+
+
+def gpu_target(name: str) -> Target:
+    """The GPUs of one machine, as h100:8.
+
+    Raises:
+        UserError: it is no H100, or the compiler for it is not installed.
+    """
+    kind, _, count = name.partition(':')
+    if kind != 'h100' or not re.fullmatch(r'[1-9]\d*', count):
+        raise UserError(f"--gpu is so many H100 of one machine, as h100:8, not '{name}'")
+    if not importlib.util.find_spec('jax_cuda12_plugin'):
+        packages = f'jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}'
+        raise UserError(f"--gpu needs the GPU's compiler, and no GPU: pip install --no-deps {packages}")
+    devices = topologies.get_topology_desc(
+        platform='cuda', topology=f'1x1x{count}', target_config=H100.read_text(encoding='utf-8')
+    ).devices
+    compiler = f'jax-cuda12-plugin {importlib.metadata.version("jax-cuda12-plugin")}'
+    # On a GPU each matrix product is tried with Triton and with cuBLAS. Where nothing can be tried the compiler takes
+    # Triton, with tiles that it then refuses for some shapes.
+    return Target(name, CHIPS[kind], devices, compiler, {'xla_gpu_enable_triton_gemm': False})

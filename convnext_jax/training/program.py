@@ -1,0 +1,50 @@
+"""What a run computes: its state and its jitted training step, on a mesh. It needs no data and no devices' memory."""
+
+import jax
+from ml_collections import ConfigDict
+
+from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
+from convnext_jax.training.setup import Plan, build_model
+from convnext_jax.training.sharding import batch_sharding, state_sharding
+from convnext_jax.training.state import TrainState, init_key, initial_state
+from convnext_jax.training.step import make_train_step
+
+
+class Program:
+    """The computation of a run, put together once.
+
+    Attributes:
+        abstract_state: the state's shapes, each with where it lives.
+        train_step: jitted; gives its first argument's memory to the next state.
+    """
+
+    def __init__(self, config: ConfigDict, plan: Plan, mesh: jax.sharding.Mesh, model: ConvNeXt):
+        self.config, self.plan = config, plan
+        peak = config.optimizer.learning_rate * config.batch_size / 256
+        layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
+        self.optimizer = adamw(
+            layer_factors(list(get_parameters(model)), model.variant.depths, rule, layer_decay),
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            epsilon=config.optimizer.epsilon,
+            weight_decay=config.optimizer.weight_decay,
+            clip_norm=config.optimizer.clip_norm,
+        )
+        schedule = cosine_schedule(peak, config.optimizer.min_learning_rate, plan.warmup_steps, plan.total_steps)
+        self.batch_sharding = batch_sharding(mesh)
+        state = jax.eval_shape(self.fresh_state)
+        self.state_sharding = state_sharding(mesh, state)
+        self.abstract_state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
+        )
+        self.train_step = jax.jit(
+            make_train_step(model, self.optimizer, schedule, config, plan.mixing_steps),
+            donate_argnums=0,
+            out_shardings=(self.state_sharding, None),
+        )
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step; to be jitted."""
+        parameters = get_parameters(build_model(self.config, init_key(self.config.seed)))
+        return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)

@@ -1,0 +1,147 @@
+"""The plan of a training step, of a small model: on the CPU's compiler, and on the TPU's where it is installed."""
+
+import importlib.util
+import re
+
+import jax
+import pytest
+
+from configs.fashion_mnist import get_config
+from convnext_jax import __main__ as package_command
+from convnext_jax.errors import UserError
+from convnext_jax.models import get_parameters
+from convnext_jax.plan import plan, report, targets
+from convnext_jax.plan.compile import Compiled, Memory, compile_step
+from convnext_jax.plan.hlo import Collectives, collectives, read_program
+from convnext_jax.plan.report import describe, largest_batch, link_seconds
+from convnext_jax.plan.targets import Chip, Target
+from convnext_jax.training.setup import abstract_model
+
+CHIP = Chip(memory=16, clock=1.5, link=200)
+MIB = 2**20
+
+
+@pytest.fixture
+def here():
+    """The CPU's simulated devices, in place of chips."""
+    return Target('cpu:8', CHIP, jax.devices(), 'jaxlib')
+
+
+def of_size(images, mib, text='ENTRY %main (p: f32[8]) -> f32[8] {\n}'):
+    return Compiled(images, 1.0, Memory(arguments=MIB, results=0, temporaries=(mib - 1) * MIB, program=0), text)
+
+
+def test_the_step_that_is_compiled_is_that_of_training(here):
+    """Its reductions carry each parameter's gradient once, and the loss; the state is updated in place."""
+    config = get_config()
+    compiled = compile_step(config, here, images=2)
+    config.model.num_classes = 1000
+    sizes = {name: array.size for name, array in get_parameters(abstract_model(config)).items()}
+    # On the CPU's devices, which only tests have several of, each works out these of the whole batch.
+    depthwise = sum(size for name, size in sizes.items() if name.endswith('depthwise.kernel'))
+    parameters = sum(sizes.values())
+    reduced = collectives(read_program(compiled.text))['all-reduce', 'f32']
+    assert reduced.size == 4 * (parameters - depthwise + 1)
+    assert compiled.memory.arguments > 4 * 4 * parameters  # parameters, two moments and their moving average
+    assert compiled.memory.results < 4 * parameters
+
+
+def test_a_program_that_does_not_fit_is_halved_until_it_does(here, monkeypatch, capsys):
+    """The user asked for too much: the answer is what the chips do hold, not an error."""
+    tried = []
+
+    def compile_for(config, target, images):
+        tried.append(images)
+        return Compiled(images, 1.0, None, 'Ran out of memory') if images > 16 else of_size(images, 100 + 500 * images)
+
+    monkeypatch.setattr(report, 'compile_step', compile_for)
+    plan(get_config(), here, images=64)
+    assert tried == [64, 32, 16, 8]
+    out = capsys.readouterr().out
+    assert 'does not fit (Ran out of memory)' in out
+    assert 'about 32 images fit on a chip' in out  # 100 + 500 · 32 = 16,100 MiB of 16,384
+    monkeypatch.setattr(report, 'compile_step', lambda config, target, images: Compiled(images, 1.0, None, 'no'))
+    with pytest.raises(UserError, match='one image on each chip does not fit cpu:8'):
+        plan(get_config(), here, images=4)
+
+
+def test_the_largest_batch_lies_on_the_line():
+    assert largest_batch(of_size(8, 1000), of_size(16, 1800), capacity=2600 / 1024) == 24
+    assert largest_batch(of_size(8, 1000), of_size(16, 1800), capacity=1399 / 1024) == 11
+
+
+def test_links_carry_an_all_reduce_twice():
+    """Each chip sends the sum's parts and receives them: 2 (n − 1) / n of the bytes, at least."""
+    found = {('all-reduce', 'f32'): Collectives(3, 400 * 10**9), ('all-gather', 'bf16'): Collectives(1, 200 * 10**9)}
+    assert link_seconds(found, chips=4, link=200) == pytest.approx(3 + 0.75)
+    assert link_seconds(found, chips=1, link=200) == 0
+
+
+def test_what_is_printed_of_a_program(here):
+    text = """ENTRY %main (p: f32[8]) -> f32[8] {
+  %light = f32[8] fusion(%p), metadata={op_name="jit(train_step)/add"}, backend_config={"estimated_cycles":"500000"}
+  %heavy = f32[8] fusion(%p), metadata={op_name="jit(train_step)/conv"}, backend_config={"estimated_cycles":"1000000"}
+  ROOT %all-reduce.1 = f32[25000000] all-reduce(%heavy)
+}"""
+    lines = '\n'.join(describe(of_size(8, 1024, text), here))
+    assert re.search(r'all +1.00 GiB of 16: fits', lines)
+    assert re.search(r'all-reduce +f32 +1 × +100.00 MB', lines)
+    assert '1,500,000, 1.0 ms at 1.5 GHz' in lines
+    assert lines.index('66.7%   1 ×  1,000,000  heavy  conv') < lines.index('33.3%   1 ×    500,000  light  add')
+    assert 'communication: 0.88 ms' in lines  # 2 · 7/8 · 100 MB at 200 GB/s
+    assert 'does not fit' in '\n'.join(describe(of_size(8, 17 * 1024, text), here))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'line'),
+    [
+        ((), '--config is missing'),
+        (('--config=configs/fashion_mnist.py',), 'give --topology=v5e:4x4 or --gpu=h100:8, one of the two'),
+        (('--config=configs/fashion_mnist.py', '--topology=v3:2x2'), 'a slice of v5e, v5p or v6e'),
+        (('--config=configs/fashion_mnist.py', '--topology=v5e'), "as v5e:16x16 or v5p:4x4x4, not 'v5e'"),
+        (('--config=configs/fashion_mnist.py', '--gpu=h100:none'), "as h100:8, not 'h100:none'"),
+        (('--config=configs/fashion_mnist.py', '--topology=v5e:2x2', '--batch=0'), 'flag --batch=0'),
+    ],
+)
+def test_plan_refuses_what_it_cannot_do(arguments, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        package_command.main(['convnext_jax', 'plan', *arguments])
+
+
+def test_a_compiler_that_is_missing_is_named_with_its_version(monkeypatch):
+    """The newest libtpu need not fit this jax, and nobody should have to find that out."""
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=re.escape(f"no TPU: pip install 'jax[tpu]=={jax.__version__}'")):
+        targets.tpu_target('v5e:2x2')
+    with pytest.raises(UserError, match=f'no GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__}'):
+        targets.gpu_target('h100:8')
+
+
+def test_a_batch_that_does_not_divide_is_refused(here):
+    config = get_config()
+    config.batch_size = 30
+    with pytest.raises(UserError, match='no multiple of 8 chips × 1 accumulation steps'):
+        plan(config, here, images=None)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu, the compiler for TPUs, is not installed')
+def test_plan_for_a_tpu_slice(commands):
+    small = ('--config=configs/fashion_mnist.py', '--topology=v5e:2x2', '--batch=2')
+    out = commands.run('-m', 'convnext_jax', 'plan', *small).stdout
+    assert 'on v5e:2x2: 4 chips' in out
+    assert re.search(r'of 16: fits', out)
+    assert re.search(r'all-reduce +f32', out)
+    assert re.search(r'estimated cycles of all but collectives: [\d,]{7,}', out)
+    refused = commands.run('-m', 'convnext_jax', 'plan', small[0], '--topology=v5e:5x5', status=2).stderr
+    assert 'error: --topology=v5e:5x5: INVALID_ARGUMENT' in refused.splitlines()[-1]
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec('jax_cuda12_plugin'), reason='jax-cuda12-plugin, the compiler for GPUs, is missing'
+)
+def test_plan_for_gpus(commands):
+    small = ('--config=configs/fashion_mnist.py', '--gpu=h100:8', '--batch=1')
+    out = commands.run('-m', 'convnext_jax', 'plan', *small).stdout
+    assert 'on h100:8: 8 chips' in out
+    assert re.search(r'all-reduce +f32', out)
+    assert 'this compiler tells none' in out
