@@ -35,7 +35,7 @@ def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     compiled = _compile(config, target, images)
     while compiled.memory is None:
         if compiled.images == 1:
-            raise UserError(f'one image on each chip does not fit {target.name}: try --config.model.remat')
+            raise UserError(f'one image on each chip does not fit {target.name}: try --config.model.remat=full')
         compiled = _compile(config, target, compiled.images // 2)
     for line in describe(compiled, target):
         print(line, flush=True)
