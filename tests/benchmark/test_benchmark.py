@@ -1,10 +1,12 @@
 """The benchmark with real contenders on small images, and with contenders that misbehave. No speed is asserted."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,8 @@ from PIL import Image
 
 from convnext_jax import __main__ as package_command
 from convnext_jax.benchmark import process
-from convnext_jax.benchmark.process import CONTENDERS, OURS, PEERS, Kind
+from convnext_jax.benchmark.compare import make_cases
+from convnext_jax.benchmark.process import CONTENDERS, OURS, PEERS, RUN, Kind
 from convnext_jax.errors import UserError
 from convnext_jax.models import create_model, get_parameters, get_variant
 
@@ -150,6 +153,23 @@ def test_no_process_outlives_the_command(commands, number, status):
     while any(map(is_running, children)):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_a_process_ends_in_the_middle_of_a_step(stand_in):
+    """Compiling takes minutes: a command that was killed must not leave that behind."""
+    stand_in('endless', at_step="print('in a step', flush=True); time.sleep(1e6)")
+    (case,) = make_cases(['convnext_atto'], ['eval'], batch=1, size=32, dtype='float32')
+    command = [sys.executable, str(RUN), 'stand_in_endless']
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as worker:
+        try:
+            print(json.dumps(dataclasses.asdict(case.task('endless'))), file=worker.stdin, flush=True)
+            while 'in a step' not in (line := worker.stderr.readline()):
+                assert line, 'it ended before'
+            worker.stdin.close()
+            assert worker.wait(timeout=120) == 0
+        finally:
+            worker.kill()
 
 
 def is_running(pid: str) -> bool:
