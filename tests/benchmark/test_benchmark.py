@@ -1,10 +1,12 @@
 """The benchmark with real contenders on small images, and with contenders that misbehave. No speed is asserted."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,37 +17,36 @@ from PIL import Image
 
 from convnext_jax import __main__ as package_command
 from convnext_jax.benchmark import process
-from convnext_jax.benchmark.process import CONTENDERS, OURS, PEERS, Kind
+from convnext_jax.benchmark.compare import make_cases
+from convnext_jax.benchmark.process import CONTENDERS, OURS, PEERS, RUN, Kind
 from convnext_jax.errors import UserError
 from convnext_jax.models import create_model, get_parameters, get_variant
 
 SMALL = ('-m', 'convnext_jax', 'benchmark', '--models=convnextv2_atto', '--size=32', '--batch=2')
 
 
-def test_a_table_numbers_and_a_chart(commands, tmp_path):
+@pytest.mark.parametrize(('mode', 'batch', 'passes'), [('train', 2, 3), ('latency', 1, 1)])
+def test_a_table_numbers_and_a_chart(commands, tmp_path, mode, batch, passes):
     """Without this the command may write a wrong ratio or share, or a file that no one can read."""
-    arguments = ('--mode=train,latency', '--rounds=2', '--peers=flax', f'--output={tmp_path / "made"}')
+    arguments = (f'--mode={mode}', '--rounds=2', '--peers=flax', f'--output={tmp_path / "made"}')
     done = commands.run(*SMALL, *arguments)
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines() if '|' in line][2:]
     assert [row[:4] for row in rows] == [
-        ['convnextv2_atto', 'train', '2', 'convnext_jax'],
-        ['convnextv2_atto', 'train', '2', 'flax'],
-        ['convnextv2_atto', 'latency', '1', 'convnext_jax'],
-        ['convnextv2_atto', 'latency', '1', 'flax'],
+        ['convnextv2_atto', mode, str(batch), 'convnext_jax'],
+        ['convnextv2_atto', mode, str(batch), 'flax'],
     ]
     report = json.loads((tmp_path / 'made' / 'benchmark.json').read_text())
     assert {'python', 'jax', 'flax'} <= report['machine']['versions'].keys()
     assert report['machine']['processor']
     assert report['machine']['load'] >= 0
     assert report['left_out'] == []
-    multiply_adds = get_variant('convnextv2_atto').multiply_adds(32)
+    flops = 2 * passes * get_variant('convnextv2_atto').multiply_adds(32)
+    ours = report['results'][0]
     for result, row in zip(report['results'], rows, strict=True):
-        ours = next(r for r in report['results'] if (r['mode'], r['contender']) == (result['mode'], OURS))
         speeds, products = (result[name]['rounds'] for name in ('images_per_second', 'matmul_gflops'))
         assert len(speeds) == 2
         ratios = [a / b for a, b in zip(ours['images_per_second']['rounds'], speeds, strict=True)]
         assert result['ratio']['median'] == pytest.approx(statistics.median(ratios))
-        flops = multiply_adds * (6 if result['mode'] == 'train' else 2)
         shares = [flops * speed / (1e9 * peak) for speed, peak in zip(speeds, products, strict=True)]
         assert result['share_of_peak']['least'] == pytest.approx(min(shares))
         assert result['compile_seconds'] > 0
@@ -150,6 +151,23 @@ def test_no_process_outlives_the_command(commands, number, status):
     while any(map(is_running, children)):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_a_process_ends_in_the_middle_of_a_step(stand_in):
+    """Compiling takes minutes: a command that was killed must not leave that behind."""
+    stand_in('endless', at_step="print('in a step', flush=True); time.sleep(1e6)")
+    (case,) = make_cases(['convnext_atto'], ['eval'], batch=1, size=32, dtype='float32')
+    command = [sys.executable, str(RUN), 'stand_in_endless']
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as worker:
+        try:
+            print(json.dumps(dataclasses.asdict(case.task('endless'))), file=worker.stdin, flush=True)
+            while 'in a step' not in (line := worker.stderr.readline()):
+                assert line, 'it ended before'
+            worker.stdin.close()
+            assert worker.wait(timeout=120) == 0
+        finally:
+            worker.kill()
 
 
 def is_running(pid: str) -> bool:

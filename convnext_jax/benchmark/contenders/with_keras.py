@@ -4,6 +4,7 @@ import os
 
 os.environ['KERAS_BACKEND'] = 'jax'  # Keras reads it when it is imported
 
+import jax.numpy as jnp
 import keras
 from contender import LEARNING_RATE, WEIGHT_DECAY, Contender, Task, example_batch
 from on_jax import device_kind, make_matmul
@@ -28,7 +29,7 @@ def build(task: Task) -> Contender:
         classes=task.classes,
         classifier_activation=None,
     )
-    images, labels = example_batch(task)
+    images, labels = map(jnp.asarray, example_batch(task))
     optimizer = keras.optimizers.AdamW(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     optimizer.exclude_from_weight_decay(var_list=[weight for weight in model.weights if len(weight.shape) <= 1])
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
