@@ -98,7 +98,10 @@ def _by_processes(
             for slot, future in _ahead(numbered, slots - 1):
                 yield {**future.result(), 'image': images[slot].copy()}
         except BrokenProcessPool as error:
-            raise UserError('a process that decodes images was killed: out of memory? Lower data.workers') from error
+            raise UserError(
+                'a process that decodes images ended: out of memory, or begun by a script that trains without '
+                "if __name__ == '__main__'? Lower data.workers; with 0 there are none"
+            ) from error
 
 
 class _Worker:
