@@ -122,6 +122,7 @@ def _cycle_lines(program: list[Instruction], found: dict[tuple[str, str], Collec
         return ['\nestimated cycles: this compiler tells none']
     heaviest = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)[:HEAVIEST]
     seconds = total / target.chip.clock / 1e9
+    again = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
     linked = link_seconds(found, len(target.devices), target.chip.link)
     return [
         f'\nestimated cycles of all but collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz; '
@@ -131,6 +132,7 @@ def _cycle_lines(program: list[Instruction], found: dict[tuple[str, str], Collec
             f'{i.operation.removeprefix("jit(train_step)/")}'
             for i in heaviest
         ),
+        f'recomputed by the compiler of its own accord, to save memory: {again / total:.1%}',
         f'communication: {1000 * linked:.2f} ms at the {target.chip.link:g} GB/s of the links, which is the least: '
         f'{linked / (linked + seconds):.1%} of the step if nothing runs beside it\n',
     ]
