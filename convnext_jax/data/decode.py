@@ -78,8 +78,8 @@ def train_crop(
 
 def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float], seed: Sequence[int]) -> np.ndarray:
     height, width, space, _ = simplejpeg.decode_jpeg_header(image)
-    if space not in ('YCbCr', 'RGB', 'Gray'):
-        raise ValueError(space)
+    if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError
     left, top, right, bottom = _random_box(width, height, scale, seed)
     # libjpeg scales by powers of two at little cost, but softly: it leaves at least half of the work to the filter.
     room = min(right - left, bottom - top) // (2 * size)

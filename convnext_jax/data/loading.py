@@ -18,6 +18,11 @@ import numpy as np
 
 from convnext_jax.errors import UserError
 
+
+class WorkerEnded(UserError):
+    """A process that decodes images came to its end before the training did."""
+
+
 HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 
 Row = dict[str, np.ndarray | np.generic]
@@ -55,7 +60,7 @@ def load_batches(
         workers: as in `decoders`.
 
     Raises:
-        UserError: as `load`, or a process was killed.
+        UserError: as `load`; `WorkerEnded` if a process was killed.
     """
     processes, threads = decoders(workers)
     if processes:
@@ -98,7 +103,7 @@ def _by_processes(
             for slot, future in _ahead(numbered, slots - 1):
                 yield {**future.result(), 'image': images[slot].copy()}
         except BrokenProcessPool as error:
-            raise UserError(
+            raise WorkerEnded(
                 'a process that decodes images ended: out of memory, or begun by a script that trains without '
                 "if __name__ == '__main__'? Lower data.workers; with 0 there are none"
             ) from error

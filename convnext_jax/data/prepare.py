@@ -67,8 +67,11 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
         raise UserError(f'{manual_dir} holds no folders: images are expected in {manual_dir}/SPLIT/CLASS/')
     sources = {split: FolderSource(manual_dir, split) for split in splits}
     class_names = sources[splits[0]].class_names
+    for class_name in class_names:  # TFDS keeps them as lines of a file
+        if class_name != class_name.strip() or len(class_name.splitlines()) != 1 or not class_name.isprintable():
+            raise UserError(f'{class_name!r} cannot be the name of a class in TFDS: rename its folder')
     for split, source in sources.items():
-        if not re.fullmatch(r'\w+', split):
+        if not re.fullmatch(r'\w+', split) or split == 'all':
             raise UserError(f"{manual_dir / split} cannot be a split's name: letters, digits and '_' alone")
         if source.class_names != class_names:
             differ = sorted(set(source.class_names) ^ set(class_names))

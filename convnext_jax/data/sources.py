@@ -14,6 +14,7 @@ from convnext_jax.errors import UserError, first_line
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
 # ImageNet-A (arXiv:1907.07174) and -R (arXiv:2006.16241) hold 200 of ImageNet's classes, and score among these alone.
 SOME_CLASSES = ('imagenet_a', 'imagenet_r')
+MOST_CLASSES = 10**6  # a larger label is something else, an image's number say
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp'}
 
 
@@ -118,6 +119,8 @@ class WebDatasetSource:
         self._index = open_index(directory, split, self._shards, IMAGE_SUFFIXES)
         largest = int(self._index['label'].max())
         path = directory / 'classnames.txt'
+        if largest >= MOST_CLASSES:
+            raise UserError(f'{directory}: {split} has an image of class {largest}, which can be no number of a class')
         names = path.read_text(encoding='utf-8').splitlines() if path.is_file() else map(str, range(largest + 1))
         self.class_names = list(names)
         if largest >= len(self.class_names):

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
+from convnext_jax.data.loading import WorkerEnded
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
@@ -183,12 +184,12 @@ class Run(Program):
                         break
             except NotFinite:
                 raise
-            except UserError:  # a broken image, say: mended, the same command goes on from here
+            except UserError as error:  # a broken image, say: mended, the same command goes on from here
                 if step > saved:
                     self._save(state, step, None)
                     self.checkpoints.wait()
                     log.say(f'saved at step {step}')
-                if stop.received:  # by the processes that decode images, too
+                if stop.received and isinstance(error, WorkerEnded):  # the signal went to all processes
                     raise Stopped(stop.received, step) from None
                 raise
             self.checkpoints.wait()
