@@ -164,6 +164,10 @@ def check_values(config: ConfigDict) -> None:
         for field, choices in CHOICES.items()
         if values[field] not in choices
     ]
+    if values['data.workers'] < -1:
+        problems.append(f'data.workers must be −1 or a number of processes, not {values["data.workers"]}')
+    if values['seed'] >= 2**63:
+        problems.append(f'seed must be below 2⁶³: {values["seed"]}')
     if problems:
         raise UserError('; '.join(problems))
 

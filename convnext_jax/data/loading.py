@@ -8,7 +8,9 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -60,7 +62,7 @@ def load_batches(
         workers: as in `decoders`.
 
     Raises:
-        UserError: as `load`; `WorkerEnded` if a process was killed.
+        UserError: as `load`, or there is too little shared memory; `WorkerEnded` if a process was killed.
     """
     processes, threads = decoders(workers)
     if processes:
@@ -73,7 +75,7 @@ def _by_threads(load: Callable[[int], Row], batches: Iterable[int], rows: int, t
         return _stack([load(row) for row in range(number * rows, (number + 1) * rows)])
 
     with _closing(ThreadPoolExecutor(threads)) as pool:
-        for future in _ahead((functools.partial(pool.submit, batch, number) for number in batches), 2 * threads):
+        for future in _ahead((functools.partial(pool.submit, batch, number) for number in batches), threads + 1):
             yield future.result()
 
 
@@ -86,10 +88,19 @@ def _by_processes(
     threads: int,
 ) -> Iterator[Row]:
     """Images come through one block of shared memory with a slot for each batch under way, the rest as results."""
-    slots = 2 * processes
+    slots = processes + 2
+    size = slots * rows * math.prod(image_shape)
+    free = max(
+        shutil.disk_usage(folder).free for folder in ('/dev/shm', tempfile.gettempdir()) if os.path.isdir(folder)
+    )
+    if size > free:
+        raise UserError(
+            f'{processes} processes need {size / 1e9:.1f} GB of shared memory, and {free / 1e9:.1f} are free: '
+            'enlarge /dev/shm, or lower data.workers or batch_size'
+        )
     spawn = multiprocessing.get_context('spawn')  # a fork would copy JAX's threads half
     # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
-    memory = spawn.RawArray(ctypes.c_uint8, slots * rows * math.prod(image_shape))
+    memory = spawn.RawArray(ctypes.c_uint8, size)
     images = np.frombuffer(memory, np.uint8).reshape(slots, rows, *image_shape)
     work = (pickle.dumps(load), memory, (slots, rows, *image_shape), threads)
     with _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work)) as pool:

@@ -160,6 +160,11 @@ def train_batches(
     return _tell(batches, unreadable, len(source))
 
 
+def is_kept(images: int, image_size: int, channels: int, crop_scale: tuple) -> bool:
+    """Whether the images stay in memory once they are decoded: where epochs change nothing and they are small."""
+    return not crop_scale and images * image_size**2 * channels <= KEPT_BYTES
+
+
 class TrainRows:
     """Number of a row of this process → the row. Its arguments are those of `train_batches`.
 
@@ -184,8 +189,7 @@ class TrainRows:
         self._distinct = share.batch_size // repeats
         self._steps = steps_per_epoch(len(source), share.batch_size)
         self._tries = len(source) // 1000 + 2 if replace else 1  # more in a row are too many anyway
-        small = not crop_scale and len(source) * image_size**2 * channels <= KEPT_BYTES
-        self.kept: dict[int, Row] | None = {} if small else None
+        self.kept: dict[int, Row] | None = {} if is_kept(len(source), image_size, channels, crop_scale) else None
 
     def __call__(self, local: int) -> Row:
         step, row = divmod(self._share.position(local), self._share.batch_size)
@@ -227,7 +231,12 @@ class TrainRows:
 
 def shuffled(place: int, images: int, seed: int, epoch: int) -> int:
     """Which of so many images is at a place of an epoch's order, worked out without the rest of the order."""
-    return grain.experimental.index_shuffle(place, images - 1, _epoch_seed(seed, epoch), ROUNDS)
+    # Where images − 1 is a power of four, Grain's cipher may repeat a number: there it orders one more, passed over.
+    largest = images if (images - 1).bit_count() == 1 else images - 1
+    while True:
+        place = grain.experimental.index_shuffle(place, largest, _epoch_seed(seed, epoch), ROUNDS)
+        if place < images:
+            return place
 
 
 @functools.lru_cache(maxsize=2)

@@ -108,7 +108,8 @@ def _imagenet_validation(path: Path, class_names: Sequence[str]) -> list[Image]:
 
 
 def _folder_images(root: Path, source: FolderSource) -> list[Image]:
-    return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in source.files]
+    paths = ((Path(path), label) for path, label in source.files)
+    return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in paths]
 
 
 def _is_prepared(directory: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tarfile
+import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from convnext_jax.errors import UserError, first_line
 
 BLOCK = 512  # a tar is made of such blocks, and one of zeros marks its end
+LONGEST_END = 2**21  # more than the zeros with which any tar is filled up
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'convnext_jax'
 
 
@@ -38,17 +40,23 @@ def tar_members(path: Path, within: Member | None = None) -> list[Member]:
         with path.open('rb') as file:
             file.seek(within.offset if within else 0)
             with tarfile.open(fileobj=file, mode='r:') as tar:
-                members = [Member(entry.name, entry.offset_data, entry.size) for entry in tar if entry.isfile()]
+                entries = list(tar)
                 end = tar.offset
             file.seek(end)
-            whole = file.read(BLOCK) == bytes(BLOCK)
+            left = within.offset + within.size - end if within else LONGEST_END
+            rest = file.read(max(min(left, LONGEST_END), 0))
     except tarfile.TarError as error:
         raise UserError(f'{name} is no whole tar ({first_line(error)}): copy or download it again') from error
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
-    if not whole or (within and end > within.offset + within.size):
+    if rest[:BLOCK] != bytes(BLOCK):
         raise UserError(f'{name} is damaged or cut short at byte {end}: copy or download it again')
-    return members
+    if rest.strip(b'\0'):
+        raise UserError(f'{name} goes on behind its end at byte {end}: it is two tars in one, take them apart')
+    for entry in entries:
+        if entry.islnk():
+            raise UserError(f'{name}: {entry.name} is a link to {entry.linkname}, and no file: pack it without links')
+    return [Member(entry.name, entry.offset_data, entry.size) for entry in entries if entry.isfile()]
 
 
 def read_bytes(path: Path, offset: int, size: int) -> bytes:
@@ -95,7 +103,8 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: se
         path = directory / name
     else:
         path = CACHE / directory.resolve().relative_to('/') / name
-    if not path.is_file():
+    index = _read_index(path)
+    if index is None:
         if path.parent != directory:
             warnings.warn(f'{directory} cannot be written: the index of its shards becomes {path}', stacklevel=3)
         bar = tqdm(enumerate(shards), f'indexing {split}', len(shards), unit='tar', disable=not sys.stderr.isatty())
@@ -104,7 +113,8 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: se
         for other in path.parent.glob(f'{split}.index-*.npy'):
             if other != path:  # outdated
                 other.unlink(missing_ok=True)
-    return np.load(path, mmap_mode='r', allow_pickle=False)
+        index = _read_index(path)
+    return index
 
 
 def index_shard(path: Path, number: int, suffixes: set[str]) -> np.ndarray:
@@ -157,8 +167,16 @@ def _fingerprint(shards: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _read_index(path: Path) -> np.memmap | None:
+    """None if it is not there, or damaged."""
+    try:
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def _write_index(path: Path, rows: np.ndarray) -> None:
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}')  # several processes may be at it
+    scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')  # several processes on several machines may be at it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open('wb') as file:

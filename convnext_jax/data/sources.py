@@ -84,7 +84,7 @@ class FolderSource:
         if not folders:
             raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
         self.class_names = [folder.name for folder in folders]
-        self.files = []
+        self.files: list[tuple[str, int]] = []
         for label, folder in enumerate(folders):
             files = sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
             images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -92,7 +92,7 @@ class FolderSource:
                 raise UserError(f'class folder {folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
             if len(images) < len(files):
                 warnings.warn(f'{folder}: left out {len(files) - len(images)} files that are no images', stacklevel=2)
-            self.files += [(path, label) for path in images]
+            self.files += [(str(path), label) for path in images]  # strings: a Path is slow to send to a process
 
     def __len__(self) -> int:
         return len(self.files)
@@ -100,7 +100,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         path, label = self.files[index]
         try:
-            return Example(path.read_bytes(), label, str(path))
+            return Example(Path(path).read_bytes(), label, path)
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
@@ -121,8 +121,7 @@ class WebDatasetSource:
         path = directory / 'classnames.txt'
         if largest >= MOST_CLASSES:
             raise UserError(f'{directory}: {split} has an image of class {largest}, which can be no number of a class')
-        names = path.read_text(encoding='utf-8').splitlines() if path.is_file() else map(str, range(largest + 1))
-        self.class_names = list(names)
+        self.class_names = _lines(path) if path.is_file() else [str(label) for label in range(largest + 1)]
         if largest >= len(self.class_names):
             raise UserError(f'{path} names {len(self.class_names)} classes; {split} has images of class {largest}')
 
@@ -142,6 +141,16 @@ class WebDatasetSource:
         self.__dict__ = state | {'_index': np.load(state['_index'], mmap_mode='r', allow_pickle=False)}
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding='utf-8-sig').rstrip('\n').split('\n')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read as UTF-8: {first_line(error)}') from error
+    if not all(lines):
+        raise UserError(f'{path} has an empty line {lines.index("") + 1}: a class has a name')
+    return lines
+
+
 class Part:
     """A part of a source, 'train[:99%]' in TFDS's notation, cut out of an order in which the classes are mixed."""
 
@@ -150,9 +159,11 @@ class Part:
 
         whole = tfds.core.SplitInfo(name=split.partition('[')[0], shard_lengths=[len(source)], num_bytes=0)
         try:
-            (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute({whole.name: whole})
+            part, *more = tfds.core.ReadInstruction.from_spec(split).to_absolute({whole.name: whole})
         except (ValueError, AssertionError) as error:
             raise UserError(f"split '{split}' is not as train[:99%] or train[1000:]: {first_line(error)}") from error
+        if more:
+            raise UserError(f"split '{split}': of a folder or of shards one part is taken, as train[:99%]")
         self._source = source
         self._indices = np.random.default_rng(0).permutation(len(source))[part.from_ : part.to]
         if not len(self._indices):

@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.loading import decoders
+from convnext_jax.data.pipeline import is_kept
 from convnext_jax.data.sources import Source
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.logging import read_records
@@ -29,7 +30,8 @@ def describe(
     devices, epoch = jax.devices(), plan.steps_per_epoch
     axes = ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
-    processes, threads = decoders(data.workers)
+    kept = is_kept(len(train_source), size, len(data.mean), data.crop_scale)
+    processes, threads = decoders(0 if kept else data.workers)
     decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'
     peak = optimizer.learning_rate * config.batch_size / 256
     return [

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +79,15 @@ def test_processes_give_the_batches_of_threads():
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_too_little_shared_memory_is_told_before_it_is_taken(monkeypatch):
+    """A container's /dev/shm of 64 MB ends the process by a bus error, without a line."""
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=100))
+    with pytest.raises(
+        UserError, match='2 processes need 0.0 GB of shared memory.*enlarge /dev/shm, or lower data.work'
+    ):
+        next(load_batches(Load(), range(3), 8, SHAPE, workers=2))
 
 
 def test_how_many_decode(monkeypatch):

@@ -10,7 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from convnext_jax.data import pipeline
-from convnext_jax.data.pipeline import Share, Unreadable, eval_batches, steps_per_epoch, to_devices, train_batches
+from convnext_jax.data.pipeline import (
+    Share,
+    Unreadable,
+    eval_batches,
+    shuffled,
+    steps_per_epoch,
+    to_devices,
+    train_batches,
+)
 from convnext_jax.data.sources import Example
 from convnext_jax.errors import UserError
 
@@ -84,6 +92,12 @@ def test_an_epoch_holds_each_example_at_most_once_in_whole_batches():
     assert len({tuple(epoch) for epoch in epochs}) == 3, 'each epoch has its own order'
     assert len({frozenset(epoch) for epoch in epochs}) > 1, 'the same three examples are left out in every epoch'
     assert epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize('images', [1, 2, 3, 5, 17, 1000, 65536, 65537])
+def test_an_order_is_a_permutation(images):
+    """Grain's cipher repeats a number in splits of 65,537 images: one image would never come."""
+    assert len({shuffled(place, images, seed=1, epoch=2) for place in range(images)}) == images
 
 
 def test_whole_epochs_hold_every_example():

@@ -274,6 +274,18 @@ def test_folders_that_are_no_data_set(folder, tmp_path):
     assert message() == f"{folder / 'a-b'} cannot be a split's name: letters, digits and '_' alone"
 
 
+@pytest.mark.parametrize('name', [' dog', 'two\nlines', 'a\udcff'])
+def test_class_names_that_tfds_cannot_keep(tmp_path, name):
+    """They come back as other names, or as two, and the images under the wrong ones."""
+    for class_name in (name, 'cat'):
+        path = tmp_path / 'images' / 'train' / class_name / '0.png'
+        path.parent.mkdir(parents=True)
+        Picture.new('RGB', (4, 4)).save(path)
+    with pytest.raises(UserError, match='cannot be the name of a class in TFDS: rename its folder'):
+        prepare_folder(tmp_path / 'images', tmp_path / 'data', 'mine')
+    assert not (tmp_path / 'data').exists()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'line'),
     [

@@ -211,3 +211,53 @@ def test_shard_cut_after_it_was_opened(directory):
 
 def test_missing_split(directory):
     assert error_of(directory, 'val') == f"{directory} holds no shards of split 'val': val/*.tar, or *val-NUMBER.tar"
+
+
+def test_tar_that_goes_on_behind_its_end(directory):
+    """`cat a.tar b.tar` is no tar: what is behind the first end would be left out without a word."""
+    first, second = (directory / f'mini-train-00000{number}.tar' for number in range(2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    assert 'goes on behind its end at byte' in error_of(directory)
+
+
+def test_link_in_a_tar_is_named(directory):
+    """GNU tar packs a second name of a file as a link: an image less, unseen."""
+    with tarfile.open(directory / 'mini-train-000001.tar', 'a') as tar:
+        link = tarfile.TarInfo('c.png')
+        link.type, link.linkname = tarfile.LNKTYPE, 'a.jpeg'
+        tar.addfile(link)
+    assert 'c.png is a link to a.jpeg' in error_of(directory)
+
+
+def test_damaged_index_is_made_anew(directory):
+    """A full disk or a crash leaves half an index: nobody knows that such a file is to be removed."""
+    expected = values(open_source('webdataset', str(directory), 'train'))
+    (index,) = directory.glob('train.index-*.npy')
+    for damaged in (b'', index.read_bytes()[:40], index.read_bytes()[:-9]):
+        index.write_bytes(damaged)
+        assert values(open_source('webdataset', str(directory), 'train')) == expected
+
+
+@pytest.mark.parametrize(
+    ('text', 'line'),
+    [
+        (b'cat\n\ndog\n', 'has an empty line 2'),
+        ('Käfer\nb\nc\n'.encode('latin-1'), 'cannot be read as UTF-8'),
+        (b'cat\ndog\n', 'names 2 classes; train has images of class 2'),
+    ],
+)
+def test_class_names_that_are_none(directory, text, line):
+    """A blank line shifts or adds a class; the numbers would be right and the names wrong."""
+    (directory / 'classnames.txt').write_bytes(text)
+    assert line in error_of(directory)
+
+
+def test_byte_order_mark_is_no_part_of_a_name(directory):
+    (directory / 'classnames.txt').write_bytes(b'\xef\xbb\xbfcat\nd\x0cog\nowl')
+    assert open_source('webdataset', str(directory), 'train').class_names == ['cat', 'd\x0cog', 'owl']
+
+
+def test_label_that_is_no_class(directory):
+    """An image's number in KEY.cls would make a billion classes, and take all memory."""
+    write_tar(directory / 'mini-train-000002.tar', sample('x', 1, 999_999_999))
+    assert 'has an image of class 999999999' in error_of(directory)

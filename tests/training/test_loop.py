@@ -1,10 +1,12 @@
 """The real loop in processes of its own: resume, kill, stop, refuse."""
 
+import contextlib
 import json
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,12 +16,15 @@ from PIL import Image
 
 import train as train_command
 from configs.fashion_mnist import get_config
+from convnext_jax.data.loading import WorkerEnded
+from convnext_jax.errors import UserError
+from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import restore_parameters, saved_steps
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
-from convnext_jax.training.stop import Stop
+from convnext_jax.training.stop import Stop, Stopped
 
 STEPS = 24
 
@@ -138,6 +143,68 @@ def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resum
     commands.train(run, *arguments)
     assert [record['step'] for record in read_records(run) if record['split'] == 'test'] == [10, 20, 24]
     assert fingerprints(run) == fingerprints(finished_run)
+
+
+class Steps:
+    """A training step that costs nothing."""
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        metrics = dict.fromkeys(('loss', 'learning_rate', 'grad_norm', 'skipped', 'skips_in_a_row'), np.zeros(()))
+        return lambda state, batch: (state, metrics)
+
+
+class Saves:
+    """Checkpoints in name: remembers that it was told to save; `error` comes when one waits for the end of it."""
+
+    def __init__(self, error=None):
+        self.steps, self._error = [], error
+
+    def save(self, state, about, results):
+        self.steps.append(about['position']['batch'])
+
+    def wait(self):
+        if self._error:
+            raise self._error
+
+
+def stopped_run(tmp_path, monkeypatch, checkpoints, error):
+    """Runs until the second batch; with it comes a signal, and the error if there is one."""
+    config, stop = get_config(), Stop()
+    train_source, eval_source = open_sources(config)
+    settle_classes(config, train_source)
+    plan = make_plan(config, len(train_source))
+    run = Run(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints)
+    run.train_step = Steps()
+
+    def batches(start_step):
+        yield {}
+        stop.received = signal.SIGTERM
+        if error:
+            raise error
+        yield {}
+
+    monkeypatch.setattr(run, 'train_batches', batches)
+    monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
+    run.go(SimpleNamespace(step=0), tmp_path)
+
+
+def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
+    """Launchers signal the decoding processes too: their end must not be told as running out of memory."""
+    checkpoints = Saves()
+    with pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved'):
+        stopped_run(tmp_path, monkeypatch, checkpoints, WorkerEnded('a process ended'))
+    assert checkpoints.steps == [1]
+
+
+def test_a_stop_hides_no_error(tmp_path, monkeypatch):
+    """A save that fails, or a broken image, in the moment of the signal: 'saved' would be a lie."""
+    with pytest.raises(UserError, match='^the disk is full$'):
+        stopped_run(tmp_path, monkeypatch, Saves(UserError('the disk is full')), None)
+    with pytest.raises(UserError, match='^7.jpg is broken$'):
+        stopped_run(tmp_path, monkeypatch, Saves(), UserError('7.jpg is broken'))
 
 
 def test_an_evaluation_stops_within_a_batch(tmp_path):

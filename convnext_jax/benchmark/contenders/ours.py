@@ -1,21 +1,20 @@
-"""This package: the training step of its runs, and the jitted model."""
+"""This package: the program of its training runs, and the jitted model."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from contender import LEARNING_RATE, WEIGHT_DECAY, Contender, Task, example_batch
 from ml_collections import ConfigDict
 from on_jax import device_kind, make_matmul
 
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters
-from convnext_jax.training.optimizer import adamw
-from convnext_jax.training.setup import abstract_model, build_model
-from convnext_jax.training.state import init_key, initial_state
-from convnext_jax.training.step import make_train_step
+from convnext_jax.training.program import Program
+from convnext_jax.training.setup import abstract_model, build_model, make_plan
+from convnext_jax.training.sharding import make_mesh
+from convnext_jax.training.state import init_key
 
 
 def build(task: Task) -> Contender:
@@ -32,38 +31,26 @@ def _config(task: Task) -> ConfigDict:
     config.data.image_size = task.size
     config.augment.update(flip=False, policy='', erasing=0.0)
     config.label_smoothing = 0.0
+    config.batch_size = task.batch
+    config.optimizer.learning_rate = LEARNING_RATE
+    config.optimizer.weight_decay = WEIGHT_DECAY
     config.ema.decay = 0.0
     return config
 
 
 def _training_step(task: Task, config: ConfigDict) -> Callable[[], None]:
-    model = abstract_model(config)
-    optimizer = adamw(
-        dict.fromkeys(get_parameters(model), 1.0),
-        beta1=config.optimizer.beta1,
-        beta2=config.optimizer.beta2,
-        epsilon=config.optimizer.epsilon,
-        weight_decay=WEIGHT_DECAY,
-        clip_norm=config.optimizer.clip_norm,
-    )
-    schedule = optax.constant_schedule(LEARNING_RATE)
-    train_step = jax.jit(make_train_step(model, optimizer, schedule, config, mixing_steps=0), donate_argnums=0)
+    mesh = make_mesh(-1, jax.devices()[:1])
+    program = Program(config, make_plan(config, images=task.batch), mesh, abstract_model(config))
     images, labels = example_batch(task)
     batch = {
         'image': jnp.asarray(np.clip(128 + 50 * images, 0, 255), jnp.uint8),
         'label': jnp.asarray(labels, jnp.int32),
     }
-
-    @jax.jit
-    def fresh_state():
-        parameters = get_parameters(build_model(config, init_key(config.seed)))
-        return initial_state(parameters, optimizer, ema=False)
-
-    state = jax.block_until_ready(fresh_state())
+    state = jax.block_until_ready(jax.jit(program.fresh_state, out_shardings=program.state_sharding)())
 
     def step() -> None:
         nonlocal state
-        state, _ = train_step(state, batch)
+        state, _ = program.train_step(state, batch)
         jax.block_until_ready(state)
 
     return step
