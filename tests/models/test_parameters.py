@@ -1,0 +1,79 @@
+"""A model's parameters as a flat dict, and the way back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.models import Variant, create_model, get_parameters, with_parameters
+
+call = jax.jit(lambda model, images: model(images))
+
+
+@pytest.fixture(scope='module')
+def model():
+    """Small, with every parameter random, so that none can be left out unseen."""
+    variant = Variant((3, 2), (8, 16), grn=True, layer_scale_init=0)
+    model = create_model(variant, num_classes=5, key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+    parameters = {
+        name: jnp.asarray(name.endswith('scale') + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)
+        for name, leaf in get_parameters(model).items()
+    }
+    return with_parameters(model, parameters)
+
+
+def names(name):
+    return list(get_parameters(jax.eval_shape(lambda: create_model(name, key=jax.random.key(0)))))
+
+
+def test_parameters_round_trip(model):
+    """Optimizer, checkpoint and EMA see the flat dict alone: what it drops or swaps is lost."""
+    images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 32, 32, 3)), jnp.float32)
+    parameters = get_parameters(model)
+    assert all(isinstance(leaf, jax.Array) for leaf in parameters.values())
+    assert len(parameters) == len(jax.tree.leaves(model))
+    logits = call(model, images)
+    abstract = jax.eval_shape(lambda model: model, model)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in get_parameters(abstract).values())
+    for other in (jax.tree.map(jnp.zeros_like, model), abstract):
+        restored = with_parameters(other, dict(reversed(parameters.items())))
+        np.testing.assert_array_equal(call(restored, images), logits)
+        assert list(get_parameters(restored)) == list(parameters)
+    doubled = with_parameters(model, {name: 2 * leaf for name, leaf in parameters.items()})
+    assert np.abs(call(doubled, images) - logits).max() > 0.01
+    np.testing.assert_array_equal(call(model, images), logits)  # the first model is left as it was
+
+
+def test_parameter_names():
+    """Decay masks, layer decay and converters go by these names."""
+    assert names('convnextv2_atto')[:4] == [
+        'head.bias',
+        'head.kernel',
+        'norm.bias',
+        'norm.scale',
+    ]
+    stage = {name.removeprefix('stages.1.') for name in names('convnext_atto') if name.startswith('stages.1.')}
+    assert stage == {
+        'downsample.norm.scale',
+        'downsample.norm.bias',
+        'downsample.conv.kernel',
+        'downsample.conv.bias',
+        'blocks.depthwise.kernel',
+        'blocks.depthwise.bias',
+        'blocks.norm.scale',
+        'blocks.norm.bias',
+        'blocks.pointwise1.kernel',
+        'blocks.pointwise1.bias',
+        'blocks.pointwise2.kernel',
+        'blocks.pointwise2.bias',
+        'blocks.layer_scale',
+    }
+
+
+def test_a_missing_parameter_is_an_error(model):
+    """A checkpoint without one of the weights must not be filled up in silence."""
+    parameters = get_parameters(model)
+    del parameters['head.bias']
+    with pytest.raises(KeyError, match='head.bias'):
+        with_parameters(model, parameters)
