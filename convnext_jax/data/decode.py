@@ -87,7 +87,6 @@ def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float
     pixels = simplejpeg.decode_jpeg(
         image,
         'RGB' if channels == 3 else 'GRAY',
-        min_factor=shrink,
         min_height=-(-height // shrink),
         min_width=-(-width // shrink),
     )

@@ -288,6 +288,16 @@ def labels_of(batches):
     return [{'label': batch['label']} for batch in batches]
 
 
+def test_each_of_several_broken_neighbours_is_told():
+    """A damaged shard breaks images in a row: all but the first would stay unnamed and uncounted."""
+    source = Numbered(3000, broken=(5, 6))
+    unreadable = Unreadable(source, channels=1)
+    options = {'seed': 0, 'start_step': 0, 'image_size': 4, 'channels': 1, 'crop_scale': ()}
+    batches = list(itertools.islice(train_batches(source, Share(100), unreadable=unreadable, **options), 30))
+    assert labels(batches).count(7) == 3
+    assert sorted(line.split(' cannot')[0] for line in unreadable.news()) == ['number 5', 'number 6']
+
+
 def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
     unreadable = Unreadable(Numbered(2000, broken=(3, 7, 9)), channels=1)
     for index in (3, 3, 7):  # an image counts once, however often it comes

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from convnext_jax.data.loading import WorkerEnded
 from convnext_jax.errors import UserError
 from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
@@ -143,6 +145,23 @@ def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resum
     commands.train(run, *arguments)
     assert [record['step'] for record in read_records(run) if record['split'] == 'test'] == [10, 20, 24]
     assert fingerprints(run) == fingerprints(finished_run)
+
+
+def test_a_run_says_who_decodes():
+    """Whoever tunes a slow input must see what there is: threads or processes, and how many."""
+    config = get_config()
+    config.data.workers = 2
+    sources = open_sources(config)
+    settle_classes(config, sources[0])
+    model, mesh, plan = abstract_model(config), make_mesh(-1), make_plan(config, len(sources[0]))
+
+    def line():
+        lines = describe(config, plan, mesh, model, *sources, Path('run'))
+        return next(line for line in lines if line.startswith('data'))
+
+    assert re.search(r'10 classes, decoded by \d+ thread', line()), 'kept images are decoded once, by threads'
+    config.data.crop_scale = (0.5, 1.0)
+    assert '10 classes, decoded by 2 process(es) of' in line()
 
 
 class Steps:
