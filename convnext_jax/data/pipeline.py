@@ -157,7 +157,7 @@ def train_batches(
     batches = load_batches(
         rows, itertools.count(start_step), share.rows, shape, 0 if rows.kept is not None else workers
     )
-    return _tell(batches, unreadable, len(source))
+    return _tell(batches, unreadable)
 
 
 def is_kept(images: int, image_size: int, channels: int, crop_scale: tuple) -> bool:
@@ -204,7 +204,7 @@ class TrainRows:
                 if skipped == self._tries - 1:
                     raise
             else:
-                return row | {'index': np.int64(index), 'skipped': np.int32(skipped)}
+                return row | {'unreadable': np.int64(index if skipped else -1)}
         raise AssertionError('the last try raises or returns')
 
     def _row(self, index: int, epoch: int, copy: int) -> Row:
@@ -244,14 +244,13 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def _tell(batches: Iterator[Row], unreadable: Unreadable | None, images: int) -> Iterator[Batch]:
+def _tell(batches: Iterator[Row], unreadable: Unreadable | None) -> Iterator[Batch]:
     """Takes out of the batches which images could not be read, and tells it."""
     with contextlib.closing(batches):
         for batch in batches:
-            index, skipped = batch.pop('index'), batch.pop('skipped')
-            for row in np.flatnonzero(skipped):
-                for step in range(skipped[row]):
-                    unreadable.add(int(index[row] + step) % images)
+            for index in batch.pop('unreadable'):
+                if index >= 0:
+                    unreadable.add(int(index))
             yield batch
 
 
