@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
+from convnext_jax import launch
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.errors import UserError
 from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
@@ -72,4 +73,5 @@ def _row(result: Result) -> str:
 
 
 if __name__ == '__main__':
+    launch.restart_with_settings()
     run(main)

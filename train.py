@@ -4,6 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
+from convnext_jax import launch
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 
 
@@ -18,4 +19,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    launch.restart_with_settings()
     run(main)

@@ -16,7 +16,8 @@ ALLOWED = {
     'evaluation': {'models', 'data', 'errors'},
     'interop': {'models', 'data', 'errors'},
     'config': {'errors'},
-    'benchmark': {'training', 'models', 'config', 'errors'},
+    'launch': set(),
+    'benchmark': {'training', 'models', 'config', 'launch', 'errors'},
     'plan': {'training', 'config', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}

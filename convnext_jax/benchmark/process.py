@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convnext_jax.benchmark.contenders.contender import MATMUL_SIDE, Task
+from convnext_jax.launch import missing_settings
 
 RUN = Path(__file__).parent / 'contenders' / 'run.py'
 TURN_SECONDS = 1.0
@@ -68,7 +69,7 @@ class Entrant:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | (missing_settings() if task.contender == OURS else {}),
             text=True,
             start_new_session=True,  # Ctrl-C is the command's to answer
         )

@@ -17,6 +17,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+MOST_ROWS = 8
+"""That a step of the kernel's gradient takes on CPU."""
+
 
 @functools.partial(jax.jit, static_argnames='dilation', inline=True)
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1) -> jax.Array:
@@ -62,11 +65,12 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
     """K·K shifted multiply-adds over the padded image, two kernel rows to a pass.
 
     The barriers keep the compiler from merging the passes: the weights and the window of one pass stay in the
-    first-level cache.
+    first-level cache. The one over the kernel keeps it from looking the block's kernel up among all blocks' for each
+    product anew.
     """
     size = kernel.shape[0]
     height, width = x.shape[1:3]
-    padded, kernel = _pad(_wide(x), size // 2 * dilation), _wide(kernel)
+    padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel))
     total = None
     for first in range(0, size, 2):
         for row in range(first, min(first + 2, size)):
@@ -80,26 +84,31 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
 
 
 def _kernel_gradient_on_cpu(x: jax.Array, weights: jax.Array, *, size: int, dilation: int) -> jax.Array:
-    """A scan over the rows of all images, with one accumulator (K, W, C) for each kernel column.
+    """A scan over groups of rows of all images, with one accumulator (W, K, C) for each kernel column.
 
-    They are small enough for the second-level cache, and updated by one fused multiply-add. The only reduction comes at
-    the end.
+    They are small enough for the second-level cache; a step updates each by one fused sum of products, one for each
+    row, which cores share along W. The only reduction comes at the end.
     """
     n, height, width, channels = x.shape
     padded, weights = _pad(_wide(x), size // 2 * dilation), _wide(weights)
-    reach = dilation * (size - 1) + 1
+    rows = max(rows for rows in range(1, MOST_ROWS + 1) if height % rows == 0)
+    groups = height // rows
+    reach = rows + dilation * (size - 1)
 
-    def add_row(sums, step):
-        image, row = step // height, step % height
-        window = lax.dynamic_slice(padded, (image, row, 0, 0), (1, reach, padded.shape[2], channels))[0, ::dilation]
-        errors = lax.dynamic_slice(weights, (image, row, 0, 0), (1, 1, width, channels))[0]
-        shifted = (window[:, column * dilation : column * dilation + width] for column in range(size))
-        return tuple(total + part * errors for total, part in zip(sums, shifted, strict=True)), None
+    def add_rows(sums, step):
+        image, row = step // groups, step % groups * rows
+        window = lax.dynamic_slice(padded, (image, row, 0, 0), (1, reach, padded.shape[2], channels))[0]
+        errors = lax.dynamic_slice(weights, (image, row, 0, 0), (1, rows, width, channels))[0]
+        for row in range(rows):
+            above = window[row : row + reach - rows + 1 : dilation].swapaxes(0, 1)
+            shifted = (above[column * dilation : column * dilation + width] for column in range(size))
+            sums = tuple(total + part * errors[row, :, None] for total, part in zip(sums, shifted, strict=True))
+        return sums, None
 
-    sums = (jnp.zeros((size, width, channels), padded.dtype),) * size
+    sums = (jnp.zeros((width, size, channels), padded.dtype),) * size
     if x.size:
-        sums, _ = lax.scan(add_row, sums, jnp.arange(n * height))
-    return jnp.stack([total.sum(1) for total in sums], axis=1).astype(x.dtype)
+        sums, _ = lax.scan(add_rows, sums, jnp.arange(n * groups))
+    return jnp.stack([total.sum(0) for total in sums], axis=1).astype(x.dtype)
 
 
 def _wide(x: jax.Array) -> jax.Array:

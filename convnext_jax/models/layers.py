@@ -22,8 +22,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(self.dtype) @ self.kernel.astype(self.dtype) + self.bias.astype(self.dtype)
+    def __call__(self, x: jax.Array, *, scale: jax.Array | None = None) -> jax.Array:
+        """`scale`, (out_features,), multiplies the result."""
+        kernel, bias = self.kernel.astype(self.dtype), self.bias
+        if scale is not None:
+            # By the weights, of which there are fewer, and nothing of the result is kept for the gradient of the scale.
+            # The barrier: as a part of the product's own program it slows the product down on CPU.
+            kernel = jax.lax.optimization_barrier((self.kernel * scale).astype(self.dtype))
+            bias = bias * scale
+        return (x.astype(self.dtype) @ kernel + bias).astype(self.dtype)
 
 
 class PatchConv(nnx.Module):
@@ -47,7 +54,7 @@ class PatchConv(nnx.Module):
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
         patches = x.reshape(n, rows, size, columns, size, in_channels).transpose(0, 1, 3, 2, 4, 5)
         kernel = self.kernel.astype(self.dtype).reshape(-1, out_channels)
-        return patches.reshape(n, rows, columns, -1) @ kernel + self.bias.astype(self.dtype)
+        return (patches.reshape(n, rows, columns, -1) @ kernel + self.bias).astype(self.dtype)
 
 
 class SameConv(nnx.Module):
@@ -73,7 +80,7 @@ class SameConv(nnx.Module):
             rhs_dilation=(self.dilation, self.dilation),
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )
-        return y + self.bias.astype(self.dtype)
+        return (y + self.bias).astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):

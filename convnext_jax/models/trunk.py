@@ -3,12 +3,12 @@
 Flax NNX modules that are plain JAX pytrees.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.depthwise import depthwise_conv
@@ -16,12 +16,11 @@ from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameCo
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
-REMAT = {
-    'none': jax.checkpoint_policies.everything_saveable,
-    'dots': jax.checkpoint_policies.save_only_these_names('depthwise', 'pointwise1', 'pointwise2'),
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
+REMAT = ('none', 'dots', 'full')
 """What is computed again in the backward pass: nothing; all but convolutions and matrix products; or whole blocks."""
+
+# Blocks run in a loop, where nothing can be merged with the forward pass: no need to keep the compiler from it.
+checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Depthwise(nnx.Module):
@@ -35,11 +34,15 @@ class Depthwise(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = depthwise_conv(x.astype(self.dtype), self.kernel.astype(self.dtype), dilation=self.dilation)
-        return y + self.bias.astype(self.dtype)
+        return (y + self.bias).astype(self.dtype)
 
 
 class Block(nnx.Module):
-    """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input."""
+    """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input.
+
+    Attributes:
+        remat: one of `REMAT`, but that 'full' is the stage's to do.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Block(nnx.Module):
         grn: bool,
         layer_scale_init: float,
         dilation: int,
+        remat: str,
         dtype: jnp.dtype,
         key: jax.Array,
     ):
@@ -58,19 +62,30 @@ class Block(nnx.Module):
         self.grn = GRN(4 * channels) if grn else None
         self.pointwise2 = Linear(4 * channels, channels, dtype=dtype, key=keys[2])
         self.layer_scale = nnx.Param(jnp.full(channels, layer_scale_init, jnp.float32)) if layer_scale_init else None
+        self.remat = remat
 
     def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
-        branch = checkpoint_name(self.depthwise(x), 'depthwise')
-        branch = gelu(checkpoint_name(self.pointwise1(self.norm(branch)), 'pointwise1'))
-        if self.grn is not None:
-            branch = self.grn(branch)
-        branch = checkpoint_name(self.pointwise2(branch), 'pointwise2')
-        if self.layer_scale is not None:
-            branch = branch * self.layer_scale.astype(branch.dtype)
+        expand, contract = Block.expand, Block.contract
+        if self.remat == 'dots':
+            # Each begins at what a convolution or a product gave, and ends with the next product, which the backward
+            # pass has no need of.
+            expand, contract = map(checkpoint, (expand, contract))
+        branch = contract(self, expand(self, self.depthwise(x)))
         if keys is not None:
             branch = drop_path(branch, drop_rate, keys)
         return x + branch
+
+    def expand(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, C) → (N, H, W, 4C)."""
+        return self.pointwise1(self.norm(x))
+
+    def contract(self, x: jax.Array) -> jax.Array:
+        """(N, H, W, 4C) → (N, H, W, C)."""
+        x = gelu(x)
+        if self.grn is not None:
+            x = self.grn(x)
+        return self.pointwise2(x, scale=self.layer_scale)
 
 
 class Stem(nnx.Module):
@@ -113,7 +128,7 @@ class Stage(nnx.Module):
         drop_rates: the drop rate of each block.
         dilation: of the stage's depthwise convolutions.
         first_block: number of blocks before this stage in the model; block i draws by its number in the model.
-        remat: what the blocks keep for the backward pass, one of `REMAT`.
+        remat: what the blocks compute again in the backward pass, one of `REMAT`.
     """
 
     def __init__(
@@ -141,6 +156,7 @@ class Stage(nnx.Module):
                 grn=variant.grn,
                 layer_scale_init=variant.layer_scale_init,
                 dilation=dilation,
+                remat=remat,
                 dtype=dtype,
                 key=key,
             )
@@ -163,8 +179,8 @@ class Stage(nnx.Module):
 
         numbers = self.first_block + jnp.arange(len(self.drop_rates))
         scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
-        # In a loop nothing can be merged with the forward pass, so there is no need to keep the compiler from it.
-        run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False)
+        if self.remat == 'full':
+            run = checkpoint(run)
         return jax.lax.scan(run, x, scanned)[0]
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
 from convnext_jax.data.sources import Source
+from convnext_jax.launch import describe_settings
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.setup import Plan, build_variant
@@ -23,7 +24,7 @@ def describe(
     eval_source: Source,
     workdir: Path,
 ) -> list[str]:
-    """The lines at the start of a run: model, devices, steps, data, optimizer, workdir."""
+    """The lines at the start of a run: model, devices, steps, data, optimizer, settings, workdir."""
     size, data, optimizer = config.data.image_size, config.data, config.optimizer
     parameters = sum(array.size for array in get_parameters(model).values())
     multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
@@ -43,6 +44,7 @@ def describe(
         f'images, {len(train_source.class_names)} classes, decoded by {decoding}',
         f'optimizer  AdamW, learning rate {peak:.3g} after {plan.warmup_steps:,} steps of warm-up, cosine to '
         f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
+        f'settings   {describe_settings()}',
         f'workdir    {workdir}',
     ]
 

@@ -151,7 +151,7 @@ class Run(Program):
             first = next(batches)
             log.say('compiling the training step …')
             began = time.perf_counter()
-            train_step = self.train_step.lower(state, first).compile()
+            train_step = self.compile(state, first)
             log.say(f'compiled in {time.perf_counter() - began:.1f} s')
             timer = _Timer()
             pending: list[dict[str, jax.Array]] = []

@@ -1,8 +1,12 @@
 """What a run computes: its state and its jitted training step, on a mesh. It needs no data and no devices' memory."""
 
+from collections.abc import Callable
+
 import jax
 from ml_collections import ConfigDict
 
+from convnext_jax.data.pipeline import Batch
+from convnext_jax.launch import release_memory
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
 from convnext_jax.training.setup import Plan, build_model
@@ -43,6 +47,12 @@ class Program:
             donate_argnums=0,
             out_shardings=(self.state_sharding, None),
         )
+
+    def compile(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+        """The training step compiled for a state and a batch, or their shapes; compiling leaves no memory behind."""
+        compiled = self.train_step.lower(state, batch).compile()
+        release_memory()
+        return compiled
 
     def fresh_state(self) -> TrainState:
         """The state before the first step; to be jitted."""

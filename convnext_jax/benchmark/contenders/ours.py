@@ -47,10 +47,12 @@ def _training_step(task: Task, config: ConfigDict) -> Callable[[], None]:
         'label': jnp.asarray(labels, jnp.int32),
     }
     state = jax.block_until_ready(jax.jit(program.fresh_state, out_shardings=program.state_sharding)())
+    train_step = None
 
     def step() -> None:
-        nonlocal state
-        state, _ = program.train_step(state, batch)
+        nonlocal state, train_step
+        train_step = train_step or program.compile(state, batch)
+        state, _ = train_step(state, batch)
         jax.block_until_ready(state)
 
     return step

@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convnext_jax import launch
+
+ROOT = Path(__file__).parent.parent
+AVX2 = 'flags : fpu sse4_2 avx avx2 fma\n'
+VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine of a given cpuinfo and C library, on which the user has set nothing."""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+    def make(cpuinfo, library=('glibc', '2.36')):
+        (tmp_path / 'cpuinfo').write_text(cpuinfo)
+        monkeypatch.setattr(launch, 'CPUINFO', tmp_path / 'cpuinfo')
+        monkeypatch.setattr(launch.platform, 'libc_ver', lambda: library)
+
+    return make
+
+
+def test_settings_follow_from_the_machine(machine):
+    """A setting that helps one machine slows another."""
+    machine(AVX2)
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES, 'XLA_FLAGS': launch.EIGEN_PRODUCTS}
+    machine(AVX2.replace('fma', 'fma avx512f avx512bw'))
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES}
+    machine('CPU architecture: 8\n', library=('glibc', '2.31'))
+    assert launch.missing_settings() == {}
+    machine('', library=('', ''))
+    assert launch.missing_settings() == {}
+
+
+def test_what_the_user_has_set_stays(machine, monkeypatch):
+    """Somebody who tunes a machine, or runs eight simulated devices, must not be overruled."""
+    machine(AVX2)
+    monkeypatch.setenv('XLA_FLAGS', '')
+    monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.perturb=0')
+    assert launch.missing_settings() == {}
+
+
+def test_this_jaxlib_takes_the_flag_it_is_said_to_know():
+    """A flag that XLA does not know ends every command before its first line."""
+    assert not launch._jaxlib_knows('--xla_cpu_no_such_flag=1')
+    if launch._jaxlib_knows(launch.EIGEN_PRODUCTS):
+        code = 'import jax.numpy as jnp; print((jnp.ones((3, 3)) @ jnp.ones((3, 3))).sum())'
+        environment = os.environ | {'XLA_FLAGS': launch.EIGEN_PRODUCTS}
+        assert subprocess.check_output([sys.executable, '-c', code], env=environment, text=True) == '27.0\n'
+
+
+def test_the_process_starts_anew_with_the_settings_and_its_arguments():
+    """Set after the start they do nothing; and a command must not lose its arguments, nor start again for ever."""
+    code = (
+        'import os, sys; from convnext_jax import launch; print(os.getpid(), "jax" in sys.modules, flush=True)\n'
+        'launch.restart_with_settings(); print(launch.missing_settings(), sys.argv[1:], launch.describe_settings())'
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    output = subprocess.check_output([sys.executable, '-c', code, 'a b', '--c=1'], env=environment, text=True, cwd=ROOT)
+    *starts, last = output.splitlines()
+    assert set(starts) == {starts[0]} and starts[0].endswith('False'), 'one process, restarted before JAX is imported'
+    assert last.startswith("{} ['a b', '--c=1'] ")
+    if launch.platform.libc_ver()[0] == 'glibc':
+        assert len(starts) == 2
+        assert f'GLIBC_TUNABLES={launch.HUGE_PAGES}' in last
