@@ -13,7 +13,7 @@ from convnext_jax.benchmark.contenders.contender import MATMUL_SIDE, Task
 from convnext_jax.launch import missing_settings
 
 RUN = Path(__file__).parent / 'contenders' / 'run.py'
-TURN_SECONDS = 1.0
+TURN_SECONDS = 3.0
 # Compile times are those of a first start, and no process takes a device's whole memory for itself.
 ENVIRONMENT = {
     'JAX_ENABLE_COMPILATION_CACHE': 'false',
@@ -88,7 +88,7 @@ class Entrant:
         self._steps = max(round(TURN_SECONDS / ready['warm_step']), 1)
 
     def turn(self) -> None:
-        """Runs as many steps as took a second when it was set up, at least one.
+        """Runs as many steps as took TURN_SECONDS when it was set up, at least one, and one before that.
 
         Raises:
             Lost: it could not.

@@ -27,7 +27,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1) -> jax
 
     Args:
         x: (N, H, W, C).
-        kernel: (K, K, C) of x's dtype, K odd.
+        kernel: (K, K, C), K odd; of another dtype it is rounded to x's, and its gradient is not.
         dilation: distance of neighbouring kernel places in x.
 
     Returns:
@@ -37,16 +37,16 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1) -> jax
 
 
 conv_p = Primitive('depthwise_conv')
-"""x (N, H, W, C), kernel (K, K, C) → (N, H, W, C)."""
+"""x (N, H, W, C), kernel (K, K, C) → (N, H, W, C) of x's dtype."""
 
 kernel_gradient_p = Primitive('depthwise_kernel_gradient')
-"""x, weights (N, H, W, C) each → (K, K, C): Σ over images and places of x, shifted by (r, c), times the weights."""
+"""x, weights (N, H, W, C) each → (K, K, C) of a given dtype: Σ over images and places of x, moved by (r, c), · weights."""
 
 
 def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
     return lax.conv_general_dilated(
         x,
-        kernel[:, :, None, :],
+        kernel[:, :, None, :].astype(x.dtype),
         window_strides=(1, 1),
         padding='SAME',
         rhs_dilation=(dilation, dilation),
@@ -55,10 +55,21 @@ def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
     )
 
 
-def _kernel_gradient_native(x: jax.Array, weights: jax.Array, *, size: int, dilation: int) -> jax.Array:
-    kernel = jax.ShapeDtypeStruct((size, size, x.shape[-1]), x.dtype)
-    (gradient,) = jax.linear_transpose(lambda kernel: _conv_native(x, kernel, dilation=dilation), kernel)(weights)
-    return gradient
+def _kernel_gradient_native(
+    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, dtype: jnp.dtype
+) -> jax.Array:
+    """The weights are moved over x as a kernel of their own size; images take the part of channels, and the reverse."""
+    reach = size // 2 * dilation
+    gradient = lax.conv_general_dilated(
+        x,
+        weights,
+        window_strides=(dilation, dilation),
+        padding=[(reach, reach)] * 2,
+        dimension_numbers=('CHWN', 'IHWO', 'HWNC'),
+        batch_group_count=x.shape[-1],
+        preferred_element_type=dtype,
+    )
+    return gradient[:, :, 0]
 
 
 def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
@@ -70,7 +81,7 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
     """
     size = kernel.shape[0]
     height, width = x.shape[1:3]
-    padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel))
+    padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel.astype(x.dtype)))
     total = None
     for first in range(0, size, 2):
         for row in range(first, min(first + 2, size)):
@@ -83,7 +94,9 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
     return total.astype(x.dtype)
 
 
-def _kernel_gradient_on_cpu(x: jax.Array, weights: jax.Array, *, size: int, dilation: int) -> jax.Array:
+def _kernel_gradient_on_cpu(
+    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, dtype: jnp.dtype
+) -> jax.Array:
     """A scan over groups of rows of all images, with one accumulator (W, K, C) for each kernel column.
 
     They are small enough for the second-level cache; a step updates each by one fused sum of products, one for each
@@ -108,7 +121,7 @@ def _kernel_gradient_on_cpu(x: jax.Array, weights: jax.Array, *, size: int, dila
     sums = (jnp.zeros((width, size, channels), padded.dtype),) * size
     if x.size:
         sums, _ = lax.scan(add_rows, sums, jnp.arange(n * groups))
-    return jnp.stack([total.sum(0) for total in sums], axis=1).astype(x.dtype)
+    return jnp.stack([total.sum(0) for total in sums], axis=1).astype(dtype)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -136,10 +149,10 @@ def _many_convs(arguments: tuple, dimensions: tuple, *, dilation: int) -> tuple[
     return y.reshape(*y.shape[:-1], copies, -1), y.ndim - 1
 
 
-def _many_kernel_gradients(arguments: tuple, dimensions: tuple, *, size: int, dilation: int) -> tuple[jax.Array, int]:
+def _many_kernel_gradients(arguments: tuple, dimensions: tuple, **options: object) -> tuple[jax.Array, int]:
     pairs = list(zip(arguments, dimensions, strict=True))
     (copies,) = {array.shape[dimension] for array, dimension in pairs if dimension is not None}
-    y = kernel_gradient_p.bind(*(_as_channels(*pair, copies) for pair in pairs), size=size, dilation=dilation)
+    y = kernel_gradient_p.bind(*(_as_channels(*pair, copies) for pair in pairs), **options)
     return y.reshape(*y.shape[:-1], copies, -1), y.ndim - 1
 
 
@@ -152,8 +165,8 @@ def _as_channels(x: jax.Array, dimension: int | None, copies: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _define(primitive: Primitive, shape: Callable, on_cpu: Callable, native: Callable, many: Callable) -> None:
-    primitive.def_abstract_eval(lambda x, other, **options: x.update(shape=shape(x, other, **options)))
+def _define(primitive: Primitive, result: Callable, on_cpu: Callable, native: Callable, many: Callable) -> None:
+    primitive.def_abstract_eval(result)
     primitive.def_impl(lambda *arguments, **options: _outside_jit(on_cpu, native)(*arguments, **options))
     mlir.register_lowering(primitive, mlir.lower_fun(native, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
@@ -164,10 +177,10 @@ def _outside_jit(on_cpu: Callable, native: Callable) -> Callable:
     return on_cpu if jax.default_backend() == 'cpu' else native
 
 
-_define(conv_p, lambda x, kernel, **_: x.shape, _conv_on_cpu, _conv_native, _many_convs)
+_define(conv_p, lambda x, kernel, dilation: x.update(), _conv_on_cpu, _conv_native, _many_convs)
 _define(
     kernel_gradient_p,
-    lambda x, weights, size, **_: (size, size, x.shape[-1]),
+    lambda x, weights, size, dilation, dtype: x.update(shape=(size, size, x.shape[-1]), dtype=dtype),
     _kernel_gradient_on_cpu,
     _kernel_gradient_native,
     _many_kernel_gradients,
@@ -175,10 +188,12 @@ _define(
 ad.defbilinear(
     conv_p,
     lambda y, x, kernel, dilation: _mirrored_conv(y, kernel, dilation=dilation),
-    lambda y, x, kernel, dilation: kernel_gradient_p.bind(x, y, size=kernel.aval.shape[0], dilation=dilation),
+    lambda y, x, kernel, dilation: kernel_gradient_p.bind(
+        x, y, size=kernel.aval.shape[0], dilation=dilation, dtype=kernel.aval.dtype
+    ),
 )
 ad.defbilinear(
     kernel_gradient_p,
-    lambda kernel, x, weights, size, dilation: _mirrored_conv(weights, kernel, dilation=dilation),
-    lambda kernel, x, weights, size, dilation: conv_p.bind(x, kernel, dilation=dilation),
+    lambda kernel, x, weights, size, dilation, dtype: _mirrored_conv(weights, kernel, dilation=dilation),
+    lambda kernel, x, weights, size, dilation, dtype: conv_p.bind(x, kernel, dilation=dilation),
 )

@@ -14,6 +14,37 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x · kernel in x's dtype; the gradient of the kernel comes in its own, and sums over devices do not round.
+
+    Where the two differ there is no forward-mode derivative.
+
+    Args:
+        x: (..., in).
+        kernel: (in, out).
+    """
+    return x @ kernel if x.dtype == kernel.dtype else _mixed_matmul(x, kernel)
+
+
+@jax.custom_vjp
+def _mixed_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _mixed_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _mixed_matmul(x, kernel), (x, kernel)
+
+
+def _mixed_backward(saved: tuple[jax.Array, jax.Array], error: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    gradient = jax.lax.dot_general(x, error, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return error @ kernel.astype(x.dtype).T, gradient
+
+
+_mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
+
+
 class Linear(nnx.Module):
     """y = x · kernel + bias over the last axis: (..., in_features) → (..., out_features)."""
 
@@ -24,13 +55,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, scale: jax.Array | None = None) -> jax.Array:
         """`scale`, (out_features,), multiplies the result."""
-        kernel, bias = self.kernel.astype(self.dtype), self.bias
+        kernel, bias = self.kernel[...], self.bias
         if scale is not None:
             # By the weights, of which there are fewer, and nothing of the result is kept for the gradient of the scale.
             # The barrier: as a part of the product's own program it slows the product down on CPU.
-            kernel = jax.lax.optimization_barrier((self.kernel * scale).astype(self.dtype))
-            bias = bias * scale
-        return (x.astype(self.dtype) @ kernel + bias).astype(self.dtype)
+            kernel, bias = jax.lax.optimization_barrier(kernel * scale), bias * scale
+        return (matmul(x.astype(self.dtype), kernel) + bias).astype(self.dtype)
 
 
 class PatchConv(nnx.Module):
@@ -53,8 +83,8 @@ class PatchConv(nnx.Module):
         rows, columns = height // size, width // size
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
         patches = x.reshape(n, rows, size, columns, size, in_channels).transpose(0, 1, 3, 2, 4, 5)
-        kernel = self.kernel.astype(self.dtype).reshape(-1, out_channels)
-        return (patches.reshape(n, rows, columns, -1) @ kernel + self.bias).astype(self.dtype)
+        kernel = self.kernel[...].reshape(-1, out_channels)
+        return (matmul(patches.reshape(n, rows, columns, -1), kernel) + self.bias).astype(self.dtype)
 
 
 class SameConv(nnx.Module):

@@ -33,7 +33,7 @@ class Depthwise(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = depthwise_conv(x.astype(self.dtype), self.kernel.astype(self.dtype), dilation=self.dilation)
+        y = depthwise_conv(x.astype(self.dtype), self.kernel[...], dilation=self.dilation)
         return (y + self.bias).astype(self.dtype)
 
 

@@ -1,6 +1,7 @@
 """The whole network: shapes, drop path, types, sharding, how it is compiled, and what it says to bad arguments."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -271,6 +272,26 @@ def test_bfloat16_computes_near_float32(v2, images):
     assert logits.dtype == jnp.float32
     assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
     assert (logits != logits.astype(jnp.bfloat16)).any()  # not float32 in name only
+
+
+def products(model, images):
+    """Types of each product and convolution of the training step as it is for a TPU: (left, right, result)."""
+    grad = jax.jit(jax.grad(lambda model, images: jnp.square(model(images)).sum()))
+    program = grad.trace(model, images).lower(lowering_platforms=('tpu',)).as_text()
+    lines = [line for line in program.splitlines() if re.search(r'stablehlo\.(dot_general|convolution)', line)]
+    return [tuple(re.findall(r'tensor<(?:\d+x)*(\w+)>', line.rpartition(' : ')[2])) for line in lines]
+
+
+@pytest.mark.parametrize('variant', [V1, V2])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_bfloat16_leaves_no_float32_product_but_the_head_s_and_rounds_no_kernel_gradient(variant, remat, images):
+    """One product in float32 costs as much as ten others; gradients summed over 256 chips in bfloat16 lose bits."""
+    model = build(variant, dtype=jnp.bfloat16, remat=remat)
+    found = products(model, images)
+    kernels = [name for name in get_parameters(model) if name.endswith('.kernel') and not name.startswith('head')]
+    assert found.count(('bf16', 'bf16', 'f32')) == len(kernels) == 3 * len(DEPTHS) + 2
+    assert found.count(('f32', 'f32', 'f32')) == 3
+    assert set(found) == {('bf16', 'bf16', 'bf16'), ('bf16', 'bf16', 'f32'), ('f32', 'f32', 'f32')}
 
 
 def scans(jaxpr):

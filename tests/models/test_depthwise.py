@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convnext_jax.models.depthwise import _kernel_gradient_native as native_gradient
 from convnext_jax.models.depthwise import depthwise_conv
 
 CASES = [  # images, height, width, channels, kernel, and in some the dilation
@@ -128,6 +129,21 @@ def test_no_images_and_no_jit():
     np.testing.assert_array_equal(gradients[1], np.zeros((7, 7, 3)))
     with jax.disable_jit():
         np.testing.assert_allclose(depthwise_conv(x, kernel), native(x, kernel), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('case', CASES[:3] + CASES[-3:], ids=str)
+def test_a_float32_kernel_s_gradient_is_not_rounded(case):
+    """Gradients in bfloat16 lose bits again in every sum over devices."""
+    shape, dilation = case[:5], case[5] if len(case) > 5 else 1
+    x, kernel, weights = arrays(*shape)
+    rounded, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+    y, _, gradient = value_and_gradients(depthwise_conv, rounded, kernel, weights, dilation)
+    assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.float32)
+    for result in (gradient, native_gradient(rounded, weights, size=shape[4], dilation=dilation, dtype=jnp.float32)):
+        exact = value_and_gradients(
+            native, *(array.astype(jnp.float32) for array in (rounded, kernel, weights)), dilation
+        )
+        np.testing.assert_allclose(result, exact[2], rtol=1e-5, atol=1e-5)
 
 
 def test_under_vmap_and_scan():
