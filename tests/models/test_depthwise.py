@@ -139,11 +139,11 @@ def test_a_float32_kernel_s_gradient_is_not_rounded(case):
     rounded, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
     y, _, gradient = value_and_gradients(depthwise_conv, rounded, kernel, weights, dilation)
     assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.float32)
-    for result in (gradient, native_gradient(rounded, weights, size=shape[4], dilation=dilation, dtype=jnp.float32)):
-        exact = value_and_gradients(
-            native, *(array.astype(jnp.float32) for array in (rounded, kernel, weights)), dilation
-        )
-        np.testing.assert_allclose(result, exact[2], rtol=1e-5, atol=1e-5)
+    wide = (array.astype(jnp.float32) for array in (rounded, kernel, weights))
+    exact = value_and_gradients(native, *wide, dilation)[2]
+    np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-5)
+    on_accelerators = native_gradient(rounded, weights, size=shape[4], dilation=dilation, dtype=jnp.float32)
+    np.testing.assert_allclose(on_accelerators, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_under_vmap_and_scan():
