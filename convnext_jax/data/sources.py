@@ -86,7 +86,7 @@ class FolderSource:
         self.class_names = [folder.name for folder in folders]
         self.files: list[tuple[str, int]] = []
         for label, folder in enumerate(folders):
-            files = sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
+            files = sorted(path for path in folder.rglob('*') if not path.is_dir() and not path.name.startswith('.'))
             images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             if not images:
                 raise UserError(f'class folder {folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))})')

@@ -40,7 +40,7 @@ conv_p = Primitive('depthwise_conv')
 """x (N, H, W, C), kernel (K, K, C) → (N, H, W, C) of x's dtype."""
 
 kernel_gradient_p = Primitive('depthwise_kernel_gradient')
-"""x, weights (N, H, W, C) each → (K, K, C) of a given dtype: Σ over images and places of weights · x moved by (r, c)."""
+"""x, weights (N, H, W, C) each → (K, K, C) of a given dtype: Σ of the weights times x moved by (r, c)."""
 
 
 def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:

@@ -235,6 +235,15 @@ def test_folder_warns_of_files_that_it_leaves_out(folder):
         assert len(open_source('folder', str(folder), 'train')) == 4
 
 
+def test_folder_keeps_links_that_lead_nowhere(folder):
+    """Images on a disk that is not mounted would vanish from training unseen."""
+    (folder / 'train/ant/lost.jpg').symlink_to(folder / 'unmounted.jpg')
+    source = open_source('folder', str(folder), 'train')
+    assert len(source) == 5
+    with pytest.raises(UserError, match='ant/lost.jpg cannot be read: No such file or directory'):
+        [source[index] for index in range(5)]
+
+
 def test_folder_errors_name_the_folder(folder):
     assert error_of('folder', str(folder), 'val').startswith(f'{folder / "val"} is not a folder: data.dir holds one')
     (folder / 'val').mkdir()
