@@ -16,12 +16,13 @@ from absl import flags
 from convnext_jax import launch
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.errors import UserError
-from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
 
 HEADER = f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}'
 
 
 def main(arguments: list[str]) -> None:
+    from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights  # JAX: after the settings
+
     values = flags.FlagValues()
     flags.DEFINE_string('workdir', None, 'Folder of the run.', flag_values=values)
     flags.DEFINE_string(
@@ -67,7 +68,7 @@ def _name_and_split(text: str) -> tuple[str, str]:
     return name, split
 
 
-def _row(result: Result) -> str:
+def _row(result: dict) -> str:
     numbers = f'{result["loss"]:9.4f}{result["top1"]:8.2f}{result["top5"]:8.2f}{result["ece"]:8.2f}'
     return f'{result["data"] + "@" + result["split"]:34}{result["images"]:9,}{numbers}'
 

@@ -44,12 +44,12 @@ def _arrays(shape: tuple[int, ...]) -> list[np.ndarray]:
 def _ours(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
     x, kernel, error = map(jax.numpy.asarray, _arrays(shape))
     forward = jax.jit(depthwise_conv)
-    by_input = jax.jit(lambda error: jax.vjp(lambda x: depthwise_conv(x, kernel), x)[1](error))
-    by_kernel = jax.jit(lambda error: jax.vjp(lambda kernel: depthwise_conv(x, kernel), kernel)[1](error))
+    by_input = jax.jit(lambda x, kernel, error: jax.vjp(lambda x: depthwise_conv(x, kernel), x)[1](error))
+    by_kernel = jax.jit(lambda x, kernel, error: jax.vjp(lambda kernel: depthwise_conv(x, kernel), kernel)[1](error))
     return {
         'forward': lambda: jax.block_until_ready(forward(x, kernel)),
-        'input gradient': lambda: jax.block_until_ready(by_input(error)),
-        'kernel gradient': lambda: jax.block_until_ready(by_kernel(error)),
+        'input gradient': lambda: jax.block_until_ready(by_input(x, kernel, error)),
+        'kernel gradient': lambda: jax.block_until_ready(by_kernel(x, kernel, error)),
     }
 
 

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from convnext_jax import errors, interop, models
     from convnext_jax.interop import ImageProcessor, create_backbone, load_pretrained, save_pretrained
     from convnext_jax.models import Backbone, ConvNeXt, create_model, list_models
 
@@ -13,19 +14,25 @@ __all__ = [
     'ImageProcessor',
     'create_backbone',
     'create_model',
+    'errors',
+    'interop',
     'list_models',
     'load_pretrained',
+    'models',
     'save_pretrained',
 ]
 
 
 def __getattr__(name: str) -> object:
     """Imports what is asked for: a command that starts JAX later, or not at all, need not wait for it."""
-    if name not in __all__:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    models = importlib.import_module('convnext_jax.models')
-    return getattr(models, name, None) or getattr(importlib.import_module('convnext_jax.interop'), name)
+    if name in ('errors', 'interop', 'models'):
+        return importlib.import_module(f'convnext_jax.{name}')
+    if name in ('Backbone', 'ConvNeXt', 'create_model', 'list_models'):
+        return getattr(importlib.import_module('convnext_jax.models'), name)
+    if name in __all__:
+        return getattr(importlib.import_module('convnext_jax.interop'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return __all__

@@ -5,10 +5,12 @@ import importlib.util
 import mmap
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
 CPUINFO = Path('/proc/cpuinfo')
+RESTARTED = 'CONVNEXT_JAX_RESTARTED'
 
 HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 """Large blocks of memory come in pages of 2 MB: a step's temporaries are new memory each time, and cost a fault each
@@ -22,19 +24,20 @@ def missing_settings() -> dict[str, str]:
     """Environment variable → value, of what this machine and the installed jaxlib have, and the user has not set."""
     settings = {}
     library, version = platform.libc_ver()
-    if library == 'glibc' and tuple(map(int, version.split('.'))) >= (2, 35):
+    if 'GLIBC_TUNABLES' not in os.environ and library == 'glibc' and _numbers(version) >= [2, 35]:
         settings['GLIBC_TUNABLES'] = HUGE_PAGES
     features = CPUINFO.read_text() if CPUINFO.exists() else ''
-    if ' avx2 ' in features and ' avx512f ' not in features and _jaxlib_knows(EIGEN_PRODUCTS):
+    slow_products = ' avx2 ' in features and ' avx512f ' not in features
+    if 'XLA_FLAGS' not in os.environ and slow_products and _jaxlib_knows(EIGEN_PRODUCTS):
         settings['XLA_FLAGS'] = EIGEN_PRODUCTS
-    return {variable: value for variable, value in settings.items() if variable not in os.environ}
+    return settings
 
 
 def restart_with_settings() -> None:
-    """Starts this process anew with the missing settings in its environment, if there are any."""
+    """Starts this process anew with the missing settings in its environment, if there are any; once at the most."""
     settings = missing_settings()
-    if settings:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | settings)
+    if settings and sys.executable and RESTARTED not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | settings | {RESTARTED: '1'})
 
 
 def describe_settings() -> str:
@@ -49,10 +52,14 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r'\d+', version)]
+
+
 def _jaxlib_knows(flag: str) -> bool:
     """A flag that XLA does not know ends the process."""
-    folder = importlib.util.find_spec('jaxlib').submodule_search_locations[0]
-    for library in Path(folder).glob('libjax_common.*'):
+    jaxlib = importlib.util.find_spec('jaxlib')
+    for library in Path(jaxlib.origin).parent.glob('libjax_common.*') if jaxlib and jaxlib.origin else ():
         with library.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(flag.strip('-').partition('=')[0].encode()) >= 0
     return False

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def machine(monkeypatch, tmp_path):
         (tmp_path / 'cpuinfo').write_text(cpuinfo)
         monkeypatch.setattr(launch, 'CPUINFO', tmp_path / 'cpuinfo')
         monkeypatch.setattr(launch.platform, 'libc_ver', lambda: library)
+        monkeypatch.setattr(launch, '_jaxlib_knows', lambda flag: True)
 
     return make
 
@@ -34,8 +36,11 @@ def test_settings_follow_from_the_machine(machine):
     assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES}
     machine('CPU architecture: 8\n', library=('glibc', '2.31'))
     assert launch.missing_settings() == {}
-    machine('', library=('', ''))
-    assert launch.missing_settings() == {}
+    for library in (('', ''), ('glibc', ''), ('musl', '1.2.5')):
+        machine('', library=library)
+        assert launch.missing_settings() == {}
+    machine('', library=('glibc', '2.36.9000'))
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES}
 
 
 def test_what_the_user_has_set_stays(machine, monkeypatch):
@@ -70,3 +75,24 @@ def test_the_process_starts_anew_with_the_settings_and_its_arguments():
     if launch.platform.libc_ver()[0] == 'glibc':
         assert len(starts) == 2
         assert f'GLIBC_TUNABLES={launch.HUGE_PAGES}' in last
+
+
+@pytest.mark.parametrize('script', ['train.py', 'eval.py'])
+def test_a_script_makes_its_settings_before_jax_is_there(script, tmp_path):
+    """XLA reads its flags once; and whoever waits for JAX twice waits for nothing."""
+    # A site hook that drops the settings, as a wrapper script may: the restart must not go on for ever.
+    hook = 'import os, sys; os.environ.pop("GLIBC_TUNABLES", None); print(sys.orig_argv[1:], flush=True)'
+    (tmp_path / 'sitecustomize.py').write_text(hook)
+    environment = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, launch.RESTARTED)}
+    environment['PYTHONPATH'] = str(tmp_path)
+    command = [sys.executable, '-X', 'importtime', script, '--no_such_flag=1']
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    assert 'no_such_flag' in result.stderr
+    starts = [line for line in result.stdout.splitlines() if line.startswith('[')]
+    assert len(set(starts)) == 1
+    if launch.platform.libc_ver()[0] == 'glibc':
+        assert len(starts) == 2
+        before = result.stderr.split('import time: self [us]')[1]  # the first start
+        assert 'convnext_jax.launch' in before
+        assert not re.search(r'\| +jax$', before, re.MULTILINE)

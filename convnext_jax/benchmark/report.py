@@ -18,7 +18,7 @@ ratio: images/s of convnext_jax to those of the contender in the same round.
 of peak: the model's FLOP/s to those of 2048×2048 matrix products in the same process.
 memory: the most that the process held while it was set up and did three steps, imports and compiling included.
 compile: the first step less a warm one.
-each as its users get it: convnext_jax with the settings that train.py makes for itself (convnext_jax/launch.py).
+settings: convnext_jax has those that train.py and eval.py make for themselves (launch.py), the others none.
 training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; a resident batch."""
 
 

@@ -81,12 +81,15 @@ class FolderSource:
         if not root.is_dir():
             raise UserError(f'{root} is not a folder: data.dir holds one folder for each split, and in it one a class')
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.'))
+        lost = [path.name for path in root.iterdir() if _leads_nowhere(path)]
+        if lost:
+            raise UserError(f'{root} has links that lead nowhere: {", ".join(sorted(lost))}')
         if not folders:
             raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
         self.class_names = [folder.name for folder in folders]
         self.files: list[tuple[str, int]] = []
         for label, folder in enumerate(folders):
-            files = sorted(path for path in folder.rglob('*') if not path.is_dir() and not path.name.startswith('.'))
+            files = sorted(path for path in folder.rglob('*') if _is_file(path) and not path.name.startswith('.'))
             images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             if not images:
                 raise UserError(f'class folder {folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
@@ -103,6 +106,15 @@ class FolderSource:
             return Example(Path(path).read_bytes(), label, path)
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def _is_file(path: Path) -> bool:
+    """A link that leads nowhere too: an image that cannot be read, and not one that is not there."""
+    return path.is_file() or _leads_nowhere(path)
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 class WebDatasetSource:

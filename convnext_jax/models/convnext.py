@@ -79,7 +79,8 @@ def create_model(
         patch_size: kernel and stride of the stem in pixels; by default the variant's own.
         remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products and
             convolutions; half the memory), or the 'full' block (a third of it, a third more work).
-        dtype: float type of matrix products and convolutions; parameters, norms and logits are float32.
+        dtype: float type of matrix products and convolutions; parameters, their gradients, norms and logits are
+            float32. Forward-mode derivatives (`jax.jvp`) are there in float32 alone.
 
     Raises:
         UserError: an unknown name, or a value out of its range.

@@ -67,9 +67,9 @@ def _kernel_gradient_native(
         padding=[(reach, reach)] * 2,
         dimension_numbers=('CHWN', 'IHWO', 'HWNC'),
         batch_group_count=x.shape[-1],
-        preferred_element_type=dtype,
+        preferred_element_type=jnp.promote_types(x.dtype, dtype),
     )
-    return gradient[:, :, 0]
+    return gradient[:, :, 0].astype(dtype)
 
 
 def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
@@ -99,7 +99,7 @@ def _kernel_gradient_on_cpu(
 ) -> jax.Array:
     """A scan over groups of rows of all images, with one accumulator (W, K, C) for each kernel column.
 
-    They are small enough for the second-level cache; a step updates each by one fused sum of products, one for each
+    At 224 pixels they fit the second-level caches; a step updates each by one fused sum of products, one for each
     row, which cores share along W. The only reduction comes at the end.
     """
     n, height, width, channels = x.shape
@@ -109,9 +109,9 @@ def _kernel_gradient_on_cpu(
     reach = rows + dilation * (size - 1)
 
     def add_rows(sums, step):
-        image, row = step // groups, step % groups * rows
-        window = lax.dynamic_slice(padded, (image, row, 0, 0), (1, reach, padded.shape[2], channels))[0]
-        errors = lax.dynamic_slice(weights, (image, row, 0, 0), (1, rows, width, channels))[0]
+        image, first = step // groups, step % groups * rows
+        window = lax.dynamic_slice(padded, (image, first, 0, 0), (1, reach, padded.shape[2], channels))[0]
+        errors = lax.dynamic_slice(weights, (image, first, 0, 0), (1, rows, width, channels))[0]
         for row in range(rows):
             above = window[row : row + reach - rows + 1 : dilation].swapaxes(0, 1)
             shifted = (above[column * dilation : column * dilation + width] for column in range(size))

@@ -68,8 +68,8 @@ class Block(nnx.Module):
         """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
         expand, contract = Block.expand, Block.contract
         if self.remat == 'dots':
-            # Each begins at what a convolution or a product gave, and ends with the next product, which the backward
-            # pass has no need of.
+            # Each begins at what a convolution or a product gave, and ends with the next product, whose result the
+            # backward pass has no need of.
             expand, contract = map(checkpoint, (expand, contract))
         branch = contract(self, expand(self, self.depthwise(x)))
         if keys is not None:

@@ -49,7 +49,7 @@ class Program:
         )
 
     def compile(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-        """The training step compiled for a state and a batch, or their shapes; compiling leaves no memory behind."""
+        """The step compiled for a state and a batch, or their shapes; what compiling freed goes back to the system."""
         compiled = self.train_step.lower(state, batch).compile()
         release_memory()
         return compiled

@@ -21,6 +21,8 @@ CASES = [  # images, height, width, channels, kernel, and in some the dilation
     (2, 9, 6, 3, 7, 2),
     (1, 5, 14, 2, 7, 4),
     (2, 6, 7, 4, 3, 3),
+    (2, 11, 4, 3, 7),
+    (1, 16, 5, 2, 7),
 ]
 
 
@@ -174,6 +176,17 @@ def test_under_vmap_and_scan():
 
     compare(mapped(depthwise_conv), mapped(native))
     compare(scanned(depthwise_conv), looped)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu', 'cuda'])
+@pytest.mark.parametrize('types', [('float32', 'bfloat16'), ('bfloat16', 'float32'), ('float16', 'bfloat16')])
+def test_every_pair_of_types_has_a_program(types, platform):
+    """A model whose parameters somebody has cast must train on an accelerator as it does on CPU."""
+    x, kernel, weights = arrays(1, 8, 8, 4, 7)
+    program = jax.jit(lambda *args: value_and_gradients(depthwise_conv, *args))
+    traced = program.trace(x.astype(types[0]), kernel.astype(types[1]), weights)
+    assert [leaf.dtype for leaf in jax.tree.leaves(traced.out_info)] == [types[0], types[0], types[1]]
+    traced.lower(lowering_platforms=(platform,))
 
 
 def lowered(platform):
