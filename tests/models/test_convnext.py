@@ -1,46 +1,16 @@
-"""The whole network: shapes, drop path, types, sharding, how it is compiled, and what it says to bad arguments."""
+"""The classifier: shapes, values, first weights, and what it says to bad arguments."""
 
 import math
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from small_models import ISOTROPIC, V1, V2, build, call, some_images
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import VARIANTS, ConvNeXt, Variant, create_model, get_parameters, with_parameters
-
-DEPTHS = (3, 2)
-V1 = Variant(DEPTHS, (8, 16), layer_scale_init=0.5)
-V2 = Variant(DEPTHS, (8, 16), grn=True, layer_scale_init=0)
-ISOTROPIC = Variant((2,), (8,), patch_size=8, layer_scale_init=0, stem_norm=False)
-
-
-def build(variant, **options):
-    """A small model; every parameter is random, so that none can be left out unseen."""
-    defaults = {
-        'num_classes': 5,
-        'in_channels': 3,
-        'drop_path_rate': 0.5,
-        'head_init_scale': 1.0,
-        'layer_norm_eps': 1e-6,
-        'remat': 'none',
-        'dtype': jnp.float32,
-    }
-    model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, **(defaults | options)), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    parameters = {
-        name: jnp.asarray(name.endswith('scale') + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)
-        for name, leaf in get_parameters(model).items()
-    }
-    return with_parameters(model, parameters)
-
-
-call = jax.jit(lambda model, images, key=None: model(images, key=key))
+from convnext_jax.models import VARIANTS, Variant, create_model, get_parameters
 
 
 @pytest.fixture(scope='module')
@@ -49,18 +19,8 @@ def v1():
 
 
 @pytest.fixture(scope='module')
-def v2():
-    return build(V2)
-
-
-@pytest.fixture(scope='module')
 def images():
-    return jnp.asarray(np.random.default_rng(1).standard_normal((16, 16, 16, 3)), jnp.float32)
-
-
-@pytest.fixture(scope='module')
-def keys():
-    return jax.random.split(jax.random.key(7), 16)
+    return some_images()
 
 
 @pytest.mark.parametrize(
@@ -169,149 +129,6 @@ def test_logits_equal_a_plain_numpy_model(variant, epsilon, images):
     expected = forward_in_numpy(variant, get_parameters(model), images, epsilon)
     assert np.abs(expected).max() > 0.3
     np.testing.assert_allclose(call(model, images), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_without_a_key_or_a_rate_nothing_is_dropped(v1, images):
-    """Evaluation must not depend on chance, nor on the drop path rate."""
-    logits = call(v1, images)
-    np.testing.assert_array_equal(logits, call(v1, images))
-    assert np.abs(call(v1, images, jax.random.key(0)) - logits).max() > 0.01
-    without = call(build(V1, drop_path_rate=0.0), images, jax.random.key(0))
-    np.testing.assert_allclose(without, logits, rtol=1e-5, atol=1e-6)
-
-
-def test_drop_rates_rise_linearly_from_zero_over_all_blocks():
-    """Rates that start anew in each stage would regularise the early blocks as strongly as the last."""
-    model = jax.eval_shape(partial(create_model, 'convnext_tiny', drop_path_rate=0.34), key=jax.random.key(0))
-    rates = [rate for stage in model.stages for rate in stage.drop_rates]
-    np.testing.assert_allclose(rates, [0.02 * block for block in range(18)])
-
-
-def test_blocks_and_images_draw_independently():
-    """One key for every block, within a stage or across stages, drops a whole image's network at once."""
-    # Block i of this model adds 2 ** i to an empty image: the sum tells which blocks were kept.
-    count, blocks = 2048, sum(DEPTHS)
-    model = build(Variant(DEPTHS, (8, 8), layer_scale_init=0))
-    parameters = {name: jnp.zeros_like(leaf) for name, leaf in get_parameters(model).items()}
-    for stage, numbers in enumerate(np.split(np.arange(blocks), [DEPTHS[0]])):
-        parameters[f'stages.{stage}.blocks.pointwise2.bias'] += 2.0 ** numbers[:, None]
-    model = with_parameters(model, parameters)
-    keys, empty = jax.random.split(jax.random.key(3), count), jnp.zeros((count, 1, 1, 8))
-    total = 0
-    for stage in model.stages:
-        stage.downsample, stage.drop_rates = None, (0.5,) * len(stage.drop_rates)
-        total += np.asarray(jax.jit(lambda stage, keys: stage(empty, keys))(stage, keys))[:, 0, 0, 0] / 2
-    kept = total.astype(int)[:, None] >> np.arange(blocks) & 1
-
-    assert np.abs(kept.mean(0) - 0.5).max() < 5 * 0.5 / count**0.5
-    assert np.abs(np.corrcoef(kept.T) - np.eye(blocks)).max() < 5 / count**0.5
-    assert abs(np.corrcoef(kept[:-1].ravel(), kept[1:].ravel())[0, 1]) < 5 / kept.size**0.5
-
-
-def test_one_key_draws_for_each_image_apart(v1, images):
-    """One draw for the whole batch keeps the mean and loses the regularisation."""
-    same = jnp.broadcast_to(images[:1], images.shape)
-    logits = np.asarray(call(v1, same, jax.random.key(0)))
-    assert len(np.unique(logits.round(4), axis=0)) > 4
-    np.testing.assert_array_equal(logits, call(v1, same, jax.random.key(0)))
-    assert np.abs(logits - call(v1, same, jax.random.key(1))).max() > 0.01
-
-
-def test_what_an_image_draws_depends_on_its_key_alone(v1, images, keys):
-    """Gradient accumulation, another device count or another order would change the run."""
-    logits = np.asarray(call(v1, images, keys))
-    order = np.random.default_rng(0).permutation(len(images))
-    np.testing.assert_allclose(call(v1, images[order], keys[order]), logits[order], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(call(v1, images[4:8], keys[4:8]), logits[4:8], rtol=1e-4, atol=1e-5)
-    assert np.abs(call(v1, images, keys[order]) - logits).max() > 0.01
-
-
-def test_sharded_batch_gives_the_same_logits(v2, images):
-    """A run on eight devices would be another run than on one, drop path included."""
-    assert jax.device_count() >= 8, 'tests/conftest.py simulates eight devices'
-    mesh = Mesh(np.asarray(jax.devices()[:8]), ('data',))
-    rows, everywhere = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
-    key = jax.random.key(5)
-    logits = call(jax.device_put(v2, everywhere), jax.device_put(images, rows), jax.device_put(key, everywhere))
-    assert len(logits.sharding.device_set) == 8
-    np.testing.assert_allclose(logits, call(v2, images, key), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('variant', [Variant((2,), (8,), grn=True, layer_scale_init=0), Variant((3,), (8,))])
-def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, images, keys):
-    """Recomputed blocks that draw again give a gradient of another network than the one that was run."""
-
-    def loss(model, parameters):
-        return jnp.square(with_parameters(model, parameters)(images, key=keys)).mean()
-
-    def results(remat):
-        model = build(variant, remat=remat)
-        step = jax.jit(jax.value_and_grad(partial(loss, model)))
-        memory = step.lower(get_parameters(model)).compile().memory_analysis()
-        return *step(get_parameters(model)), memory.temp_size_in_bytes
-
-    value, gradient, memory = results('none')
-    for remat in ('dots', 'full'):
-        again, recomputed, less = results(remat)
-        np.testing.assert_allclose(again, value, rtol=1e-5)
-        for name, leaf in gradient.items():
-            np.testing.assert_allclose(recomputed[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
-            assert np.abs(leaf).max() > 0, f'{name} gets no gradient'
-        assert less < 0.9 * memory, f'{remat}: {less} of {memory} bytes'
-        memory = less
-    with pytest.raises(UserError, match="remat must be one of none, dots, full, not 'half'"):
-        build(variant, remat='half')
-
-
-def test_bfloat16_computes_near_float32(v2, images):
-    """Half precision is for matrix products; parameters, norms and logits that lose bits lose accuracy."""
-    model = build(V2, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in get_parameters(model).values()} == {jnp.dtype('float32')}
-    assert {leaf.dtype for leaf in jax.eval_shape(model.features, images).values()} == {jnp.dtype('bfloat16')}
-    logits, exact = call(model, images, jax.random.key(5)), np.asarray(call(v2, images, jax.random.key(5)))
-    assert logits.dtype == jnp.float32
-    assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
-    assert (logits != logits.astype(jnp.bfloat16)).any()  # not float32 in name only
-
-
-def products(model, images):
-    """Types of each product and convolution of the training step as it is for a TPU: (left, right, result)."""
-    grad = jax.jit(jax.grad(lambda model, images: jnp.square(model(images)).sum()))
-    program = grad.trace(model, images).lower(lowering_platforms=('tpu',)).as_text()
-    lines = [line for line in program.splitlines() if re.search(r'stablehlo\.(dot_general|convolution)', line)]
-    return [tuple(re.findall(r'tensor<(?:\d+x)*(\w+)>', line.rpartition(' : ')[2])) for line in lines]
-
-
-@pytest.mark.parametrize('variant', [V1, V2])
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_bfloat16_leaves_no_float32_product_but_the_head_s_and_rounds_no_kernel_gradient(variant, remat, images):
-    """One product in float32 costs as much as ten others; gradients summed over 256 chips in bfloat16 lose bits."""
-    model = build(variant, dtype=jnp.bfloat16, remat=remat)
-    found = products(model, images)
-    kernels = [name for name in get_parameters(model) if name.endswith('.kernel') and not name.startswith('head')]
-    assert found.count(('bf16', 'bf16', 'f32')) == len(kernels) == 3 * len(DEPTHS) + 2
-    assert found.count(('f32', 'f32', 'f32')) == 3
-    assert set(found) == {('bf16', 'bf16', 'bf16'), ('bf16', 'bf16', 'f32'), ('f32', 'f32', 'f32')}
-
-
-def scans(jaxpr):
-    """Lengths of the scans of a jaxpr that are not inside another scan."""
-    lengths = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == 'scan':
-            lengths.append(equation.params['length'])
-        else:
-            for inner in jaxprs_in_params(equation.params):
-                lengths += scans(inner)
-    return lengths
-
-
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_blocks_of_a_stage_run_under_one_scan(remat):
-    """Unrolled, a model of 36 blocks takes minutes to compile."""
-    model = jax.eval_shape(partial(create_model, 'convnext_small', remat=remat), key=jax.random.key(0))
-    jaxpr = jax.make_jaxpr(lambda model, images: model(images))(model, jnp.zeros((1, 32, 32, 3)))
-    assert scans(jaxpr.jaxpr) == [3, 3, 27, 3]
 
 
 def shapes(name, **options):

@@ -1,0 +1,40 @@
+"""Small models in which every parameter is random, for the tests of the network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
+
+DEPTHS = (3, 2)
+V1 = Variant(DEPTHS, (8, 16), layer_scale_init=0.5)
+V2 = Variant(DEPTHS, (8, 16), grn=True, layer_scale_init=0)
+ISOTROPIC = Variant((2,), (8,), patch_size=8, layer_scale_init=0, stem_norm=False)
+
+
+def build(variant, **options):
+    """A small model; every parameter is random, so that none can be left out unseen."""
+    defaults = {
+        'num_classes': 5,
+        'in_channels': 3,
+        'drop_path_rate': 0.5,
+        'head_init_scale': 1.0,
+        'layer_norm_eps': 1e-6,
+        'remat': 'none',
+        'dtype': jnp.float32,
+    }
+    model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, **(defaults | options)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    parameters = {
+        name: jnp.asarray(name.endswith('scale') + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)
+        for name, leaf in get_parameters(model).items()
+    }
+    return with_parameters(model, parameters)
+
+
+call = jax.jit(lambda model, images, key=None: model(images, key=key))
+
+
+def some_images():
+    """(16, 16, 16, 3)."""
+    return jnp.asarray(np.random.default_rng(1).standard_normal((16, 16, 16, 3)), jnp.float32)
