@@ -68,8 +68,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     program = Program(config, make_plan(config, IMAGES), mesh, abstract_model(config))
     began = time.perf_counter()
     try:
-        lowered = program.train_step.lower(program.abstract_state, _abstract_batch(config, program))
-        compiled = lowered.compile(target.options)
+        compiled = program.compile(program.abstract_state, _abstract_batch(config, program), target.options)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise

@@ -1,7 +1,5 @@
 """What a run computes: its state and its jitted training step, on a mesh. It needs no data and no devices' memory."""
 
-from collections.abc import Callable
-
 import jax
 from ml_collections import ConfigDict
 
@@ -48,9 +46,14 @@ class Program:
             out_shardings=(self.state_sharding, None),
         )
 
-    def compile(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-        """The step compiled for a state and a batch, or their shapes; what compiling freed goes back to the system."""
-        compiled = self.train_step.lower(state, batch).compile()
+    def compile(self, state: TrainState, batch: Batch, options: dict[str, bool] | None = None) -> jax.stages.Compiled:
+        """The step compiled for a state and a batch, or their shapes; what compiling freed goes back to the system.
+
+        Args:
+            state, batch: what it will be called with.
+            options: of the compiler.
+        """
+        compiled = self.train_step.lower(state, batch).compile(options)
         release_memory()
         return compiled
 
