@@ -17,8 +17,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-MOST_ROWS = 8
-"""That a step of the kernel's gradient takes on CPU."""
+MOST_ROWS = 8  # in a step of the kernel's gradient on CPU
 
 
 @functools.partial(jax.jit, static_argnames='dilation', inline=True)

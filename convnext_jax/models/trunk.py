@@ -41,7 +41,7 @@ class Block(nnx.Module):
     """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input.
 
     Attributes:
-        remat: one of `REMAT`, but that 'full' is the stage's to do.
+        remat: what it computes again in the backward pass, one of `REMAT`.
     """
 
     def __init__(
@@ -66,6 +66,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
+        run = checkpoint(Block.run) if self.remat == 'full' else Block.run
+        return run(self, x, drop_rate, keys)
+
+    def run(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """The same, without what 'full' adds."""
         expand, contract = Block.expand, Block.contract
         if self.remat == 'dots':
             # Each begins at what a convolution or a product gave, and ends with the next product, whose result the
@@ -128,7 +133,6 @@ class Stage(nnx.Module):
         drop_rates: the drop rate of each block.
         dilation: of the stage's depthwise convolutions.
         first_block: number of blocks before this stage in the model; block i draws by its number in the model.
-        remat: what the blocks compute again in the backward pass, one of `REMAT`.
     """
 
     def __init__(
@@ -165,7 +169,6 @@ class Stage(nnx.Module):
         self.drop_rates = drop_rates
         self.dilation = dilation
         self.first_block = first_block
-        self.remat = remat
 
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """(N, H, W, in) → (N, H', W', C); `keys` is (N,), one for each image, or None."""
@@ -179,8 +182,6 @@ class Stage(nnx.Module):
 
         numbers = self.first_block + jnp.arange(len(self.drop_rates))
         scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
-        if self.remat == 'full':
-            run = checkpoint(run)
         return jax.lax.scan(run, x, scanned)[0]
 
 
