@@ -11,6 +11,7 @@ from pathlib import Path
 
 CPUINFO = Path('/proc/cpuinfo')
 RESTARTED = 'CONVNEXT_JAX_RESTARTED'
+"""Set in a restarted process: a wrapper that drops the settings must not make it start for ever."""
 
 HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 """Large blocks of memory come in pages of 2 MB: a step's temporaries are new memory each time, and cost a fault each
@@ -35,8 +36,8 @@ def missing_settings() -> dict[str, str]:
 
 def restart_with_settings() -> None:
     """Starts this process anew with the missing settings in its environment, if there are any; once at the most."""
-    settings = missing_settings()
-    if settings and sys.executable and RESTARTED not in os.environ:
+    settings = {} if RESTARTED in os.environ else missing_settings()
+    if settings and sys.executable:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | settings | {RESTARTED: '1'})
 
 

@@ -80,10 +80,11 @@ class FolderSource:
         root = directory / split
         if not root.is_dir():
             raise UserError(f'{root} is not a folder: data.dir holds one folder for each split, and in it one a class')
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.'))
-        lost = [path.name for path in root.iterdir() if _leads_nowhere(path)]
+        entries = sorted(path for path in root.iterdir() if not path.name.startswith('.'))
+        lost = [path.name for path in entries if _leads_nowhere(path)]
         if lost:
-            raise UserError(f'{root} has links that lead nowhere: {", ".join(sorted(lost))}')
+            raise UserError(f'{root} has links that lead nowhere: {", ".join(lost)}')
+        folders = [path for path in entries if path.is_dir()]
         if not folders:
             raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
         self.class_names = [folder.name for folder in folders]
