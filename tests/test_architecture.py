@@ -1,6 +1,8 @@
 """The import arrows of the design, held by reading every module's imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,16 @@ def test_arrows_run_one_way(path):
     assert used <= ALLOWED.get(own, used), f'{own} may not import {used - ALLOWED.get(own, used)}'
     if own not in COMMANDS:
         assert not used & COMMANDS
+
+
+def test_the_front_gives_all_that_it_names_and_waits_for_nothing():
+    """`import convnext_jax as cx` is how everybody begins; a command's --help that waits for JAX takes seconds."""
+    code = (
+        'import sys, convnext_jax as cx; assert "jax" not in sys.modules\n'
+        'assert {name for name in dir(cx)} == set(cx.__all__) and hasattr(cx.models, "get_variant")\n'
+        'print([name for name in cx.__all__ if not hasattr(cx, name)], hasattr(cx, "no_such_name"))'
+    )
+    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, text=True) == '[] False\n'
 
 
 @pytest.mark.parametrize('path', sorted(BENCHMARK.rglob('*.py')), ids=module_name)

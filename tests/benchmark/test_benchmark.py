@@ -123,6 +123,24 @@ def test_one_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd,
         assert re.search(f'^left out: .*{name}, {reason}$', told, re.MULTILINE)
 
 
+def test_the_first_step_of_a_turn_does_not_count(stand_in, tmp_path):
+    """It pays for what the others drove out of caches and memory: the slower the machine, the worse whoever waits."""
+    stand_in(OURS)
+    stand_in('slow_to_wake', at_step='if steps > 3 and steps % 2 == 0: time.sleep(1)')  # three steps set it up
+    run('--peers=slow_to_wake', f'--output={tmp_path}')
+    peer = json.loads((tmp_path / 'benchmark.json').read_text())['results'][1]
+    assert peer['images_per_second']['least'] > 8 / 0.9
+
+
+def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd):
+    """A peer with our settings, or ours without, is measured as nobody gets it."""
+    monkeypatch.setattr(process, 'missing_settings', lambda: {'A_SETTING': '1'})
+    stand_in(OURS, at_build="if 'A_SETTING' not in os.environ: raise ValueError('none')")
+    stand_in('peer', at_build="if 'A_SETTING' in os.environ: raise ValueError('one')")
+    run('--peers=peer')
+    assert 'left out' not in capfd.readouterr().out
+
+
 def test_peers_are_measured_without_ours_but_it_is_no_success(stand_in, capfd):
     """A script that takes exit status 0 for a comparison would compare with nothing."""
     stand_in(OURS, at_build="raise RuntimeError('a bug')")

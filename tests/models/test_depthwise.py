@@ -189,6 +189,16 @@ def test_every_pair_of_types_has_a_program(types, platform):
     traced.lower(lowering_platforms=(platform,))
 
 
+def test_the_kernels_of_stacked_blocks_are_looked_up_once():
+    """Looked up for each of the 49 products anew, a training step on CPU takes a sixth longer."""
+    x, _, _ = arrays(1, 8, 8, 4, 7)
+    kernels = jnp.ones((3, 7, 7, 4))
+    blocks = jax.jit(partial(jax.lax.scan, lambda x, kernel: (depthwise_conv(x, kernel), None)))
+    with jax.default_device(jax.devices('cpu')[0]):
+        program = blocks.lower(x, kernels).compile().as_text()
+    assert 1 <= program.count(' dynamic-slice(') <= 2
+
+
 def lowered(platform):
     x, kernel, weights = arrays(1, 8, 8, 4, 7)
     step = jax.jit(lambda *args: value_and_gradients(depthwise_conv, *args))

@@ -164,6 +164,18 @@ def test_a_run_says_who_decodes():
     assert '10 classes, decoded by 2 process(es) of' in line()
 
 
+def test_a_run_says_its_settings(monkeypatch):
+    """A speed that nobody can explain: what the process was started with must stand in its log."""
+    monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=0')
+    config = get_config()
+    sources = open_sources(config)
+    settle_classes(config, sources[0])
+    plan = make_plan(config, len(sources[0]))
+    lines = describe(config, plan, make_mesh(-1), abstract_model(config), *sources, Path('run'))
+    (line,) = (line for line in lines if line.startswith('settings'))
+    assert 'GLIBC_TUNABLES=glibc.malloc.hugetlb=0' in line
+
+
 class Steps:
     """A training step that costs nothing."""
 
