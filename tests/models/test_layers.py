@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, drop_path, gelu, normal
+from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, normal
+from convnext_jax.models.trunk import Depthwise
 
 
 def random(*shape, seed=0, scale=1.0, shift=0.0):
@@ -223,3 +224,21 @@ def test_initial_weights_have_std_0_02_untruncated():
     for layer in (Linear(300, 300, key=jax.random.key(1)), PatchConv(64, 300, 2, key=jax.random.key(1))):
         assert abs(np.asarray(layer.kernel[...]).std() - 0.02) < 3e-4
         assert not np.asarray(layer.bias[...]).any()
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        partial(Linear, 3, 2),
+        partial(PatchConv, 3, 2, 1),
+        partial(SameConv, 3, 2, 2, dilation=1),
+        partial(Depthwise, 3, dilation=1),
+    ],
+    ids=['linear', 'patch', 'same', 'depthwise'],
+)
+def test_a_bias_gathers_its_gradient_in_float32(layer):
+    """One number gathers from every place of every image: bfloat16 has eight bits for it."""
+    layer = layer(dtype=jnp.bfloat16, key=jax.random.key(0))
+    images = jnp.ones((1, 1, 4099, 3), jnp.bfloat16)  # so many places that bfloat16 cannot count them
+    gradient = jax.jit(jax.grad(lambda layer: layer(images).astype(jnp.float32).sum()))(layer)
+    np.testing.assert_array_equal(gradient.bias[...], 4099.0)
