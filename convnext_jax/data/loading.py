@@ -103,11 +103,15 @@ def _by_processes(
     memory = spawn.RawArray(ctypes.c_uint8, size)
     images = np.frombuffer(memory, np.uint8).reshape(slots, rows, *image_shape)
     work = (pickle.dumps(load), memory, (slots, rows, *image_shape), threads)
-    with _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work)) as pool:
+    with (
+        _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work)) as pool,
+        # A thread of its own begins the processes: a signal would interrupt the main thread halfway through one, and
+        # a process has this thread's blocked signals until it has imported what it needs to answer them.
+        ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, HELD_BACK)) as beginner,
+    ):
 
         def submit(number: int, slot: int):
-            with _signals_held_back():  # from a process that begins, too, which imports for a second
-                return slot, pool.submit(_Worker.fill, number, slot)
+            return slot, beginner.submit(pool.submit, _Worker.fill, number, slot).result()
 
         numbered = (functools.partial(submit, number, place % slots) for place, number in enumerate(batches))
         try:
@@ -177,12 +181,3 @@ def _closing(pool: Executor) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-MOST_ROWS = 8  # in a step of the kernel's gradient on CPU
+MOST_ROWS = 7  # in a step of the kernel's gradient on CPU
 
 
 @functools.partial(jax.jit, static_argnames='dilation', inline=True)
@@ -105,16 +105,18 @@ def _kernel_gradient_on_cpu(
     padded, weights = _pad(_wide(x), size // 2 * dilation), _wide(weights)
     rows = max(rows for rows in range(1, MOST_ROWS + 1) if height % rows == 0)
     groups = height // rows
-    reach = rows + dilation * (size - 1)
+    reach = 1 + dilation * (size - 1)
 
     def add_rows(sums, step):
         image, first = step // groups, step % groups * rows
-        window = lax.dynamic_slice(padded, (image, first, 0, 0), (1, reach, padded.shape[2], channels))[0]
-        errors = lax.dynamic_slice(weights, (image, first, 0, 0), (1, rows, width, channels))[0]
+        # Each row is sliced by itself: a slice with several uses would be a call for each of its elements in JAX 0.10.
         for row in range(rows):
-            above = window[row : row + reach - rows + 1 : dilation].swapaxes(0, 1)
-            shifted = (above[column * dilation : column * dilation + width] for column in range(size))
-            sums = tuple(total + part * errors[row, :, None] for total, part in zip(sums, shifted, strict=True))
+            place = (image, first + row, 0, 0)
+            window = lax.dynamic_slice(padded, place, (1, reach, padded.shape[2], channels))[0, ::dilation]
+            errors = lax.dynamic_slice(weights, place, (1, 1, width, channels))[0, 0, :, None]
+            window = window.swapaxes(0, 1)
+            shifted = (window[column * dilation : column * dilation + width] for column in range(size))
+            sums = tuple(total + part * errors for total, part in zip(sums, shifted, strict=True))
         return sums, None
 
     sums = (jnp.zeros((width, size, channels), padded.dtype),) * size

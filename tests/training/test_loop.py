@@ -182,7 +182,7 @@ class Steps:
     def lower(self, *_):
         return self
 
-    def compile(self):
+    def compile(self, options=None):
         metrics = dict.fromkeys(('loss', 'learning_rate', 'grad_norm', 'skipped', 'skips_in_a_row'), np.zeros(()))
         return lambda state, batch: (state, metrics)
 
