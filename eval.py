@@ -14,15 +14,21 @@ from pathlib import Path
 from absl import flags
 
 from convnext_jax import launch
-from convnext_jax.command_line import define_config, parse, required, required_config, run
+from convnext_jax.command_line import (
+    all_processes,
+    define_config,
+    define_processes,
+    parse,
+    required,
+    required_config,
+    run,
+)
 from convnext_jax.errors import UserError
 
 HEADER = f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}'
 
 
 def main(arguments: list[str]) -> None:
-    from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights  # JAX: after the settings
-
     values = flags.FlagValues()
     flags.DEFINE_string('workdir', None, 'Folder of the run.', flag_values=values)
     flags.DEFINE_string(
@@ -36,7 +42,15 @@ def main(arguments: list[str]) -> None:
     flags.DEFINE_bool('flip', False, 'Average the logits with those of the mirrored image.', flag_values=values)
     flags.DEFINE_string('per_class', None, 'CSV file for the accuracy of each class.', flag_values=values)
     define_config(values, arguments)
+    define_processes(values)
     parse(values, arguments, usage=__doc__)
+    with all_processes(values):
+        _evaluate(values)
+
+
+def _evaluate(values: flags.FlagValues) -> None:
+    from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights  # JAX: after the settings
+
     protocol = Protocol(
         splits=tuple(map(_name_and_split, values.splits)),
         resolution=values.resolution,

@@ -5,7 +5,15 @@ from pathlib import Path
 from absl import flags
 
 from convnext_jax import launch
-from convnext_jax.command_line import define_config, parse, required, required_config, run
+from convnext_jax.command_line import (
+    all_processes,
+    define_config,
+    define_processes,
+    parse,
+    required,
+    required_config,
+    run,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -13,9 +21,12 @@ def main(arguments: list[str]) -> None:
 
     values = flags.FlagValues()
     define_config(values, arguments)
+    define_processes(values)
     flags.DEFINE_string('workdir', None, 'Folder of the run: config, checkpoints, logs.', flag_values=values)
     parse(values, arguments, usage=__doc__)
-    train(required_config(values), Path(required(values, 'workdir')))
+    config, workdir = required_config(values), Path(required(values, 'workdir'))
+    with all_processes(values):
+        train(config, workdir)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,10 @@
 """What the commands share: flags with a config file, errors in one line, exit status."""
 
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags, logging
@@ -17,15 +19,59 @@ def run(command: Callable[[list[str]], None]) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax logs the tracebacks of errors that it raises besides
     try:
         command(sys.argv)
-    except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.status)
+    except (KeyboardInterrupt, UserError) as error:
+        text, status = _text_and_status(error)
+        print(text, file=sys.stderr)
+        sys.exit(status)
+
+
+def _text_and_status(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, KeyboardInterrupt):
+        return '\ninterrupted', 130
+    if isinstance(error, UserError):
+        return f'error: {error}', 2
+    return ''.join(traceback.format_exception(error)), 1
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """Adds the flags of jobs on several hosts, where JAX does not find these by itself."""
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, the same on all hosts.', flag_values=values)
+    flags.DEFINE_integer('process_count', None, 'Processes of the job.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        'process_timeout',
+        180,
+        'Seconds to wait for processes that have not come, or that answer no more.',
+        lower_bound=4,
+        flag_values=values,
+    )
+
+
+@contextlib.contextmanager
+def all_processes(values: flags.FlagValues) -> Iterator[None]:
+    """JAX's runtime over all processes of the job, if there are several: they end together, and with one's error all.
+
+    Raises:
+        UserError: the flags of `define_processes` do not fit one another.
+    """
+    from convnext_jax.training import distributed  # not above: --help does not wait for JAX
+
+    if not distributed.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
+        yield
+        return
+    watch = distributed.Watch(values.process_timeout)
+    try:
+        yield
+    except Stopped:
+        watch.finish()
+        raise
+    except BaseException as error:
+        watch.fail(error, *_text_and_status(error))
+    else:
+        watch.finish()
 
 
 def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import jax
@@ -32,29 +32,24 @@ float32: 0 where a row only fills up the batch, or has no label."""
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The rows of every global batch that one process loads: contiguous, so that the rows' order never depends on it.
+    """The rows of every global batch that one process loads: those of its devices.
 
     Attributes:
         batch_size: rows of the global batch.
-        process, processes: which of how many this is.
+        places: which of them, in order; all of them by default.
     """
 
     batch_size: int
-    process: int = 0
-    processes: int = 1
-
-    def __post_init__(self):
-        if self.batch_size % self.processes:
-            raise UserError(f'batch_size={self.batch_size} is no multiple of the {self.processes} processes')
+    places: Sequence[int] | None = None
 
     @property
     def rows(self) -> int:
-        return self.batch_size // self.processes
+        return self.batch_size if self.places is None else len(self.places)
 
     def position(self, local: int) -> int:
         """The place in the global sequence of rows that the process's row number `local` has."""
         batch, row = divmod(local, self.rows)
-        return batch * self.batch_size + self.process * self.rows + row
+        return batch * self.batch_size + (row if self.places is None else self.places[row])
 
 
 class Unreadable:
@@ -73,7 +68,9 @@ class Unreadable:
         """
         if index in self._errors:
             return
-        error = self._error(index)
+        self._add(index, self._error(index))
+
+    def _add(self, index: int, error: UserError) -> None:
         self._errors[index] = error
         if len(self._errors) * 1000 > len(self._source):
             raise UserError(
@@ -88,6 +85,23 @@ class Unreadable:
         except UserError as error:
             return error
         return UserError(f'{name} could not be read, and now it can')
+
+    def errors(self) -> list[tuple[int, str]]:
+        """Each image with what is wrong with it."""
+        return [(index, str(error)) for index, error in self._errors.items()]
+
+    def merge(self, errors: Iterable[list[tuple[int, str]]]) -> None:
+        """Counts what other processes could not read.
+
+        Args:
+            errors: `errors()` of each of them.
+
+        Raises:
+            UserError: as `add`.
+        """
+        for index, error in itertools.chain.from_iterable(errors):
+            if index not in self._errors:
+                self._add(index, UserError(error))
 
     def news(self) -> list[str]:
         """A line for each image since the last call."""

@@ -5,9 +5,11 @@ manifest: place in the data, config, and for each array its shape, type and a fi
 would restore part of a tree, or flipped bits, in silence.
 """
 
+import contextlib
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from orbax.checkpoint import checkpoint_managers as policies
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.training.distributed import are_several, gathered, is_first
 from convnext_jax.training.state import TrainState
 
 Arrays = dict[str, jax.Array]
@@ -24,6 +27,12 @@ Arrays = dict[str, jax.Array]
 
 class DamagedCheckpoint(Exception):
     """What is on disk is not what was saved."""
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """The loop asks JAX for it, and numbers its questions in another way; whether to save is its to decide."""
+        return False
 
 
 class Checkpoints:
@@ -46,12 +55,14 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = directory
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = _Manager(directory.absolute(), options=options)
 
     def __enter__(self) -> 'Checkpoints':
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind and are_several():
+            return  # the save under way waits for processes that may never come
         try:
             self._manager.close()
         except (OSError, ValueError) as error:
@@ -59,8 +70,8 @@ class Checkpoints:
                 raise self._failed(error) from error
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first."""
-        return sorted(self._manager.all_steps())
+        """The steps that have a checkpoint, oldest first; where there are several processes, as the first sees them."""
+        return gathered(sorted(map(int, self._manager.all_steps())))[0]
 
     def save(self, state: TrainState, about: dict, metrics: dict[str, float] | None) -> None:
         """Starts to save; returns when the state's buffers may be donated.
@@ -135,9 +146,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: DamagedCheckpoint) -> str:
         folder = self.directory.parent / 'damaged'
-        folder.mkdir(exist_ok=True)
         target = next(path for number in itertools.count() if not (path := folder / f'{step}.{number}').exists())
-        (self.directory / str(step)).rename(target)
+        if is_first():
+            folder.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        gathered(None)  # the others read the directory after it was moved
         self._manager.reload()
         return f'checkpoint {step} is damaged ({error}): moved to {target}'
 
@@ -193,21 +206,38 @@ def restore_parameters(directory: Path, step: int, field: str, like: Arrays | No
 
 
 def _restore_item(directory: Path, step: int, item: str, like: Arrays) -> Arrays:
-    saved = _read_manifest(directory, step)['arrays'].get(item, {})
+    with _damage_to_any():
+        saved = _read_manifest(directory, step)['arrays'].get(item, {})
     _check_same(directory, step, item, saved, like)
     if not like:
         return {}
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in like.items()}
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore((directory / str(step) / item).absolute(), target)
-    except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
-        raise DamagedCheckpoint(f'{item}: {first_line(error)}') from error
-    found = jax.device_get(_fingerprints(arrays))
-    altered = [name for name in like if int(found[name]) != saved[name]['fingerprint']]
-    if altered:
-        raise DamagedCheckpoint(f'{item}: altered bits in {", ".join(altered[:3])}')
+    with _damage_to_any():
+        try:
+            # A Checkpointer would wait for the other processes before an error of theirs could be told.
+            handler = ocp.StandardCheckpointHandler()
+            arrays = handler.restore((directory / str(step) / item).absolute(), args=ocp.args.StandardRestore(target))
+        except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
+            raise DamagedCheckpoint(f'{item}: {first_line(error)}') from error
+    with _damage_to_any():
+        found = jax.device_get(_fingerprints(arrays))
+        altered = [name for name in like if int(found[name]) != saved[name]['fingerprint']]
+        if altered:
+            raise DamagedCheckpoint(f'{item}: altered bits in {", ".join(altered[:3])}')
     return arrays
+
+
+@contextlib.contextmanager
+def _damage_to_any() -> Iterator[None]:
+    """What one process cannot read is damaged for all: they restore the same step."""
+    damage = None
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        damage = error
+    for text in gathered(damage and str(damage)):
+        if text:
+            raise DamagedCheckpoint(text) from damage
 
 
 def _check_same(directory: Path, step: int, item: str, saved: dict, like: Arrays) -> None:

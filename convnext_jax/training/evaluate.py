@@ -16,6 +16,7 @@ from convnext_jax.evaluation import add_up, class_accuracies, make_eval_step, su
 from convnext_jax.interop import ImageProcessor
 from convnext_jax.models import ConvNeXt, Parameters, get_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
+from convnext_jax.training.distributed import is_first, local_rows, spread
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.weights import config_processor, newest_checkpoint, read_weights, weights_field
@@ -93,7 +94,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     pretrained = read_weights(where, params)
     processor = pretrained.processor or config_processor(config)
     mesh = make_mesh(-1)
-    parameters = jax.device_put(get_parameters(pretrained.model), replicated(mesh))
+    parameters = {name: spread(x, replicated(mesh)) for name, x in get_parameters(pretrained.model).items()}
     about = {'weights': where, 'layout': pretrained.layout}
     for result in _evaluate(config, pretrained.model, parameters, processor, mesh, protocol):
         yield about | result
@@ -119,7 +120,8 @@ def _evaluate(
     processor = dataclasses.replace(processor, **{field: x for field, x in changes.items() if x is not None})
     mean, std = processor.mean_and_std_of_255()
     per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
-    share = Share(per_device * mesh.size, jax.process_index(), jax.process_count())
+    batch_size = per_device * mesh.size
+    share = Share(batch_size, local_rows(batch_sharding(mesh), batch_size))
     tables = []
     for (name, split), source in zip(splits, sources, strict=True):
         batches = eval_batches(
@@ -131,7 +133,9 @@ def _evaluate(
             squash=processor.squash,
             resample=processor.resample,
         )
-        step = jax.jit(make_eval_step(model, mean, std, judged=source.judged, flip=protocol.flip))
+        step = jax.jit(
+            make_eval_step(model, mean, std, judged=source.judged, flip=protocol.flip), out_shardings=replicated(mesh)
+        )
         sums = add_up(step, {'': parameters}, to_devices(batches, batch_sharding(mesh)))['']
         tables.append((name, split, source, class_accuracies(sums)))
         yield {'data': name, 'split': split, 'images': int(sums['count']), **summary(sums)}
@@ -140,6 +144,8 @@ def _evaluate(
 
 
 def _write_per_class(path: Path, tables: list[tuple[str, str, Source, list[float | None]]]) -> None:
+    if not is_first():
+        return
     try:
         with path.open('w', newline='') as file:
             writer = csv.writer(file)

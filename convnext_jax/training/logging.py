@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -74,6 +75,19 @@ class RunLog:
         for name, value in metrics.items():
             self._events.add_scalar(f'{split}/{name}', value, step)
         self._events.flush()
+
+
+class Silence:
+    """Stands in for `RunLog` on the processes that write nothing."""
+
+    def __enter__(self) -> 'Silence':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def read_records(workdir: Path) -> list[dict]:

@@ -19,15 +19,16 @@ from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt
 from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
-from convnext_jax.training.logging import RunLog, read_records
+from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
+from convnext_jax.training.logging import RunLog, Silence, read_records
 from convnext_jax.training.program import Program
 from convnext_jax.training.setup import Plan, abstract_model, make_plan, open_sources, settle_classes
-from convnext_jax.training.sharding import check_batch_size, make_mesh
+from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
 from convnext_jax.training.weights import load_parameters
-from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
+from convnext_jax.training.workdir import CHECKPOINTS, locked_by_first, settle_config
 
 STEPS_AHEAD = 2
 """So many steps are under way at once: the device never waits for the host, and the host does not run away."""
@@ -45,14 +46,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
         Stopped: SIGTERM or Ctrl-C came, and the run is saved.
     """
     check_values(config)
-    with locked(workdir):
+    with locked_by_first(workdir):
         train_source, eval_source = open_sources(config)
         settle_classes(config, train_source)
         plan = make_plan(config, len(train_source))
         mesh = make_mesh(config.mesh.data)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         model = abstract_model(config)
-        for line in settle_config(workdir, config):
+        for line in settle_config(workdir, config) if is_first() else ():
             print(f'changed since the run began: {line}')
         best_metric = 'ema_top1' if config.ema.decay else 'top1'
         with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
@@ -90,7 +91,9 @@ class Run(Program):
         self.checkpoints = checkpoints
         self.train_source, self.eval_source = train_source, eval_source
         self.unreadable = Unreadable(train_source, len(config.data.mean))
-        self.eval_step = jax.jit(make_eval_step(model, config.data.mean, config.data.std))
+        self.eval_step = jax.jit(
+            make_eval_step(model, config.data.mean, config.data.std), out_shardings=replicated(mesh)
+        )
 
     def restored_state(self) -> TrainState | None:
         """The newest whole checkpoint, or None if there is none.
@@ -127,7 +130,8 @@ class Run(Program):
 
     def _evaluated(self, step: int, workdir: Path) -> bool:
         split = self.config.data.eval_split
-        return any((record['step'], record['split']) == (step, split) for record in read_records(workdir))
+        records = read_records(workdir) if is_first() else []
+        return gathered(any((record['step'], record['split']) == (step, split) for record in records))[0]
 
     def go(self, state: TrainState, workdir: Path) -> None:
         """From a state to the last step.
@@ -137,8 +141,8 @@ class Run(Program):
         """
         step = saved = int(state.step)
         with (
-            RunLog(workdir, step, self.plan.total_steps) as log,
-            stop_signal() as stop,
+            RunLog(workdir, step, self.plan.total_steps) if is_first() else Silence() as log,
+            agreed_stop() if are_several() else stop_signal() as stop,
             contextlib.closing(self.train_batches(step)) as batches,
         ):
             if step:
@@ -162,6 +166,7 @@ class Run(Program):
                     pending.append(metrics)
                     jax.block_until_ready(pending[-STEPS_AHEAD:][0])
                     log.advance()
+                    stop.poll()
                     last = step == self.plan.total_steps
                     if step % self.config.log_every_steps == 0 or last:
                         self._log(log, step, pending, timer)
@@ -185,7 +190,7 @@ class Run(Program):
             except NotFinite:
                 raise
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
-                if step > saved:
+                if step > saved and not are_several():  # the others may be at another step
                     self._save(state, step, None)
                     self.checkpoints.wait()
                     log.say(f'saved at step {step}')
@@ -194,11 +199,14 @@ class Run(Program):
                 raise
             self.checkpoints.wait()
 
+    def _share(self, batch_size: int) -> Share:
+        return Share(batch_size, local_rows(self.batch_sharding, batch_size))
+
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """Global batches on the devices, from a step on."""
         batches = train_batches(
             self.train_source,
-            _share(self.config.batch_size),
+            self._share(self.config.batch_size),
             seed=self.config.seed,
             start_step=start_step,
             image_size=self.config.data.image_size,
@@ -215,13 +223,13 @@ class Run(Program):
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
         batches = eval_batches(
             self.eval_source,
-            _share(self.config.batch_size // self.config.accumulation_steps),
+            self._share(self.config.batch_size // self.config.accumulation_steps),
             image_size=self.config.data.image_size,
             channels=len(self.config.data.mean),
             crop_pct=self.config.data.crop_pct,
         )
         weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
-        until_stopped = itertools.takewhile(lambda _: not stop.received, to_devices(batches, self.batch_sharding))
+        until_stopped = itertools.takewhile(lambda _: not stop.poll(), to_devices(batches, self.batch_sharding))
         results = evaluate(self.eval_step, weights, until_stopped)
         if stop.received:
             return None
@@ -230,6 +238,7 @@ class Run(Program):
 
     def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], timer: '_Timer') -> None:
         fetched = jax.device_get(pending)
+        self.unreadable.merge(gathered(self.unreadable.errors()))
         seconds = timer.lap()
         newest = fetched[-1]
         metrics = {
@@ -286,10 +295,6 @@ class Run(Program):
         differences += [f"class {label} was '{old}', is '{new}'" for label, (old, new) in names if old != new]
         if differences:
             raise UserError(f'the run began on another data set: {"; ".join(differences[:5])}. Take another workdir')
-
-
-def _share(batch_size: int) -> Share:
-    return Share(batch_size, jax.process_index(), jax.process_count())
 
 
 class _Timer:

@@ -21,6 +21,10 @@ class Stop:
 
     received: signal.Signals | None = None
 
+    def poll(self) -> bool:
+        """Whether to stop; the loop asks after each step and before each batch of an evaluation."""
+        return self.received is not None
+
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:

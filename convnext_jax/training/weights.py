@@ -11,6 +11,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, Pretrained, read_pretrained
 from convnext_jax.models import Parameters, get_parameters, with_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
+from convnext_jax.training.distributed import spread
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.workdir import CHECKPOINTS, CONFIG
 
@@ -75,7 +76,7 @@ def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Paramet
     ]
     if differences:
         raise UserError(f'the weights of {where} do not fit the model: {"; ".join(sorted(differences))}')
-    return {name: jax.device_put(loaded[name], array.sharding) for name, array in fresh.items()}, notes
+    return {name: spread(loaded[name], array.sharding) for name, array in fresh.items()}, notes
 
 
 def _load_run(workdir: Path, params: str, fresh: Parameters) -> tuple[Parameters, list[str]]:

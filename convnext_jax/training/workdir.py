@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, changed_fields, is_fixed
 from convnext_jax.errors import UserError
+from convnext_jax.training.distributed import gathered, is_first
 
+LOCK = '.lock'
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 CURVES = 'curves.png'
@@ -27,7 +29,7 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / '.lock', 'a+')  # noqa: SIM115 - closed below
+        lock = open(workdir / LOCK, 'a+')  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f'workdir {workdir} cannot be written: {error.strerror}') from error
     with lock:
@@ -39,6 +41,22 @@ def locked(workdir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        yield
+
+
+@contextlib.contextmanager
+def locked_by_first(workdir: Path) -> Iterator[None]:
+    """`locked` by process 0, with the others' word that they see the same folder.
+
+    Raises:
+        UserError: as `locked`, or a process sees another folder.
+    """
+    with locked(workdir) if is_first() else contextlib.nullcontext():
+        owner = str(os.getpid()) if is_first() else None
+        owner = gathered(owner)[0]
+        lock = workdir / LOCK
+        if not (lock.exists() and lock.read_text() == owner):
+            raise UserError(f'workdir {workdir} is not the one that process 0 has: all hosts must share a file system')
         yield
 
 

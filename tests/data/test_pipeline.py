@@ -173,10 +173,16 @@ def test_a_late_step_comes_at_once():
     assert len(set(labels(batches))) == 8
 
 
+def share_of(process, processes, batch_size=4):
+    """Neighbouring rows, as a mesh in the order of the processes gives them."""
+    rows = batch_size // processes
+    return Share(batch_size, range(process * rows, (process + 1) * rows))
+
+
 @pytest.mark.parametrize('processes', [2, 4])
 def test_processes_share_out_the_rows_of_one_process(processes):
     """A run on four hosts would be another run than on one, or see examples twice."""
-    parts = [train(steps=7, share=Share(4, process, processes)) for process in range(processes)]
+    parts = [train(steps=7, share=share_of(process, processes)) for process in range(processes)]
     joined = [
         {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         for batches in zip(*parts, strict=True)
@@ -184,12 +190,18 @@ def test_processes_share_out_the_rows_of_one_process(processes):
     assert_equal(joined, train(steps=7))
 
 
+def test_a_process_with_scattered_devices_loads_their_rows():
+    """A topology's best order of devices may mix the hosts: the example of a row must stay the same."""
+    scattered = train(steps=7, share=Share(4, (0, 3)))
+    assert_equal(scattered, [{name: rows[[0, 3]] for name, rows in batch.items()} for batch in train(steps=7)])
+
+
 @pytest.mark.parametrize(
     ('batch_size', 'processes'), [(1, 1), (7, 1), (23, 1), (64, 1), (1024, 1), (6, 2), (4, 4), (64, 4), (1032, 8)]
 )
 def test_evaluation_counts_every_example_once(batch_size, processes):
     """An accuracy over a part of the split, or with padding in it, is not the split's accuracy."""
-    parts = [evaluation(23, Share(batch_size, process, processes)) for process in range(processes)]
+    parts = [evaluation(23, share_of(process, processes, batch_size)) for process in range(processes)]
     assert {len(part) for part in parts} == {-(-23 // batch_size)}, 'processes must take the same number of steps'
     counted = []
     for batches in zip(*parts, strict=True):
@@ -242,11 +254,6 @@ def test_split_smaller_than_a_batch():
     for use in (lambda: steps_per_epoch(23, 24), lambda: train(23, Share(24), steps=1)):
         with pytest.raises(UserError, match='batch_size=24 is more than the 23 training images: lower it'):
             use()
-
-
-def test_batch_that_processes_cannot_share():
-    with pytest.raises(UserError, match='batch_size=6 is no multiple of the 4 processes'):
-        Share(6, 0, 4)
 
 
 @pytest.mark.parametrize('crop_scale', [(0.5,), (0.0, 1.0), (0.8, 0.2), (0.5, 1.5), (0.1, 0.2, 0.3)])
@@ -306,6 +313,24 @@ def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
         UserError, match='number 9 cannot.*Unreadable are 3 of 2000 images, more than one in a thousand'
     ):
         unreadable.add(9)
+
+
+def test_what_other_processes_could_not_read_counts_and_is_told():
+    """Each of 1,000 hosts sees a few broken images: the first alone tells, and all must stop at one in a thousand."""
+    source = Numbered(2000, broken=(3, 7, 9))
+    here, there = Unreadable(source, channels=1), Unreadable(source, channels=1)
+    here.add(3)
+    there.add(3)
+    there.add(7)
+    everybody = [here.errors(), there.errors()]
+    here.merge(everybody)
+    assert len(here) == 2
+    assert [line.split(' cannot')[0] for line in here.news()] == ['number 3', 'number 7']
+    with pytest.raises(UserError, match='number 9 cannot.*Unreadable are 3 of 2000 images'):
+        here.add(9)
+    there.merge([[(3, 'number 3 is broken'), (7, 'number 7 is broken')]])
+    with pytest.raises(UserError, match='number 9 is broken. Unreadable are 3 of 2000 images'):
+        there.merge([[(9, 'number 9 is broken')]])
 
 
 def test_a_long_row_of_unreadable_images_ends():

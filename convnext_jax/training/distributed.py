@@ -1,0 +1,263 @@
+"""Several processes, one on each host: how they start, what they agree on, and that none outlives another's error.
+
+All of it goes through JAX's own runtime: its coordination service (on process 0), key-value store, barriers and
+preemption notice, and collectives over the devices.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state  # Orbax takes the client of the key-value store from there too
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from convnext_jax.errors import UserError, first_line
+from convnext_jax.training.stop import Stop
+
+FAILURE = 'convnext_jax/failure'
+ALIVE = 'convnext_jax/alive'
+FAREWELL = 5
+"""Seconds in which the others learn of a failure before the process ends: the coordination service ends with it."""
+
+
+def start(coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int) -> bool:
+    """Joins the processes of the job, before anything else of JAX: as told, or as JAX finds them.
+
+    JAX itself knows Cloud TPU pods, GKE, Slurm and Open MPI. All processes but the first lose their standard output.
+
+    Args:
+        coordinator: 'HOST:PORT' of process 0, which listens there; None: as JAX finds it.
+        process_count, process_id: how many processes, and which of them this is; go with `coordinator`.
+        timeout: seconds to wait for the coordinator and all processes; then this process ends.
+
+    Returns:
+        Whether there are several processes.
+
+    Raises:
+        UserError: the flags do not fit one another.
+    """
+    given = [value is not None for value in (coordinator, process_count, process_id)]
+    if process_count == 1 and not coordinator:
+        return False
+    if any(given) and not all(given):
+        raise UserError('--coordinator, --process_count and --process_id go together: give all three, or none')
+    if all(given):
+        _check(coordinator, process_count, process_id)
+    clock = threading.Timer(timeout, _give_up, (coordinator, process_count, process_id, timeout))
+    clock.daemon = True
+    clock.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            process_count,
+            process_id,
+            initialization_timeout=timeout + 60,  # later than the clock: the runtime would abort the process
+            heartbeat_timeout_seconds=2 * timeout,  # the same
+            shutdown_timeout_seconds=timeout,
+        )
+    except ValueError:
+        if any(given):
+            raise
+        return False  # JAX found nothing: a machine by itself
+    except RuntimeError as error:
+        raise UserError(
+            f'the processes of this job cannot join: {first_line(error)}. --process_count=1 runs this one alone'
+        ) from error
+    finally:
+        clock.cancel()
+    several = jax.process_count() > 1
+    if several and not is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return several
+
+
+def _check(coordinator: str, process_count: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator takes HOST:PORT, as 10.0.0.1:8476, not '{coordinator}'")
+    if not 0 <= process_id < process_count:
+        raise UserError(f'--process_id={process_id}: they go from 0 to process_count − 1 = {process_count - 1}')
+
+
+def _give_up(coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int) -> NoReturn:
+    """Ends the process while it waits in the runtime, which would abort with a stack trace."""
+    problem = f'of {process_count or "the"} processes not all have come'
+    if coordinator and process_id:
+        host, _, port = coordinator.rpartition(':')
+        try:
+            socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+        except OSError as error:
+            problem = f'there is no coordinator at {coordinator} ({error.strerror or error})'
+    _leave(f'error: {problem} within {timeout} s: do all hosts run the same command, and reach process 0?', 2)
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and files: process 0, or the only one."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def are_several() -> bool:
+    """Whether there are other processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def gathered(value: object) -> list:
+    """What each process has given, in their order. All must call it in the same place.
+
+    Args:
+        value: what JSON can hold.
+    """
+    if not are_several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - len(text))))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def local_rows(sharding: Sharding, batch_size: int) -> Sequence[int]:
+    """The rows of a global batch that live on this process's devices, in order."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})
+
+
+def spread(value: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that every process has whole, as one global array."""
+    if not are_several():
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__)
+
+
+class AgreedStop(Stop):
+    """SIGTERM or Ctrl-C on any process, seen by all of them at the same call of `poll`."""
+
+    _polls = 0
+
+    def poll(self) -> bool:
+        self._polls += 1
+        if not self.received and multihost_utils.reached_preemption_sync_point(self._polls):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+
+@contextlib.contextmanager
+def agreed_stop() -> Iterator[Stop]:
+    """As `stop_signal`, for several processes: JAX's own handler of SIGTERM tells all of them."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        os.write(2, b'\nall processes stop and save at one of the next steps; once more to stop without saving\n')
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield AgreedStop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Watch:
+    """Looks from a thread whether all processes are well, and ends this one if another failed or is gone.
+
+    Args:
+        timeout: seconds within which a process that is gone is noticed.
+    """
+
+    def __init__(self, timeout: int):
+        self._client, self._timeout = global_state.client, timeout
+        self._process, self._processes = jax.process_index(), jax.process_count()
+        self._ending = threading.Lock()
+        self._over = False
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        for turn in range(2**62):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no failure to get
+                failure = self._client.blocking_key_value_get(FAILURE, 250 * self._timeout)
+                return self._follow(json.loads(failure))
+            if self._over:
+                return None
+            try:
+                self._client.key_value_set(f'{ALIVE}/{self._process}', str(turn), allow_overwrite=True)
+                self._client.wait_at_barrier(ALIVE, 750 * self._timeout)
+            except jax.errors.JaxRuntimeError as error:
+                return self._end_without(turn, error)
+        return None
+
+    def _follow(self, failure: dict) -> None:
+        if failure['process'] == self._process:
+            return
+        with self._ending:
+            text = f'error: process {failure["process"]} failed: {failure["text"]}' if self._process == 0 else None
+            self._say_farewell()
+            _leave(text, failure['status'])
+
+    def _end_without(self, turn: int, error: Exception) -> None:
+        if self._over:
+            return
+        try:
+            seen = dict(self._client.key_value_dir_get(ALIVE))
+            gone = [i for i in range(self._processes) if int(seen.get(f'{ALIVE}/{i}', -1)) < turn]
+            problem = f'no sign of process {", ".join(map(str, gone))} for {self._timeout} s'
+        except jax.errors.JaxRuntimeError:
+            problem = f'process 0 is gone ({first_line(error)})'
+        with self._ending:
+            _leave(f'error: {problem}: see its own output. The same command on all hosts resumes', 1)
+
+    def fail(self, error: BaseException, text: str, status: int) -> NoReturn:
+        """Ends all processes after an error of this one.
+
+        Args:
+            error: it.
+            text: what this process prints of it.
+            status: of all.
+        """
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(self._timeout + 1)  # if a collective broke because another process did, that one is to be named
+        print(text, file=sys.stderr, flush=True)
+        with self._ending:
+            failure = {
+                'process': self._process,
+                'text': text.splitlines()[-1].removeprefix('error: '),
+                'status': status,
+            }
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
+                self._client.key_value_set(FAILURE, json.dumps(failure))
+            self._say_farewell()
+            if self._process == 0:
+                time.sleep(1)  # the others first: the coordination service ends with this process
+            _leave(None, status)
+
+    def _say_farewell(self) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.wait_at_barrier(f'{FAILURE}/farewell', 1000 * FAREWELL)
+
+    def finish(self) -> None:
+        """Waits until all processes are done, and leaves JAX's runtime."""
+        try:
+            self._client.wait_at_barrier(f'{ALIVE}/done', 1000 * self._timeout)
+        except jax.errors.JaxRuntimeError as error:
+            self.fail(error, f'error: not all processes come to the end: {first_line(error)}', 1)
+        self._over = True
+        jax.distributed.shutdown()
+
+
+def _leave(text: str | None, status: int) -> NoReturn:
+    """Ends the process from any thread, whatever the others wait for."""
+    if text:
+        print(text, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)

@@ -1,0 +1,211 @@
+"""Jobs of two real processes, as a pod runs them: one trajectory, one set of files, one end."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL_RUN
+
+from convnext_jax.errors import UserError
+from convnext_jax.training import distributed
+from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.training.logging import read_records
+from convnext_jax.training.sharding import batch_sharding, make_mesh
+from launch import local
+
+STEPS = 24
+TWO = ('launch/local.py', 2, '--')
+JOB = (*TWO, 'train.py', *SMALL_RUN)
+
+
+def losses(workdir: Path) -> list[float]:
+    return [record['loss'] for record in read_records(workdir)]
+
+
+def start_and_wait_for_a_record(commands, run: Path, *arguments: str):
+    """A job that is in the middle of its steps, and its processes' ids in their order."""
+    job = commands.start(*JOB, f'--workdir={run}', '--config.steps=2000', *arguments)
+    while job.poll() is None and not read_records(run):
+        time.sleep(0.05)
+    assert job.poll() is None, job.communicate()
+    children = map(int, Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split())
+    return job, sorted(children, key=lambda pid: Path(f'/proc/{pid}/cmdline').read_bytes().split(b'--process_id=')[1])
+
+
+@pytest.fixture(scope='module')
+def two_processes(commands, tmp_path_factory):
+    """The small run on two processes: its workdir, and what it printed."""
+    run = tmp_path_factory.mktemp('two') / 'run'
+    return run, commands.run(*JOB, f'--workdir={run}')
+
+
+def test_two_processes_train_as_one(two_processes, finished_run):
+    """The same samples in the same order: a recipe tried on one machine holds on a pod."""
+    run, _ = two_processes
+    kinds = [[(record['split'], record['step']) for record in read_records(w)] for w in (run, finished_run)]
+    assert kinds[0] == kinds[1]
+    np.testing.assert_allclose(losses(run), losses(finished_run), rtol=1e-3)
+
+
+def test_only_the_first_process_writes_and_prints(two_processes, finished_run):
+    """Two that write one file leave neither's lines; a pod of 64 would print each line 64 times."""
+    run, done = two_processes
+    assert done.stdout.count('devices    2 × cpu, mesh data=2, 2 process(es)') == 1
+    assert done.stdout.count('finished: top-1') == 1
+    assert done.stdout.count('step 24/24') == 2  # of training and of the evaluation
+    assert done.stderr == ''
+    assert {path.name for path in run.iterdir()} == {path.name for path in finished_run.iterdir()}
+    assert len(list((run / 'tensorboard').iterdir())) == 1
+
+
+def test_what_two_saved_one_restores(two_processes, finished_run):
+    """A pod of another size, or a laptop that evaluates: each array is checked against what was saved."""
+    run, _ = two_processes
+    assert saved_steps(run / 'checkpoints') == saved_steps(finished_run / 'checkpoints')
+    ours, one = (restore_parameters(w / 'checkpoints', STEPS, 'ema') for w in (run, finished_run))
+    for name, value in one.items():
+        np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
+
+
+def test_what_one_saved_two_restore_and_they_agree_on_the_step(commands, finished_run, tmp_path):
+    """Each for itself, one would go on from a damaged checkpoint's step and the other from the one before."""
+    run = shutil.copytree(finished_run, tmp_path / 'run')
+    shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
+    resumed = commands.run(*JOB, f'--workdir={run}')
+    assert resumed.stdout.count(f'checkpoint {STEPS} is damaged') == 1
+    assert f'resumes at step 20 of {STEPS}' in resumed.stdout
+    assert len(list((run / 'damaged').iterdir())) == 1
+    np.testing.assert_allclose(losses(run), losses(finished_run), rtol=1e-3)
+
+
+def test_two_processes_evaluate_as_one(commands, finished_run):
+    results = [
+        json.loads(commands.run(*start, 'eval.py', f'--workdir={finished_run}').stdout.splitlines()[-1])
+        for start in (TWO, ())
+    ]
+    assert results[0]['images'] == 40
+    for name, value in results[1].items():
+        assert results[0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
+
+
+def test_notice_to_one_process_stops_all_at_one_step_and_another_size_resumes(commands, finished_run, tmp_path):
+    """A preempted host is told alone; were the others not to save with it, there would be no checkpoint."""
+    run = tmp_path / 'run'
+    arguments = ('--config.checkpoint_every_steps=1000', '--config.eval_every_epochs=100')
+    job, (_, second) = start_and_wait_for_a_record(commands, run, *arguments)
+    os.kill(second, signal.SIGTERM)
+    out, err = job.communicate(timeout=100)
+    assert job.returncode == 128 + signal.SIGTERM, out + err
+    (step,) = saved_steps(run / 'checkpoints')
+    assert f'stopped by SIGTERM at step {step}, saved; the same command resumes it' in out
+    assert 'Traceback' not in err
+    resumed = commands.train(run, *arguments, f'--config.steps={step + 4}')
+    assert f'resumes at step {step} of {step + 4}' in resumed.stdout
+
+
+def test_when_a_process_is_killed_the_other_ends_and_says_so(commands, tmp_path):
+    """A host that is gone would leave the rest of the pod waiting, and paid for, until somebody looks."""
+    job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=8')
+    os.kill(second, signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGKILL
+    assert sorted(line for line in err.splitlines() if 'preemption' not in line) == [
+        'error: no sign of process 1 for 8 s: see its own output. The same command on all hosts resumes',
+        'launch/local.py: process 1 was ended by SIGKILL',
+    ]
+
+
+def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
+    """JAX's coordination service ends with process 0, and its client then ends the others."""
+    job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=8')
+    os.kill(first, signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGKILL
+    assert 'launch/local.py: process 0 was ended by SIGKILL' in err
+    assert 'another task died' in err
+
+
+def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
+    """Here: a host on which the shared folder is not mounted."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        flags = (f'--coordinator=127.0.0.1:{free.getsockname()[1]}', '--process_count=2')
+    processes = [
+        commands.start('train.py', *SMALL_RUN, f'--workdir={tmp_path / str(number)}', *flags, f'--process_id={number}')
+        for number in range(2)
+    ]
+    errors = [process.communicate(timeout=100)[1].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    text = f'workdir {tmp_path / "1"} is not the one that process 0 has: all hosts must share a file system'
+    assert errors == [[f'error: process 1 failed: {text}'], [f'error: {text}']]
+
+
+@pytest.mark.parametrize(
+    ('process', 'line'),
+    [
+        (0, 'error: of 2 processes not all have come within 4 s: '),
+        (1, 'error: there is no coordinator at 127.0.0.1:1 (Connection refused) within 4 s: '),
+    ],
+)
+def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, tmp_path, process, line):
+    """A wrong address in a script must not keep a pod."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1] if process == 0 else 1
+    flags = (f'--coordinator=127.0.0.1:{port}', '--process_count=2', f'--process_id={process}', '--process_timeout=4')
+    refused = commands.run('train.py', *SMALL_RUN, f'--workdir={tmp_path}', *flags, status=2)
+    assert [text.startswith(line) for text in refused.stderr.splitlines()] == [True]
+    assert refused.stdout == ''
+
+
+@pytest.mark.parametrize(
+    ('flags', 'problem'),
+    [
+        (('10.0.0.1:8476', 2, None), 'give all three, or none'),
+        (('10.0.0.1', 2, 0), "HOST:PORT, as 10.0.0.1:8476, not '10.0.0.1'"),
+        (('10.0.0.1:8476', 2, 2), 'they go from 0 to process_count − 1 = 1'),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_at_once(flags, problem):
+    with pytest.raises(UserError, match=problem):
+        distributed.start(*flags, timeout=60)
+
+
+def test_each_process_loads_the_rows_of_its_own_devices():
+    """A mesh whose devices of one host are not neighbours must not change which example is in which row."""
+    mesh = make_mesh(-1)
+    assert list(distributed.local_rows(batch_sharding(mesh), 16)) == list(range(16))
+
+    class Scattered:
+        def addressable_devices_indices_map(self, shape):
+            return {0: (slice(8, 12),), 1: (slice(None, 4),)}
+
+    assert distributed.local_rows(Scattered(), 16) == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+def test_one_process_is_a_job_of_its_own():
+    """A laptop must not wait for anybody, nor lose its output."""
+    assert distributed.gathered({'a': 1}) == [{'a': 1}]
+    assert distributed.is_first()
+    assert not distributed.are_several()
+    np.testing.assert_array_equal(distributed.spread(np.arange(3), jax.devices()[0]), [0, 1, 2])
+
+
+def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):
+    """A test that hangs, or one that passes although a process failed."""
+    monkeypatch.setattr(local, 'GRACE', 0.5)
+    code = 'import sys, time; last = sys.argv[-1] == "--process_id=1"; sys.exit(7) if last else time.sleep(100)'
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert local.main(['launch/local.py', '2', '--', '-c', code]) == 7
+        assert local.main(['launch/local.py', '2', '--', '-c', 'pass']) == 0
+        assert local.main(['launch/local.py', 'train.py']) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert 'process 1 ended with status 7' in capfd.readouterr().err
