@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
 
 def _evaluate(values: flags.FlagValues) -> None:
     from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights  # JAX: after the settings
+    from convnext_jax.training.workdir import workdir_path
 
     protocol = Protocol(
         splits=tuple(map(_name_and_split, values.splits)),
@@ -59,7 +60,7 @@ def _evaluate(values: flags.FlagValues) -> None:
         per_class=Path(values.per_class) if values.per_class else None,
     )
     if values.weights is None:
-        results = evaluate_run(Path(required(values, 'workdir')), values.params, values.step, protocol)
+        results = evaluate_run(workdir_path(required(values, 'workdir')), values.params, values.step, protocol)
     elif values.workdir is None and values.step is None:
         results = evaluate_weights(required_config(values), values.weights, values.params or 'raw', protocol)
     else:

@@ -1,7 +1,5 @@
 """Trains a ConvNeXt, and resumes: python train.py --config=configs/fashion_mnist.py --workdir=runs/demo"""
 
-from pathlib import Path
-
 from absl import flags
 
 from convnext_jax import launch
@@ -18,13 +16,14 @@ from convnext_jax.command_line import (
 
 def main(arguments: list[str]) -> None:
     from convnext_jax.training.loop import train  # not above: the processes that decode images import this file too
+    from convnext_jax.training.workdir import workdir_path
 
     values = flags.FlagValues()
     define_config(values, arguments)
     define_processes(values)
     flags.DEFINE_string('workdir', None, 'Folder of the run: config, checkpoints, logs.', flag_values=values)
     parse(values, arguments, usage=__doc__)
-    config, workdir = required_config(values), Path(required(values, 'workdir'))
+    config, workdir = required_config(values), workdir_path(required(values, 'workdir'))
     with all_processes(values):
         train(config, workdir)
 

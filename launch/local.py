@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 def wait(processes: list[subprocess.Popen]) -> int:
     """Returns when all have ended, and says which failed first."""
     status, deadline = 0, None
-    while any([process.poll() is None for process in processes]):
+    while any(process.poll() is None for process in processes):
         time.sleep(0.1)
         if deadline is None:
             status = first_failure(processes)

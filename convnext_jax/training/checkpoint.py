@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.training.distributed import are_several, gathered, is_first
 from convnext_jax.training.state import TrainState
+from convnext_jax.training.workdir import absolute, is_local
 
 Arrays = dict[str, jax.Array]
 
@@ -55,7 +56,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = directory
-        self._manager = _Manager(directory.absolute(), options=options)
+        self._manager = _Manager(absolute(directory), options=options)
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -99,6 +100,8 @@ class Checkpoints:
         return UserError(f'saving to {self.directory} failed: {first_line(error)}')
 
     def _check_space(self, needed: int) -> None:
+        if not is_local(self.directory):
+            return
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
@@ -216,7 +219,7 @@ def _restore_item(directory: Path, step: int, item: str, like: Arrays) -> Arrays
         try:
             # A Checkpointer would wait for the other processes before an error of theirs could be told.
             handler = ocp.StandardCheckpointHandler()
-            arrays = handler.restore((directory / str(step) / item).absolute(), args=ocp.args.StandardRestore(target))
+            arrays = handler.restore(absolute(directory / str(step) / item), args=ocp.args.StandardRestore(target))
         except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
             raise DamagedCheckpoint(f'{item}: {first_line(error)}') from error
     with _damage_to_any():

@@ -1,5 +1,6 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard events, and curves.png."""
 
+import io
 import json
 import math
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from convnext_jax.training.workdir import CURVES, METRICS, write_whole
+from convnext_jax.training.workdir import CURVES, METRICS, open_to_append, write_whole
 
 
 class RunLog:
@@ -27,7 +28,7 @@ class RunLog:
         self._total_steps = total_steps
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
         write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records))
-        self._metrics = open(workdir / METRICS, 'a')  # noqa: SIM115 - closed in __exit__
+        self._metrics = open_to_append(workdir / METRICS)
         self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not self._live)
@@ -132,6 +133,6 @@ def draw_curves(workdir: Path) -> None:
         if axes.lines:
             axes.legend()
     speed.set_ylim(0, 1.1 * max((row['images_per_second'] for row in training), default=1))
-    scratch = workdir / f'.{CURVES}.new'
-    figure.savefig(scratch, format='png', dpi=100)
-    scratch.replace(workdir / CURVES)
+    image = io.BytesIO()
+    figure.savefig(image, format='png', dpi=100)
+    write_whole(workdir / CURVES, image.getvalue())

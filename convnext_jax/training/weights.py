@@ -1,6 +1,5 @@
 """Weights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from convnext_jax.models import Parameters, get_parameters, with_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import spread
 from convnext_jax.training.setup import abstract_model
-from convnext_jax.training.workdir import CHECKPOINTS, CONFIG
+from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, workdir_path
 
 FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
@@ -125,7 +124,7 @@ def _is_run(where: str) -> bool:
 
 
 def _folder(where: str) -> Path:
-    return Path(os.path.expanduser(where))  # the shell leaves the ~ of --weights=~/run as it is
+    return workdir_path(where)
 
 
 def _entry(params: str) -> str | None:

@@ -1,12 +1,15 @@
-"""The folder of a run: its lock, its config, and the paths of what it holds."""
+"""The folder of a run, here or in a bucket: its lock, its config, and the paths of what it holds."""
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, changed_fields, is_fixed
@@ -20,13 +23,33 @@ CURVES = 'curves.png'
 CHECKPOINTS = 'checkpoints'
 
 
+def workdir_path(text: str) -> Path | epath.Path:
+    """A local folder as a Path, or one in a bucket (gs://BUCKET/RUN; needs gcsfs) as Orbax takes it, an epath.Path."""
+    return epath.Path(text) if '://' in text else Path(text).expanduser()  # the shell leaves the ~ of --weights=~/run
+
+
+def is_local(path: Path | epath.Path) -> bool:
+    """Whether it is a path of this machine, with locks, appending and a disk that can be full."""
+    return isinstance(path, Path)
+
+
+def absolute(path: Path | epath.Path) -> Path | epath.Path:
+    """The path as Orbax takes it."""
+    return path.absolute() if is_local(path) else path
+
+
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Makes the workdir and keeps other runs out of it. The lock ends with the process, however that ends.
 
+    A bucket has no locks: there nothing is done.
+
     Raises:
         UserError: a running process has it, or it cannot be written.
     """
+    if not is_local(workdir):
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / LOCK, 'a+')  # noqa: SIM115 - closed below
@@ -55,7 +78,7 @@ def locked_by_first(workdir: Path) -> Iterator[None]:
         owner = str(os.getpid()) if is_first() else None
         owner = gathered(owner)[0]
         lock = workdir / LOCK
-        if not (lock.exists() and lock.read_text() == owner):
+        if is_local(workdir) and not (lock.exists() and lock.read_text() == owner):
             raise UserError(f'workdir {workdir} is not the one that process 0 has: all hosts must share a file system')
         yield
 
@@ -84,11 +107,32 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     return list(lines.values())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or the next process, finds the old text or the new and nothing between."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or the next process, finds the old content or the new and nothing between."""
+    content = content.encode() if isinstance(content, str) else content
+    if not is_local(path):
+        path.write_bytes(content)  # a bucket's files appear whole
+        return
     scratch = path.with_name(f'.{path.name}.new')
-    with open(scratch, 'w') as file:
-        file.write(text)
+    with open(scratch, 'wb') as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file that lines are added to; what is flushed is there."""
+    return open(path, 'a') if is_local(path) else _Rewritten(path)
+
+
+class _Rewritten(io.StringIO):
+    """A text in a bucket, where nothing can be appended: every flush writes it whole."""
+
+    def __init__(self, path: epath.Path):
+        super().__init__()
+        self.write(path.read_text())
+        self._path = path
+
+    def flush(self) -> None:
+        self._path.write_text(self.getvalue())
