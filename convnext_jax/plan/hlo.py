@@ -60,6 +60,10 @@ class Collectives:
     size: int = 0
 
 
+Found = dict[tuple[str, str, int], Collectives]
+"""By kind, type, and the chips that take part in one."""
+
+
 def read_program(text: str) -> list[Instruction]:
     """Every instruction that the program runs, with those of loops and calls.
 
@@ -125,14 +129,14 @@ def _first(pattern: str | re.Pattern, text: str) -> str | None:
     return match and match[1]
 
 
-def collectives(program: list[Instruction], chips: int) -> dict[tuple[str, str, int], Collectives]:
-    """(Kind, type, chips that take part) → how many there are and their bytes; an asynchronous pair counts once.
+def collectives(program: list[Instruction], chips: int) -> Found:
+    """How many there are of each sort and their bytes; an asynchronous pair counts once, at its end.
 
     Args:
         program: as `read_program` gives it.
         chips: that run it.
     """
-    found: dict[tuple[str, str, int], Collectives] = {}
+    found: Found = {}
     for instruction in program:
         kind = instruction.opcode.removesuffix('-done')
         if kind in COLLECTIVES:
@@ -143,8 +147,8 @@ def collectives(program: list[Instruction], chips: int) -> dict[tuple[str, str, 
     return found
 
 
-def bytes_sent(found: dict[tuple[str, str, int], Collectives]) -> float:
-    """What each chip must send in one step at the least, whatever the way: an all-reduce of n chips takes 2 (n − 1) / n.
+def bytes_sent(found: Found) -> float:
+    """Bytes that each chip must send in one step at the least, by whatever way: an all-reduce takes 2 (n − 1) / n.
 
     Args:
         found: as `collectives` gives it.

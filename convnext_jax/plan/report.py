@@ -9,7 +9,7 @@ from tqdm import tqdm
 from convnext_jax.config import check_values
 from convnext_jax.errors import UserError
 from convnext_jax.plan.compile import Compiled, Memory, compile_step
-from convnext_jax.plan.hlo import Collectives, Instruction, bytes_sent, collectives, read_program
+from convnext_jax.plan.hlo import Found, Instruction, bytes_sent, collectives, read_program
 from convnext_jax.plan.targets import Target
 from convnext_jax.training.sharding import describe_mesh, make_mesh
 
@@ -110,7 +110,7 @@ def _memory_lines(memory: Memory, capacity: float) -> list[str]:
     ]
 
 
-def _collective_lines(found: dict[tuple[str, str, int], Collectives]) -> list[str]:
+def _collective_lines(found: Found) -> list[str]:
     rows = [
         f'  {kind:20}{dtype:8}{same.runs:4} × over {chips:4} chips {same.size / 1e6:10.2f} MB in all'
         for (kind, dtype, chips), same in sorted(found.items())
@@ -122,7 +122,7 @@ def _collective_lines(found: dict[tuple[str, str, int], Collectives]) -> list[st
     ]
 
 
-def _cycle_lines(program: list[Instruction], found: dict[tuple[str, str, int], Collectives], target: Target) -> list[str]:
+def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> list[str]:
     total = sum(instruction.runs * instruction.cycles for instruction in program)
     if not total:
         return ['\nestimated cycles: this compiler tells none']

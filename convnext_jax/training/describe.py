@@ -28,6 +28,7 @@ def describe(
     """The lines at the start of a run: model, devices, steps, data, optimizer, settings, workdir."""
     size, data, optimizer = config.data.image_size, config.data, config.optimizer
     parameters = get_parameters(model)
+    count = sum(array.size for array in parameters.values())
     multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
     devices, epoch = jax.devices(), plan.steps_per_epoch
     held = f', {share_held(mesh, parameters):.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
@@ -37,7 +38,7 @@ def describe(
     decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'
     peak = optimizer.learning_rate * config.batch_size / 256
     return [
-        f'model      {config.model.name}: {sum(array.size for array in parameters.values()):,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
+        f'model      {config.model.name}: {count:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
         f'{size}×{size}, {config.model.dtype}',
         f'devices    {len(devices)} × {devices[0].device_kind}, mesh {describe_mesh(mesh)}{held}, '
         f'{jax.process_count()} process(es)',

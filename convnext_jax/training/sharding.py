@@ -68,7 +68,9 @@ def _lengths(data: int, fsdp: int, devices: int) -> tuple[int, int]:
         raise UserError(f'{said}: each must be −1 or at least 1')
     known = fsdp if data == -1 else data
     if devices % known or (-1 not in (data, fsdp) and data * fsdp != devices):
-        raise UserError(f'{said}, but there are {devices} devices: give −1 for one, and a divisor of them for the other')
+        raise UserError(
+            f'{said}, but there are {devices} devices: give −1 for one, and a divisor of them for the other'
+        )
     return devices // fsdp if data == -1 else data, devices // data if fsdp == -1 else fsdp
 
 
