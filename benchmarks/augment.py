@@ -25,6 +25,7 @@ from convnext_jax.data.randaugment import parse_randaugment
 from convnext_jax.models import get_parameters
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import abstract_model
+from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 
@@ -53,7 +54,8 @@ def bare_step(config: ConfigDict) -> dict[str, float]:
     )
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, ema=True), parameters)
     batch = {'image': _images(config), 'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
-    step = make_train_step(model, optimizer, cosine_schedule(4e-3, 1e-6, 0, 100), config, mixing_steps=0)
+    schedule, mesh = cosine_schedule(4e-3, 1e-6, 0, 100), make_mesh(devices=jax.devices()[:1])
+    step = make_train_step(model, optimizer, schedule, config, 0, mesh)
     with mock.patch('jax.lax.scan', functools.partial(jax.lax.scan, unroll=True)):
         return _cost(step, state, batch)
 

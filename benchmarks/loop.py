@@ -64,7 +64,7 @@ def ratios(rounds: int, steps: int) -> list[float]:
         workdir = Path(folder)
         with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:
             model = abstract_model(config)
-            run = Alternating(config, plan, make_mesh(-1), model, train_source, eval_source, checkpoints)
+            run = Alternating(config, plan, make_mesh(), model, train_source, eval_source, checkpoints)
             run.prepare(steps)
             run.go(run.first_state(), workdir)
         inside = [record['images_per_second'] for record in read_records(workdir)]

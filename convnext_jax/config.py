@@ -81,7 +81,9 @@ def default_config() -> ConfigDict:
     config.ema.decay = 0.9999  # 0: no moving average
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices along the batch; −1: all
+    # The devices: images are spread over data × fsdp of them; −1, for one of the two, takes those that are left.
+    config.mesh.data = -1  # the state is repeated along this axis
+    config.mesh.fsdp = 1  # large parameters, their moments and moving average are cut into so many pieces
 
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0

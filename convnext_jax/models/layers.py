@@ -14,37 +14,62 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
+CUT_AXIS = 'fsdp'
+"""The axis of a mesh, inside `jax.shard_map`, along which kernels may be cut into pieces."""
+
+
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x · kernel in x's dtype; the gradient of the kernel comes in its own, and sums over devices do not round.
 
-    Where the two differ there is no forward-mode derivative.
+    A kernel with fewer inputs than x is this device's piece of one that is cut along `CUT_AXIS`: it is gathered for
+    the product and again for the gradient, and every device gets the sum of its piece's gradients.
+
+    Where the dtypes differ or the kernel is cut there is no forward-mode derivative.
 
     Args:
-        x: (..., in).
-        kernel: (in, out).
+        x: (..., K).
+        kernel: (..., in, out), of K = the product of all but `out` rows, or cut along `in`.
     """
     # On CPU the compiler would merge the norm before a product with it, into a program that is slower than the two.
     x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
-    return x @ kernel if x.dtype == kernel.dtype else _mixed_matmul(x, kernel)
+    if x.dtype != kernel.dtype or _is_cut(x, kernel):
+        return _matmul(x, kernel)
+    return x @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _is_cut(x: jax.Array, kernel: jax.Array) -> bool:
+    return kernel[..., 0].size < x.shape[-1]
 
 
 @jax.custom_vjp
-def _mixed_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ kernel.astype(x.dtype)
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ _whole(x, kernel)
 
 
-def _mixed_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _mixed_matmul(x, kernel), (x, kernel)
+def _whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel as (K, out) of x's dtype."""
+    kernel = kernel.astype(x.dtype)
+    if _is_cut(x, kernel):
+        kernel = jax.lax.all_gather(kernel, CUT_AXIS, axis=kernel.ndim - 2, tiled=True)
+    return kernel.reshape(-1, kernel.shape[-1])
 
 
-def _mixed_backward(saved: tuple[jax.Array, jax.Array], error: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], error: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
     gradient = jax.lax.dot_general(x, error, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    return error @ kernel.astype(x.dtype).T, gradient
+    *sides, _, out = kernel.shape
+    gradient = gradient.reshape(*sides, -1, out)
+    if _is_cut(x, kernel):
+        gradient = jax.lax.psum_scatter(gradient, CUT_AXIS, scatter_dimension=kernel.ndim - 2, tiled=True)
+    return error @ _whole(x, kernel).T, gradient
 
 
-_mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
+_matmul.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Module):
@@ -80,13 +105,12 @@ class PatchConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        size, _, in_channels, out_channels = self.kernel.shape
-        n, height, width, _ = x.shape
+        size = self.kernel.shape[0]
+        n, height, width, in_channels = x.shape
         rows, columns = height // size, width // size
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
         patches = x.reshape(n, rows, size, columns, size, in_channels).transpose(0, 1, 3, 2, 4, 5)
-        kernel = self.kernel[...].reshape(-1, out_channels)
-        return (matmul(patches.reshape(n, rows, columns, -1), kernel) + self.bias).astype(self.dtype)
+        return (matmul(patches.reshape(n, rows, columns, -1), self.kernel[...]) + self.bias).astype(self.dtype)
 
 
 class SameConv(nnx.Module):

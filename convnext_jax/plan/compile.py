@@ -64,7 +64,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     config = config.copy_and_resolve_references()
     config.batch_size = images * len(target.devices) * config.accumulation_steps
     config.model.num_classes = config.model.num_classes or 1000
-    mesh = make_mesh(config.mesh.data, target.devices)
+    mesh = make_mesh(**config.mesh, devices=target.devices)
     program = Program(config, make_plan(config, IMAGES), mesh, abstract_model(config))
     began = time.perf_counter()
     try:

@@ -1,6 +1,7 @@
 """What a compiled program's text says: how often each instruction runs, its estimated cycles, its collectives."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -8,6 +9,10 @@ COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(')
 CALLED = re.compile(r'\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
 BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
+# Who takes part in a collective: {{0,1},{2,3}}; [groups,size]<=…; or the axes of a mesh, of each its length or a part.
+GROUP = re.compile(r'\breplica_groups=\{\{([\d,]+)\}')
+GROUPS_BY_NUMBER = re.compile(r'\breplica_groups=\[\d+,(\d+)\]<=')
+GROUPS_BY_AXES = re.compile(r'\breplica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
@@ -22,6 +27,7 @@ class Instruction:
         operation: of JAX, where it comes from.
         runs: how often it runs in one step.
         cycles: the compiler's estimate for one run; 0 where it gives none.
+        group: chips that take part in a collective; None for all of them, and for what is no collective.
     """
 
     name: str
@@ -30,21 +36,20 @@ class Instruction:
     operation: str
     runs: int
     cycles: int
+    group: int | None
 
     def bytes_by_type(self) -> dict[str, int]:
         """Type → bytes of the result."""
         sizes: dict[str, int] = {}
         for dtype, bits, shape in ARRAY.findall(self.result):
-            elements = 1
-            for side in filter(None, shape.split(',')):
-                elements *= int(side)
+            elements = math.prod(int(side) for side in filter(None, shape.split(',')))
             sizes[dtype] = sizes.get(dtype, 0) + elements * int(bits or 8) // 8
         return sizes
 
 
 @dataclasses.dataclass
 class Collectives:
-    """The collectives of one kind and type.
+    """The collectives of one kind and type, over as many chips.
 
     Attributes:
         runs: in one step.
@@ -53,6 +58,10 @@ class Collectives:
 
     runs: int = 0
     size: int = 0
+
+
+Found = dict[tuple[str, str, int], Collectives]
+"""By kind, type, and the chips that take part in one."""
 
 
 def read_program(text: str) -> list[Instruction]:
@@ -73,9 +82,12 @@ def read_program(text: str) -> list[Instruction]:
 
 
 def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[Instruction]:
+    groups: dict[str, int | None] = {}
     for line in computations[name]:
         instruction = INSTRUCTION.match(line)
         opcode = instruction['opcode']
+        began = _first(r'-done\(%?([\w.-]+)', line)
+        group = groups[instruction['name']] = groups.get(began) if began else _group_size(line)
         yield Instruction(
             name=instruction['name'],
             opcode=opcode,
@@ -83,6 +95,7 @@ def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[I
             operation=_first(r'op_name="([^"]*)"', line) or '',
             runs=runs,
             cycles=int(_first(r'"estimated_cycles":"(\d+)"', line) or 0),
+            group=group,
         )
         if opcode.endswith(('-done', '-update')):  # what they name ran at -start
             continue
@@ -90,6 +103,18 @@ def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[I
         branches = re.findall(r'[\w.-]+', _first(BRANCHES, line) or '')
         for called in CALLED.findall(line) + branches:
             yield from _run(computations, called, runs * times)
+
+
+def _group_size(line: str) -> int | None:
+    if members := _first(GROUP, line):
+        return len(members.split(','))
+    if size := _first(GROUPS_BY_NUMBER, line):
+        return int(size)
+    if by_axes := GROUPS_BY_AXES.search(line):
+        lengths = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", by_axes[2])
+        return math.prod(int(part or lengths[axis]) for axis, part in axes)
+    return None
 
 
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
@@ -104,14 +129,39 @@ def _first(pattern: str | re.Pattern, text: str) -> str | None:
     return match and match[1]
 
 
-def collectives(program: list[Instruction]) -> dict[tuple[str, str], Collectives]:
-    """(Kind, type) → how many there are and their bytes; an asynchronous pair counts once, at its end."""
-    found: dict[tuple[str, str], Collectives] = {}
+def collectives(program: list[Instruction], chips: int) -> Found:
+    """How many there are of each sort and their bytes; an asynchronous pair counts once, at its end.
+
+    Args:
+        program: as `read_program` gives it.
+        chips: that run it.
+    """
+    found: Found = {}
     for instruction in program:
         kind = instruction.opcode.removesuffix('-done')
         if kind in COLLECTIVES:
             for dtype, size in instruction.bytes_by_type().items():
-                same = found.setdefault((kind, dtype), Collectives())
+                same = found.setdefault((kind, dtype, instruction.group or chips), Collectives())
                 same.runs += instruction.runs
                 same.size += instruction.runs * size
     return found
+
+
+def bytes_sent(found: Found) -> float:
+    """Bytes that each chip must send in one step at the least, by whatever way: an all-reduce takes 2 (n − 1) / n.
+
+    Args:
+        found: as `collectives` gives it.
+    """
+
+    def of_result(kind: str, chips: int) -> float:
+        others = (chips - 1) / chips
+        return {
+            'all-reduce': 2 * others,
+            'all-gather': others,
+            'reduce-scatter': chips - 1,
+            'all-to-all': others,
+            'collective-permute': 1,
+        }[kind]
+
+    return sum(of_result(kind, chips) * same.size for (kind, _, chips), same in found.items())

@@ -9,8 +9,9 @@ from tqdm import tqdm
 from convnext_jax.config import check_values
 from convnext_jax.errors import UserError
 from convnext_jax.plan.compile import Compiled, Memory, compile_step
-from convnext_jax.plan.hlo import Collectives, Instruction, collectives, read_program
+from convnext_jax.plan.hlo import Found, Instruction, bytes_sent, collectives, read_program
 from convnext_jax.plan.targets import Target
+from convnext_jax.training.sharding import describe_mesh, make_mesh
 
 HEAVIEST = 12
 GIB = 2**30
@@ -30,7 +31,8 @@ def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     check_values(config)
     images = images or _images(config, target)
     size, chips = config.data.image_size, len(target.devices)
-    print(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips')
+    mesh = describe_mesh(make_mesh(**config.mesh, devices=target.devices))
+    print(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips, mesh {mesh}')
     print(f'compiler {target.compiler}: all figures are its own, none is measured')
     compiled = _compile(config, target, images)
     while compiled.memory is None:
@@ -85,7 +87,7 @@ def largest_batch(smaller: Compiled, larger: Compiled, capacity: float) -> int:
 def describe(compiled: Compiled, target: Target) -> list[str]:
     """The lines about a program: memory, collectives, cycles, communication."""
     program = read_program(compiled.text)
-    found = collectives(program)
+    found = collectives(program, len(target.devices))
     return [
         *_memory_lines(compiled.memory, target.chip.memory),
         *_collective_lines(found),
@@ -108,22 +110,26 @@ def _memory_lines(memory: Memory, capacity: float) -> list[str]:
     ]
 
 
-def _collective_lines(found: dict[tuple[str, str], Collectives]) -> list[str]:
+def _collective_lines(found: Found) -> list[str]:
     rows = [
-        f'  {kind:20}{dtype:8}{same.runs:4} × {same.size / 1e6:10.2f} MB in all'
-        for (kind, dtype), same in sorted(found.items())
+        f'  {kind:20}{dtype:8}{same.runs:4} × over {chips:4} chips {same.size / 1e6:10.2f} MB in all'
+        for (kind, dtype, chips), same in sorted(found.items())
     ]
-    return ['\ncollectives in one step, with the bytes of their results on each chip', *(rows or ['  none'])]
+    return [
+        '\ncollectives in one step, with the bytes of their results on each chip',
+        *(rows or ['  none']),
+        f'  each chip sends {bytes_sent(found) / 1e6:.2f} MB at the least',
+    ]
 
 
-def _cycle_lines(program: list[Instruction], found: dict[tuple[str, str], Collectives], target: Target) -> list[str]:
+def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> list[str]:
     total = sum(instruction.runs * instruction.cycles for instruction in program)
     if not total:
         return ['\nestimated cycles: this compiler tells none']
     heaviest = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)[:HEAVIEST]
     seconds = total / target.chip.clock / 1e9
     again = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
-    linked = link_seconds(found, len(target.devices), target.chip.link)
+    linked = bytes_sent(found) / target.chip.link / 1e9
     return [
         f'\nestimated cycles of all but collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz; '
         'share, runs × cycles and origin of the heaviest',
@@ -136,19 +142,6 @@ def _cycle_lines(program: list[Instruction], found: dict[tuple[str, str], Collec
         f'communication: {1000 * linked:.2f} ms at the {target.chip.link:g} GB/s of the links, which is the least: '
         f'{linked / (linked + seconds):.1%} of the step if nothing runs beside it\n',
     ]
-
-
-def link_seconds(found: dict[tuple[str, str], Collectives], chips: int, link: float) -> float:
-    """The least time in which a chip's links, in GB/s, carry what the collectives over all chips must send."""
-    others = (chips - 1) / chips
-    sent = {  # of the bytes of the result
-        'all-reduce': 2 * others,
-        'all-gather': others,
-        'reduce-scatter': chips - 1,
-        'all-to-all': others,
-        'collective-permute': 1,
-    }
-    return sum(sent[kind] * same.size for (kind, _), same in found.items()) / link / 1e9
 
 
 def _gib(size: int) -> str:

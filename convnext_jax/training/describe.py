@@ -12,6 +12,7 @@ from convnext_jax.launch import describe_settings
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.setup import Plan, build_variant
+from convnext_jax.training.sharding import describe_mesh, share_held
 from convnext_jax.training.workdir import CURVES
 
 
@@ -26,19 +27,21 @@ def describe(
 ) -> list[str]:
     """The lines at the start of a run: model, devices, steps, data, optimizer, settings, workdir."""
     size, data, optimizer = config.data.image_size, config.data, config.optimizer
-    parameters = sum(array.size for array in get_parameters(model).values())
+    parameters = get_parameters(model)
+    count = sum(array.size for array in parameters.values())
     multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
     devices, epoch = jax.devices(), plan.steps_per_epoch
-    axes = ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
+    held = f', {share_held(mesh, parameters):.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
     kept = is_kept(len(train_source), size, len(data.mean), data.crop_scale)
     processes, threads = decoders(0 if kept else data.workers)
     decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'
     peak = optimizer.learning_rate * config.batch_size / 256
     return [
-        f'model      {config.model.name}: {parameters:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
+        f'model      {config.model.name}: {count:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
         f'{size}×{size}, {config.model.dtype}',
-        f'devices    {len(devices)} × {devices[0].device_kind}, mesh {axes}, {jax.process_count()} process(es)',
+        f'devices    {len(devices)} × {devices[0].device_kind}, mesh {describe_mesh(mesh)}{held}, '
+        f'{jax.process_count()} process(es)',
         f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
         f'data       {data.name}: {data.train_split} {len(train_source):,}, {data.eval_split} {len(eval_source):,} '
         f'images, {len(train_source.class_names)} classes, decoded by {decoding}',

@@ -64,7 +64,7 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: 
         raise UserError(f'{workdir} has no checkpoint of step {step}, only of {steps}')
     step = newest if step is None else step
     model = abstract_model(config)
-    mesh = make_mesh(-1)
+    mesh = make_mesh()
     like = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
         for name, array in get_parameters(model).items()
@@ -93,7 +93,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     """
     pretrained = read_weights(where, params)
     processor = pretrained.processor or config_processor(config)
-    mesh = make_mesh(-1)
+    mesh = make_mesh()
     parameters = {name: spread(x, replicated(mesh)) for name, x in get_parameters(pretrained.model).items()}
     about = {'weights': where, 'layout': pretrained.layout}
     for result in _evaluate(config, pretrained.model, parameters, processor, mesh, protocol):

@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         train_source, eval_source = open_sources(config)
         settle_classes(config, train_source)
         plan = make_plan(config, len(train_source))
-        mesh = make_mesh(config.mesh.data)
+        mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         model = abstract_model(config)
         for line in settle_config(workdir, config) if is_first() else ():

@@ -41,7 +41,7 @@ class Program:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
         )
         self.train_step = jax.jit(
-            make_train_step(model, self.optimizer, schedule, config, plan.mixing_steps),
+            make_train_step(model, self.optimizer, schedule, config, plan.mixing_steps, mesh),
             donate_argnums=0,
             out_shardings=(self.state_sharding, None),
         )

@@ -1,29 +1,87 @@
-"""The device mesh, and which axis of it each array lives on."""
+"""The device mesh, and which axis of it each array lives on.
 
-from collections.abc import Sequence
+Batches are spread over both axes of the mesh, `data` and `fsdp`. Along `data` the state is repeated; along `fsdp` the
+large parameters, their moments and their moving average are cut into pieces, and each is whole only where and while
+it is used.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, tree_map_with_path
 
 from convnext_jax.errors import UserError
+from convnext_jax.models import Parameters
+from convnext_jax.models.layers import CUT_AXIS
 from convnext_jax.training.state import TrainState
 
+# The first rule that matches a parameter's name says which of its axes is cut into pieces along `fsdp`, None for none.
+# It is that of the inputs: never the leading one of stacked blocks, which a scan walks; and where it is cut, the
+# pieces fill whole rows of an accelerator's tiles. What is not a kernel of many inputs is a few numbers to a channel.
+FSDP_RULES = (
+    (r'(^|\.)(conv|pointwise1|pointwise2|head)\.kernel$', -2),
+    (r'(^|\.)depthwise\.kernel$', None),
+    (r'(^|\.)layer_scale$', None),
+    (r'(^|\.)grn\.(gamma|beta)$', None),
+    (r'(^|\.)norm\.scale$', None),
+    (r'\.bias$', None),
+)
+SMALL = 2**15
+"""Parameters of fewer elements stay whole: to gather them would take longer than their memory is worth."""
 
-def make_mesh(data: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices along one axis, `data`; the devices are those of this machine unless given.
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices along two axes; neighbours along `fsdp` lie close together, within a slice of TPUs.
+
+    Args:
+        data, fsdp: lengths of the axes; −1, for one of them, takes the devices that are left.
+        devices: all there are unless given.
 
     Raises:
-        UserError: `data` is neither −1 nor the number of devices.
+        UserError: the axes do not make up the devices, or `fsdp` would reach over slices.
     """
     devices = jax.devices() if devices is None else devices
-    if data not in (-1, len(devices)):
-        raise UserError(f'mesh.data={data}, but there are {len(devices)} devices: give −1 for all of them')
-    return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
+    shape = _lengths(data, fsdp, len(devices))
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise UserError(
+            f'mesh.fsdp={shape[1]} would reach over the {slices} slices of {len(devices) // slices} devices: '
+            'it must divide the devices of one'
+        )
+    else:
+        within = (shape[0] // slices, shape[1])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, ('data', CUT_AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def _lengths(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    said = f'mesh.data={data}, mesh.fsdp={fsdp}'
+    if data == fsdp == -1:
+        raise UserError(f'{said}: only one of them can be −1, for the devices that are left')
+    if min(data, fsdp) < -1 or 0 in (data, fsdp):
+        raise UserError(f'{said}: each must be −1 or at least 1')
+    known = fsdp if data == -1 else data
+    if devices % known or (-1 not in (data, fsdp) and data * fsdp != devices):
+        raise UserError(
+            f'{said}, but there are {devices} devices: give −1 for one, and a divisor of them for the other'
+        )
+    return devices // fsdp if data == -1 else data, devices // data if fsdp == -1 else fsdp
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The lengths of its axes, as 'data=4 × fsdp=2'."""
+    return ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """A batch's rows are spread over the mesh."""
-    return NamedSharding(mesh, PartitionSpec('data'))
+    """A batch's rows are spread over the whole mesh."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -31,9 +89,81 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lives, and its moments and moving average: by `FSDP_RULES`, and whole where it is small.
+
+    Raises:
+        ValueError: no rule covers it; a new kind of parameter needs one.
+    """
+    axis, fsdp = _fsdp_axis(name), mesh.shape[CUT_AXIS]
+    if axis is None or fsdp == 1 or np.prod(shape) < SMALL or shape[axis] % fsdp:
+        return replicated(mesh)
+    axes: list[str | None] = [None] * len(shape)
+    axes[axis] = CUT_AXIS
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def _fsdp_axis(name: str) -> int | None:
+    for pattern, axis in FSDP_RULES:
+        if re.search(pattern, name):
+            return axis
+    raise ValueError(f'no rule of FSDP_RULES covers {name}')
+
+
+def share_held(mesh: Mesh, parameters: Parameters) -> float:
+    """The share of all parameters that is on one device."""
+    held = sum(np.prod(parameter_sharding(mesh, name, x.shape).shard_shape(x.shape)) for name, x in parameters.items())
+    return float(held) / sum(x.size for x in parameters.values())
+
+
 def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where each array of the state lives: all are whole on every device."""
-    return jax.tree.map(lambda _: replicated(mesh), state)
+    """Where each array of the state lives: whatever is kept for a parameter, where the parameter does."""
+
+    def sharding(path: tuple, array: jax.Array) -> NamedSharding:
+        last = path[-1]
+        of_parameter = isinstance(last, DictKey) and last.key in state.parameters
+        return parameter_sharding(mesh, last.key, array.shape) if of_parameter else replicated(mesh)
+
+    return tree_map_with_path(sharding, state)
+
+
+ValueAndGrad = Callable[..., tuple[jax.Array, Parameters]]
+
+
+def over_mesh(value_and_grad: ValueAndGrad, mesh: Mesh) -> ValueAndGrad:
+    """The mean of a value over a batch that is spread over the mesh, and its gradient, which lives as parameters do.
+
+    Each device works on its own rows with its own pieces of the parameters, and what all have found is summed once.
+
+    Args:
+        value_and_grad: of parameters and arrays of rows: the mean over these rows. The gradient of a piece is that of
+            the rows of all devices along `fsdp`, as `models.layers.matmul` gives it.
+        mesh: of the parameters, which live as `parameter_sharding` says, and of the rows.
+    """
+    if mesh.size == 1:
+        return value_and_grad
+
+    def over_devices(parameters: Parameters, *examples: jax.Array) -> tuple[jax.Array, Parameters]:
+        specs = {name: parameter_sharding(mesh, name, x.shape).spec for name, x in parameters.items()}
+
+        def on_device(parameters: Parameters, *examples: jax.Array) -> tuple[jax.Array, Parameters]:
+            value, gradient = value_and_grad(parameters, *examples)
+            pieces = {name: g for name, g in gradient.items() if CUT_AXIS in specs[name]}
+            whole = {name: g for name, g in gradient.items() if name not in pieces}
+            value, whole = jax.lax.psum((value, whole), mesh.axis_names)
+            pieces = jax.lax.psum(pieces, 'data')
+            return jax.tree.map(lambda x: x / mesh.size, (value, whole | pieces))
+
+        rows = batch_sharding(mesh).spec
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs, *(rows,) * len(examples)),
+            out_specs=(PartitionSpec(), specs),
+            check_vma=False,  # that a sum over devices is the same on all is not seen through custom derivatives
+        )(parameters, *examples)
+
+    return over_devices
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 """The training step: a pure function from state and batch to the next state and the step's metrics."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from convnext_jax.data.mixing import mix
 from convnext_jax.data.pipeline import Batch
 from convnext_jax.models import ConvNeXt, Parameters, with_parameters
 from convnext_jax.training.optimizer import moving_average
+from convnext_jax.training.sharding import over_mesh
 from convnext_jax.training.state import TrainState, step_key
 
 SKIPS_IN_A_ROW = 10
@@ -24,6 +26,7 @@ def make_train_step(
     schedule: optax.Schedule,
     config: ConfigDict,
     mixing_steps: int,
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step.
 
@@ -35,12 +38,17 @@ def make_train_step(
         schedule: steps done → learning rate.
         config: of the experiment.
         mixing_steps: steps in which images are mixed; those after them see every image by itself.
+        mesh: of the devices.
     """
     classes = model.head.bias.shape[0]
 
     def loss(parameters: Parameters, images: jax.Array, targets: jax.Array, keys: jax.Array) -> jax.Array:
         logits = with_parameters(model, parameters)(images, key=keys)
         return optax.softmax_cross_entropy(logits, targets).mean()
+
+    @functools.partial(over_mesh, mesh=mesh)
+    def value_and_grad(parameters: Parameters, *examples: jax.Array) -> tuple[jax.Array, Parameters]:
+        return _accumulate(jax.value_and_grad(loss), parameters, examples, config.accumulation_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         augment_keys, drop_path_keys, mix_key = _keys(config.seed, state.step, len(batch['label']))
@@ -56,8 +64,7 @@ def make_train_step(
                 mode=config.mix.mode,
                 on=state.step < mixing_steps,
             )
-        examples = (images, targets, drop_path_keys)
-        value, gradient = _accumulate(jax.value_and_grad(loss), state.parameters, examples, config.accumulation_steps)
+        value, gradient = value_and_grad(state.parameters, images, targets, drop_path_keys)
         grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
 
@@ -96,13 +103,10 @@ def _keys(seed: int, step: jax.Array, images: int) -> tuple[jax.Array, jax.Array
 def _accumulate(
     value_and_grad: Callable, parameters: Parameters, examples: tuple[jax.Array, ...], steps: int
 ) -> tuple[jax.Array, Parameters]:
-    """Loss and gradient of the whole batch, computed on one of `steps` equal parts after the other.
-
-    A part takes every `steps`-th row, so that each lies spread over all devices as the batch does.
-    """
+    """Loss and gradient of all examples, computed on one of `steps` equal parts after the other."""
     if steps == 1:
         return value_and_grad(parameters, *examples)
-    parts = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), examples)
+    parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), examples)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(parameters, *part)), None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convnext_jax.plan.hlo import Collectives, collectives, read_program
+from convnext_jax.plan.hlo import Collectives, bytes_sent, collectives, read_program
 
 PROGRAM = Path(__file__).with_name('program.hlo').read_text()
 
@@ -38,8 +38,17 @@ def test_an_instruction_says_where_it_comes_from(program):
 
 def test_collectives_count_once_with_type_and_bytes():
     """A pair of start and done counted twice would double the communication; its start's type holds the operand too."""
-    assert collectives(read_program(PROGRAM)) == {
-        ('all-reduce', 'bf16'): Collectives(runs=9, size=9 * 2 * (320 + 7 * 7 * 320)),
-        ('all-gather', 'f32'): Collectives(runs=1, size=64),
-        ('reduce-scatter', 'f32'): Collectives(runs=1, size=8),
+    assert collectives(read_program(PROGRAM), chips=16) == {
+        ('all-reduce', 'bf16', 2): Collectives(runs=9, size=9 * 2 * (320 + 7 * 7 * 320)),  # groups written out
+        ('all-gather', 'f32', 4): Collectives(runs=1, size=64),  # by their number and size
+        ('reduce-scatter', 'f32', 8): Collectives(runs=1, size=8),  # by axes of a mesh, one of them in part
+        ('all-reduce', 'f32', 16): Collectives(runs=1, size=32),  # all in one
     }
+
+
+def test_what_a_chip_sends_depends_on_how_many_take_part():
+    """A chip sends 2 (n − 1) / n of a sum's bytes, however large the pod around these n is."""
+    found = {('all-reduce', 'f32', 4): Collectives(3, 400), ('all-gather', 'bf16', 4): Collectives(1, 200)}
+    assert bytes_sent(found) == 2 * 300 + 150
+    assert bytes_sent({('reduce-scatter', 'f32', 16): Collectives(1, 10)}) == 150
+    assert bytes_sent({('all-reduce', 'f32', 1): Collectives(3, 400)}) == 0

@@ -36,7 +36,7 @@ def make_state(step: int = 0, width: int = 300) -> TrainState:
 
 
 def like(state: TrainState) -> TrainState:
-    whole = replicated(make_mesh(-1))
+    whole = replicated(make_mesh())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
 
 
@@ -86,7 +86,7 @@ def test_the_best_outlives_newer_ones(tmp_path):
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     """The loop gives the state's memory to the next step while the save is still being written."""
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    state = jax.tree.map(lambda x: jax.device_put(x, replicated(make_mesh(-1))), make_state(7, width=200_000))
+    state = jax.tree.map(lambda x: jax.device_put(x, replicated(make_mesh())), make_state(7, width=200_000))
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
         checkpoints.save(state, {}, None)
         for _ in range(3):

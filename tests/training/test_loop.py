@@ -153,7 +153,7 @@ def test_a_run_says_who_decodes():
     config.data.workers = 2
     sources = open_sources(config)
     settle_classes(config, sources[0])
-    model, mesh, plan = abstract_model(config), make_mesh(-1), make_plan(config, len(sources[0]))
+    model, mesh, plan = abstract_model(config), make_mesh(), make_plan(config, len(sources[0]))
 
     def line():
         lines = describe(config, plan, mesh, model, *sources, Path('run'))
@@ -171,7 +171,7 @@ def test_a_run_says_its_settings(monkeypatch):
     sources = open_sources(config)
     settle_classes(config, sources[0])
     plan = make_plan(config, len(sources[0]))
-    lines = describe(config, plan, make_mesh(-1), abstract_model(config), *sources, Path('run'))
+    lines = describe(config, plan, make_mesh(), abstract_model(config), *sources, Path('run'))
     (line,) = (line for line in lines if line.startswith('settings'))
     assert 'GLIBC_TUNABLES=glibc.malloc.hugetlb=0' in line
 
@@ -207,7 +207,7 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error):
     train_source, eval_source = open_sources(config)
     settle_classes(config, train_source)
     plan = make_plan(config, len(train_source))
-    run = Run(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints)
+    run = Run(config, plan, make_mesh(), abstract_model(config), train_source, eval_source, checkpoints)
     run.train_step = Steps()
 
     def batches(start_step):
@@ -245,7 +245,7 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
     train_source, eval_source = open_sources(config)
     settle_classes(config, train_source)
     plan = make_plan(config, len(train_source))
-    run = Run(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints=None)
+    run = Run(config, plan, make_mesh(), abstract_model(config), train_source, eval_source, checkpoints=None)
     stop, batches = Stop(), []
 
     def eval_step(parameters, batch):

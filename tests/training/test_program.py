@@ -14,7 +14,7 @@ from convnext_jax.training.sharding import make_mesh
 def demo():
     config = get_config()
     config.model.num_classes = 10
-    mesh = make_mesh(1, jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     return program.Program(config, make_plan(config, images=config.batch_size), mesh, abstract_model(config))
 
 

@@ -12,6 +12,7 @@ from convnext_jax.interop.layouts import from_layout, to_layout
 from convnext_jax.models import get_parameters, get_variant
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
 from convnext_jax.training.setup import abstract_model
+from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 
@@ -74,7 +75,8 @@ def our_run(parameters, config):
         weight_decay=DECAY,
         clip_norm=0,
     )
-    step = jax.jit(make_train_step(model, optimizer, cosine_schedule(PEAK, MINIMUM, WARMUP, STEPS), config, STEPS))
+    schedule, mesh = cosine_schedule(PEAK, MINIMUM, WARMUP, STEPS), make_mesh(devices=jax.devices()[:1])
+    step = jax.jit(make_train_step(model, optimizer, schedule, config, STEPS, mesh))
     state = initial_state(parameters, optimizer, ema=True)
     losses = []
     for batch in batches():

@@ -39,7 +39,7 @@ def _config(task: Task) -> ConfigDict:
 
 
 def _training_step(task: Task, config: ConfigDict) -> Callable[[], None]:
-    mesh = make_mesh(-1, jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     program = Program(config, make_plan(config, images=task.batch), mesh, abstract_model(config))
     images, labels = example_batch(task)
     batch = {

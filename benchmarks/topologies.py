@@ -1,0 +1,88 @@
+"""One run on several topologies: the real command, the same config and seed, and how far the losses lie apart.
+
+    python -m benchmarks.topologies [--steps=50] [--config.FIELD=VALUE …]
+
+On simulated devices of this machine's CPU: one; eight along `data`; and 4 × 2 along `data` and `fsdp`. The demo's
+config with drop path, RandAugment, erasing, mixup and cutmix on. Each step's loss comes from the run's own records. It
+takes minutes, most of which are compiling.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from convnext_jax.training.logging import read_records
+
+SETTINGS = (
+    '--config=configs/fashion_mnist.py',
+    '--config.model.drop_path_rate=0.2',
+    '--config.augment.policy=rand-m9-mstd0.5-inc1',
+    '--config.augment.erasing=0.25',
+    '--config.mix.mixup=0.8',
+    '--config.mix.cutmix=1.0',
+    '--config.optimizer.warmup_steps=10',
+    '--config.data.eval_split=test[:64]',
+    '--config.log_every_steps=1',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Where a run is computed.
+
+    Attributes:
+        devices: of each process.
+        fsdp: as in the config.
+    """
+
+    devices: int
+    fsdp: int = 1
+
+
+# Runs of several processes have their place here: so many of them, each started with its own flags.
+TOPOLOGIES = {
+    '1 device': Topology(1),
+    '8 devices': Topology(8),
+    '4 × 2 (data × fsdp)': Topology(8, fsdp=2),
+}
+
+
+def losses(topology: Topology, settings: list[str]) -> np.ndarray:
+    """The training loss of each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={topology.devices}',
+        }
+        subprocess.run(
+            [sys.executable, 'train.py', *settings, f'--config.mesh.fsdp={topology.fsdp}', f'--workdir={folder}'],
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        records = read_records(Path(folder))
+    return np.asarray([record['loss'] for record in records if record['split'] == 'train'])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=50)
+    arguments, overrides = parser.parse_known_args()
+    settings = [*SETTINGS, f'--config.steps={arguments.steps}', *overrides]
+    first = None
+    print(f'{"":22}{"first loss":>12}{"last loss":>12}   largest relative difference: steps 1–10, all steps')
+    for name, topology in TOPOLOGIES.items():
+        found = losses(topology, settings)
+        first = found if first is None else first
+        apart = np.abs(found / first - 1)
+        print(f'{name:22}{found[0]:12.6f}{found[-1]:12.6f}   {apart[:10].max():.1e}, {apart.max():.1e}', flush=True)
+
+
+if __name__ == '__main__':
+    main()

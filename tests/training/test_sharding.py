@@ -1,0 +1,341 @@
+"""The mesh, what is cut over it, what a compiled step sends, and one trajectory whatever the mesh."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.config import default_config
+from convnext_jax.errors import UserError
+from convnext_jax.evaluation import make_eval_step
+from convnext_jax.models import get_parameters, list_models
+from convnext_jax.plan.hlo import Collectives, collectives, read_program
+from convnext_jax.training.checkpoint import Checkpoints, restore, restore_parameters
+from convnext_jax.training.program import Program
+from convnext_jax.training.setup import abstract_model, make_plan
+from convnext_jax.training.sharding import (
+    check_batch_size,
+    make_mesh,
+    parameter_sharding,
+    share_held,
+    state_sharding,
+)
+
+ROWS, SIDE = 32, 16
+MESHES = {'1': (1, 1), '8': (8, 1), '4 × 2': (4, 2)}
+PARAMETERS = 3_362_510
+"""Of the small model's parameters."""
+
+
+def small_config():
+    """ConvNeXt V2 atto on 16-pixel images, with every random part switched on."""
+    config = default_config()
+    config.model.name = 'convnextv2_atto'
+    config.model.num_classes = 10
+    config.model.patch_size = 2
+    config.model.drop_path_rate = 0.3
+    config.data.image_size = SIDE
+    config.batch_size = ROWS
+    config.mix.mixup = 0.8
+    config.mix.cutmix = 1.0
+    config.ema.decay = 0.9
+    config.epochs = 10
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.learning_rate = 4e-3
+    return config
+
+
+def make_program(config, data, fsdp):
+    mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    return Program(config, make_plan(config, images=10 * ROWS), mesh, abstract_model(config))
+
+
+def abstract_batch(program):
+    rows = program.config.batch_size
+    shapes = {'image': ((rows, SIDE, SIDE, 3), jnp.uint8), 'label': ((rows,), jnp.int32)}
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=program.batch_sharding) for name, shape in shapes.items()}
+
+
+def make_batch(program, step):
+    rng = np.random.default_rng(step)
+    batch = {
+        'image': rng.integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8),
+        'label': rng.integers(0, 10, ROWS, dtype=np.int32),
+    }
+    return jax.device_put(batch, program.batch_sharding)
+
+
+@dataclasses.dataclass
+class Run:
+    """A program that is compiled and has run.
+
+    Attributes:
+        states: before the first step, and after the last.
+        losses: of each step.
+    """
+
+    program: Program
+    compiled: jax.stages.Compiled
+    states: tuple
+    losses: list[float]
+
+    @property
+    def collectives(self) -> dict[tuple[str, str, int], Collectives]:
+        return collectives(read_program(self.compiled.as_text()), self.program.batch_sharding.mesh.size)
+
+
+@pytest.fixture(scope='module')
+def runs():
+    """Ten steps of the same config on each mesh."""
+    found = {}
+    for name, shape in MESHES.items():
+        program = make_program(small_config(), *shape)
+        compiled = program.compile(program.abstract_state, abstract_batch(program))
+        first = jax.jit(program.fresh_state, out_shardings=program.state_sharding)()
+        state, losses = jax.tree.map(jnp.copy, first), []
+        for step in range(10):
+            state, metrics = compiled(state, make_batch(program, step))
+            losses.append(float(metrics['loss']))
+        found[name] = Run(program, compiled, (first, state), losses)
+    return found
+
+
+@pytest.mark.parametrize(
+    ('axes', 'shape'), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((2, 4), (2, 4)), ((8, -1), (8, 1))]
+)
+def test_an_axis_takes_the_devices_that_are_left(axes, shape):
+    mesh = make_mesh(*axes)
+    assert tuple(mesh.shape.items()) == (('data', shape[0]), ('fsdp', shape[1]))
+
+
+@pytest.mark.parametrize(
+    ('axes', 'line'),
+    [
+        ((-1, -1), 'only one of them can be −1'),
+        ((-1, 3), 'mesh.data=-1, mesh.fsdp=3, but there are 8 devices'),
+        ((2, 2), 'mesh.data=2, mesh.fsdp=2, but there are 8 devices'),
+        ((0, 8), 'each must be −1 or at least 1'),
+        ((-2, 1), 'each must be −1 or at least 1'),
+        ((16, -1), 'but there are 8 devices'),
+    ],
+)
+def test_a_mesh_that_does_not_make_up_the_devices_is_refused(axes, line):
+    with pytest.raises(UserError, match=line):
+        make_mesh(*axes)
+
+
+class Chip:
+    """A device of a pod of slices of 4×2 that is not here."""
+
+    platform, device_kind, core_on_chip = 'tpu', 'TPU of a kind to come', 0
+
+    def __init__(self, number):
+        self.id, self.process_index, self.slice_index = number, number // 4, number // 8
+        self.coords = (number % 4, number // 4 % 2, 0)
+
+
+def test_pieces_stay_within_a_slice_of_a_pod_of_several():
+    """Between slices lies a network that is a tenth as fast: gathering each block over it would stall every step."""
+    chips = [Chip(number) for number in np.random.default_rng(0).permutation(32)]  # 4 slices of 8
+    for axes in ((-1, 4), (4, 8), (32, 1)):
+        mesh = make_mesh(*axes, devices=chips)
+        slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+        assert (slices == slices[:, :1]).all()
+        assert (np.diff(slices[:, 0]) >= 0).all(), 'neighbours along data share a slice as far as they can'
+    with pytest.raises(UserError, match='mesh.fsdp=16 would reach over the 4 slices of 8 devices'):
+        make_mesh(-1, 16, devices=chips)
+
+
+@pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_large', 'convnext_isotropic_base'])
+def test_large_models_are_cut_and_never_along_the_blocks(name):
+    """What stays whole by mistake fills every device's memory; a cut between blocks would make the scan fetch each."""
+    config = default_config()
+    config.model.update(name=name, num_classes=1000)
+    parameters, mesh = get_parameters(abstract_model(config)), make_mesh(2, 4)
+    for parameter, array in parameters.items():
+        spec = parameter_sharding(mesh, parameter, array.shape).spec
+        assert '.blocks.' not in parameter or not spec or spec[0] is None
+    assert 0.25 < share_held(mesh, parameters) < 0.28
+    assert share_held(make_mesh(), parameters) == 1
+
+
+@pytest.mark.parametrize('name', list_models())
+def test_every_parameter_of_every_model_has_a_rule(name):
+    config = default_config()
+    config.model.update(name=name, num_classes=10)
+    mesh = make_mesh(4, 2)
+    for parameter, array in get_parameters(abstract_model(config)).items():
+        parameter_sharding(mesh, parameter, array.shape)
+    with pytest.raises(ValueError, match='no rule of FSDP_RULES covers stem.conv.angle'):
+        parameter_sharding(mesh, 'stem.conv.angle', (2, 2))
+
+
+def test_moments_and_moving_average_live_where_their_parameters_do(runs):
+    state = runs['4 × 2'].states[1]
+    kernel = 'stages.2.blocks.pointwise1.kernel'
+    adam = next(part for part in state.optimizer if hasattr(part, 'mu'))
+    for arrays in (state.parameters, state.ema, adam.mu, adam.nu):
+        assert arrays[kernel].sharding.spec == (None, 'fsdp', None)
+        assert arrays[kernel].addressable_shards[0].data.shape == (6, 80, 640)
+        assert arrays['head.bias'].sharding.is_fully_replicated
+
+
+def test_the_losses_are_the_same_on_every_mesh(runs):
+    """Drop path, RandAugment, erasing, mixup and cutmix on: a run is the same run wherever it is."""
+    alone, spread, cut = (np.asarray(runs[name].losses) for name in MESHES)
+    assert np.ptp(alone) > 0.05, 'the parameters move'
+    np.testing.assert_allclose(spread, alone, rtol=2e-5)
+    np.testing.assert_allclose(cut, alone, rtol=2e-5)
+
+
+def test_the_first_parameters_are_the_same_on_every_mesh(runs):
+    for name in ('8', '4 × 2'):
+        for here, there in zip(
+            jax.tree.leaves(runs[name].states[0]), jax.tree.leaves(runs['1'].states[0]), strict=True
+        ):
+            np.testing.assert_array_equal(here, there)
+
+
+def test_data_parallel_sums_each_gradient_once(runs):
+    """One sum of all gradients and the loss, in float32, and nothing else: no image leaves its device."""
+    assert runs['1'].collectives == {}
+    assert runs['8'].collectives == {('all-reduce', 'f32', 8): Collectives(1, 4 * (PARAMETERS + 1))}
+
+
+def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
+    """The state's pieces would help little if the step made any of it whole: the whole stack is never gathered."""
+    run = runs['4 × 2']
+    sizes = {name: x.size for name, x in run.program.abstract_state.parameters.items()}
+    cut = sum(sizes[name] for name in cut_names(run.program))
+    assert cut > 0.9 * sum(sizes.values())
+    found = run.collectives
+    assert {(kind, group) for kind, _, group in found} == {
+        ('all-gather', 2),  # kernels, forward and backward
+        ('reduce-scatter', 2),  # their gradients, within fsdp
+        ('all-reduce', 4),  # the sum of these pieces over data
+        ('all-reduce', 8),  # gradients of what is whole, and the loss
+        ('all-reduce', 2),  # the norm of the gradient
+    }
+    assert 4 * cut < found['all-gather', 'f32', 2].size <= 2 * 4 * cut
+    assert found['reduce-scatter', 'f32', 2].size == 4 * cut // 2
+    assert found['all-reduce', 'f32', 4] == Collectives(1, 4 * cut // 2)
+    assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - cut + 1))
+    assert found['all-reduce', 'f32', 2] == Collectives(1, 4 * len(cut_names(run.program)))
+    stacks = {
+        ','.join(map(str, x.shape))
+        for name, x in run.program.abstract_state.parameters.items()
+        if name in cut_names(run.program) and '.blocks.' in name
+    }
+    for shape in stacks:
+        assert f'f32[{shape}]' not in run.compiled.as_text(), 'parameter, gradient, moment or average'
+
+
+def cut_names(program):
+    return [name for name, x in program.abstract_state.parameters.items() if 'fsdp' in x.sharding.spec]
+
+
+def test_a_device_holds_its_piece_of_the_state(runs):
+    state = {name: run.compiled.memory_analysis().argument_size_in_bytes for name, run in runs.items()}
+    assert state['8'] == pytest.approx(state['1'], rel=0.01)
+    program = runs['4 × 2'].program
+    share = share_held(program.batch_sharding.mesh, program.abstract_state.parameters)
+    assert share < 0.55
+    assert state['4 × 2'] == pytest.approx(share * state['1'], rel=0.01)
+
+
+def test_evaluation_gathers_kernels_alone(runs):
+    """Images that moved between devices in place of kernels would be the larger part by far."""
+    run = runs['4 × 2']
+    program = run.program
+    step = jax.jit(make_eval_step(abstract_model(program.config), program.config.data.mean, program.config.data.std))
+    batch = abstract_batch(program)
+    batch['weight'] = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
+    text = step.lower(program.abstract_state.parameters, batch).compile().as_text()
+    kernels = sum(4 * x.size for name, x in program.abstract_state.parameters.items() if name in cut_names(program))
+    found = collectives(read_program(text), 8)
+    assert {kind for kind, _, _ in found} == {'all-gather', 'all-reduce'}
+    assert sum(same.size for (kind, _, _), same in found.items() if kind == 'all-gather') == kernels
+    assert sum(same.size for (kind, _, _), same in found.items() if kind == 'all-reduce') < 1000
+
+
+@pytest.mark.parametrize(('there', 'here'), [('8', '4 × 2'), ('4 × 2', '8'), ('8', '1'), ('1', '4 × 2')])
+def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path, there, here):
+    """Preempted on one pod, resumed on another: the same values bit for bit, and the next step is the same."""
+    saved, resumed = runs[there], runs[here]
+    with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
+        checkpoints.save(saved.states[1], {}, None)
+    state = restore(tmp_path / 'c', 10, resumed.program.abstract_state)
+    for array, other in zip(jax.tree.leaves(state), jax.tree.leaves(saved.states[1]), strict=True):
+        np.testing.assert_array_equal(array, other)
+    sharding = jax.tree.map(lambda x: x.sharding, state)
+    assert sharding == resumed.program.state_sharding
+    losses = [
+        float(run.compiled(jax.tree.map(jnp.copy, state), make_batch(run.program, 10))[1]['loss'])
+        for run, state in ((saved, saved.states[1]), (resumed, state))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(('there', 'here'), [((8, 1), (2, 1)), ((8, 1), (1, 2)), ((2, 4), (2, 1)), ((1, 8), (4, 2))])
+def test_a_checkpoint_is_cut_anew(runs, tmp_path, there, here):
+    state = runs['1'].states[1]
+
+    def sharding(axes):
+        return state_sharding(make_mesh(*axes, jax.devices()[: np.prod(axes)]), state)
+
+    before = jax.device_put(state, sharding(there))
+    with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
+        checkpoints.save(before, {}, None)
+    like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, sharding(here))
+    after = restore(tmp_path / 'c', 10, like)
+    assert jax.tree.map(lambda x: x.sharding, after) == sharding(here)
+    for array, other in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(array, other)
+    whole = restore_parameters(tmp_path / 'c', 10, 'ema')  # what eval.py, convert and predict read
+    np.testing.assert_array_equal(whole['head.kernel'], state.ema['head.kernel'])
+
+
+def test_sixty_four_devices_send_what_eight_do(runs):
+    """What a device sends does not grow with the pod: the same sums over more devices."""
+    out = subprocess.run(
+        [sys.executable, __file__],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=64', 'PYTHONPATH': '.'},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    found = dict(line.split(': ') for line in out.splitlines())
+    eight = runs['4 × 2'].collectives
+    for (kind, dtype, group), same in eight.items():
+        over = {2: 2, 4: 32, 8: 64}[group]
+        assert found.pop(f'{kind} {dtype} {over}') == f'{same.runs} {same.size}'
+    assert not found
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do():
+    mesh = make_mesh(-1, 2)
+    check_batch_size(16, 2, mesh)
+    with pytest.raises(UserError, match='8 devices × 2 accumulation steps: try 16 or 32'):
+        check_batch_size(20, 2, mesh)
+
+
+def print_collectives():
+    """In a process of 64 devices: the collectives of the step on 32 × 2 of them."""
+    config = small_config()
+    config.batch_size = 2 * 64
+    program = make_program(config, 32, 2)
+    text = program.compile(program.abstract_state, abstract_batch(program)).as_text()
+    for (kind, dtype, group), same in collectives(read_program(text), 64).items():
+        print(f'{kind} {dtype} {group}: {same.runs} {same.size}')
+
+
+if __name__ == '__main__':
+    print_collectives()
