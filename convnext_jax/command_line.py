@@ -1,5 +1,6 @@
 """What the commands share: flags with a config file, errors in one line, exit status."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,10 @@ from convnext_jax.errors import UserError
 from convnext_jax.training.stop import Stopped
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""A disk that is full, or that may not be written."""
+
+
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command on the process's arguments and exits: 0 done, 2 the user's to mend, 128 + signal stopped."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs the tracebacks of errors that it raises besides
@@ -22,6 +27,12 @@ def run(command: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f'{error.filename} cannot be written: ' if error.filename else ''
+        print(f'error: {where}{error.strerror}', file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print(stopped, flush=True)

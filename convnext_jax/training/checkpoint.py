@@ -1,13 +1,15 @@
 """Orbax checkpoints of a run: saved in the background, checked bit for bit when they come back.
 
 A checkpoint has an item for the parameters, the optimizer, the moving average and the counters of `TrainState`, and a
-manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits. Orbax alone
-would restore part of a tree, or flipped bits, in silence.
+manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits, and a checksum of
+all this. Orbax alone would restore part of a tree, or flipped bits, in silence.
 """
 
 import itertools
 import json
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,21 +23,34 @@ from convnext_jax.training.state import TrainState
 
 Arrays = dict[str, jax.Array]
 
+UNFINISHED = '.orbax-checkpoint-tmp'
+"""Orbax gives the folder of a checkpoint its name, the step alone, when all of it is written; before, it has this in it."""
+
 
 class DamagedCheckpoint(Exception):
     """What is on disk is not what was saved."""
 
 
+class NotSaved(UserError):
+    """The newest state is on no disk."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir, by step. Use as a context manager: leaving it waits for the save under way.
+
+    A save that fails, at once or in the background, is told and leaves no trace; the checkpoints before it stay.
 
     Args:
         directory: workdir/checkpoints.
         keep: how many of the newest to keep.
         best_metric: name of the metric whose highest checkpoint is kept besides.
+        tell: takes a line about a save that failed.
+
+    Attributes:
+        failed: step → why it could not be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, best_metric: str):
+    def __init__(self, directory: Path, *, keep: int, best_metric: str, tell: Callable[[str], None] = print):
         newest = policies.LatestN(keep)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
@@ -46,17 +61,17 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = directory
+        self.failed: dict[int, str] = {}
+        self._tell = tell
+        self._under_way: int | None = None
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def __enter__(self) -> 'Checkpoints':
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            self._manager.close()
-        except (OSError, ValueError) as error:
-            if kind is None:
-                raise self._failed(error) from error
+        self.wait()
+        self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -69,42 +84,62 @@ class Checkpoints:
             state: of the run.
             about: JSON to keep with it, such as the config.
             metrics: of an evaluation of this very state, or None.
-
-        Raises:
-            UserError: the disk is full or cannot be written, now or in the save before.
         """
+        self.wait()
+        step = int(state.step)
+        if self.failed:
+            self._remove_unfinished()
+            self.failed.pop(step, None)
         items = _items(state)
-        self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
         manifest = {'about': about, 'arrays': {item: _describe(arrays) for item, arrays in items.items()}}
+        manifest['checksum'] = _checksum(manifest)
         args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
+        args['manifest'] = ocp.args.JsonSave(manifest)
+        self._under_way = step
         try:
-            self._manager.save(
-                int(state.step), args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **args), metrics=metrics
-            )
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
+            self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+        except Exception as error:  # Orbax and TensorStore have no common error for a disk that is full
+            self._fail(error)
 
-    def _failed(self, error: Exception) -> UserError:
-        return UserError(f'saving to {self.directory} failed: {first_line(error)}')
+    def check(self) -> None:
+        """Tells of the save under way if it has failed by now; waits for nothing."""
+        if self._under_way is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save under way, if there is one, is on disk or has failed."""
+        if self._under_way is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as in `save`
+            self._fail(error)
+        self._under_way = None
+
+    def last_saved(self) -> str:
+        """Words for the newest checkpoint."""
+        steps = self.steps()
+        return f'the last checkpoint is of step {steps[-1]}' if steps else 'there is no checkpoint yet'
+
+    def _fail(self, error: Exception) -> None:
+        step, self._under_way = self._under_way, None
+        self.failed[step] = first_line(error)
+        self._remove_unfinished()
+        self._manager.reload()  # for Orbax, what the save would have replaced is gone already
+        self._tell(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
+
+    def _remove_unfinished(self) -> None:
+        for folder in self.directory.glob(f'*{UNFINISHED}*'):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise UserError(
+            raise OSError(
                 f'the disk of {self.directory} is full: a checkpoint takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB '
-                'are free. Make room, and run the same command again'
+                'are free'
             )
-
-    def wait(self) -> None:
-        """Returns when every save is on disk.
-
-        Raises:
-            UserError: a save failed.
-        """
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, list[str]] | None:
         """The newest checkpoint that is whole, and a line about each damaged one that it had to pass over.
@@ -225,10 +260,16 @@ def _check_same(directory: Path, step: int, item: str, saved: dict, like: Arrays
 def _read_manifest(directory: Path, step: int) -> dict:
     try:
         manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text())
-        manifest['arrays'], manifest['about']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = manifest.pop('checksum') == _checksum(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f'manifest: {first_line(error)}') from error
+    if not whole:
+        raise DamagedCheckpoint('manifest: altered')
     return manifest
+
+
+def _checksum(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _names(state: TrainState) -> tuple[list[tuple[str, str]], jax.tree_util.PyTreeDef]:

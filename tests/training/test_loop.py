@@ -20,7 +20,7 @@ from configs.fashion_mnist import get_config
 from convnext_jax.data.loading import WorkerEnded
 from convnext_jax.errors import UserError
 from convnext_jax.training import loop
-from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.training.checkpoint import NotSaved, restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
@@ -188,17 +188,27 @@ class Steps:
 
 
 class Saves:
-    """Checkpoints in name: remembers that it was told to save; `error` comes when one waits for the end of it."""
+    """Checkpoints in name: remembers what it was told to save; with an `error`, every save fails."""
+
+    directory = Path('checkpoints')
 
     def __init__(self, error=None):
-        self.steps, self._error = [], error
+        self.steps, self.failed, self._error = [], {}, error
 
     def save(self, state, about, results):
-        self.steps.append(about['position']['batch'])
+        step = about['position']['batch']
+        self.steps.append(step)
+        if self._error:
+            self.failed[step] = self._error
+
+    def check(self):
+        pass
 
     def wait(self):
-        if self._error:
-            raise self._error
+        pass
+
+    def last_saved(self):
+        return 'there is no checkpoint yet'
 
 
 def stopped_run(tmp_path, monkeypatch, checkpoints, error):
@@ -232,8 +242,14 @@ def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
 
 def test_a_stop_hides_no_error(tmp_path, monkeypatch):
     """A save that fails, or a broken image, in the moment of the signal: 'saved' would be a lie."""
-    with pytest.raises(UserError, match='^the disk is full$'):
-        stopped_run(tmp_path, monkeypatch, Saves(UserError('the disk is full')), None)
+    monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
+    with pytest.raises(
+        NotSaved, match=r'^not saved: step 1 \(the disk is full\); there is no checkpoint yet. Make room'
+    ):
+        stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), None)
+    assert full.steps == [1, 1], 'not tried again'
+    with pytest.raises(NotSaved, match=r'^7.jpg is broken; not saved: step 1 \(the disk is full\)'):
+        stopped_run(tmp_path, monkeypatch, Saves('the disk is full'), UserError('7.jpg is broken'))
     with pytest.raises(UserError, match='^7.jpg is broken$'):
         stopped_run(tmp_path, monkeypatch, Saves(), UserError('7.jpg is broken'))
 
