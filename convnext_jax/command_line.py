@@ -12,7 +12,6 @@ from ml_collections import ConfigDict, config_flags
 from convnext_jax.errors import UserError
 from convnext_jax.training.stop import Stopped
 
-
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """A disk that is full, or that may not be written."""
 
