@@ -24,7 +24,7 @@ from convnext_jax.training.state import TrainState
 Arrays = dict[str, jax.Array]
 
 UNFINISHED = '.orbax-checkpoint-tmp'
-"""Orbax gives the folder of a checkpoint its name, the step alone, when all of it is written; before, it has this in it."""
+"""Orbax has this in the name of a folder until all of the checkpoint is written; then the name is the step alone."""
 
 
 class DamagedCheckpoint(Exception):

@@ -34,8 +34,8 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
-        # Takes a second, for it imports torch where there is one. Not SummaryWriter: its thread dies of a full disk, and
-        # then it blocks.
+        # Takes a second, for it imports torch where there is one. Not SummaryWriter: its thread dies of a full disk,
+        # and then it blocks.
         from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
@@ -62,9 +62,9 @@ class RunLog:
             self._metrics.close()  # writes what a full disk has held up
         except OSError as error:
             if kind is None:
-                raise UserError(
-                    f'{self._workdir / METRICS} is not whole: {error.strerror}. Make room, and run the same command again'
-                ) from error
+                path = self._workdir / METRICS
+                line = f'{path} is not whole: {error.strerror}. Make room, and run the same command again'
+                raise UserError(line) from error
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:

@@ -32,6 +32,9 @@ from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
 STEPS_AHEAD = 2
 """So many steps are under way at once: the device never waits for the host, and the host does not run away."""
 
+SAVE_AGAIN = (1, 3, 9)
+"""Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
+
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
@@ -54,10 +57,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = abstract_model(config)
         for line in settle_config(workdir, config):
             print(f'changed since the run began: {line}')
-        best_metric = 'ema_top1' if config.ema.decay else 'top1'
-        with Checkpoints(
-            workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric, tell=say
-        ) as checkpoints:
+        best, keep = 'ema_top1' if config.ema.decay else 'top1', config.keep_checkpoints
+        with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
             run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
