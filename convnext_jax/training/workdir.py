@@ -56,7 +56,7 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
         try:
             changes = changed_fields(json.loads(path.read_text()), as_dict(config))
-        except ValueError as error:  # of JSON or UTF-8
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f'{path} is damaged: {error}. Delete it, and run the same command again') from error
     lines = {field: f'{field} was {old}, is {new}' for field, (old, new) in changes.items()}
     refused = [line for field, line in lines.items() if is_fixed(field)]
