@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import resource
 import shutil
 import signal
 import time
@@ -230,6 +231,26 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error):
     monkeypatch.setattr(run, 'train_batches', batches)
     monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
     run.go(SimpleNamespace(step=0), tmp_path)
+
+
+def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(commands, finished_run, tmp_path):
+    """A disk that someone else filled, and emptied: of a job that ran on, nobody wants to lose a day."""
+    run = tmp_path / 'run'
+    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}')
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(('step 4/', 'step 16/')):
+            size = 10**6 if line.startswith('step 4/') else resource.RLIM_INFINITY
+            hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    told = [number for number, line in enumerate(lines) if 'could not be saved' in line]
+    assert told
+    assert any(line.startswith('step 16/') for line in lines[told[0] :]), 'told only when there was nothing to do'
+    assert 'saving failed for a time' in ''.join(lines)
+    assert fingerprints(run) == fingerprints(finished_run)
+    assert all(path.name.isdecimal() for path in (run / 'checkpoints').iterdir())
 
 
 def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
