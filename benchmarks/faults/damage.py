@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.faults.runs import LAST, Case, Lab, intact, whole
 
 DAMAGES = ('cut short', 'a bit flipped', 'gone')
-FOLDERS = ('', 'parameters', 'optimizer/ocdbt.process_0', 'ema/d', 'counters', 'manifest', 'metrics')
+FOLDERS = ('', 'parameters', 'optimizer/ocdbt.process_0', 'ema/d', 'counters', 'manifest')
 
 
 def cases(lab: Lab, rng: random.Random) -> Iterator[Case]:
@@ -27,8 +27,8 @@ def cases(lab: Lab, rng: random.Random) -> Iterator[Case]:
             yield _again(lab, moment, [rng.choice(paths)], damage, rng)
     for folder in FOLDERS:
         yield _again(lab, f'folder {newest.name}/{folder} gone', [newest / folder], 'gone', rng)
-    # Older ones are not restored, but Orbax reads of them what they scored: they must not keep a run from going on.
-    for older in ('', 'parameters', 'metrics/metrics', 'commit_success.txt'):
+    # An older one stays, or is gone over, as it is: it must not keep a run from going on.
+    for older in ('', 'parameters', 'manifest/metadata', 'commit_success.txt'):
         paths = [Path('checkpoints/20') / older, newest / 'manifest/metadata']
         yield _again(lab, f'20/{older} gone, and the manifest of {LAST}', paths, 'gone', rng)
     manifests = [path.relative_to(lab.finished) for path in lab.finished.glob('checkpoints/*/manifest/metadata')]

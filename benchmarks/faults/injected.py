@@ -1,7 +1,7 @@
 """Starts a program with faults that come from within: python -m benchmarks.faults.injected FAULT PROGRAM ARGUMENTS …
 
 `nan=5,6` makes the augmented images of these steps NaN, and so the loss and all its gradients. `clock=SEED` moves the
-time of day, as Python reads it, every second or so to another time within a day of the right one, also backwards.
+time of day, as Python reads it, every five seconds to another time within a day of the right one, also backwards.
 """
 
 import random
@@ -34,7 +34,7 @@ def clock(seed: int) -> None:
     right, right_ns = time.time, time.time_ns
 
     def offset() -> int:
-        return random.Random(f'{seed} {int(time.monotonic())}').randint(-86_400, 86_400)
+        return random.Random(f'{seed} {int(time.monotonic() // 5)}').randint(-86_400, 86_400)
 
     time.time = lambda: right() + offset()
     time.time_ns = lambda: right_ns() + offset() * 10**9

@@ -1,5 +1,6 @@
 """Small runs of train.py in processes of their own, and what must hold of what they leave behind."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,7 @@ import jax
 
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
-from convnext_jax.training.checkpoint import UNFINISHED, DamagedCheckpoint, read_about, restore, saved_steps
+from convnext_jax.training.checkpoint import UNFINISHED, DamagedCheckpoint, restore, saved_steps
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.program import Program
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources
@@ -252,12 +253,10 @@ def _kept(checkpoints: Path, steps: list[int]) -> set[int]:
     """The two newest, and the best."""
     scores = {}
     for step in steps:
-        try:
-            metrics = read_about(checkpoints, step)['metrics']
-        except DamagedCheckpoint:
-            continue
-        if metrics:
-            scores[step] = (metrics['ema_top1'], step)
+        with contextlib.suppress(OSError, ValueError):  # damaged
+            manifest = json.loads((checkpoints / str(step) / 'manifest' / 'metadata').read_text())
+            if manifest['metrics']:
+                scores[step] = (manifest['metrics']['ema_top1'], step)
     return {*steps[-2:], *([max(scores, key=scores.get)] if scores else [])}
 
 

@@ -1,22 +1,24 @@
 """Orbax checkpoints of a run: saved in the background, checked bit for bit when they come back.
 
 A checkpoint has an item for the parameters, the optimizer, the moving average and the counters of `TrainState`, and a
-manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits, and a checksum of
-all this. Orbax alone would restore part of a tree, or flipped bits, in silence.
+manifest: place in the data, config, metrics, for each array its shape, type and a fingerprint of its bits, and a
+checksum of all this. Orbax alone would restore part of a tree, or flipped bits, in silence.
 """
 
+import contextlib
 import itertools
 import json
+import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
-from orbax.checkpoint import checkpoint_managers as policies
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.training.state import TrainState
@@ -29,6 +31,26 @@ UNFINISHED = '.orbax-checkpoint-tmp'
 
 class DamagedCheckpoint(Exception):
     """What is on disk is not what was saved."""
+
+
+class NewestAndBest:
+    """Which checkpoints Orbax keeps, by scores of our own: with damaged ones in a file of Orbax's no run would start.
+
+    Attributes:
+        scores: step → score, for those that have one.
+    """
+
+    def __init__(self, newest: int):
+        self.scores: dict[int, float] = {}
+        self._newest = newest
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        """For each of the checkpoints, in order of steps, whether to keep it."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = [step for step in steps if step in self.scores]
+        best = max(scored, key=lambda step: (self.scores[step], step), default=None)
+        return [step == best or step in steps[-self._newest :] for step in steps]
 
 
 class NotSaved(UserError):
@@ -51,27 +73,27 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int, best_metric: str, tell: Callable[[str], None] = print):
-        newest = policies.LatestN(keep)
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            best_fn=lambda metrics: metrics[best_metric],  # without it Orbax does not write the metrics to disk
-            cleanup_tmp_directories=True,
-        )
+        self._kept = NewestAndBest(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self.directory = directory
         self.failed: dict[int, str] = {}
-        self._tell = tell
+        self._best_metric, self._tell = best_metric, tell
         self._under_way: int | None = None
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        for step in self.steps():
+            with contextlib.suppress(DamagedCheckpoint):
+                self._note_score(step, _read_manifest(directory, step)['metrics'])
 
     def __enter__(self) -> 'Checkpoints':
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:  # Orbax may raise once more what was told
+            if not self.failed:
+                raise
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -91,14 +113,16 @@ class Checkpoints:
             self._remove_unfinished()
             self.failed.pop(step, None)
         items = _items(state)
-        manifest = {'about': about, 'arrays': {item: _describe(arrays) for item, arrays in items.items()}}
+        described = {item: _describe(arrays) for item, arrays in items.items()}
+        manifest = {'about': about, 'metrics': metrics, 'arrays': described}
         manifest['checksum'] = _checksum(manifest)
         args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
         args['manifest'] = ocp.args.JsonSave(manifest)
         self._under_way = step
+        self._note_score(step, metrics)
         try:
             self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
-            self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**args))
         except Exception as error:  # Orbax and TensorStore have no common error for a disk that is full
             self._fail(error)
 
@@ -122,9 +146,14 @@ class Checkpoints:
         steps = self.steps()
         return f'the last checkpoint is of step {steps[-1]}' if steps else 'there is no checkpoint yet'
 
+    def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
+        if metrics:
+            self._kept.scores[step] = metrics[self._best_metric]
+
     def _fail(self, error: Exception) -> None:
         step, self._under_way = self._under_way, None
-        self.failed[step] = first_line(error)
+        self.failed[step] = _reason(error)
+        self._kept.scores.pop(step, None)
         self._remove_unfinished()
         self._manager.reload()  # for Orbax, what the save would have replaced is gone already
         self._tell(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
@@ -266,6 +295,12 @@ def _read_manifest(directory: Path, step: int) -> dict:
     if not whole:
         raise DamagedCheckpoint('manifest: altered')
     return manifest
+
+
+def _reason(error: Exception) -> str:
+    """Of a write that failed: the system's own words, where TensorStore tells their number."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else first_line(error)
 
 
 def _checksum(manifest: dict) -> int:

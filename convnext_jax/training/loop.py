@@ -274,7 +274,6 @@ class Run(Program):
             'config': as_dict(self.config),
             'position': {'epoch': epoch, 'batch': batch},
             'data': self._data_facts(),
-            'metrics': results,
         }
         self.checkpoints.save(state, about, results)
 
