@@ -1,6 +1,7 @@
 """What the commands share: flags with a config file, errors in one line, exit status."""
 
 import contextlib
+import errno
 import re
 import sys
 import traceback
@@ -13,6 +14,9 @@ from ml_collections import ConfigDict, config_flags
 from convnext_jax.errors import UserError
 from convnext_jax.training.stop import Stopped
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""A disk that is full, or that may not be written."""
+
 
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command on the process's arguments and exits: 0 done, 2 the user's to mend, 128 + signal stopped."""
@@ -22,9 +26,9 @@ def run(command: Callable[[list[str]], None]) -> None:
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.status)
-    except (KeyboardInterrupt, UserError) as error:
+    except (KeyboardInterrupt, UserError, OSError) as error:
         text, status = _text_and_status(error)
-        print(text, file=sys.stderr)
+        print(text.rstrip(), file=sys.stderr)
         sys.exit(status)
 
 
@@ -33,6 +37,9 @@ def _text_and_status(error: BaseException) -> tuple[str, int]:
         return '\ninterrupted', 130
     if isinstance(error, UserError):
         return f'error: {error}', 2
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = f'{error.filename} cannot be written: ' if error.filename else ''
+        return f'error: {where}{error.strerror}', 2
     return ''.join(traceback.format_exception(error)), 1
 
 

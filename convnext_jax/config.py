@@ -229,7 +229,7 @@ def read_config(path: Path) -> ConfigDict:
         return from_dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UserError(f'{path.parent} holds no run: there is no {path.name} in it') from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f'{path} is damaged: {error}') from error
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error

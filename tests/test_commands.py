@@ -10,6 +10,7 @@ from PIL import Image
 import eval as eval_command
 import train as train_command
 from convnext_jax import __main__ as package_command
+from convnext_jax.command_line import run
 from convnext_jax.errors import UserError
 from convnext_jax.models import list_models
 
@@ -107,6 +108,19 @@ def test_a_refusal_is_one_line_and_exit_status_2(commands, tmp_path):
     refused = commands.run('train.py', '--config=configs/nowhere.py', f'--workdir={tmp_path}', status=2)
     assert refused.stderr == 'error: --config: there is no file configs/nowhere.py\n'
     assert refused.stdout == ''
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_line_too(capsys):
+    """Whoever submits a job sees what to mend, not where in the code it was noticed."""
+
+    def command(_):
+        with open('/dev/full', 'w') as file:
+            file.write('config')
+
+    with pytest.raises(SystemExit) as ended:
+        run(command)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == 'error: No space left on device\n'
 
 
 def test_models_lists_every_name_with_its_parameters(commands):

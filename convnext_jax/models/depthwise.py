@@ -75,8 +75,8 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
     """K·K shifted multiply-adds over the padded image, two kernel rows to a pass.
 
     The barriers keep the compiler from merging the passes, and the last with the norm after it: the weights and the
-    window of one pass stay in the first-level cache. The one over the kernel keeps it from looking the block's kernel up among all blocks' for each
-    product anew.
+    window of one pass stay in the first-level cache. The one over the kernel keeps it from looking the block's kernel
+    up among all blocks' for each product anew.
     """
     size = kernel.shape[0]
     height, width = x.shape[1:3]

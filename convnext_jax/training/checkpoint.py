@@ -1,22 +1,24 @@
 """Orbax checkpoints of a run: saved in the background, checked bit for bit when they come back.
 
 A checkpoint has an item for the parameters, the optimizer, the moving average and the counters of `TrainState`, and a
-manifest: place in the data, config, and for each array its shape, type and a fingerprint of its bits. Orbax alone
-would restore part of a tree, or flipped bits, in silence.
+manifest: place in the data, config, metrics, for each array its shape, type and a fingerprint of its bits, and a
+checksum of all this. Orbax alone would restore part of a tree, or flipped bits, in silence.
 """
 
 import contextlib
 import itertools
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
-from orbax.checkpoint import checkpoint_managers as policies
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.training.distributed import are_several, gathered, is_first
@@ -24,6 +26,9 @@ from convnext_jax.training.state import TrainState
 from convnext_jax.training.workdir import absolute, is_local
 
 Arrays = dict[str, jax.Array]
+
+UNFINISHED = '.orbax-checkpoint-tmp'
+"""Orbax has this in the name of a folder until all of the checkpoint is written; then the name is the step alone."""
 
 
 class DamagedCheckpoint(Exception):
@@ -36,27 +41,57 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class NewestAndBest:
+    """Which checkpoints Orbax keeps, by scores of our own: with damaged ones in a file of Orbax's no run would start.
+
+    Attributes:
+        scores: step → score, for those that have one.
+    """
+
+    def __init__(self, newest: int):
+        self.scores: dict[int, float] = {}
+        self._newest = newest
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        """For each of the checkpoints, in order of steps, whether to keep it."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = [step for step in steps if step in self.scores]
+        best = max(scored, key=lambda step: (self.scores[step], step), default=None)
+        return [step == best or step in steps[-self._newest :] for step in steps]
+
+
+class NotSaved(UserError):
+    """The newest state is on no disk."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir, by step. Use as a context manager: leaving it waits for the save under way.
+
+    A save that fails, at once or in the background, is told and leaves no trace; the checkpoints before it stay. Where
+    there are several processes it raises `NotSaved` instead.
 
     Args:
         directory: workdir/checkpoints.
         keep: how many of the newest to keep.
         best_metric: name of the metric whose highest checkpoint is kept besides.
+        tell: takes a line about a save that failed.
+
+    Attributes:
+        failed: step → why it could not be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, best_metric: str):
-        newest = policies.LatestN(keep)
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            best_fn=lambda metrics: metrics[best_metric],  # without it Orbax does not write the metrics to disk
-            cleanup_tmp_directories=True,
-        )
+    def __init__(self, directory: Path, *, keep: int, best_metric: str, tell: Callable[[str], None] = print):
+        self._kept = NewestAndBest(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self.directory = directory
+        self.failed: dict[int, str] = {}
+        self._best_metric, self._tell = best_metric, tell
+        self._under_way: int | None = None
         self._manager = _Manager(absolute(directory), options=options)
+        for step in self.steps():
+            with contextlib.suppress(DamagedCheckpoint):
+                self._note_score(step, _read_manifest(directory, step)['metrics'])
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -64,11 +99,12 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind and are_several():
             return  # the save under way waits for processes that may never come
+        self.wait()
         try:
             self._manager.close()
-        except (OSError, ValueError) as error:
-            if kind is None:
-                raise self._failed(error) from error
+        except Exception:  # Orbax may raise once more what was told
+            if not self.failed:
+                raise
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first; where there are several processes, as the first sees them."""
@@ -81,44 +117,73 @@ class Checkpoints:
             state: of the run.
             about: JSON to keep with it, such as the config.
             metrics: of an evaluation of this very state, or None.
-
-        Raises:
-            UserError: the disk is full or cannot be written, now or in the save before.
         """
+        self.wait()
+        step = int(state.step)
+        if self.failed:
+            self._remove_unfinished()
+            self.failed.pop(step, None)
         items = _items(state)
-        self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
-        manifest = {'about': about, 'arrays': {item: _describe(arrays) for item, arrays in items.items()}}
+        described = {item: _describe(arrays) for item, arrays in items.items()}
+        manifest = {'about': about, 'metrics': metrics, 'arrays': described}
+        manifest['checksum'] = _checksum(manifest)
         args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
+        args['manifest'] = ocp.args.JsonSave(manifest)
+        self._under_way = step
+        self._note_score(step, metrics)
         try:
-            self._manager.save(
-                int(state.step), args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **args), metrics=metrics
-            )
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
+            self._manager.save(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # Orbax and TensorStore have no common error for a disk that is full
+            self._fail(error)
 
-    def _failed(self, error: Exception) -> UserError:
-        return UserError(f'saving to {self.directory} failed: {first_line(error)}')
+    def check(self) -> None:
+        """Tells of the save under way if it has failed by now; waits for nothing."""
+        if self._under_way is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save under way, if there is one, is on disk or has failed."""
+        if self._under_way is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as in `save`
+            self._fail(error)
+        self._under_way = None
+
+    def last_saved(self) -> str:
+        """Words for the newest checkpoint."""
+        steps = self.steps()
+        return f'the last checkpoint is of step {steps[-1]}' if steps else 'there is no checkpoint yet'
+
+    def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
+        if metrics:
+            self._kept.scores[step] = metrics[self._best_metric]
+
+    def _fail(self, error: Exception) -> None:
+        step, self._under_way = self._under_way, None
+        if are_several():  # the others wait for this one's part: all end, and the checkpoints before it stay
+            raise NotSaved(f'step {step} could not be saved to {self.directory}: {_reason(error)}') from error
+        self.failed[step] = _reason(error)
+        self._kept.scores.pop(step, None)
+        self._remove_unfinished()
+        self._manager.reload()  # for Orbax, what the save would have replaced is gone already
+        self._tell(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
+
+    def _remove_unfinished(self) -> None:
+        for folder in self.directory.glob(f'*{UNFINISHED}*'):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _check_space(self, needed: int) -> None:
         if not is_local(self.directory):
             return
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise UserError(
+            raise OSError(
                 f'the disk of {self.directory} is full: a checkpoint takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB '
-                'are free. Make room, and run the same command again'
+                'are free'
             )
-
-    def wait(self) -> None:
-        """Returns when every save is on disk.
-
-        Raises:
-            UserError: a save failed.
-        """
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, list[str]] | None:
         """The newest checkpoint that is whole, and a line about each damaged one that it had to pass over.
@@ -258,10 +323,22 @@ def _check_same(directory: Path, step: int, item: str, saved: dict, like: Arrays
 def _read_manifest(directory: Path, step: int) -> dict:
     try:
         manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text())
-        manifest['arrays'], manifest['about']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = manifest.pop('checksum') == _checksum(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f'manifest: {first_line(error)}') from error
+    if not whole:
+        raise DamagedCheckpoint('manifest: altered')
     return manifest
+
+
+def _reason(error: Exception) -> str:
+    """Of a write that failed: the system's own words, where TensorStore tells their number."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else first_line(error)
+
+
+def _checksum(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _names(state: TrainState) -> tuple[list[tuple[str, str]], jax.tree_util.PyTreeDef]:

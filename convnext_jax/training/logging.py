@@ -1,19 +1,31 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard events, and curves.png."""
 
+import contextlib
 import io
 import json
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from convnext_jax.errors import UserError
 from convnext_jax.training.workdir import CURVES, METRICS, open_to_append, write_whole
 
 
+def say(line: str) -> None:
+    """Prints a line, above the progress bar if there is one."""
+    with contextlib.suppress(OSError):  # where the lines go to a file, its disk may be full: the run goes on
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
 class RunLog:
-    """Writes a run's records. Use as a context manager.
+    """Writes a run's records. Use as a context manager; leaving it raises UserError if metrics.jsonl is not whole.
+
+    A disk that is full, or cannot be written, is told once and stops no training.
 
     Args:
         workdir: of the run; records of steps after `start_step`, left by a run that was killed, are dropped.
@@ -22,29 +34,51 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
-        from tensorboardX import SummaryWriter  # takes a second, for it imports torch where there is one
+        # Takes a second, for it imports torch where there is one. Not SummaryWriter: its thread dies of a full disk,
+        # and then it blocks.
+        from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
         self._total_steps = total_steps
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
-        write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records))
+        write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records).encode())
         self._metrics = open_to_append(workdir / METRICS)
-        self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None)
+        (workdir / 'tensorboard').mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / 'tensorboard' / 'events'))
+        self._told = False
+        if start_step:
+            self._drop_events_from(start_step + 1)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not self._live)
 
     def __enter__(self) -> 'RunLog':
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._bar.close()
-        self._metrics.close()
-        self._events.close()
+        with self._going_on():
+            self._events.close()
+        try:
+            self._metrics.close()  # writes what a full disk has held up
+        except OSError as error:
+            if kind is None:
+                path = self._workdir / METRICS
+                line = f'{path} is not whole: {error.strerror}. Make room, and run the same command again'
+                raise UserError(line) from error
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """What cannot be written costs records, not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                say(f'{self._workdir} cannot be written: {error.strerror}; training goes on, records may be missing')
+            self._told = True
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress bar if there is one."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        """As `say`."""
+        say(line)
 
     def advance(self) -> None:
         """Counts one step."""
@@ -66,16 +100,32 @@ class RunLog:
         self._record(step, epoch, split, metrics)
         ema = f', EMA {metrics["ema_top1"]:.2f} %' if 'ema_top1' in metrics else ''
         self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} top-1 {metrics["top1"]:.2f} %{ema}')
-        draw_curves(self._workdir)
+        with self._going_on():
+            draw_curves(self._workdir)
 
     def _record(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
         # JSON has no NaN: what is not finite is null.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(json.dumps({'step': step, 'epoch': round(epoch, 4), 'split': split, **values}) + '\n')
-        self._metrics.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(f'{split}/{name}', value, step)
+        with self._going_on():
+            self._metrics.write(json.dumps({'step': step, 'epoch': round(epoch, 4), 'split': split, **values}) + '\n')
+            self._metrics.flush()
+        with self._going_on():
+            self._write_events(step, {f'{split}/{name}': value for name, value in metrics.items()})
+
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self._events.flush()
+
+    def _drop_events_from(self, step: int) -> None:
+        """Tells TensorBoard to drop what a run that was killed wrote of this step and later ones."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
 
 
 class Silence:
@@ -92,14 +142,14 @@ class Silence:
 
 
 def read_records(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for those that a kill cut short."""
+    """The lines of metrics.jsonl, but for those that a kill cut short or a disk altered."""
     path = workdir / METRICS
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            record['step'], record['epoch'], record['split']
+            records.append(record)
     return records
 
 

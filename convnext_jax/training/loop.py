@@ -17,10 +17,10 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt
-from convnext_jax.training.checkpoint import Checkpoints, read_about
+from convnext_jax.training.checkpoint import Checkpoints, NotSaved, read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
-from convnext_jax.training.logging import RunLog, Silence, read_records
+from convnext_jax.training.logging import RunLog, Silence, read_records, say
 from convnext_jax.training.program import Program
 from convnext_jax.training.setup import Plan, abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
@@ -32,6 +32,9 @@ from convnext_jax.training.workdir import CHECKPOINTS, locked_by_first, settle_c
 
 STEPS_AHEAD = 2
 """So many steps are under way at once: the device never waits for the host, and the host does not run away."""
+
+SAVE_AGAIN = (1, 3, 9)
+"""Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -55,8 +58,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = abstract_model(config)
         for line in settle_config(workdir, config) if is_first() else ():
             print(f'changed since the run began: {line}')
-        best_metric = 'ema_top1' if config.ema.decay else 'top1'
-        with Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, best_metric=best_metric) as checkpoints:
+        best, keep = 'ema_top1' if config.ema.decay else 'top1', config.keep_checkpoints
+        with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
             run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
@@ -167,6 +170,7 @@ class Run(Program):
                     jax.block_until_ready(pending[-STEPS_AHEAD:][0])
                     log.advance()
                     stop.poll()
+                    self.checkpoints.check()
                     last = step == self.plan.total_steps
                     if step % self.config.log_every_steps == 0 or last:
                         self._log(log, step, pending, timer)
@@ -177,27 +181,32 @@ class Run(Program):
                             self._check_finite(step, metrics)
                             # The last evaluation takes its time: a checkpoint of the last step says that all is done.
                             results = self._evaluate(log, step, state, Stop() if last else stop)
-                    if results or step % self.config.checkpoint_every_steps == 0 or last or stop.received:
+                    stopped_by = None if last else stop.received
+                    if results or step % self.config.checkpoint_every_steps == 0 or last or stopped_by:
                         with timer.paused():
                             self._check_finite(step, metrics)
-                            self._save(state, step, results)
                             saved = step
-                    if stop.received and not last:
-                        self.checkpoints.wait()
-                        raise Stopped(stop.received, step)
+                            save = self._save_surely if last or stopped_by else self._save
+                            save(state, step, results)
+                    if stopped_by:
+                        raise Stopped(stopped_by, step)
                     if last:
                         break
             except NotFinite:
                 raise
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
                 if step > saved and not are_several():  # the others may be at another step
-                    self._save(state, step, None)
-                    self.checkpoints.wait()
+                    try:
+                        self._save_surely(state, step, None)
+                    except NotSaved as unsaved:
+                        raise NotSaved(f'{error}; {unsaved}') from error
                     log.say(f'saved at step {step}')
                 if stop.received and isinstance(error, WorkerEnded):  # the signal went to all processes
                     raise Stopped(stop.received, step) from None
                 raise
-            self.checkpoints.wait()
+            if self.checkpoints.failed:
+                steps = ', '.join(map(str, self.checkpoints.failed))
+                log.say(f'saving failed for a time, at step {steps}; step {step} is saved')
 
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_rows(self.batch_sharding, batch_size))
@@ -262,11 +271,10 @@ class Run(Program):
         skips = int(metrics['skips_in_a_row'])
         if skips >= SKIPS_IN_A_ROW:
             self.checkpoints.wait()
-            saved = self.checkpoints.steps()
-            good = f'the last good checkpoint is of step {saved[-1]}' if saved else 'there is no checkpoint yet'
             raise NotFinite(
-                f'the loss or its gradient has not been finite since step {step - skips + 1}; {good}. Try a lower '
-                'optimizer.learning_rate, a longer warm-up, optimizer.clip_norm=1, or model.dtype=float32'
+                f'the loss or its gradient has not been finite since step {step - skips + 1}; '
+                f'{self.checkpoints.last_saved()}. Try a lower optimizer.learning_rate, a longer warm-up, '
+                'optimizer.clip_norm=1, or model.dtype=float32'
             )
 
     def _save(self, state: TrainState, step: int, results: dict[str, float] | None) -> None:
@@ -275,9 +283,26 @@ class Run(Program):
             'config': as_dict(self.config),
             'position': {'epoch': epoch, 'batch': batch},
             'data': self._data_facts(),
-            'metrics': results,
         }
         self.checkpoints.save(state, about, results)
+
+    def _save_surely(self, state: TrainState, step: int, results: dict[str, float] | None) -> None:
+        """Saves a state that nothing will come after, and waits until it is on disk.
+
+        Raises:
+            NotSaved: it could not be saved, and not a little later either.
+        """
+        for seconds in (0, *SAVE_AGAIN):
+            time.sleep(seconds)
+            self._save(state, step, results)
+            self.checkpoints.wait()
+            if step not in self.checkpoints.failed:
+                return
+        steps, why = ', '.join(map(str, self.checkpoints.failed)), self.checkpoints.failed[step]
+        raise NotSaved(
+            f'not saved: step {steps} ({why}); {self.checkpoints.last_saved()}. Make room, or make '
+            f'{self.checkpoints.directory} writable, and run the same command again'
+        )
 
     def _data_facts(self) -> dict:
         """What a data set under the same name and folder must still have when the run resumes."""

@@ -97,28 +97,31 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
         try:
             changes = changed_fields(json.loads(path.read_text()), as_dict(config))
-        except json.JSONDecodeError as error:
-            raise UserError(f'{path} is damaged: {error}') from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f'{path} is damaged: {error}. Delete it, and run the same command again') from error
     lines = {field: f'{field} was {old}, is {new}' for field, (old, new) in changes.items()}
     refused = [line for field, line in lines.items() if is_fixed(field)]
     if refused:
         raise UserError(f'{workdir} holds another run: {"; ".join(refused)}. Take another workdir')
-    write_whole(path, json.dumps(as_dict(config), indent=2) + '\n')
+    write_whole(path, (json.dumps(as_dict(config), indent=2) + '\n').encode())
     return list(lines.values())
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or the next process, finds the old content or the new and nothing between."""
-    content = content.encode() if isinstance(content, str) else content
     if not is_local(path):
         path.write_bytes(content)  # a bucket's files appear whole
         return
     scratch = path.with_name(f'.{path.name}.new')
-    with open(scratch, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with open(scratch, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def open_to_append(path: Path) -> TextIO:

@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import resource
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -107,6 +109,15 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(directory, item):
     assert (directory.parent / 'damaged' / '3.0').is_dir()
 
 
+def test_an_altered_manifest_is_no_manifest(directory):
+    """A number of it that changed is a place in the data, or a config, that the run never had."""
+    path = directory / '3' / 'manifest' / 'metadata'
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 7'))
+    with pytest.raises(DamagedCheckpoint, match='manifest: altered'):
+        read_about(directory, 3)
+    assert_equal(newest(directory)[0], make_state(2))
+
+
 @pytest.mark.parametrize('damage', ['truncated', 'missing', 'manifest'])
 def test_damaged_files_fall_back_to_the_checkpoint_before(directory, damage):
     path = biggest_file(directory / '3' / 'parameters')
@@ -147,15 +158,44 @@ def test_another_shape_or_name_is_refused_with_the_difference(directory):
         restore(directory, 3, like(other))
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_is_there(directory, monkeypatch):
+def test_a_full_disk_is_told_and_the_next_save_tries_again(directory, monkeypatch):
+    told = []
     free_bytes = namedtuple('Usage', 'free')(1000)
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: free_bytes)
-    with (
-        Checkpoints(directory, keep=2, best_metric='top1') as checkpoints,
-        pytest.raises(UserError, match='is full: a checkpoint takes 0 MB'),
-    ):
+    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+        with monkeypatch.context() as full:
+            full.setattr(shutil, 'disk_usage', lambda path: free_bytes)
+            checkpoints.save(make_state(4), {}, None)
+        (line,) = told
+        assert line.startswith('step 4 could not be saved: the disk of')
+        assert 'is full: a checkpoint takes 0 MB' in line
+        assert line.endswith('the last checkpoint is of step 3')
+        assert saved_steps(directory) == [1, 2, 3]
+        checkpoints.save(make_state(5), {}, None)
+    assert checkpoints.failed.keys() == {4}
+    assert saved_steps(directory) == [1, 3, 5]
+
+
+def test_a_write_error_in_the_background_is_told_before_the_next_save(directory):
+    """The half-written checkpoint goes, for it takes the room; none is deleted before its successor is whole."""
+    told, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            checkpoints.save(make_state(4, width=3000), {}, {'top1': 99.0})
+            until = time.monotonic() + 60
+            while not told and time.monotonic() < until:
+                checkpoints.check()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(told) == 1
+        assert told[0] == 'step 4 could not be saved: File too large; the last checkpoint is of step 3'
+        assert saved_steps(directory) == [1, 2, 3]
+        checkpoints.check()
         checkpoints.save(make_state(4), {}, None)
-    assert_equal(newest(directory)[0], make_state(3))
+    assert len(told) == 1
+    assert not checkpoints.failed
+    assert sorted(path.name for path in directory.iterdir()) == ['1', '3', '4'], 'the best is not what was never saved'
+    assert_equal(newest(directory)[0], make_state(4))
 
 
 def test_one_set_of_weights_alone(directory):
@@ -164,3 +204,17 @@ def test_one_set_of_weights_alone(directory):
     shutil.rmtree(directory / '3' / 'ema')
     with pytest.raises(DamagedCheckpoint):
         restore_parameters(directory, 3, 'ema')
+
+
+@pytest.mark.parametrize('step', [1, 3])
+def test_no_damage_to_small_files_keeps_a_run_from_starting(directory, step):
+    """Whatever Orbax keeps beside the arrays: a run that cannot read it takes another checkpoint, and saves again."""
+    for path in (directory / str(step)).rglob('*'):
+        if path.is_file() and path.stat().st_size < 2000:
+            path.write_bytes(b'\xff' + path.read_bytes()[2:])
+    state, _ = newest(directory)
+    assert_equal(state, make_state(2 if step == 3 else 3))
+    with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
+        checkpoints.save(make_state(4), {}, None)
+    assert not checkpoints.failed
+    assert saved_steps(directory)[-1] == 4

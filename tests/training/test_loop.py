@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import resource
 import shutil
 import signal
 import time
@@ -20,7 +21,7 @@ from configs.fashion_mnist import get_config
 from convnext_jax.data.loading import WorkerEnded
 from convnext_jax.errors import UserError
 from convnext_jax.training import loop
-from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.training.checkpoint import NotSaved, restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
@@ -188,17 +189,27 @@ class Steps:
 
 
 class Saves:
-    """Checkpoints in name: remembers that it was told to save; `error` comes when one waits for the end of it."""
+    """Checkpoints in name: remembers what it was told to save; with an `error`, every save fails."""
+
+    directory = Path('checkpoints')
 
     def __init__(self, error=None):
-        self.steps, self._error = [], error
+        self.steps, self.failed, self._error = [], {}, error
 
     def save(self, state, about, results):
-        self.steps.append(about['position']['batch'])
+        step = about['position']['batch']
+        self.steps.append(step)
+        if self._error:
+            self.failed[step] = self._error
+
+    def check(self):
+        pass
 
     def wait(self):
-        if self._error:
-            raise self._error
+        pass
+
+    def last_saved(self):
+        return 'there is no checkpoint yet'
 
 
 def stopped_run(tmp_path, monkeypatch, checkpoints, error):
@@ -222,6 +233,26 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error):
     run.go(SimpleNamespace(step=0), tmp_path)
 
 
+def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(commands, finished_run, tmp_path):
+    """A disk that someone else filled, and emptied: of a job that ran on, nobody wants to lose a day."""
+    run = tmp_path / 'run'
+    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}')
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(('step 4/', 'step 16/')):
+            size = 10**6 if line.startswith('step 4/') else resource.RLIM_INFINITY
+            hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    told = [number for number, line in enumerate(lines) if 'could not be saved' in line]
+    assert told
+    assert any(line.startswith('step 16/') for line in lines[told[0] :]), 'told only when there was nothing to do'
+    assert 'saving failed for a time' in ''.join(lines)
+    assert fingerprints(run) == fingerprints(finished_run)
+    assert all(path.name.isdecimal() for path in (run / 'checkpoints').iterdir())
+
+
 def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
     """Launchers signal the decoding processes too: their end must not be told as running out of memory."""
     checkpoints = Saves()
@@ -232,8 +263,14 @@ def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
 
 def test_a_stop_hides_no_error(tmp_path, monkeypatch):
     """A save that fails, or a broken image, in the moment of the signal: 'saved' would be a lie."""
-    with pytest.raises(UserError, match='^the disk is full$'):
-        stopped_run(tmp_path, monkeypatch, Saves(UserError('the disk is full')), None)
+    monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
+    with pytest.raises(
+        NotSaved, match=r'^not saved: step 1 \(the disk is full\); there is no checkpoint yet. Make room'
+    ):
+        stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), None)
+    assert full.steps == [1, 1], 'not tried again'
+    with pytest.raises(NotSaved, match=r'^7.jpg is broken; not saved: step 1 \(the disk is full\)'):
+        stopped_run(tmp_path, monkeypatch, Saves('the disk is full'), UserError('7.jpg is broken'))
     with pytest.raises(UserError, match='^7.jpg is broken$'):
         stopped_run(tmp_path, monkeypatch, Saves(), UserError('7.jpg is broken'))
 

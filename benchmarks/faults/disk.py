@@ -1,0 +1,152 @@
+"""A disk that is full for a while or for good, and folders that may not be written."""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.faults.runs import Case, Lab, Running, ends, mended, unfinished
+
+MB = 2**20
+CHECKPOINT = 54 * MB  # of the small run
+
+
+def full_disk(lab: Lab, rng: random.Random) -> Iterator[Case]:
+    """A small tmpfs, and a limit to what a file may take."""
+    del rng
+    case, unbroken, workdir = Case('no file may be larger than 1 MB, from step 4 to 12'), lab.unbroken(), lab.workdir()
+    run = lab.start(workdir)
+    run.until(run.says('step 4/'))
+    _limit_files(run, MB)
+    run.until(run.says('step 12/'))
+    _limit_files(run, resource.RLIM_INFINITY)
+    ends(case, run, workdir, unbroken, 0)
+    yield case
+
+    case, workdir = Case('no file may be larger than 1 MB, from step 12 on'), lab.workdir()
+    run = lab.start(workdir)
+    run.until(run.says('step 12/'))
+    _limit_files(run, MB)
+    ends(case, run, workdir, unbroken, 2)
+    mended(lab, case, workdir, unbroken)
+    yield case
+
+    case, workdir = Case('no file may be larger than 1 MB, and SIGTERM at step 16'), lab.workdir()
+    run = lab.start(workdir)
+    run.until(run.says('step 12/'))
+    _limit_files(run, MB)
+    run.until(run.says('step 16/'))
+    run.process.send_signal(signal.SIGTERM)
+    ends(case, run, workdir, unbroken, 2)
+    case.must(['says it is saved'] if run.says(', saved; the same command')() else [])
+    mended(lab, case, workdir, unbroken)
+    yield case
+
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(_tmpfs(lab.folder / 'disk', int(2.5 * CHECKPOINT)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            yield Case('a small tmpfs', [f'it cannot be mounted here: {error}'], skipped=True)
+            return
+        case, workdir = Case('a tmpfs that holds two checkpoints and no third'), disk / 'run'
+        ends(case, lab.start(workdir), workdir, unbroken, 2)
+        _resize(disk, 6 * CHECKPOINT)
+        mended(lab, case, workdir, unbroken)
+        yield case
+
+        shutil.rmtree(workdir)
+        case = Case('a tmpfs that another program fills while the first save is written, until step 12')
+        run = lab.start(workdir)
+        run.until(lambda: bool(unfinished(workdir)))
+        _fill(disk)
+        run.until(run.says('step 12/'))
+        (disk / 'filler').unlink()
+        ends(case, run, workdir, unbroken, 0)
+        yield case
+
+        shutil.rmtree(workdir)
+        case = Case('the same until the end: not a byte left for records and curves either')
+        run = lab.start(workdir)
+        run.until(run.says('step 8/'))
+        _fill(disk)
+        ends(case, run, workdir, unbroken, 2)
+        (disk / 'filler').unlink()
+        mended(lab, case, workdir, unbroken)
+        yield case
+
+        shutil.rmtree(workdir)
+        case = Case('a tmpfs that is full from the start')
+        _fill(disk)
+        ends(case, lab.start(workdir), workdir, unbroken, 2)
+        (disk / 'filler').unlink()
+        mended(lab, case, workdir, unbroken)
+        yield case
+
+
+def read_only(lab: Lab, rng: random.Random) -> Iterator[Case]:
+    """The checkpoints' folder, and the workdir, without the right to write."""
+    del rng
+    before = ()
+    if os.geteuid() == 0:  # root may write everywhere, unless it gives this up
+        if not shutil.which('setpriv'):
+            yield Case('a read-only folder', ['root may write everywhere, and there is no setpriv'], skipped=True)
+            return
+        before = ('setpriv', '--bounding-set=-dac_override,-dac_read_search')
+    unbroken = lab.unbroken()
+    for until in ('step 12/', None):
+        case = Case('the checkpoints read-only from step 4 ' + ('to 12' if until else 'on'))
+        workdir = lab.workdir()
+        run = lab.start(workdir, before=before)
+        run.until(run.says('step 4/'))
+        (workdir / 'checkpoints').chmod(0o555)
+        if until:
+            run.until(run.says(until))
+            (workdir / 'checkpoints').chmod(0o755)
+        ends(case, run, workdir, unbroken, 0 if until else 2)
+        (workdir / 'checkpoints').chmod(0o755)
+        if not until:
+            mended(lab, case, workdir, unbroken)
+        yield case
+    for folder in ('.', 'checkpoints'):
+        case, workdir = Case(f'a workdir whose {folder} is read-only at the start'), lab.workdir()
+        (workdir / folder).mkdir(parents=True)
+        (workdir / folder).chmod(0o555)
+        ends(case, lab.start(workdir, before=before), workdir, unbroken, 2)
+        (workdir / folder).chmod(0o755)
+        mended(lab, case, workdir, unbroken)
+        yield case
+
+
+@contextlib.contextmanager
+def _tmpfs(folder: Path, size: int) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def _resize(folder: Path, size: int) -> None:
+    subprocess.run(['mount', '-o', f'remount,size={size}', folder], check=True)
+
+
+def _fill(folder: Path) -> None:
+    """Takes all of the space of a disk."""
+    with open(folder / 'filler', 'wb', buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(MB))
+    with open(folder / 'filler', 'ab', buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def _limit_files(run: Running, size: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        hard = resource.prlimit(run.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (size, hard))

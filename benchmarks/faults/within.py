@@ -1,0 +1,141 @@
+"""Images that cannot be read, losses that are not finite, and a clock that jumps."""
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.faults.runs import LAST, Case, Lab, ends, intact, mended
+from convnext_jax.data.pipeline import shuffled
+
+
+def images(lab: Lab, rng: random.Random) -> Iterator[Case]:
+    """A folder of 1,100 images, some of them cut short, altered or gone."""
+    folder = lab.folder / 'images'
+    paths = _write_images(folder)
+    overrides = (
+        '--config.data.name=folder',
+        f'--config.data.dir={folder}',
+        '--config.data.train_split=train',
+        '--config.data.eval_split=val',
+        '--config.eval_every_epochs=0.2',
+    )
+    clean = lab.unbroken(*overrides)
+    seen = [paths[shuffled(place, len(paths), 0, 0)] for place in range(4 * 16, 12 * 16)]
+    for damage in (_cut_short, _overwrite, Path.unlink):
+        name = damage.__name__.strip('_').replace('_', ' ')
+        broken = rng.choice(seen)
+        content = broken.read_bytes()
+        case, workdir = Case(f'one training image of 1,100: {name}; killed and resumed'), lab.workdir()
+        sources = 'a listed image that is gone'
+        if damage is Path.unlink:  # gone before the start it would be no image: it must go after the folder was listed
+            run = lab.start(workdir, *overrides)
+            run.until(run.says('workdir'))
+            damage(broken)
+            run.end()
+            case.must(run.ended(0))
+            case.must([] if any(broken.name in line for line in run.lines) else [f'{sources} is not named'])
+            case.happened.append(f'named, replaced, finished with {len(run.lines)} lines')
+        else:
+            damage(broken)
+            unbroken = lab.alone(*overrides)
+            run = lab.start(workdir, *overrides)
+            run.until(run.says('step 12/'))
+            run.process.kill()
+            run.end()
+            case.must([] if any(broken.name in line for line in run.lines) else ['the image is not named'])
+            ends(case, lab.start(workdir, *overrides), workdir, unbroken, 0)
+            case.must([] if _differ(unbroken, clean) else ['the broken image was never used'])
+        broken.write_bytes(content)
+        yield case
+
+    case, workdir = Case('five broken images of 1,100'), lab.workdir()
+    contents = {path: path.read_bytes() for path in rng.sample(seen, 5)}
+    for path in contents:
+        _cut_short(path)
+    ends(case, lab.start(workdir, *overrides), workdir, clean, 2)
+    for path, content in contents.items():
+        path.write_bytes(content)
+    yield case
+
+
+def not_finite(lab: Lab, rng: random.Random) -> Iterator[Case]:
+    """Images that become NaN within the step, and so the loss and its gradients."""
+    few = sorted(rng.sample(range(1, LAST - 1), 3))
+    program = ('-m', 'benchmarks.faults.injected', f'nan={",".join(map(str, few))}', 'train.py')
+    unbroken = lab.unbroken(program=program)
+    case, workdir = Case(f'NaN in steps {few}; killed and resumed'), lab.workdir()
+    run = lab.start(workdir, program=program)
+    run.until(run.says('step 12/'))
+    run.process.kill()
+    run.end()
+    ends(case, lab.start(workdir, program=program), workdir, unbroken, 0)
+    case.must([] if '"skipped": 3' in (workdir / 'metrics.jsonl').read_text().splitlines()[-2] else ['not 3 left out'])
+    yield case
+
+    first = rng.randrange(5, 12)
+    program = ('-m', 'benchmarks.faults.injected', f'nan={",".join(map(str, range(first, first + 12)))}', 'train.py')
+    case, workdir = Case(f'NaN in twelve steps in a row, from {first} on'), lab.workdir()
+    run = lab.run(workdir, program=program)
+    case.must(run.ended(2))
+    case.happened.append(run.error)
+    good = [step for step in (4, 8, 10) if step <= first]
+    like = [path for path in (workdir / 'checkpoints').iterdir() if int(path.name) in good]
+    case.must(intact(workdir, workdir) + ([] if like else ['no good checkpoint is left']))
+    yield case
+
+
+def clock(lab: Lab, rng: random.Random) -> Iterator[Case]:
+    """Wall-clock time that jumps while the run goes on, and files from the future."""
+    for number in range(2):
+        program = ('-m', 'benchmarks.faults.injected', f'clock={rng.randrange(1000)}', 'train.py')
+        moment = f'time.time jumps by up to a day every five seconds, run {number}; killed and resumed'
+        case, workdir = Case(moment), lab.workdir()
+        run = lab.start(workdir, program=program)
+        run.until(run.says('step 12/'))
+        run.process.kill()
+        run.end()
+        last = lab.start(workdir, program=program)
+        ends(case, last, workdir, lab.unbroken(), 0, 2)  # a jump ahead looks to Orbax like a save that takes too long
+        if last.status:
+            mended(lab, case, workdir, lab.unbroken())
+        yield case
+    case, workdir = Case('killed at step 12; all files a day in the future, then 30 years in the past'), lab.workdir()
+    for moment in (time.time() + 86_400, time.time() - 30 * 365 * 86_400):
+        run = lab.start(workdir)
+        run.until(run.says('step 12/'))
+        run.process.kill()
+        run.end()
+        for path in workdir.rglob('*'):
+            os.utime(path, (moment, moment))
+    ends(case, lab.start(workdir), workdir, lab.unbroken(), 0)
+    yield case
+
+
+def _write_images(folder: Path) -> list[Path]:
+    rng = np.random.default_rng(0)
+    paths = []
+    for split, count in (('train', 110), ('val', 4)):
+        for name in map(str, range(10)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                path = folder / split / name / f'{split}{name}-{number:03}.png'
+                Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(path)
+                paths += [path] if split == 'train' else []
+    return paths
+
+
+def _cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def _overwrite(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 3)
+
+
+def _differ(one: Path, other: Path) -> bool:
+    return bool(intact(one, other))

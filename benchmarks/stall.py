@@ -1,0 +1,95 @@
+"""What an asynchronous save costs a run: time of training with saves against time without, on the demo's config.
+
+    python -m benchmarks.stall [--rounds=15] [--window=20]
+
+The real loop runs with real checkpoints. It saves at the begin of every other window of steps, so that windows with a
+save and without alternate, and a busy machine slows both. A window ends when its last step does: it holds what `save`
+does before it returns, and what the writing in the background takes from the steps that follow. The stall is the
+difference of the medians, told as a share of the config's interval between saves.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.fashion_mnist import get_config
+from convnext_jax.training.checkpoint import Checkpoints
+from convnext_jax.training.loop import Run
+from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.sharding import make_mesh
+
+WARM_UP = 2  # pairs of windows: the first epoch decodes
+
+
+class Timed(Run):
+    """A run that notes when each step began, and how long each `save` held it up."""
+
+    def compile(self, *arguments) -> Callable:
+        step = super().compile(*arguments)
+        self.began: list[float] = []
+        self.calls: list[float] = []
+
+        def timed(state, batch):
+            self.began.append(time.perf_counter())
+            return step(state, batch)
+
+        return timed
+
+    def _save(self, *arguments) -> None:
+        began = time.perf_counter()
+        super()._save(*arguments)
+        self.calls.append(time.perf_counter() - began)
+
+
+def measure(rounds: int, window: int) -> tuple[list[float], list[float], list[float], int]:
+    """Seconds of windows with a save and without, of the call alone, and the config's steps between saves."""
+    config = get_config()
+    interval = config.checkpoint_every_steps
+    config.steps = 2 * window * (rounds + WARM_UP) + 1
+    config.checkpoint_every_steps = 2 * window
+    config.eval_every_epochs = 10**6
+    config.optimizer.warmup_steps = 1
+    train_source, eval_source = open_sources(config)
+    settle_classes(config, train_source)
+    plan = make_plan(config, len(train_source))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        Checkpoints(Path(folder) / 'checkpoints', keep=config.keep_checkpoints, best_metric='top1') as checkpoints,
+    ):
+        run = Timed(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints)
+        run.go(run.first_state(), Path(folder))
+        assert not checkpoints.failed, checkpoints.failed
+    # The save after step 2 · window lies between the begins of that step and the next.
+    ends = run.began[window - 1 :: window]
+    windows = [end - begin for begin, end in itertools.pairwise(ends)]
+    without, saving = windows[0::2], windows[1::2]
+    return saving[WARM_UP:], without[WARM_UP:], run.calls[WARM_UP:-1], interval
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument('--rounds', type=int, default=15)
+    arguments.add_argument('--window', type=int, default=20)
+    options = arguments.parse_args()
+    saving, without, calls, interval = measure(options.rounds, options.window)
+    plain = statistics.median(without)
+    stall = statistics.median(saving) - plain
+    between = plain / options.window * interval
+    middle = statistics.quantiles([a - b for a, b in zip(saving, without, strict=False)], n=4)
+    print(f'{options.window} steps: {plain:.3f} s without a save, {plain + stall:.3f} s with one; {len(saving)} pairs')
+    print(f'the call alone: {1000 * statistics.median(calls):.0f} ms (median), {1000 * max(calls):.0f} ms at most')
+    print(
+        f'stall {1000 * stall:.0f} ms (middle half of the pairs: {1000 * middle[0]:.0f} to {1000 * middle[2]:.0f}), '
+        f'{stall / between:.2%} of the {between:.1f} s between the saves of the demo ({interval} steps)'
+    )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,61 @@
+"""A run's records, on a disk that is full and from one that altered them."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+
+from convnext_jax.errors import UserError
+from convnext_jax.training.logging import RunLog, read_records
+
+METRICS = {'loss': 1.0, 'learning_rate': 0.1, 'images_per_second': 10.0}
+
+
+@pytest.fixture
+def limit_files():
+    """Sets how large a file may become: beyond that a write fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def steps(workdir: Path) -> list[int]:
+    return [record['step'] for record in read_records(workdir)]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_record(tmp_path, capsys, limit_files):
+    """Nor does it stop the training, or say so at every step."""
+    with RunLog(tmp_path, 0, 8) as log:
+        log.train(1, 0.1, METRICS, 1.0)
+        limit_files(1)
+        for step in (2, 3, 4):
+            log.train(step, 0.1 * step, METRICS, 1.0)
+        log.evaluation(4, 0.4, 'test', {'loss': 1.0, 'top1': 50.0})
+        assert steps(tmp_path) == [1]
+        limit_files(resource.RLIM_INFINITY)
+        log.train(5, 0.5, METRICS, 1.0)
+        assert steps(tmp_path) == [1, 2, 3, 4, 4, 5]
+    assert capsys.readouterr().out.count('cannot be written') == 1
+
+
+def test_a_run_whose_records_are_not_on_disk_is_not_done(tmp_path, limit_files):
+    """The same command again evaluates and ends it: 'finished' would be said of another step's accuracy."""
+
+    def run() -> None:
+        with RunLog(tmp_path, 0, 8) as log:
+            limit_files(1)
+            log.train(1, 0.1, METRICS, 1.0)
+
+    with pytest.raises(UserError, match='metrics.jsonl is not whole: File too large. Make room'):
+        run()
+    limit_files(resource.RLIM_INFINITY)
+    assert [path.name for path in tmp_path.glob('.*')] == []
+
+
+def test_altered_records_are_left_out(tmp_path):
+    """A flipped bit in a line of metrics.jsonl must not keep a run from going on."""
+    good = json.dumps({'step': 1, 'epoch': 0.1, 'split': 'train'}).encode()
+    lines = [good, good.replace(b'step', b'stap'), good.replace(b'"train"', b'"tr\xff'), b'7', good[:9]]
+    (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
+    assert steps(tmp_path) == [1]
