@@ -18,6 +18,8 @@ from convnext_jax.models import ConvNeXt, Parameters, get_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
+from convnext_jax.training.stop import Stop
+from convnext_jax.training.watch import Patience
 from convnext_jax.training.weights import config_processor, newest_checkpoint, read_weights, weights_field
 from convnext_jax.training.workdir import CONFIG
 
@@ -130,6 +132,7 @@ def _evaluate(
             crop_pct=processor.crop_pct,
             squash=processor.squash,
             resample=processor.resample,
+            waiting=Patience(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at),
         )
         step = jax.jit(make_eval_step(model, mean, std, judged=source.judged, flip=protocol.flip))
         sums = add_up(step, {'': parameters}, to_devices(batches, batch_sharding(mesh)))['']

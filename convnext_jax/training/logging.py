@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from convnext_jax.training.workdir import CURVES, METRICS, write_whole
+from convnext_jax.training.workdir import CURVES, METRICS, TENSORBOARD, write_whole
 
 
 class RunLog:
@@ -27,7 +27,7 @@ class RunLog:
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
         write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records))
         self._metrics = open(workdir / METRICS, 'a')  # noqa: SIM115 - closed in __exit__
-        self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1 if start_step else None)
+        self._events = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start_step + 1 if start_step else None)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not self._live)
 
@@ -49,9 +49,12 @@ class RunLog:
         self._bar.update()
 
     def train(self, step: int, epoch: float, metrics: dict[str, float], seconds_left: float) -> None:
-        """Records the training since the last record: `loss`, `learning_rate`, `images_per_second` and more."""
+        """Records the training since the last record: `loss`, `learning_rate`, and what `Watch.lap` gives."""
         self._record(step, epoch, 'train', metrics)
-        speed = f'{metrics["images_per_second"]:.0f} images/s'
+        speed = f'{metrics["images_per_second"]:.0f} images/s  step {metrics["step_ms_median"]:.0f} ms'
+        speed += f' (99 %: {metrics["step_ms_p99"]:.0f})  waits for data {metrics["data_wait_share"]:.0%}'
+        if 'mfu' in metrics:
+            speed += f'  MFU {metrics["mfu"]:.1%}'
         shown = f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {speed}'
         if self._live:
             self._bar.set_postfix_str(shown)

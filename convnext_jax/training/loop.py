@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
-from convnext_jax.data.loading import WorkerEnded
-from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
+from convnext_jax.data.loading import WorkerEnded, no_word
+from convnext_jax.data.pipeline import Batch, Share, Unreadable, Waiting, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
@@ -21,30 +21,31 @@ from convnext_jax.training.checkpoint import Checkpoints, read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.program import Program
-from convnext_jax.training.setup import Plan, abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import Plan, abstract_model, cache_compiled, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import check_batch_size, make_mesh
 from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
+from convnext_jax.training.trace import Trace, Window
+from convnext_jax.training.watch import NoBatch, Watch
 from convnext_jax.training.weights import load_parameters
-from convnext_jax.training.workdir import CHECKPOINTS, locked, settle_config
-
-STEPS_AHEAD = 2
-"""So many steps are under way at once: the device never waits for the host, and the host does not run away."""
+from convnext_jax.training.workdir import CHECKPOINTS, TENSORBOARD, locked, settle_config
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> None:
     """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
 
     Args:
         config: as `default_config`; `model.num_classes` is filled in if it is 0.
         workdir: made if it is not there.
+        profile: the steps to trace.
 
     Raises:
         UserError: something that the user can mend, with what to do.
         Stopped: SIGTERM or Ctrl-C came, and the run is saved.
     """
     check_values(config)
+    cache_compiled(config.compilation_cache_dir)
     with locked(workdir):
         train_source, eval_source = open_sources(config)
         settle_classes(config, train_source)
@@ -61,7 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if state is None or not run.is_done(int(state.step), workdir):
                 for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
                     print(line, flush=True)
-                run.go(state or run.first_state(), workdir)
+                run.go(state or run.first_state(), workdir, profile)
         print(finished(workdir, config, len(eval_source)))
 
 
@@ -129,8 +130,8 @@ class Run(Program):
         split = self.config.data.eval_split
         return any((record['step'], record['split']) == (step, split) for record in read_records(workdir))
 
-    def go(self, state: TrainState, workdir: Path) -> None:
-        """From a state to the last step.
+    def go(self, state: TrainState, workdir: Path, profile: Window | None = None) -> None:
+        """From a state to the last step; the arguments as of `train`.
 
         Raises:
             UserError, Stopped: as `train`.
@@ -138,42 +139,46 @@ class Run(Program):
         step = saved = int(state.step)
         with (
             RunLog(workdir, step, self.plan.total_steps) as log,
+            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, log.say) as trace,
             stop_signal() as stop,
-            contextlib.closing(self.train_batches(step)) as batches,
+            contextlib.nullcontext(Watch(self.config, step, stop)) as watch,
+            contextlib.closing(self.train_batches(step, watch.waiting)) as batches,
         ):
-            if step:
-                log.say(f'resumes at step {step} of {self.plan.total_steps}')
-                last = step >= self.plan.total_steps
-                if (last or step % self.plan.eval_every_steps == 0) and not self._evaluated(step, workdir):
-                    self._evaluate(log, step, state, Stop() if last else stop)  # a signal or an error cut it short
-                if last:
-                    return
-            first = next(batches)
-            log.say('compiling the training step …')
-            began = time.perf_counter()
-            train_step = self.compile(state, first)
-            log.say(f'compiled in {time.perf_counter() - began:.1f} s')
-            timer = _Timer()
             pending: list[dict[str, jax.Array]] = []
+            patience = watch.patience(self.config.data.eval_split)
             try:
-                for batch in itertools.chain([first], batches):
-                    state, metrics = train_step(state, batch)
+                if step:
+                    log.say(f'resumes at step {step} of {self.plan.total_steps}')
+                    last = step >= self.plan.total_steps
+                    if (last or step % self.plan.eval_every_steps == 0) and not self._evaluated(step, workdir):
+                        # A signal or an error cut it short.
+                        self._evaluate(log, step, state, Stop() if last else stop, patience)
+                    if last:
+                        return
+                first = next(batches)
+                log.say('compiling the training step …')
+                began = time.perf_counter()
+                train_step = self.compile(state, first)
+                log.say(f'compiled in {time.perf_counter() - began:.1f} s')
+                for batch in watch.batches(itertools.chain([first], batches)):
+                    with trace.step(step, state):
+                        state, metrics = train_step(state, batch)
                     step += 1
                     pending.append(metrics)
-                    jax.block_until_ready(pending[-STEPS_AHEAD:][0])
+                    watch.dispatched(metrics)
                     log.advance()
                     last = step == self.plan.total_steps
                     if step % self.config.log_every_steps == 0 or last:
-                        self._log(log, step, pending, timer)
+                        self._log(log, step, pending, watch)
                         pending = []
                     results = None
                     if step % self.plan.eval_every_steps == 0 or last:
-                        with timer.paused():
+                        with watch.paused():
                             self._check_finite(step, metrics)
                             # The last evaluation takes its time: a checkpoint of the last step says that all is done.
-                            results = self._evaluate(log, step, state, Stop() if last else stop)
+                            results = self._evaluate(log, step, state, Stop() if last else stop, patience)
                     if results or step % self.config.checkpoint_every_steps == 0 or last or stop.received:
-                        with timer.paused():
+                        with watch.paused():
                             self._check_finite(step, metrics)
                             self._save(state, step, results)
                             saved = step
@@ -184,6 +189,12 @@ class Run(Program):
                         break
             except NotFinite:
                 raise
+            except NoBatch:
+                if step > saved and jax.process_count() == 1:  # of several, the others cannot end the step they are in
+                    self._save(state, step, None)
+                    saved = step
+                self.checkpoints.wait()
+                raise Stopped(stop.received, saved) from None
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
                 if step > saved:
                     self._save(state, step, None)
@@ -194,8 +205,8 @@ class Run(Program):
                 raise
             self.checkpoints.wait()
 
-    def train_batches(self, start_step: int) -> Iterator[Batch]:
-        """Global batches on the devices, from a step on."""
+    def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Iterator[Batch]:
+        """Global batches on the devices, from a step on; `waiting` hears of one that is not there yet."""
         batches = train_batches(
             self.train_source,
             _share(self.config.batch_size),
@@ -208,10 +219,13 @@ class Run(Program):
             exact=self.config.data.exact,
             unreadable=self.unreadable if self.config.data.on_error == 'replace' else None,
             workers=self.config.data.workers,
+            waiting=waiting,
         )
         return to_devices(batches, self.batch_sharding)
 
-    def _evaluate(self, log: RunLog, step: int, state: TrainState, stop: Stop) -> dict[str, float] | None:
+    def _evaluate(
+        self, log: RunLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
+    ) -> dict[str, float] | None:
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
         batches = eval_batches(
             self.eval_source,
@@ -219,6 +233,7 @@ class Run(Program):
             image_size=self.config.data.image_size,
             channels=len(self.config.data.mean),
             crop_pct=self.config.data.crop_pct,
+            waiting=waiting,
         )
         weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
         until_stopped = itertools.takewhile(lambda _: not stop.received, to_devices(batches, self.batch_sharding))
@@ -228,21 +243,22 @@ class Run(Program):
         log.evaluation(step, self.plan.epoch(step), self.config.data.eval_split, results)
         return results
 
-    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], timer: '_Timer') -> None:
+    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], watch: Watch) -> None:
+        speeds, stragglers = watch.lap()
         fetched = jax.device_get(pending)
-        seconds = timer.lap()
         newest = fetched[-1]
         metrics = {
             'loss': float(np.mean([metrics['loss'] for metrics in fetched])),
             'learning_rate': float(newest['learning_rate']),
-            'images_per_second': len(fetched) * self.config.batch_size / seconds,
+            **speeds,
             'grad_norm': float(newest['grad_norm']),
+            'param_norm': float(newest['param_norm']),
             'skipped': int(newest['skipped']),
             'unreadable': len(self.unreadable),
         }
-        left = (self.plan.total_steps - step) * seconds / len(fetched)
+        left = (self.plan.total_steps - step) * self.config.batch_size / metrics['images_per_second']
         log.train(step, self.plan.epoch(step), metrics, left)
-        for line in self.unreadable.news():
+        for line in [*self.unreadable.news(), *stragglers]:
             log.say(line)
         skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
         if skips:
@@ -290,21 +306,3 @@ class Run(Program):
 
 def _share(batch_size: int) -> Share:
     return Share(batch_size, jax.process_index(), jax.process_count())
-
-
-class _Timer:
-    """Seconds of training since the last lap, without those spent in evaluations and saves."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._start = now - self._start, now
-        return seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - began

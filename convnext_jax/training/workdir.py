@@ -16,6 +16,7 @@ CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 CURVES = 'curves.png'
 CHECKPOINTS = 'checkpoints'
+TENSORBOARD = 'tensorboard'
 
 
 @contextlib.contextmanager
