@@ -1,5 +1,6 @@
 """Rows → batches, by threads or by processes, ahead of need and in order."""
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -14,6 +15,7 @@ import signal
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +35,9 @@ HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 GRACE = 5.0
 """So many seconds a thread or process has to end its batch when nobody needs it any more; one that hangs in a read is
 left to end with this process, or ended."""
+
+OPEN: weakref.WeakSet[Iterator] = weakref.WeakSet()
+"""Of batches: closed at the end of the process, before Python takes itself apart, if nobody did it earlier."""
 
 Row = dict[str, np.ndarray | np.generic]
 """Of one example: `image`, (H, W, C) uint8, and other fields."""
@@ -88,8 +93,17 @@ def load_batches(
     """
     processes, threads = decoders(workers)
     if processes:
-        return _by_processes(load, batches, rows, image_shape, processes, threads, waiting)
-    return _by_threads(load, batches, rows, threads, waiting)
+        loaded = _by_processes(load, batches, rows, image_shape, processes, threads, waiting)
+    else:
+        loaded = _by_threads(load, batches, rows, threads, waiting)
+    OPEN.add(loaded)
+    return loaded
+
+
+@atexit.register
+def _close_open() -> None:
+    for batches in list(OPEN):
+        batches.close()
 
 
 def _by_threads(

@@ -139,9 +139,9 @@ class Run(Program):
         step = saved = int(state.step)
         with (
             RunLog(workdir, step, self.plan.total_steps) as log,
-            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, log.say) as trace,
             stop_signal() as stop,
             contextlib.nullcontext(Watch(self.config, step, stop)) as watch,
+            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, watch.paused, log.say) as trace,
             contextlib.closing(self.train_batches(step, watch.waiting)) as batches,
         ):
             pending: list[dict[str, jax.Array]] = []
@@ -161,7 +161,7 @@ class Run(Program):
                 train_step = self.compile(state, first)
                 log.say(f'compiled in {time.perf_counter() - began:.1f} s')
                 for batch in watch.batches(itertools.chain([first], batches)):
-                    with trace.step(step, state):
+                    with trace.step(step):
                         state, metrics = train_step(state, batch)
                     step += 1
                     pending.append(metrics)

@@ -45,40 +45,40 @@ class Trace:
         window: the steps; None for none.
         folder: where it goes: as plugins/profile/TIME in it, where TensorBoard looks for it.
         steps_left: of the run.
+        paused: waits for the steps under way; around what takes time and is no training.
         say: prints a line.
 
     Raises:
         UserError: the run ends before the first of them.
     """
 
-    def __init__(self, window: Window | None, folder: Path, steps_left: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        window: Window | None,
+        folder: Path,
+        steps_left: int,
+        paused: Callable[[], contextlib.AbstractContextManager],
+        say: Callable[[str], None],
+    ):
         if window and window.start >= steps_left:
             raise UserError(f'--profile={window.start}:{window.steps}, but only {steps_left} steps are left')
         self._window = window if jax.process_index() == 0 else None
-        self._folder, self._say = folder, say
+        self._folder, self._paused, self._say = folder, paused, say
         self._steps = 0
         self._running = False
 
-    def step(self, step: int, state: object) -> contextlib.AbstractContextManager:
-        """To be around each step; where tracing begins or ends it waits for the device.
-
-        Args:
-            step: number of the step in the run.
-            state: what the step before gives.
-        """
+    def step(self, step: int) -> contextlib.AbstractContextManager:
+        """To be around the dispatch of each step, given its number in the run."""
         done = self._steps
         self._steps += 1
-        if not self._window or not self._window.start <= done <= self._window.start + self._window.steps:
-            return contextlib.nullcontext()
-        if done == self._window.start:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+        if self._window and done == self._window.start:
+            with self._paused():
+                jax.profiler.start_trace(self._folder)
             self._running = True
-        elif done == self._window.start + self._window.steps:
-            jax.block_until_ready(state)
-            self._finish()
-            return contextlib.nullcontext()
-        return jax.profiler.StepTraceAnnotation('train', step_num=step)
+        if self._running and done == self._window.start + self._window.steps:
+            with self._paused():
+                self._finish()
+        return jax.profiler.StepTraceAnnotation('train', step_num=step) if self._running else contextlib.nullcontext()
 
     def _finish(self) -> None:
         self._running = False
