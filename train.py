@@ -15,17 +15,26 @@ from convnext_jax.command_line import (
 
 
 def main(arguments: list[str]) -> None:
-    from convnext_jax.training.loop import train  # not above: the processes that decode images import this file too
+    # Not above: the processes that decode images import this file too.
+    from convnext_jax.training.loop import train
+    from convnext_jax.training.trace import Window
     from convnext_jax.training.workdir import workdir_path
 
     values = flags.FlagValues()
     define_config(values, arguments)
     define_processes(values)
     flags.DEFINE_string('workdir', None, 'Folder of the run: config, checkpoints, logs.', flag_values=values)
+    flags.DEFINE_string(
+        'profile',
+        None,
+        'START:STEPS traces so many steps, after the first START of this start, for TensorBoard and XProf.',
+        flag_values=values,
+    )
     parse(values, arguments, usage=__doc__)
     config, workdir = required_config(values), workdir_path(required(values, 'workdir'))
+    profile = Window.parse(values.profile) if values.profile else None
     with all_processes(values):
-        train(config, workdir)
+        train(config, workdir, profile)
 
 
 if __name__ == '__main__':

@@ -69,16 +69,16 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
     if not distributed.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
         yield
         return
-    watch = distributed.Watch(values.process_timeout)
+    guard = distributed.Guard(values.process_timeout)
     try:
         yield
     except Stopped:
-        watch.finish()
+        guard.finish()
         raise
     except BaseException as error:
-        watch.fail(error, *_text_and_status(error))
+        guard.fail(error, *_text_and_status(error))
     else:
-        watch.finish()
+        guard.finish()
 
 
 def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:

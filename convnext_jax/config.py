@@ -46,6 +46,7 @@ def default_config() -> ConfigDict:
     config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
     config.data.workers = -1  # processes that decode training images; 0: threads of this one; −1: by the cores
     config.data.on_error = 'replace'  # an unreadable training image by the next, up to 1 in 1,000; or 'raise'
+    config.data.patience_seconds = 300.0  # without a batch; then the run says what it waits for, and waits on
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
     config.data.std = (0.229, 0.224, 0.225)
 
@@ -89,6 +90,7 @@ def default_config() -> ConfigDict:
     config.eval_every_epochs = 1.0
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # the newest; the best by top-1 is kept besides
+    config.compilation_cache_dir = ''  # compiled programs for the next start; '': none, or JAX_COMPILATION_CACHE_DIR
     return config
 
 
@@ -102,6 +104,7 @@ POSITIVE = [
     'data.image_size',
     'data.repeats',
     'data.crop_pct',
+    'data.patience_seconds',
     'optimizer.learning_rate',
     'optimizer.epsilon',
     'optimizer.layer_decay',
@@ -176,7 +179,7 @@ def check_values(config: ConfigDict) -> None:
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
 FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'mix', 'ema')
-FREE = ('data.dir', 'data.on_error', 'data.workers', 'model.remat')
+FREE = ('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers', 'model.remat')
 
 
 def changed_fields(old: dict, new: dict) -> dict[str, tuple]:

@@ -13,6 +13,7 @@ PACKAGE = 'convnext_jax'
 # but the commands.
 ALLOWED = {
     'errors': set(),
+    'chips': set(),
     'models': {'errors'},
     'data': {'errors'},
     'evaluation': {'models', 'data', 'errors'},
@@ -20,7 +21,7 @@ ALLOWED = {
     'config': {'errors'},
     'launch': set(),
     'benchmark': {'training', 'models', 'config', 'launch', 'errors'},
-    'plan': {'training', 'config', 'errors'},
+    'plan': {'training', 'config', 'chips', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}

@@ -97,6 +97,11 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
         (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'need one value (grey) or three'),
         (('--config=configs/fashion_mnist.py', '--config.optimizer.learning_rate=inf'), 'must be finite, not inf'),
         (('--config=configs/fashion_mnist.py', "--config.data.crop_scale=('a', 1)"), 'data.crop_scale must be two'),
+        (('--config=configs/fashion_mnist.py', '--profile=5'), '--profile is START:STEPS, as 20:5 for five steps'),
+        (
+            ('--config=configs/fashion_mnist.py', '--config.compilation_cache_dir=README.md/cache'),
+            'compilation_cache_dir=README.md/cache cannot be written: Not a directory',
+        ),
     ],
 )
 def test_train_refuses_what_it_cannot_do(tmp_path, arguments, line):

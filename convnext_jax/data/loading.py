@@ -1,5 +1,6 @@
 """Rows → batches, by threads or by processes, ahead of need and in order."""
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -8,13 +9,17 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue
 import shutil
 import signal
 import tempfile
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 import numpy as np
 
@@ -27,8 +32,23 @@ class WorkerEnded(UserError):
 
 HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 
+GRACE = 5.0
+"""So many seconds a thread or process has to end its batch when nobody needs it any more; one that hangs in a read is
+left to end with this process, or ended."""
+
+OPEN: weakref.WeakSet[Iterator] = weakref.WeakSet()
+"""Of batches: closed at the end of the process, before Python takes itself apart, if nobody did it earlier."""
+
 Row = dict[str, np.ndarray | np.generic]
 """Of one example: `image`, (H, W, C) uint8, and other fields."""
+
+Waiting = Callable[[float, int], None]
+"""Called again and again while a batch is waited for, with the seconds so far and the number of its first row that is
+not loaded. What it raises ends the waiting."""
+
+
+def no_word(_seconds: float, _what: object) -> None:
+    """Waits and says nothing."""
 
 
 def decoders(workers: int) -> tuple[int, int]:
@@ -48,11 +68,17 @@ def decoders(workers: int) -> tuple[int, int]:
 
 
 def load_batches(
-    load: Callable[[int], Row], batches: Iterable[int], rows: int, image_shape: tuple[int, int, int], workers: int
+    load: Callable[[int], Row],
+    batches: Iterable[int],
+    rows: int,
+    image_shape: tuple[int, int, int],
+    workers: int,
+    waiting: Waiting = no_word,
 ) -> Iterator[Row]:
     """Batch b holds rows b · `rows` to (b + 1) · `rows` − 1, stacked; whoever loads them, they come in order.
 
-    Closing the iterator, or an error, ends threads and processes.
+    Closing the iterator, or an error, ends threads and processes, a thread that hangs in a read excepted: that one does
+    not keep this process from its end.
 
     Args:
         load: number of a row → its fields. Runs in several threads at once; for processes, it can be pickled.
@@ -60,23 +86,73 @@ def load_batches(
         rows: of a batch.
         image_shape: (H, W, C).
         workers: as in `decoders`.
+        waiting: hears of a batch that is not there yet.
 
     Raises:
         UserError: as `load`, or there is too little shared memory; `WorkerEnded` if a process was killed.
     """
     processes, threads = decoders(workers)
     if processes:
-        return _by_processes(load, batches, rows, image_shape, processes, threads)
-    return _by_threads(load, batches, rows, threads)
+        loaded = _by_processes(load, batches, rows, image_shape, processes, threads, waiting)
+    else:
+        loaded = _by_threads(load, batches, rows, threads, waiting)
+    OPEN.add(loaded)
+    return loaded
 
 
-def _by_threads(load: Callable[[int], Row], batches: Iterable[int], rows: int, threads: int) -> Iterator[Row]:
-    def batch(number: int) -> Row:
-        return _stack([load(row) for row in range(number * rows, (number + 1) * rows)])
+@atexit.register
+def _close_open() -> None:
+    for batches in list(OPEN):
+        batches.close()
 
-    with _closing(ThreadPoolExecutor(threads)) as pool:
-        for future in _ahead((functools.partial(pool.submit, batch, number) for number in batches), threads + 1):
-            yield future.result()
+
+def _by_threads(
+    load: Callable[[int], Row], batches: Iterable[int], rows: int, threads: int, waiting: Waiting
+) -> Iterator[Row]:
+    def fill(number: int, loaded: list[Row]) -> Row:
+        for row in range(number * rows, (number + 1) * rows):
+            loaded.append(load(row))
+        return _stack(loaded)
+
+    def submit(number: int) -> tuple[Future, int, list[Row]]:
+        loaded: list[Row] = []
+        return pool.submit(fill, number, loaded), number, loaded
+
+    with contextlib.closing(_Threads(threads)) as pool:
+        for future, number, loaded in _ahead((functools.partial(submit, number) for number in batches), threads + 1):
+            yield _result(future, waiting, lambda: number * rows + len(loaded))  # noqa: B023 - called before the next
+
+
+class _Threads:
+    """As ThreadPoolExecutor, but that a thread which hangs in a read does not keep the process from its end."""
+
+    def __init__(self, count: int):
+        self._calls: queue.SimpleQueue[tuple[Future, Callable] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable, *arguments: object) -> Future:
+        future = Future()
+        self._calls.put((future, functools.partial(function, *arguments)))
+        return future
+
+    def _work(self) -> None:
+        for future, call in iter(self._calls.get, None):
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
+        for _ in self._threads:
+            self._calls.put(None)
+        deadline = time.monotonic() + GRACE
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
 
 
 def _by_processes(
@@ -86,6 +162,7 @@ def _by_processes(
     image_shape: tuple[int, int, int],
     processes: int,
     threads: int,
+    waiting: Waiting,
 ) -> Iterator[Row]:
     """Images come through one block of shared memory with a slot for each batch under way, the rest as results."""
     slots = processes + 2
@@ -102,21 +179,27 @@ def _by_processes(
     # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
     memory = spawn.RawArray(ctypes.c_uint8, size)
     images = np.frombuffer(memory, np.uint8).reshape(slots, rows, *image_shape)
-    work = (pickle.dumps(load), memory, (slots, rows, *image_shape), threads)
+    flags = spawn.RawArray(ctypes.c_bool, slots * rows)  # which images are in their slot
+    loaded = np.frombuffer(flags, bool).reshape(slots, rows)
+    leash, end = spawn.Pipe(duplex=False)
+    work = (pickle.dumps(load), memory, flags, images.shape, threads, leash)
     with (
-        _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work)) as pool,
+        _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work), end) as (pool, busy),
         # A thread of its own begins the processes: a signal would interrupt the main thread halfway through one, and
         # a process has this thread's blocked signals until it has imported what it needs to answer them.
         ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, HELD_BACK)) as beginner,
     ):
 
-        def submit(number: int, slot: int):
-            return slot, beginner.submit(pool.submit, _Worker.fill, number, slot).result()
+        def submit(number: int, slot: int) -> tuple[Future, int, int]:
+            loaded[slot] = False
+            busy[slot] = beginner.submit(pool.submit, _Worker.fill, number, slot).result()
+            return busy[slot], number, slot
 
         numbered = (functools.partial(submit, number, place % slots) for place, number in enumerate(batches))
         try:
-            for slot, future in _ahead(numbered, slots - 1):
-                yield {**future.result(), 'image': images[slot].copy()}
+            for future, number, slot in _ahead(numbered, slots - 1):
+                row = _result(future, waiting, lambda: number * rows + int(loaded[slot].argmin()))  # noqa: B023
+                yield {**row, 'image': images[slot].copy()}
         except BrokenProcessPool as error:
             raise WorkerEnded(
                 'a process that decodes images ended: out of memory, or begun by a script that trains without '
@@ -129,10 +212,19 @@ class _Worker:
 
     load: Callable[[int], Row]
     images: np.ndarray
+    loaded: np.ndarray
     pool: Executor
 
     @classmethod
-    def begin(cls, load: bytes, memory: ctypes.Array, shape: tuple[int, ...], threads: int) -> None:
+    def begin(
+        cls,
+        load: bytes,
+        memory: ctypes.Array,
+        flags: ctypes.Array,
+        shape: tuple[int, ...],
+        threads: int,
+        leash: Connection,
+    ) -> None:
         os.setpgrp()  # what Ctrl-C or a launcher sends to the group is the training process's to answer
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came since the start
@@ -140,25 +232,38 @@ class _Worker:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         cls.load = staticmethod(pickle.loads(load))
         cls.images = np.frombuffer(memory, np.uint8).reshape(shape)
+        cls.loaded = np.frombuffer(flags, bool).reshape(shape[:2])
         cls.pool = ThreadPoolExecutor(threads)
-        threading.Thread(target=cls.end_with_parent, daemon=True).start()
+        threading.Thread(target=cls.end_with_parent, args=(leash,), daemon=True).start()
 
     @classmethod
-    def end_with_parent(cls) -> None:
-        multiprocessing.parent_process().join()
+    def end_with_parent(cls, leash: Connection) -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel, leash])
         os._exit(1)
 
     @classmethod
     def fill(cls, number: int, slot: int) -> Row:
         """Puts a batch's images into its slot, and returns its other fields."""
-        images = cls.images[slot]
+        images, loaded = cls.images[slot], cls.loaded[slot]
 
         def put(row: int) -> Row:
             fields = cls.load(number * len(images) + row)
             images[row] = fields.pop('image')
+            loaded[row] = True
             return fields
 
         return _stack(list(cls.pool.map(put, range(len(images)))))
+
+
+def _result(future: Future, waiting: Waiting, missing: Callable[[], int]) -> Row:
+    """A batch, waited for in short spells: between them signals are answered, and `waiting` is called."""
+    began = time.monotonic()
+    while not future.done():
+        seconds = time.monotonic() - began
+        wait([future], timeout=min(max(seconds / 20, 0.001), 0.1))
+        if not future.done():
+            waiting(time.monotonic() - began, missing())
+    return future.result()
 
 
 def _stack(rows: list[Row]) -> Row:
@@ -176,8 +281,12 @@ def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
 
 
 @contextlib.contextmanager
-def _closing(pool: Executor) -> Iterator[Executor]:
+def _closing(pool: Executor, end: Connection) -> Iterator[tuple[Executor, dict[int, Future]]]:
+    """The pool, and a place for the results that it is at; what hangs is ended by the closing of `end`."""
+    busy: dict[int, Future] = {}
     try:
-        yield pool
+        yield pool, busy
     finally:
+        if wait([future for future in busy.values() if not future.cancel()], GRACE).not_done:
+            end.close()
         pool.shutdown(cancel_futures=True)

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from convnext_jax.data.decode import decode, eval_resize, resize, train_crop
-from convnext_jax.data.loading import Row, load_batches
+from convnext_jax.data.loading import Row, load_batches, no_word
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
@@ -28,6 +28,10 @@ KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, 
 Batch = dict[str, np.ndarray | jax.Array]
 """`image` (N, H, W, C) uint8; `label` (N,) int32, or (N, MOST_LABELS) with −1 where there are fewer; `weight` (N,)
 float32: 0 where a row only fills up the batch, or has no label."""
+
+Waiting = Callable[[float, Callable[[], str]], None]
+"""Called again and again while a batch is waited for, with the seconds so far and what says which example has not come.
+What it raises ends the waiting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,7 @@ def train_batches(
     exact: bool = False,
     unreadable: Unreadable | None = None,
     workers: int = 0,
+    waiting: Waiting = no_word,
 ) -> Iterator[Batch]:
     """Endless training batches of this process's rows, from `start_step` on, shuffled anew each epoch.
 
@@ -156,6 +161,7 @@ def train_batches(
         exact: decode and resize as Pillow does, as in `train_crop`.
         unreadable: collects what cannot be read.
         workers: processes that decode, as in `decoders`.
+        waiting: hears of a batch that is not there yet.
 
     Raises:
         UserError: `crop_scale` is no range of shares, the split is smaller than a batch, or the batch no multiple of
@@ -169,7 +175,12 @@ def train_batches(
     rows = TrainRows(source, share, seed, image_size, channels, crop_scale, repeats, exact, replace)
     shape = (image_size, image_size, channels)
     batches = load_batches(
-        rows, itertools.count(start_step), share.rows, shape, 0 if rows.kept is not None else workers
+        rows,
+        itertools.count(start_step),
+        share.rows,
+        shape,
+        0 if rows.kept is not None else workers,
+        lambda seconds, row: waiting(seconds, lambda: source.name(rows.index(row)[0])),
     )
     return _tell(batches, unreadable)
 
@@ -205,12 +216,16 @@ class TrainRows:
         self._tries = len(source) // 1000 + 2 if replace else 1  # more in a row are too many anyway
         self.kept: dict[int, Row] | None = {} if is_kept(len(source), image_size, channels, crop_scale) else None
 
-    def __call__(self, local: int) -> Row:
+    def index(self, local: int) -> tuple[int, int, int]:
+        """The example of a row, the epoch, and which copy of the example in its batch it is."""
         step, row = divmod(self._share.position(local), self._share.batch_size)
         epoch, batch = divmod(step, self._steps)
         # An image and its copies lie far apart in the batch: mixup takes neighbours.
         copy, place = divmod(row, self._distinct)
-        index = shuffled(batch * self._distinct + place, len(self._source), self._seed, epoch)
+        return shuffled(batch * self._distinct + place, len(self._source), self._seed, epoch), epoch, copy
+
+    def __call__(self, local: int) -> Row:
+        index, epoch, copy = self.index(local)
         for skipped in range(self._tries):
             try:
                 row = self._row((index + skipped) % len(self._source), epoch, copy)
@@ -277,10 +292,11 @@ def eval_batches(
     crop_pct: float,
     squash: bool | None = None,
     resample: int = Image.Resampling.BICUBIC,
+    waiting: Waiting = no_word,
 ) -> Iterator[Batch]:
     """This process's rows of a pass over the split, every example once; the last batch is filled up at weight 0.
 
-    Images are prepared as by `eval_resize`.
+    Images are prepared as by `eval_resize`; `waiting` hears of a batch that is not there yet.
     """
 
     none = () if source.many_labels else 0
@@ -295,7 +311,18 @@ def eval_batches(
         return _row(pixels, example.label, weight=1)
 
     steps = range(-(-len(source) // share.batch_size))
-    return load_batches(load, steps, share.rows, (image_size, image_size, channels), workers=0)
+
+    def name(row: int) -> str:
+        return source.name(min(share.position(row), len(source) - 1))
+
+    return load_batches(
+        load,
+        steps,
+        share.rows,
+        (image_size, image_size, channels),
+        workers=0,
+        waiting=lambda seconds, row: waiting(seconds, lambda: name(row)),
+    )
 
 
 def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2) -> Iterator[Batch]:

@@ -50,6 +50,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def name(self, index: int) -> str:
+        """Tells a person where an example is, without reading it."""
+
 
 def open_source(name: str, directory: str, split: str) -> Source:
     """Opens one split.
@@ -101,6 +104,9 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.files)
 
+    def name(self, index: int) -> str:
+        return self.files[index][0]
+
     def __getitem__(self, index: int) -> Example:
         path, label = self.files[index]
         try:
@@ -141,11 +147,14 @@ class WebDatasetSource:
     def __len__(self) -> int:
         return len(self._index)
 
+    def name(self, index: int) -> str:
+        row = self._index[index]
+        return f'{self._shards[row["shard"]]}, {row["name"].decode(errors="replace")}'
+
     def __getitem__(self, index: int) -> Example:
         row = self._index[index]
-        shard = self._shards[row['shard']]
-        image = read_bytes(shard, int(row['offset']), int(row['size']))
-        return Example(image, int(row['label']), f'{shard}, {row["name"].decode(errors="replace")}')
+        image = read_bytes(self._shards[row['shard']], int(row['offset']), int(row['size']))
+        return Example(image, int(row['label']), self.name(index))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {'_index': self._index.filename}
@@ -186,6 +195,9 @@ class Part:
     def __len__(self) -> int:
         return len(self._indices)
 
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]
 
@@ -213,7 +225,7 @@ class TfdsSource:
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise UserError(f"{name} has no split '{split}' in ArrayRecord form: {first_line(error)}") from error
         self.class_names = list(label.names)
-        self._name = f'{name} {split}'
+        self._split = f'{name} {split}'
         self.judged = None
         if builder.name in SOME_CLASSES:
             self.judged = tuple(sorted({int(record['label']) for record in records(split.split('[')[0])}))
@@ -221,14 +233,16 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
+    def name(self, index: int) -> str:
+        return f'{self._split}, example {index}'
+
     def __getitem__(self, index: int) -> Example:
-        name = f'{self._name}, example {index}'
         try:
             record = self._records[index]
         except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f'{name} cannot be read: {first_line(error)}') from error
+            raise UserError(f'{self.name(index)} cannot be read: {first_line(error)}') from error
         label = record[self._field]
-        return Example(record['image'], tuple(map(int, label)) if self.many_labels else int(label), name)
+        return Example(record['image'], tuple(map(int, label)) if self.many_labels else int(label), self.name(index))
 
 
 def _tfds_builder(name: str, directory: str):

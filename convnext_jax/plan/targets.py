@@ -1,4 +1,4 @@
-"""Accelerators to compile for: their devices as the compiler sees them, and figures from their vendors."""
+"""Accelerators to compile for: their devices as the compiler sees them."""
 
 import dataclasses
 import importlib.metadata
@@ -10,32 +10,9 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
+from convnext_jax.chips import CHIPS, Chip
 from convnext_jax.errors import UserError, first_line
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One accelerator.
-
-    Attributes:
-        memory: GiB of HBM.
-        clock: GHz, for the compiler's cycles; None where it counts none.
-        link: GB/s that all its links to the others carry one way; None where there is no clock to compare with.
-    """
-
-    memory: float
-    clock: float | None = None
-    link: float | None = None
-
-
-# Memory and links: cloud.google.com/tpu/docs/v5e, v5p and v6e; nvidia.com's H100 data sheet. Google gives no clocks:
-# they follow from the documented peak and matrix units, four of 256×256 taken for v6e.
-CHIPS = {
-    'v5e': Chip(memory=16, clock=1.5, link=200),
-    'v5p': Chip(memory=95, clock=1.75, link=600),
-    'v6e': Chip(memory=32, clock=1.75, link=400),
-    'h100': Chip(memory=80),
-}
 H100 = Path(__file__).with_name('h100.txtpb')
 
 

@@ -167,7 +167,7 @@ def agreed_stop() -> Iterator[Stop]:
         signal.signal(signal.SIGINT, before)
 
 
-class Watch:
+class Guard:
     """Looks from a thread whether all processes are well, and ends this one if another failed or is gone.
 
     Args:

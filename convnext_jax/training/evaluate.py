@@ -19,6 +19,8 @@ from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_paramete
 from convnext_jax.training.distributed import is_first, local_rows, spread
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
+from convnext_jax.training.stop import Stop
+from convnext_jax.training.watch import Patience
 from convnext_jax.training.weights import config_processor, newest_checkpoint, read_weights, weights_field
 from convnext_jax.training.workdir import CONFIG
 
@@ -132,6 +134,7 @@ def _evaluate(
             crop_pct=processor.crop_pct,
             squash=processor.squash,
             resample=processor.resample,
+            waiting=Patience(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at),
         )
         step = jax.jit(
             make_eval_step(model, mean, std, judged=source.judged, flip=protocol.flip), out_shardings=replicated(mesh)

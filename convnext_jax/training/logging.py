@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from convnext_jax.errors import UserError
-from convnext_jax.training.workdir import CURVES, METRICS, open_to_append, write_whole
+from convnext_jax.training.workdir import CURVES, METRICS, TENSORBOARD, open_to_append, write_whole
 
 
 def say(line: str) -> None:
@@ -43,8 +43,8 @@ class RunLog:
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
         write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records).encode())
         self._metrics = open_to_append(workdir / METRICS)
-        (workdir / 'tensorboard').mkdir(exist_ok=True)
-        self._events = EventsWriter(str(workdir / 'tensorboard' / 'events'))
+        (workdir / TENSORBOARD).mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / TENSORBOARD / 'events'))
         self._told = False
         if start_step:
             self._drop_events_from(start_step + 1)
@@ -85,9 +85,12 @@ class RunLog:
         self._bar.update()
 
     def train(self, step: int, epoch: float, metrics: dict[str, float], seconds_left: float) -> None:
-        """Records the training since the last record: `loss`, `learning_rate`, `images_per_second` and more."""
+        """Records the training since the last record: `loss`, `learning_rate`, and what `Watch.lap` gives."""
         self._record(step, epoch, 'train', metrics)
-        speed = f'{metrics["images_per_second"]:.0f} images/s'
+        speed = f'{metrics["images_per_second"]:.0f} images/s  step {metrics["step_ms_median"]:.0f} ms'
+        speed += f' (99 %: {metrics["step_ms_p99"]:.0f})  waits for data {metrics["data_wait_share"]:.0%}'
+        if 'mfu' in metrics:
+            speed += f'  MFU {metrics["mfu"]:.1%}'
         shown = f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {speed}'
         if self._live:
             self._bar.set_postfix_str(shown)

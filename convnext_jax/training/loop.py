@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
-from convnext_jax.data.loading import WorkerEnded
-from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
+from convnext_jax.data.loading import WorkerEnded, no_word
+from convnext_jax.data.pipeline import Batch, Share, Unreadable, Waiting, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
@@ -22,33 +22,34 @@ from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
 from convnext_jax.training.logging import RunLog, Silence, read_records, say
 from convnext_jax.training.program import Program
-from convnext_jax.training.setup import Plan, abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import Plan, abstract_model, cache_compiled, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
+from convnext_jax.training.trace import Trace, Window
+from convnext_jax.training.watch import NoBatch, Watch
 from convnext_jax.training.weights import load_parameters
-from convnext_jax.training.workdir import CHECKPOINTS, locked_by_first, settle_config
-
-STEPS_AHEAD = 2
-"""So many steps are under way at once: the device never waits for the host, and the host does not run away."""
+from convnext_jax.training.workdir import CHECKPOINTS, TENSORBOARD, locked_by_first, settle_config
 
 SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> None:
     """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
 
     Args:
         config: as `default_config`; `model.num_classes` is filled in if it is 0.
         workdir: made if it is not there.
+        profile: the steps to trace.
 
     Raises:
         UserError: something that the user can mend, with what to do.
         Stopped: SIGTERM or Ctrl-C came, and the run is saved.
     """
     check_values(config)
+    cache_compiled(config.compilation_cache_dir)
     with locked_by_first(workdir):
         train_source, eval_source = open_sources(config)
         settle_classes(config, train_source)
@@ -65,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if state is None or not run.is_done(int(state.step), workdir):
                 for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
                     print(line, flush=True)
-                run.go(state or run.first_state(), workdir)
+                run.go(state or run.first_state(), workdir, profile)
         print(finished(workdir, config, len(eval_source)))
 
 
@@ -136,8 +137,8 @@ class Run(Program):
         records = read_records(workdir) if is_first() else []
         return gathered(any((record['step'], record['split']) == (step, split) for record in records))[0]
 
-    def go(self, state: TrainState, workdir: Path) -> None:
-        """From a state to the last step.
+    def go(self, state: TrainState, workdir: Path, profile: Window | None = None) -> None:
+        """From a state to the last step; the arguments as of `train`.
 
         Raises:
             UserError, Stopped: as `train`.
@@ -146,44 +147,48 @@ class Run(Program):
         with (
             RunLog(workdir, step, self.plan.total_steps) if is_first() else Silence() as log,
             agreed_stop() if are_several() else stop_signal() as stop,
-            contextlib.closing(self.train_batches(step)) as batches,
+            contextlib.nullcontext(Watch(self.config, step, stop)) as watch,
+            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, watch.paused, log.say) as trace,
+            contextlib.closing(self.train_batches(step, watch.waiting)) as batches,
         ):
-            if step:
-                log.say(f'resumes at step {step} of {self.plan.total_steps}')
-                last = step >= self.plan.total_steps
-                if (last or step % self.plan.eval_every_steps == 0) and not self._evaluated(step, workdir):
-                    self._evaluate(log, step, state, Stop() if last else stop)  # a signal or an error cut it short
-                if last:
-                    return
-            first = next(batches)
-            log.say('compiling the training step …')
-            began = time.perf_counter()
-            train_step = self.compile(state, first)
-            log.say(f'compiled in {time.perf_counter() - began:.1f} s')
-            timer = _Timer()
             pending: list[dict[str, jax.Array]] = []
+            patience = watch.patience(self.config.data.eval_split)
             try:
-                for batch in itertools.chain([first], batches):
-                    state, metrics = train_step(state, batch)
+                if step:
+                    log.say(f'resumes at step {step} of {self.plan.total_steps}')
+                    last = step >= self.plan.total_steps
+                    if (last or step % self.plan.eval_every_steps == 0) and not self._evaluated(step, workdir):
+                        # A signal or an error cut it short.
+                        self._evaluate(log, step, state, Stop() if last else stop, patience)
+                    if last:
+                        return
+                first = next(batches)
+                log.say('compiling the training step …')
+                began = time.perf_counter()
+                train_step = self.compile(state, first)
+                log.say(f'compiled in {time.perf_counter() - began:.1f} s')
+                for batch in watch.batches(itertools.chain([first], batches)):
+                    with trace.step(step):
+                        state, metrics = train_step(state, batch)
                     step += 1
                     pending.append(metrics)
-                    jax.block_until_ready(pending[-STEPS_AHEAD:][0])
+                    watch.dispatched(metrics)
                     log.advance()
                     stop.poll()
                     self.checkpoints.check()
                     last = step == self.plan.total_steps
                     if step % self.config.log_every_steps == 0 or last:
-                        self._log(log, step, pending, timer)
+                        self._log(log, step, pending, watch)
                         pending = []
                     results = None
                     if step % self.plan.eval_every_steps == 0 or last:
-                        with timer.paused():
+                        with watch.paused():
                             self._check_finite(step, metrics)
                             # The last evaluation takes its time: a checkpoint of the last step says that all is done.
-                            results = self._evaluate(log, step, state, Stop() if last else stop)
+                            results = self._evaluate(log, step, state, Stop() if last else stop, patience)
                     stopped_by = None if last else stop.received
                     if results or step % self.config.checkpoint_every_steps == 0 or last or stopped_by:
-                        with timer.paused():
+                        with watch.paused():
                             self._check_finite(step, metrics)
                             saved = step
                             save = self._save_surely if last or stopped_by else self._save
@@ -194,6 +199,12 @@ class Run(Program):
                         break
             except NotFinite:
                 raise
+            except NoBatch:
+                if step > saved and not are_several():  # of several, the others cannot end the step they are in
+                    self._save_surely(state, step, None)
+                    saved = step
+                self.checkpoints.wait()
+                raise Stopped(stop.received, saved) from None
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
                 if step > saved and not are_several():  # the others may be at another step
                     try:
@@ -211,8 +222,8 @@ class Run(Program):
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_rows(self.batch_sharding, batch_size))
 
-    def train_batches(self, start_step: int) -> Iterator[Batch]:
-        """Global batches on the devices, from a step on."""
+    def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Iterator[Batch]:
+        """Global batches on the devices, from a step on; `waiting` hears of one that is not there yet."""
         batches = train_batches(
             self.train_source,
             self._share(self.config.batch_size),
@@ -225,10 +236,13 @@ class Run(Program):
             exact=self.config.data.exact,
             unreadable=self.unreadable if self.config.data.on_error == 'replace' else None,
             workers=self.config.data.workers,
+            waiting=waiting,
         )
         return to_devices(batches, self.batch_sharding)
 
-    def _evaluate(self, log: RunLog, step: int, state: TrainState, stop: Stop) -> dict[str, float] | None:
+    def _evaluate(
+        self, log: RunLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
+    ) -> dict[str, float] | None:
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
         batches = eval_batches(
             self.eval_source,
@@ -236,6 +250,7 @@ class Run(Program):
             image_size=self.config.data.image_size,
             channels=len(self.config.data.mean),
             crop_pct=self.config.data.crop_pct,
+            waiting=waiting,
         )
         weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
         until_stopped = itertools.takewhile(lambda _: not stop.poll(), to_devices(batches, self.batch_sharding))
@@ -245,22 +260,23 @@ class Run(Program):
         log.evaluation(step, self.plan.epoch(step), self.config.data.eval_split, results)
         return results
 
-    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], timer: '_Timer') -> None:
+    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], watch: Watch) -> None:
+        speeds, stragglers = watch.lap()
         fetched = jax.device_get(pending)
         self.unreadable.merge(gathered(self.unreadable.errors()))
-        seconds = timer.lap()
         newest = fetched[-1]
         metrics = {
             'loss': float(np.mean([metrics['loss'] for metrics in fetched])),
             'learning_rate': float(newest['learning_rate']),
-            'images_per_second': len(fetched) * self.config.batch_size / seconds,
+            **speeds,
             'grad_norm': float(newest['grad_norm']),
+            'param_norm': float(newest['param_norm']),
             'skipped': int(newest['skipped']),
             'unreadable': len(self.unreadable),
         }
-        left = (self.plan.total_steps - step) * seconds / len(fetched)
+        left = (self.plan.total_steps - step) * self.config.batch_size / metrics['images_per_second']
         log.train(step, self.plan.epoch(step), metrics, left)
-        for line in self.unreadable.news():
+        for line in [*self.unreadable.news(), *stragglers]:
             log.say(line)
         skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
         if skips:
@@ -320,21 +336,3 @@ class Run(Program):
         differences += [f"class {label} was '{old}', is '{new}'" for label, (old, new) in names if old != new]
         if differences:
             raise UserError(f'the run began on another data set: {"; ".join(differences[:5])}. Take another workdir')
-
-
-class _Timer:
-    """Seconds of training since the last lap, without those spent in evaluations and saves."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._start = now - self._start, now
-        return seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - began

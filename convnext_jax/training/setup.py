@@ -1,6 +1,8 @@
 """From a config to the parts of a run: sources, model, plan of steps."""
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -9,6 +11,25 @@ from convnext_jax.data.pipeline import steps_per_epoch
 from convnext_jax.data.sources import Source, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.models import ConvNeXt, Variant, create_model, get_variant
+
+
+def cache_compiled(directory: str) -> None:
+    """Keeps the programs that take over a second to compile in a folder, for the next start; '' changes nothing.
+
+    To be called before anything is compiled.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if not directory:
+        return
+    if '://' not in directory:  # of what lies in a cloud, JAX warns by itself
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise UserError(f'compilation_cache_dir={directory} cannot be written: {error.strerror}') from error
+    jax.config.update('jax_compilation_cache_dir', directory)
 
 
 @dataclasses.dataclass(frozen=True)

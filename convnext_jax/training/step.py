@@ -30,7 +30,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step.
 
-    Its metrics are scalars: `loss`, `learning_rate`, `grad_norm`, `skipped` and `skips_in_a_row`.
+    Its metrics are scalars: `loss`, `learning_rate`, `grad_norm`, `param_norm`, `skipped` and `skips_in_a_row`.
 
     Args:
         model: the architecture; its own parameters are not used.
@@ -86,6 +86,7 @@ def make_train_step(
             'loss': value,
             'learning_rate': learning_rate,
             'grad_norm': grad_norm,
+            'param_norm': optax.tree.norm(new.parameters),
             'skipped': new.skipped,
             'skips_in_a_row': step - new.last_good,
         }

@@ -21,6 +21,7 @@ CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 CURVES = 'curves.png'
 CHECKPOINTS = 'checkpoints'
+TENSORBOARD = 'tensorboard'
 
 
 def workdir_path(text: str) -> Path | epath.Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from convnext_jax.data import loading
 from convnext_jax.data.loading import decoders, load_batches
 from convnext_jax.data.pipeline import Share, Unreadable, train_batches
 from convnext_jax.data.sources import open_source
@@ -28,8 +30,12 @@ class Load:
 
     broken: int = -1
     deadly: int = -1
+    stuck: int = -1
+    pipe: str = ''
 
     def __call__(self, row):
+        if row == self.stuck:
+            open(self.pipe).close()  # waits for somebody who writes, whatever comes
         time.sleep(0.01 * (row % 3 == 0))
         if row == self.broken:
             raise UserError(f'row {row} is broken')
@@ -59,6 +65,30 @@ def test_an_error_comes_through(workers):
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(UserError, match='^row 9 is broken$'):
         next(batches)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_read_that_hangs_is_heard_of_and_can_be_given_up(workers, tmp_path, monkeypatch):
+    """A file server that is gone must not keep the training from saving and ending."""
+    monkeypatch.setattr(loading, 'GRACE', 0.5)
+    os.mkfifo(tmp_path / 'pipe')
+    heard = []
+
+    def waiting(seconds, row):
+        heard.append((seconds, row))
+        if row == 9 and seconds > 0.3:
+            raise InterruptedError
+
+    load = Load(stuck=9, pipe=str(tmp_path / 'pipe'))
+    batches = load_batches(load, itertools.count(), 4, SHAPE, workers, waiting)
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(InterruptedError):
+        next(batches)
+    assert [row for _, row in heard if row > 7][-5:] == [9] * 5
+    assert 0.3 < heard[-1][0] < 30
+    assert multiprocessing.active_children() == []
+    with open(os.open(tmp_path / 'pipe', os.O_RDWR | os.O_NONBLOCK), 'w'):
+        time.sleep(0.1)  # lets the thread go
 
 
 def test_a_killed_process_is_told():

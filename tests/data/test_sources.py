@@ -66,6 +66,7 @@ def test_a_part_can_be_held_out(tmp_path, name):
         shutil.rmtree(tmp_path / 'train')
     whole, most, rest = (open_source(name, str(tmp_path), split) for split in ('train', 'train[:80%]', 'train[80:]'))
     names = [[source[index].name for index in range(len(source))] for source in (whole, most, rest)]
+    assert names[1:] == [[source.name(index) for index in range(len(source))] for source in (most, rest)]
     assert (len(most), len(rest)) == (80, 20)
     assert sorted(names[1] + names[2]) == sorted(names[0])
     assert {rest[index].label for index in range(20)} == {0, 1, 2, 3}

@@ -18,7 +18,7 @@ from PIL import Image
 
 import train as train_command
 from configs.fashion_mnist import get_config
-from convnext_jax.data.loading import WorkerEnded
+from convnext_jax.data.loading import WorkerEnded, no_word
 from convnext_jax.errors import UserError
 from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import NotSaved, restore_parameters, saved_steps
@@ -184,7 +184,8 @@ class Steps:
         return self
 
     def compile(self, options=None):
-        metrics = dict.fromkeys(('loss', 'learning_rate', 'grad_norm', 'skipped', 'skips_in_a_row'), np.zeros(()))
+        names = ('loss', 'learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
+        metrics = dict.fromkeys(names, np.zeros(()))
         return lambda state, batch: (state, metrics)
 
 
@@ -221,7 +222,7 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error):
     run = Run(config, plan, make_mesh(), abstract_model(config), train_source, eval_source, checkpoints)
     run.train_step = Steps()
 
-    def batches(start_step):
+    def batches(start_step, waiting):
         yield {}
         stop.received = signal.SIGTERM
         if error:
@@ -294,7 +295,7 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
     state = jax.eval_shape(run.fresh_state)
     state.ema = {}
     with RunLog(tmp_path, 0, plan.total_steps) as log:
-        assert run._evaluate(log, 1, state, stop) is None
+        assert run._evaluate(log, 1, state, stop, no_word) is None
     assert len(batches) == 3
     assert read_records(tmp_path) == []
 

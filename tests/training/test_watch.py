@@ -1,0 +1,182 @@
+"""What a run says of its speed, and of what holds it up."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ONE_DEVICE, ROOT
+from PIL import Image
+
+from configs import imagenet1k
+from convnext_jax.training.checkpoint import saved_steps
+from convnext_jax.training.logging import read_records
+from convnext_jax.training.stop import Stop
+from convnext_jax.training.watch import NoBatch, Patience, stragglers, utilisation
+
+
+def test_the_figures_of_a_run_are_those_of_its_steps(finished_run):
+    """Whoever tunes a run reads them; a share above 1, or a median above the whole, and nothing can be trusted."""
+    training = [record for record in read_records(finished_run) if record['split'] == 'train']
+    for record in training:
+        assert record['images_per_second_per_chip'] == record['images_per_second']
+        assert 0 < record['step_ms_median'] <= record['step_ms_p99']
+        # Of four steps the 99th percentile lies just below the longest, and they take 16 images each.
+        mean = 1000 * 16 / record['images_per_second']
+        assert record['step_ms_median'] / 2 <= mean <= record['step_ms_p99'] * 1.05
+        assert 0 <= record['data_wait_share'] <= 1
+        assert 0.1 < record['host_memory_gib'] < 100
+        assert 1 < record['param_norm'] < 1000
+        assert 'mfu' not in record, 'a CPU has no peak in the table'
+        assert 'device_memory_gib' not in record, 'nor does it count'
+    assert training[0]['param_norm'] != training[1]['param_norm']
+    (events,) = (finished_run / 'tensorboard').glob('events*')
+    for name in ('step_ms_median', 'step_ms_p99', 'data_wait_share', 'images_per_second_per_chip', 'param_norm'):
+        assert f'train/{name}'.encode() in events.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ('device_kind', 'dtype', 'peak'),
+    [('TPU v5 lite', 'bfloat16', 197e12), ('TPU v5', 'bfloat16', 459e12), ('NVIDIA A100-SXM4-80GB', 'float32', 156e12)],
+)
+def test_utilisation_is_that_of_the_papers_flops(device_kind, dtype, peak):
+    """ConvNeXt-T has 4.46 G multiply-adds by table 9 of arXiv:2201.03545; a step does six FLOPs for each."""
+    config = imagenet1k.get_config('tiny')
+    config.model.num_classes, config.model.dtype = 1000, dtype
+    assert utilisation(config, 1000.0, device_kind)['mfu'] == pytest.approx(6 * 4.46e9 * 1000 / peak, rel=2e-3)
+    assert utilisation(config, 1000.0, 'cpu') == {}
+
+
+def test_the_host_that_holds_the_others_up_is_named():
+    """Of a thousand hosts one has a slow disk: all are slow, and nobody would know which."""
+    names, even = [f'host{process}' for process in range(4)], np.full(4, 0.02)
+    assert stragglers(names, even, even, 0.5) == {}
+    assert stragglers(names, np.full(4, 0.4), even, 0.5) == {}, 'all of them wait for data: none holds the others up'
+    slow = np.array([0.02, 0.02, 0.2, 0.06])
+    assert stragglers(names, slow, even, 0.5) == {
+        'process 2 (host2)': 'process 2 (host2) straggles: 200 ms of a step of 500 ms in waiting for data, '
+        'the median host 20 ms'
+    }
+    (line,) = stragglers(names, even, slow, 0.5).values()
+    assert '200 ms of a step of 500 ms in its own work' in line
+
+
+def test_patience_says_where_the_wait_is_and_again_ever_later(capsys):
+    stop = Stop()
+    patience = Patience(300, stop, lambda: 'train after step 7')
+
+    def said(*seconds):
+        for second in seconds:
+            patience(second, lambda: 'a/b.jpg')
+        return capsys.readouterr().err.splitlines()
+
+    assert said(0.001, 299) == []
+    assert said(301, 302, 599) == ['train after step 7: no batch for 301 s, still waiting for a/b.jpg']
+    assert len(said(*range(600, 5000, 10))) == 4, 'of 602, 1204, 2408 and 4816 s'
+    assert said(0.001, 100) == [], 'another batch'
+    assert len(said(310)) == 1
+    stop.received = signal.SIGTERM
+    patience(1, lambda: 'a/b.jpg')  # it may yet come
+    with pytest.raises(NoBatch):
+        patience(10, lambda: 'a/b.jpg')
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path, workers):
+    """A file server that is gone: the run says which file it waits for, goes on when it is back, and can be ended.
+
+    A pipe that nobody writes to stands in for the file: opening it blocks, and nothing can break that off.
+    """
+    for split, images in (('train', 8), ('val', 2)):
+        for name in ('cat', 'dog'):
+            (tmp_path / 'photos' / split / name).mkdir(parents=True)
+            for number in range(images):
+                pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'photos' / split / name / f'{number}.jpg')
+    run = tmp_path / 'run'
+    process = commands.start(
+        'train.py',
+        '--config=configs/image_folder.py:convnextv2_atto',
+        f'--config.data.dir={tmp_path / "photos"}',
+        f'--config.data.workers={workers}',
+        '--config.data.image_size=32',
+        '--config.data.patience_seconds=1',
+        '--config.batch_size=8',
+        '--config.steps=100000',
+        '--config.optimizer.warmup_steps=1',
+        '--config.eval_every_epochs=1000',
+        '--config.log_every_steps=2',
+        f'--workdir={run}',
+    )
+    while process.poll() is None and not read_records(run):
+        time.sleep(0.02)
+    file = tmp_path / 'photos' / 'train' / 'dog' / '3.jpg'
+    image = file.read_bytes()
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'pipe').rename(file)
+    line = process.stderr.readline()
+    assert re.fullmatch(rf'train after step \d+: no batch for 1 s, still waiting for {file}\n', line)
+    hung = len(read_records(run))
+    file.write_bytes(image)  # the read goes on
+    while process.poll() is None and len(read_records(run)) <= hung:
+        time.sleep(0.02)
+    shares = [record['data_wait_share'] for record in read_records(run)]
+    assert shares[hung] > 0.5
+    assert min(shares) < 0.5
+    assert all(0 <= share <= 1 for share in shares)
+    assert 'still waiting for' in process.stderr.readline()  # the next epoch hangs again
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    (step,) = saved_steps(run / 'checkpoints')
+    assert f'stopped by SIGTERM at step {step}, saved' in out
+    assert step >= read_records(run)[-1]['step']
+    assert 'Traceback' not in err
+
+
+PROGRAM = """
+import sys, time
+import jax, jax.numpy as jnp
+from configs.fashion_mnist import get_config
+from convnext_jax.training.stop import Stop
+from convnext_jax.training.watch import Watch
+
+process = int(sys.argv[2])
+jax.distributed.initialize(sys.argv[1], 2, process)
+watch = Watch(get_config(), 0, Stop())
+lines = []
+for lap in range(2):
+    for batch in watch.batches(range(3)):
+        time.sleep(0.5 * process)
+        watch.dispatched({'loss': jnp.zeros(())})
+    lines += watch.lap()[1]
+print(lines, flush=True)
+"""
+
+
+def test_a_straggling_process_is_named_to_all(tmp_path):
+    """By a real collective of two processes: each knows its own times alone. What goes on is told once."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        coordinator = f'localhost:{free.getsockname()[1]}'
+    (tmp_path / 'program.py').write_text(PROGRAM)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / 'program.py', coordinator, str(process)],
+            cwd=ROOT,
+            env=os.environ | ONE_DEVICE | {'PYTHONPATH': str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert len(re.findall(r'process 1 \(.+?\) straggles: 5\d\d ms of a step of \d+ ms in its own work', out)) == 1
