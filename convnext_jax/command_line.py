@@ -21,6 +21,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command on the process's arguments and exits: 0 done, 2 the user's to mend, 128 + signal stopped."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs the tracebacks of errors that it raises besides
+    sys.unraisablehook = _show_unraisable
     try:
         command(sys.argv)
     except Stopped as stopped:
@@ -79,6 +80,12 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
         guard.fail(error, *_text_and_status(error))
     else:
         guard.finish()
+
+
+def _show_unraisable(unraisable: object) -> None:
+    # Of a save that fails, TensorStore leaves this behind for each write that ends later, hundreds of them.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
 
 
 def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -119,7 +119,7 @@ class Running:
         if self.status not in statuses:
             problems.append(f'status {self.status}: {" | ".join(self.errors[-3:])}')
         if any('Traceback' in line for line in self.errors + self.lines):
-            problems.append('a traceback')
+            problems.append(f'a traceback: {" | ".join(self.errors)[-400:]}')
         if self.status == 2 and sum(line.startswith('error: ') for line in self.errors) != 1:
             problems.append('no one line of error')
         return problems
@@ -277,8 +277,11 @@ def _like(workdir: Path) -> object:
 
 
 def _results(workdir: Path) -> list[tuple]:
-    """Of the records, what does not depend on the time they took; a record twice would be there twice."""
-    names = ('split', 'step', 'loss', 'grad_norm', 'skipped', 'top1', 'ema_top1', 'ema_loss')
+    """Of the records, what depends neither on the time they took nor on where the run was resumed, as a mean does.
+
+    A record that is there twice is twice in this list too.
+    """
+    names = ('split', 'step', 'learning_rate', 'grad_norm', 'skipped', 'top1', 'ema_top1', 'ema_loss')
     return sorted(tuple(str(record.get(name)) for name in names) for record in read_records(workdir))
 
 

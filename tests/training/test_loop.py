@@ -245,7 +245,9 @@ def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(comman
             size = 10**6 if line.startswith('step 4/') else resource.RLIM_INFINITY
             hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
-    assert process.wait(timeout=60) == 0, process.stderr.read()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 0, errors
+    assert 'Traceback' not in errors
     told = [number for number, line in enumerate(lines) if 'could not be saved' in line]
     assert told
     assert any(line.startswith('step 16/') for line in lines[told[0] :]), 'told only when there was nothing to do'
