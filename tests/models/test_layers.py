@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, normal
+from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, matmul, normal
 from convnext_jax.models.trunk import Depthwise
 
 
@@ -242,3 +242,11 @@ def test_a_bias_gathers_its_gradient_in_float32(layer):
     images = jnp.ones((1, 1, 4099, 3), jnp.bfloat16)  # so many places that bfloat16 cannot count them
     gradient = jax.jit(jax.grad(lambda layer: layer(images).astype(jnp.float32).sum()))(layer)
     np.testing.assert_array_equal(gradient.bias[...], 4099.0)
+
+
+@pytest.mark.parametrize(('platform', 'barriers'), [('cpu', 1), ('tpu', 0), ('cuda', 0)])
+def test_a_product_stands_apart_from_what_comes_before_it_on_cpu_alone(platform, barriers):
+    """Merged with the norm, evaluation on CPU is a fifth slower; accelerators are fast because they merge the two."""
+    x, kernel = jax.ShapeDtypeStruct((6, 4), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    program = jax.jit(matmul).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count('optimization_barrier') == barriers

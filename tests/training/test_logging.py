@@ -9,7 +9,8 @@ import pytest
 from convnext_jax.errors import UserError
 from convnext_jax.training.logging import RunLog, read_records
 
-METRICS = {'loss': 1.0, 'learning_rate': 0.1, 'images_per_second': 10.0}
+SPEEDS = {'images_per_second': 10.0, 'step_ms_median': 100.0, 'step_ms_p99': 120.0, 'data_wait_share': 0.0}
+METRICS = {'loss': 1.0, 'learning_rate': 0.1, **SPEEDS}
 
 
 @pytest.fixture
