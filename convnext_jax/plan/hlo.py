@@ -28,6 +28,7 @@ class Instruction:
         runs: how often it runs in one step.
         cycles: the compiler's estimate for one run; 0 where it gives none.
         group: chips that take part in a collective; None for all of them, and for what is no collective.
+        chain: of a collective that a TPU runs beside fusions: it is written into each of them, under one number.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Instruction:
     runs: int
     cycles: int
     group: int | None
+    chain: str | None
 
     def bytes_by_type(self) -> dict[str, int]:
         """Type → bytes of the result."""
@@ -96,6 +98,7 @@ def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[I
             runs=runs,
             cycles=int(_first(r'"estimated_cycles":"(\d+)"', line) or 0),
             group=group,
+            chain=_first(r'\bchain_id="(\d+)"', line),
         )
         if opcode.endswith(('-done', '-update')):  # what they name ran at -start
             continue
@@ -130,16 +133,18 @@ def _first(pattern: str | re.Pattern, text: str) -> str | None:
 
 
 def collectives(program: list[Instruction], chips: int) -> Found:
-    """How many there are of each sort and their bytes; an asynchronous pair counts once, at its end.
+    """How many there are of each sort and their bytes; what runs beside other work counts once.
 
     Args:
         program: as `read_program` gives it.
         chips: that run it.
     """
     found: Found = {}
+    chains: set[str] = set()
     for instruction in program:
         kind = instruction.opcode.removesuffix('-done')
-        if kind in COLLECTIVES:
+        if kind in COLLECTIVES and instruction.chain not in chains:
+            chains |= {instruction.chain} - {None}
             for dtype, size in instruction.bytes_by_type().items():
                 same = found.setdefault((kind, dtype, instruction.group or chips), Collectives())
                 same.runs += instruction.runs

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, matmul, normal
 from convnext_jax.models.trunk import Depthwise
@@ -250,3 +251,31 @@ def test_a_product_stands_apart_from_what_comes_before_it_on_cpu_alone(platform,
     x, kernel = jax.ShapeDtypeStruct((6, 4), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.float32)
     program = jax.jit(matmul).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     assert program.count('optimization_barrier') == barriers
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('sides', [(), (2, 2)], ids=['linear', 'patches'])
+def test_a_kernel_in_pieces_gives_the_product_and_the_gradients_of_the_whole(sides, dtype):
+    """Pieces that were put together in another order would train a network that no single device has."""
+    mesh = jax.make_mesh((4,), ('fsdp',), devices=jax.devices()[:4])
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 8 * math.prod(sides))), dtype)
+    kernel = jnp.asarray(rng.standard_normal((*sides, 8, 6)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)
+
+    def value_and_gradients(x, kernel, weights):
+        y, pullback = jax.vjp(matmul, x, kernel)
+        return (y, *pullback(weights.astype(y.dtype)))
+
+    rows, pieces = PartitionSpec('fsdp'), PartitionSpec(*[None] * len(sides), 'fsdp', None)
+    on_four = jax.shard_map(
+        value_and_gradients, mesh=mesh, in_specs=(rows, pieces, rows), out_specs=(rows, rows, pieces), check_vma=False
+    )
+    for cut, whole in zip(jax.jit(on_four)(x, kernel, weights), value_and_gradients(x, kernel, weights), strict=True):
+        assert cut.dtype == whole.dtype
+        np.testing.assert_allclose(
+            np.asarray(cut, np.float32),
+            np.asarray(whole, np.float32),
+            rtol=1e-5 if cut.dtype == 'float32' else 2**-7,
+            atol=1e-5,
+        )
