@@ -28,7 +28,7 @@ from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
 from convnext_jax.training.trace import Trace, Window
-from convnext_jax.training.watch import NoBatch, Watch
+from convnext_jax.training.watch import NoBatch, Pace
 from convnext_jax.training.weights import load_parameters
 from convnext_jax.training.workdir import CHECKPOINTS, TENSORBOARD, locked_by_first, settle_config
 
@@ -147,12 +147,12 @@ class Run(Program):
         with (
             RunLog(workdir, step, self.plan.total_steps) if is_first() else Silence() as log,
             agreed_stop() if are_several() else stop_signal() as stop,
-            contextlib.nullcontext(Watch(self.config, step, stop)) as watch,
-            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, watch.paused, log.say) as trace,
-            contextlib.closing(self.train_batches(step, watch.waiting)) as batches,
+            contextlib.nullcontext(Pace(self.config, step, stop)) as pace,
+            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, pace.paused, log.say) as trace,
+            contextlib.closing(self.train_batches(step, pace.waiting)) as batches,
         ):
             pending: list[dict[str, jax.Array]] = []
-            patience = watch.patience(self.config.data.eval_split)
+            patience = pace.patience(self.config.data.eval_split)
             try:
                 if step:
                     log.say(f'resumes at step {step} of {self.plan.total_steps}')
@@ -167,28 +167,28 @@ class Run(Program):
                 began = time.perf_counter()
                 train_step = self.compile(state, first)
                 log.say(f'compiled in {time.perf_counter() - began:.1f} s')
-                for batch in watch.batches(itertools.chain([first], batches)):
+                for batch in pace.batches(itertools.chain([first], batches)):
                     with trace.step(step):
                         state, metrics = train_step(state, batch)
                     step += 1
                     pending.append(metrics)
-                    watch.dispatched(metrics)
+                    pace.dispatched(metrics)
                     log.advance()
                     stop.poll()
                     self.checkpoints.check()
                     last = step == self.plan.total_steps
                     if step % self.config.log_every_steps == 0 or last:
-                        self._log(log, step, pending, watch)
+                        self._log(log, step, pending, pace)
                         pending = []
                     results = None
                     if step % self.plan.eval_every_steps == 0 or last:
-                        with watch.paused():
+                        with pace.paused():
                             self._check_finite(step, metrics)
                             # The last evaluation takes its time: a checkpoint of the last step says that all is done.
                             results = self._evaluate(log, step, state, Stop() if last else stop, patience)
                     stopped_by = None if last else stop.received
                     if results or step % self.config.checkpoint_every_steps == 0 or last or stopped_by:
-                        with watch.paused():
+                        with pace.paused():
                             self._check_finite(step, metrics)
                             saved = step
                             save = self._save_surely if last or stopped_by else self._save
@@ -260,8 +260,8 @@ class Run(Program):
         log.evaluation(step, self.plan.epoch(step), self.config.data.eval_split, results)
         return results
 
-    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], watch: Watch) -> None:
-        speeds, stragglers = watch.lap()
+    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], pace: Pace) -> None:
+        speeds, stragglers = pace.lap()
         fetched = jax.device_get(pending)
         self.unreadable.merge(gathered(self.unreadable.errors()))
         newest = fetched[-1]

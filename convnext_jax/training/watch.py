@@ -67,7 +67,7 @@ class Patience:
             raise NoBatch
 
 
-class Watch:
+class Pace:
     """Keeps the host `STEPS_AHEAD` ahead of the device, and measures. Pauses do not count.
 
     A step's time is from the completion of the one before to its own, as the host sees them; the time in which the host
