@@ -5,7 +5,8 @@
 #   ZONE=us-west4-a TYPE=v5litepod-64 VERSION=v2-alpha-tpuv5-lite launch/tpu_pod.sh NAME \
 #       --config=configs/imagenet1k.py:tiny --config.data.dir=/mnt/data --workdir=/mnt/runs/tiny
 #
-# /mnt/data and /mnt/runs must be the same file system on all hosts (Filestore), mounted by the line SETUP.
+# /mnt/data and /mnt/runs must be the same file system on all hosts (Filestore), mounted by the line SETUP; or the
+# workdir is gs://BUCKET/RUN.
 # SLICES=2 asks for a multi-slice pod. The run's last words are this command's exit status.
 set -euo pipefail
 NAME=$1
@@ -22,7 +23,7 @@ while true; do
     until [ "$(pod describe --format='value(state.state)')" = ACTIVE ]; do sleep 30; done
     everywhere "$SETUP"
     everywhere "git clone --depth=1 $(git remote get-url origin) run && cd run && python3 -m venv .venv &&
-        .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]'"
+        .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]' gcsfs google-cloud-storage"
     status=0
     everywhere "cd run && .venv/bin/python train.py $(printf '%q ' "$@")" || status=$?
     lost=$(pod describe --format='value(state.state)')

@@ -65,6 +65,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
             heartbeat_timeout_seconds=2 * timeout,  # the same
             shutdown_timeout_seconds=timeout,
         )
+        several = jax.process_count() > 1  # begins with the devices, and asks the other processes for theirs
     except ValueError:
         if any(given):
             raise
@@ -75,7 +76,6 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
         ) from error
     finally:
         clock.cancel()
-    several = jax.process_count() > 1
     if several and not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return several
@@ -190,7 +190,7 @@ class Guard:
                 return None
             try:
                 self._client.key_value_set(f'{ALIVE}/{self._process}', str(turn), allow_overwrite=True)
-                self._client.wait_at_barrier(ALIVE, 750 * self._timeout)
+                self._client.wait_at_barrier(ALIVE, 500 * self._timeout)
             except jax.errors.JaxRuntimeError as error:
                 return self._end_without(turn, error)
         return None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from convnext_jax.errors import UserError
 from convnext_jax.training.checkpoint import (
@@ -72,6 +73,20 @@ def test_everything_of_the_state_comes_back(directory):
     assert_equal(state, make_state(3))
     assert notes == []
     assert read_about(directory, 3) == {'config': {'seed': 3}}
+
+
+def test_checkpoints_in_a_bucket_are_read_and_set_aside_as_here(tmp_path):
+    """epath.Path stands for gs:// paths: what works with local paths alone would end a pod's run at its first save."""
+    directory = epath.Path(tmp_path) / 'checkpoints'
+    with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step), {'config': {}}, None)
+    assert saved_steps(directory) == [1, 2]
+    (tmp_path / 'checkpoints' / '2' / 'manifest' / 'metadata').write_text('')
+    state, (note,) = newest(directory)
+    assert_equal(state, make_state(1))
+    assert 'checkpoint 2 is damaged' in note
+    assert (tmp_path / 'damaged' / '2.0').is_dir()
 
 
 def test_the_best_outlives_newer_ones(tmp_path):

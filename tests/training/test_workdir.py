@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from convnext_jax.config import as_dict, default_config, from_dict, read_config
 from convnext_jax.errors import UserError
-from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, locked, settle_config
+from convnext_jax.training.logging import RunLog, read_records
+from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, locked, settle_config, workdir_path
 
 
 def test_a_locked_workdir_is_refused_and_free_again_after(tmp_path):
@@ -84,3 +86,20 @@ def test_damaged_or_missing_config_is_one_line(tmp_path):
     (tmp_path / CONFIG).write_text('{')
     with pytest.raises(UserError, match='is damaged'):
         read_config(tmp_path / CONFIG)
+
+
+def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
+    """There nothing can be locked, renamed or appended to: a run must not lose its records for that."""
+    assert str(workdir_path('gs://bucket/run') / CONFIG) == 'gs://bucket/run/config.json'
+    assert workdir_path('runs/demo') == Path('runs/demo')
+    workdir = epath.Path(tmp_path)  # any path that is no pathlib.Path is taken for a bucket's
+    with locked(workdir):
+        assert not list(workdir.iterdir())
+    settle_config(workdir, default_config())
+    assert read_config(workdir / CONFIG) == default_config()
+    for start in (0, 1):
+        with RunLog(workdir, start, total_steps=2) as log:
+            log.train(start + 1, 0.5, {'loss': 2.0, 'learning_rate': 0.1, 'images_per_second': 9.0}, seconds_left=0)
+            log.evaluation(start + 1, 0.5, 'test', {'loss': 2.0, 'top1': 50.0})
+    assert [record['step'] for record in read_records(workdir)] == [1, 1, 2, 2]
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
