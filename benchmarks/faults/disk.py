@@ -17,8 +17,19 @@ CHECKPOINT = 54 * MB  # of the small run
 
 
 def full_disk(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """A small tmpfs, and a limit to what a file may take."""
+    """A limit to what a file may take, which any user can set, and a small tmpfs."""
     del rng
+    yield from _limited_files(lab)
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(_tmpfs(lab.folder / 'disk', int(2.5 * CHECKPOINT)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            yield Case('a small tmpfs', [f'it cannot be mounted here: {error}'], skipped=True)
+            return
+        yield from _small_disk(lab, disk)
+
+
+def _limited_files(lab: Lab) -> Iterator[Case]:
     case, unbroken, workdir = Case('no file may be larger than 1 MB, from step 4 to 12'), lab.unbroken(), lab.workdir()
     run = lab.start(workdir)
     run.until(run.says('step 4/'))
@@ -28,62 +39,48 @@ def full_disk(lab: Lab, rng: random.Random) -> Iterator[Case]:
     ends(case, run, workdir, unbroken, 0)
     yield case
 
-    case, workdir = Case('no file may be larger than 1 MB, from step 12 on'), lab.workdir()
-    run = lab.start(workdir)
-    run.until(run.says('step 12/'))
-    _limit_files(run, MB)
-    ends(case, run, workdir, unbroken, 2)
-    mended(lab, case, workdir, unbroken)
-    yield case
-
-    case, workdir = Case('no file may be larger than 1 MB, and SIGTERM at step 16'), lab.workdir()
-    run = lab.start(workdir)
-    run.until(run.says('step 12/'))
-    _limit_files(run, MB)
-    run.until(run.says('step 16/'))
-    run.process.send_signal(signal.SIGTERM)
-    ends(case, run, workdir, unbroken, 2)
-    case.must(['says it is saved'] if run.says(', saved; the same command')() else [])
-    mended(lab, case, workdir, unbroken)
-    yield case
-
-    with contextlib.ExitStack() as stack:
-        try:
-            disk = stack.enter_context(_tmpfs(lab.folder / 'disk', int(2.5 * CHECKPOINT)))
-        except (OSError, subprocess.CalledProcessError) as error:
-            yield Case('a small tmpfs', [f'it cannot be mounted here: {error}'], skipped=True)
-            return
-        case, workdir = Case('a tmpfs that holds two checkpoints and no third'), disk / 'run'
-        ends(case, lab.start(workdir), workdir, unbroken, 2)
-        _resize(disk, 6 * CHECKPOINT)
-        mended(lab, case, workdir, unbroken)
-        yield case
-
-        shutil.rmtree(workdir)
-        case = Case('a tmpfs that another program fills while the first save is written, until step 12')
+    for moment, stopped in (('from step 12 on', False), ('from step 12 on, and SIGTERM at 16', True)):
+        case, workdir = Case(f'no file may be larger than 1 MB, {moment}'), lab.workdir()
         run = lab.start(workdir)
-        run.until(lambda: bool(unfinished(workdir)))
-        _fill(disk)
         run.until(run.says('step 12/'))
-        (disk / 'filler').unlink()
-        ends(case, run, workdir, unbroken, 0)
-        yield case
-
-        shutil.rmtree(workdir)
-        case = Case('the same until the end: not a byte left for records and curves either')
-        run = lab.start(workdir)
-        run.until(run.says('step 8/'))
-        _fill(disk)
+        _limit_files(run, MB)
+        if stopped:
+            run.until(run.says('step 16/'))
+            run.process.send_signal(signal.SIGTERM)
         ends(case, run, workdir, unbroken, 2)
-        (disk / 'filler').unlink()
+        case.must(['says it is saved'] if run.says(', saved; the same command')() else [])
         mended(lab, case, workdir, unbroken)
         yield case
 
+
+def _small_disk(lab: Lab, disk: Path) -> Iterator[Case]:
+    unbroken, workdir, filler = lab.unbroken(), disk / 'run', disk / 'filler'
+    case = Case('a tmpfs that holds two checkpoints and no third')
+    ends(case, lab.start(workdir), workdir, unbroken, 2)
+    _resize(disk, 6 * CHECKPOINT)
+    mended(lab, case, workdir, unbroken)
+    yield case
+
+    shutil.rmtree(workdir)
+    case = Case('a tmpfs that another program fills while the first save is written, until step 12')
+    run = lab.start(workdir)
+    run.until(lambda: bool(unfinished(workdir)))
+    _fill(filler)
+    run.until(run.says('step 12/'))
+    filler.unlink()
+    ends(case, run, workdir, unbroken, 0)
+    yield case
+
+    for moment in ('from step 8 on: not a byte left for records and curves either', 'from the start'):
         shutil.rmtree(workdir)
-        case = Case('a tmpfs that is full from the start')
-        _fill(disk)
-        ends(case, lab.start(workdir), workdir, unbroken, 2)
-        (disk / 'filler').unlink()
+        case = Case(f'a tmpfs that is full {moment}')
+        if moment == 'from the start':
+            _fill(filler)
+        run = lab.start(workdir)
+        if run.until(run.says('step 8/')):
+            _fill(filler)
+        ends(case, run, workdir, unbroken, 2)
+        filler.unlink()
         mended(lab, case, workdir, unbroken)
         yield case
 
@@ -136,14 +133,12 @@ def _resize(folder: Path, size: int) -> None:
     subprocess.run(['mount', '-o', f'remount,size={size}', folder], check=True)
 
 
-def _fill(folder: Path) -> None:
-    """Takes all of the space of a disk."""
-    with open(folder / 'filler', 'wb', buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(MB))
-    with open(folder / 'filler', 'ab', buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(4096)):
-            pass
+def _fill(filler: Path) -> None:
+    """Takes all of the space of a disk, to the last block."""
+    for size in (MB, 4096):
+        with open(filler, 'ab', buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(size)):
+                pass
 
 
 def _limit_files(run: Running, size: int) -> None:

@@ -39,7 +39,7 @@ SMALL = (
     '--config.checkpoint_every_steps=4',
 )
 WORKERS = ('--config.data.workers=2', '--config.data.crop_scale=(0.5,1.0)')
-LONGEST = 1200  # seconds that a run may take on a busy machine: more is a hang
+LONGEST = 3600  # seconds that a run may take on a busy machine: more is a hang
 CONTENTS = {'.lock', 'config.json', 'metrics.jsonl', 'curves.png', 'tensorboard', 'checkpoints', 'damaged'}
 
 

@@ -42,7 +42,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class NewestAndBest:
-    """Which checkpoints Orbax keeps, by scores of our own: with damaged ones in a file of Orbax's no run would start.
+    """Which checkpoints Orbax keeps. The scores are ours: Orbax reads its own at start, and fails if one is damaged.
 
     Attributes:
         scores: step → score, for those that have one.
