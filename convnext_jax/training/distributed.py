@@ -71,6 +71,8 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
             raise
         return False  # JAX found nothing: a machine by itself
     except RuntimeError as error:
+        if not any(given) and 'must be called before' in str(error):
+            return False  # JAX runs already, in a program that calls the command as a function: by itself
         raise UserError(
             f'the processes of this job cannot join: {first_line(error)}. --process_count=1 runs this one alone'
         ) from error

@@ -59,7 +59,7 @@ def test_two_processes_train_as_one(two_processes, finished_run):
 def test_only_the_first_process_writes_and_prints(two_processes, finished_run):
     """Two that write one file leave neither's lines; a pod of 64 would print each line 64 times."""
     run, done = two_processes
-    assert done.stdout.count('devices    2 × cpu, mesh data=2, 2 process(es)') == 1
+    assert done.stdout.count('devices    2 × cpu, mesh data=2 × fsdp=1, 2 process(es)') == 1
     assert done.stdout.count('finished: top-1') == 1
     assert done.stdout.count('step 24/24') == 2  # of training and of the evaluation
     assert done.stderr == ''
