@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, matmul, normal
 from convnext_jax.models.trunk import Depthwise
@@ -250,7 +249,7 @@ def test_a_bias_gathers_its_gradient_in_float32(layer):
 @pytest.mark.parametrize('sides', [(), (2, 2)], ids=['linear', 'patches'])
 def test_a_kernel_in_pieces_gives_the_product_and_the_gradients_of_the_whole(sides, dtype):
     """Pieces that were put together in another order would train a network that no single device has."""
-    mesh = jax.make_mesh((4,), ('fsdp',), devices=jax.devices()[:4])
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ('fsdp',))
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((8, 8 * math.prod(sides))), dtype)
     kernel = jnp.asarray(rng.standard_normal((*sides, 8, 6)), jnp.float32)
