@@ -104,6 +104,7 @@ class Running:
             self.process.wait(LONGEST)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
             self.errors.append(f'hung for {LONGEST} s')
         for reader in self._readers:
             reader.join(60)
