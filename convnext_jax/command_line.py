@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from logging import CRITICAL, getLogger
 from pathlib import Path
 
 from absl import flags, logging
@@ -20,7 +21,9 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command on the process's arguments and exits: 0 done, 2 the user's to mend, 128 + signal stopped."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs the tracebacks of errors that it raises besides
+    # Orbax logs the tracebacks of errors that it raises besides, and asyncio those of its tasks that nobody waits for.
+    logging.set_verbosity(logging.FATAL)
+    getLogger('asyncio').setLevel(CRITICAL)
     sys.unraisablehook = _show_unraisable
     try:
         command(sys.argv)
