@@ -77,7 +77,7 @@ def test_what_is_printed_of_a_program(here):
 }"""
     lines = '\n'.join(describe(of_size(8, 1024, text), here))
     assert re.search(r'all +1.00 GiB of 16: fits', lines)
-    assert re.search(r'all-reduce +f32 +1 × over +1 chips +100.00 MB', lines)
+    assert re.search(r'all-reduce +f32 +1 × over +8 chips +100.00 MB', lines)
     assert '1,500,000, 1.0 ms at 1.5 GHz' in lines
     assert lines.index('66.7%   1 ×  1,000,000  heavy  conv') < lines.index(
         '33.3%   1 ×    500,000  light.remat2  step/add'

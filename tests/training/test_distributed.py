@@ -56,7 +56,6 @@ def test_two_processes_train_as_one(two_processes, finished_run):
     np.testing.assert_allclose(losses(run), losses(finished_run), rtol=1e-3)
 
 
-@pytest.mark.skip(reason='never seen to pass since the merge: run it alone first')
 def test_only_the_first_process_writes_and_prints(two_processes, finished_run):
     """Two that write one file leave neither's lines; a pod of 64 would print each line 64 times."""
     run, done = two_processes

@@ -221,13 +221,13 @@ def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
         ('reduce-scatter', 2),  # their gradients, within fsdp
         ('all-reduce', 4),  # the sum of these pieces over data
         ('all-reduce', 8),  # gradients of what is whole, and the loss
-        ('all-reduce', 2),  # the norm of the gradient
+        ('all-reduce', 2),  # the norms of the gradient and of the parameters
     }
     assert 4 * cut < found['all-gather', 'f32', 2].size <= 2 * 4 * cut
     assert found['reduce-scatter', 'f32', 2].size == 4 * cut // 2
     assert found['all-reduce', 'f32', 4] == Collectives(1, 4 * cut // 2)
     assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - cut + 1))
-    assert found['all-reduce', 'f32', 2] == Collectives(1, 4 * len(cut_names(run.program)))
+    assert found['all-reduce', 'f32', 2] == Collectives(2, 2 * 4 * len(cut_names(run.program)))
     stacks = {
         ','.join(map(str, x.shape))
         for name, x in run.program.abstract_state.parameters.items()

@@ -69,7 +69,6 @@ def test_a_trace_that_cannot_be_is_refused_or_told(tmp_path):
     assert said == ['no trace: the run stopped before it had done 2 steps']
 
 
-@pytest.mark.skip(reason='never seen to pass since the merge: run it alone first')
 def test_a_stopped_run_has_its_trace_and_the_compiled_step(commands, tmp_path):
     """By the command, stopped inside the window; the next start finds its programs in the cache of the config."""
     run, cache = tmp_path / 'run', tmp_path / 'deep' / 'cache'

@@ -26,7 +26,6 @@ from convnext_jax.training.stop import Stop
 from convnext_jax.training.watch import NoBatch, Patience, stragglers, utilisation
 
 
-@pytest.mark.skip(reason='never seen to pass since the merge: run it alone first')
 def test_the_figures_of_a_run_are_those_of_its_steps(finished_run):
     """Whoever tunes a run reads them; a share above 1, or a median above the whole, and nothing can be trusted."""
     training = [record for record in read_records(finished_run) if record['split'] == 'train']
@@ -125,7 +124,6 @@ class Slow:
         return self._source[index]
 
 
-@pytest.mark.skip(reason='never seen to pass since the merge: run it alone first')
 def test_a_slow_source_shows_in_the_share_and_is_told(tmp_path, monkeypatch):
     """Of a run at a third of its speed one must see that it is the data, and where, without a profiler."""
     err, sources = Stderr(), []
