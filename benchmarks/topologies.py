@@ -2,9 +2,9 @@
 
     python -m benchmarks.topologies [--steps=50] [--config.FIELD=VALUE …]
 
-On simulated devices of this machine's CPU: one; eight along `data`; and 4 × 2 along `data` and `fsdp`. The demo's
-config with drop path, RandAugment, erasing, mixup and cutmix on. Each step's loss comes from the run's own records. It
-takes minutes, most of which are compiling.
+On simulated devices of this machine's CPU: one; eight along `data`; 4 × 2 along `data` and `fsdp`; and the same eight
+in two processes. The demo's config with drop path, RandAugment, erasing, mixup and cutmix on. Each step's loss comes
+from the run's own records. It takes minutes, most of which are compiling.
 """
 
 import argparse
@@ -39,17 +39,20 @@ class Topology:
     Attributes:
         devices: of each process.
         fsdp: as in the config.
+        processes: that `launch/local.py` starts.
     """
 
     devices: int
     fsdp: int = 1
+    processes: int = 1
 
 
-# Runs of several processes have their place here: so many of them, each started with its own flags.
 TOPOLOGIES = {
     '1 device': Topology(1),
     '8 devices': Topology(8),
     '4 × 2 (data × fsdp)': Topology(8, fsdp=2),
+    '2 processes × 4': Topology(4, processes=2),
+    '2 processes, 4 × 2': Topology(4, fsdp=2, processes=2),
 }
 
 
@@ -60,8 +63,16 @@ def losses(topology: Topology, settings: list[str]) -> np.ndarray:
             'JAX_PLATFORMS': 'cpu',
             'XLA_FLAGS': f'--xla_force_host_platform_device_count={topology.devices}',
         }
+        launcher = ['launch/local.py', str(topology.processes), '--'] if topology.processes > 1 else []
         subprocess.run(
-            [sys.executable, 'train.py', *settings, f'--config.mesh.fsdp={topology.fsdp}', f'--workdir={folder}'],
+            [
+                sys.executable,
+                *launcher,
+                'train.py',
+                *settings,
+                f'--config.mesh.fsdp={topology.fsdp}',
+                f'--workdir={folder}',
+            ],
             env=os.environ | environment,
             stdout=subprocess.DEVNULL,
             check=True,
