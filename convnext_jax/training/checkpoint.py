@@ -65,11 +65,15 @@ class NotSaved(UserError):
     """The newest state is on no disk."""
 
 
+class NoPlace(Exception):
+    """A process has seen, before any has begun to write, that a checkpoint cannot be saved; all know it."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir, by step. Use as a context manager: leaving it waits for the save under way.
 
     A save that fails, at once or in the background, is told and leaves no trace; the checkpoints before it stay. Where
-    there are several processes it raises `NotSaved` instead.
+    there are several processes, one that fails after they have begun to write raises `NotSaved` instead.
 
     Args:
         directory: workdir/checkpoints.
@@ -132,7 +136,7 @@ class Checkpoints:
         self._under_way = step
         self._note_score(step, metrics)
         try:
-            self._check_space(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
+            self._check_place(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
             self._manager.save(step, args=ocp.args.Composite(**args))
         except Exception as error:  # Orbax and TensorStore have no common error for a disk that is full
             self._fail(error)
@@ -163,7 +167,7 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         step, self._under_way = self._under_way, None
-        if are_several():  # the others wait for this one's part: all end, and the checkpoints before it stay
+        if are_several() and not isinstance(error, NoPlace):  # the others wait for this one's part: all end
             raise NotSaved(f'step {step} could not be saved to {self.directory}: {_reason(error)}') from error
         self.failed[step] = _reason(error)
         self._kept.scores.pop(step, None)
@@ -172,18 +176,23 @@ class Checkpoints:
         self._tell(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
 
     def _remove_unfinished(self) -> None:
-        for folder in self.directory.glob(f'*{UNFINISHED}*'):
+        for folder in self.directory.glob(f'*{UNFINISHED}*') if is_first() else ():
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _check_space(self, needed: int) -> None:
+    def _check_place(self, needed: int) -> None:
+        problem = next(filter(None, gathered(self._problem(needed))), None)
+        if problem:
+            raise NoPlace(problem)
+
+    def _problem(self, needed: int) -> str | None:
+        """Why this process cannot save so many bytes, as far as can be seen beforehand."""
         if not is_local(self.directory):
-            return
+            return None
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise OSError(
-                f'the disk of {self.directory} is full: a checkpoint takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB '
-                'are free'
-            )
+            sizes = f'a checkpoint takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free'
+            return f'the disk of {self.directory} is full: {sizes}'
+        return None if os.access(self.directory, os.W_OK) else f'there is no right to write to {self.directory}'
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, list[str]] | None:
         """The newest checkpoint that is whole, and a line about each damaged one that it had to pass over.

@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from convnext_jax.errors import UserError
+from convnext_jax.training import checkpoint
 from convnext_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
@@ -185,6 +186,20 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(directory, monkeypatc
         assert 'is full: a checkpoint takes 0 MB' in line
         assert line.endswith('the last checkpoint is of step 3')
         assert saved_steps(directory) == [1, 2, 3]
+        checkpoints.save(make_state(5), {}, None)
+    assert checkpoints.failed.keys() == {4}
+    assert saved_steps(directory) == [1, 3, 5]
+
+
+def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch):
+    """A host whose disk is full would leave the others waiting for its part; so all train on."""
+    told = []
+    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+        with monkeypatch.context() as of_two:
+            of_two.setattr(checkpoint, 'are_several', lambda: True)
+            of_two.setattr(checkpoint, 'gathered', lambda own: [own, 'the other disk is full'])
+            checkpoints.save(make_state(4), {}, None)
+        assert told == ['step 4 could not be saved: the other disk is full; the last checkpoint is of step 3']
         checkpoints.save(make_state(5), {}, None)
     assert checkpoints.failed.keys() == {4}
     assert saved_steps(directory) == [1, 3, 5]
