@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-DEVICES = '--xla_force_host_platform_device_count='
+# Most of the tests' time is compiling: with fewer of LLVM's passes, and all processes share a cache.
+DEVICES = '--xla_backend_optimization_level=1 --xla_force_host_platform_device_count='
 ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}1'}
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}8', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5'}
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # most of the tests' time is compiling: all processes share a cache
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix='compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = cache.name
 

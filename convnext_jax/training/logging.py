@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -34,9 +35,9 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
-        # Takes a second, for it imports torch where there is one. Not SummaryWriter: its thread dies of a full disk,
-        # and then it blocks.
-        from tensorboardX.event_file_writer import EventsWriter
+        # Not SummaryWriter: its thread dies of a full disk, and then it blocks.
+        with mock.patch.dict(sys.modules, torch=None):  # else it imports torch where there is one, which takes seconds
+            from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
         self._total_steps = total_steps

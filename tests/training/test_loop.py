@@ -68,11 +68,11 @@ def test_a_finished_run_says_so(commands, finished_run, tmp_path):
 
 
 def test_killed_at_any_moment_and_resumed_it_is_the_unbroken_run(commands, finished_run, tmp_path):
-    """Preempted jobs lose nothing: after four SIGKILLs every array has the bits of the run that was left alone."""
+    """Preempted jobs lose nothing: after two SIGKILLs every array has the bits of the run that was left alone."""
     run = tmp_path / 'run'
     rng = np.random.default_rng(0)
     kills = 0
-    for _ in range(4):
+    for _ in range(2):
         process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}')
         before = len(read_records(run))
         while process.poll() is None and len(read_records(run)) <= before:
@@ -81,7 +81,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_unbroken_run(commands, finis
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2
+    assert kills == 2
     last = commands.train(run)
     assert 'finished' in last.stdout
     assert fingerprints(run) == fingerprints(finished_run)
