@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 from tqdm import tqdm
 
@@ -35,10 +34,12 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
+        hidden = sys.modules.setdefault('torch', None) is None  # else it imports torch where there is one: seconds
         # Not SummaryWriter: its thread dies of a full disk, and then it blocks.
-        with mock.patch.dict(sys.modules, torch=None):  # else it imports torch where there is one, which takes seconds
-            from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
+        if hidden:
+            del sys.modules['torch']
         self._workdir = workdir
         self._total_steps = total_steps
         records = [record for record in read_records(workdir) if record['step'] <= start_step]

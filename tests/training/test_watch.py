@@ -124,8 +124,11 @@ class Slow:
         return self._source[index]
 
 
-def test_a_slow_source_shows_in_the_share_and_is_told(tmp_path, monkeypatch):
-    """Of a run at a third of its speed one must see that it is the data, and where, without a profiler."""
+def test_a_slow_source_shows_in_the_share_and_is_told(tmp_path, monkeypatch, finished_run):
+    """Of a run at a third of its speed one must see that it is the data, and where, without a profiler.
+
+    In this process, which has eight devices: the losses are those of one, to what summing in another order rounds.
+    """
     err, sources = Stderr(), []
 
     def slow_sources(config):
@@ -137,6 +140,8 @@ def test_a_slow_source_shows_in_the_share_and_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'stderr', err)
     run = tmp_path / 'run'
     train_command.main(['train.py', *SMALL_RUN, f'--workdir={run}', '--config.data.patience_seconds=5'])
+    losses = [[record['loss'] for record in read_records(workdir)] for workdir in (run, finished_run)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
     shares = {record['step']: record['data_wait_share'] for record in read_records(run) if record['split'] == 'train'}
     assert max(shares.values()) > 0.1
     assert shares[24] < max(shares.values()) / 2, 'the images are kept in memory'

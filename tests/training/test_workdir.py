@@ -97,9 +97,10 @@ def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
         assert not list(workdir.iterdir())
     settle_config(workdir, default_config())
     assert read_config(workdir / CONFIG) == default_config()
+    speed = dict.fromkeys(('images_per_second', 'step_ms_median', 'step_ms_p99', 'data_wait_share'), 1.0)
     for start in (0, 1):
         with RunLog(workdir, start, total_steps=2) as log:
-            log.train(start + 1, 0.5, {'loss': 2.0, 'learning_rate': 0.1, 'images_per_second': 9.0}, seconds_left=0)
+            log.train(start + 1, 0.5, {'loss': 2.0, 'learning_rate': 0.1, **speed}, seconds_left=0)
             log.evaluation(start + 1, 0.5, 'test', {'loss': 2.0, 'top1': 50.0})
     assert [record['step'] for record in read_records(workdir)] == [1, 1, 2, 2]
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
