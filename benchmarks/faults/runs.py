@@ -171,9 +171,10 @@ class Lab:
         return self.start(workdir, *overrides, **options).end()
 
     def alone(self, *overrides: str, program: tuple = ('train.py',)) -> Path:
-        """A run that nothing interrupts, with the checkpoints of all steps."""
+        """A run that nothing interrupts, with a checkpoint of each step."""
         workdir = self.workdir()
-        run = self.run(workdir, *overrides, '--config.keep_checkpoints=1000', program=program)
+        every = ('--config.checkpoint_every_steps=1', '--config.keep_checkpoints=1000')
+        run = self.run(workdir, *overrides, *every, program=program)
         if run.status:
             raise SystemExit(f'the run that nothing interrupts does not end well: {run.errors}')
         return workdir
