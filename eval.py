@@ -9,6 +9,7 @@ is one JSON object; of several splits it holds a list under "splits", and a tabl
 """
 
 import json
+import signal
 from pathlib import Path
 
 from absl import flags
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> None:
     define_processes(values)
     parse(values, arguments, usage=__doc__)
     with all_processes(values):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of several processes JAX's runtime would keep it to itself
         _evaluate(values)
 
 
@@ -59,6 +61,8 @@ def _evaluate(values: flags.FlagValues) -> None:
         flip=values.flip,
         per_class=Path(values.per_class) if values.per_class else None,
     )
+    if values.weights is None and values.config is not None:
+        raise UserError('--config goes with --weights: a run is evaluated as its config.json says')
     if values.weights is None:
         results = evaluate_run(workdir_path(required(values, 'workdir')), values.params, values.step, protocol)
     elif values.workdir is None and values.step is None:

@@ -20,7 +20,10 @@ while true; do
     nodes=(--node-id="$NAME")
     [ "$SLICES" -gt 1 ] && nodes=(--node-count="$SLICES" --node-prefix="$NAME")
     pod create "${nodes[@]}" --accelerator-type="$TYPE" --runtime-version="$VERSION" --spot
-    until [ "$(pod describe --format='value(state.state)')" = ACTIVE ]; do sleep 30; done
+    while state=$(pod describe --format='value(state.state)'); [ "$state" != ACTIVE ]; do
+        case $state in FAILED | SUSPENDED) echo "$NAME is $state: see gcloud … describe" >&2; exit 1 ;; esac
+        sleep 30
+    done
     everywhere "$SETUP"
     everywhere "git clone --depth=1 $(git remote get-url origin) run && cd run && python3 -m venv .venv &&
         .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]' gcsfs google-cloud-storage"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,21 @@ class DamagedCheckpoint(Exception):
 
 
 class _Manager(ocp.CheckpointManager):
+    """Orbax's, with the error of a write known at once: its own thread tells it once all processes have timed out.
+
+    Attributes:
+        broken: the error of this process's part of the save under way.
+    """
+
+    broken: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.broken = error
+            raise
+
     def reached_preemption(self, step: int) -> bool:
         """The loop asks JAX for it, and numbers its questions in another way; whether to save is its to decide."""
         return False
@@ -137,19 +153,23 @@ class Checkpoints:
         self._note_score(step, metrics)
         try:
             self._check_place(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
-            self._manager.save(step, args=ocp.args.Composite(**args))
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)  # whether to, the loop has decided
         except Exception as error:  # Orbax and TensorStore have no common error for a disk that is full
             self._fail(error)
 
     def check(self) -> None:
         """Tells of the save under way if it has failed by now; waits for nothing."""
-        if self._under_way is not None and not self._manager.is_saving_in_progress():
+        if self._under_way is not None and (self._manager.broken or not self._manager.is_saving_in_progress()):
             self.wait()
 
     def wait(self) -> None:
         """Returns when the save under way, if there is one, is on disk or has failed."""
         if self._under_way is None:
             return
+        while are_several() and self._manager.is_saving_in_progress():
+            if self._manager.broken:
+                self._fail(self._manager.broken)
+            time.sleep(0.02)
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
@@ -166,7 +186,9 @@ class Checkpoints:
             self._kept.scores[step] = metrics[self._best_metric]
 
     def _fail(self, error: Exception) -> None:
-        step, self._under_way = self._under_way, None
+        step, self._under_way, self._manager.broken = self._under_way, None, None
+        if are_several() and isinstance(error, jax.errors.JaxRuntimeError):
+            raise error  # another process is gone, or ended with an error of its own
         if are_several() and not isinstance(error, NoPlace):  # the others wait for this one's part: all end
             raise NotSaved(f'step {step} could not be saved to {self.directory}: {_reason(error)}') from error
         self.failed[step] = _reason(error)
@@ -233,8 +255,9 @@ class Checkpoints:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps with a finished checkpoint, oldest first; an unfinished save has another name."""
-    return sorted(int(path.name) for path in directory.glob('*') if path.name.isdecimal())
+    """The steps with a finished checkpoint, oldest first; an unfinished save has another name, or a bucket no mark."""
+    paths = [path for path in directory.glob('*') if path.name.isdecimal()]
+    return sorted(int(path.name) for path in paths if is_local(path) or ocp.utils.is_checkpoint_finalized(path))
 
 
 def read_about(directory: Path, step: int) -> dict:

@@ -100,7 +100,8 @@ def _give_up(coordinator: str | None, process_count: int | None, process_id: int
             socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
         except OSError as error:
             problem = f'there is no coordinator at {coordinator} ({error.strerror or error})'
-    _leave(f'error: {problem} within {timeout} s: do all hosts run the same command, and reach process 0?', 2)
+    # Not status 2: they may only be late, and launchers try again.
+    _leave(f'error: {problem} within {timeout} s: do all hosts run the same command, and reach process 0?', 1)
 
 
 def is_first() -> bool:

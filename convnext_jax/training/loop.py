@@ -162,6 +162,8 @@ class Run(Program):
                         self._evaluate(log, step, state, Stop() if last else stop, patience)
                     if last:
                         return
+                    if stop.received:
+                        raise Stopped(stop.received, step)
                 first = next(batches)
                 log.say('compiling the training step …')
                 began = time.perf_counter()
@@ -200,13 +202,15 @@ class Run(Program):
             except NotFinite:
                 raise
             except NoBatch:
-                if step > saved and not are_several():  # of several, the others cannot end the step they are in
+                self.checkpoints.wait()
+                if not self._is_saved(step, saved) and not are_several():  # the others cannot end the step they are in
                     self._save_surely(state, step, None)
                     saved = step
-                self.checkpoints.wait()
                 raise Stopped(stop.received, saved) from None
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
-                if step > saved and not are_several():  # the others may be at another step
+                if not are_several():  # else the others may be at another step
+                    self.checkpoints.wait()
+                if not self._is_saved(step, saved) and not are_several():
                     try:
                         self._save_surely(state, step, None)
                     except NotSaved as unsaved:
@@ -218,6 +222,10 @@ class Run(Program):
             if self.checkpoints.failed:
                 steps = ', '.join(map(str, self.checkpoints.failed))
                 log.say(f'saving failed for a time, at step {steps}; step {step} is saved')
+
+    def _is_saved(self, step: int, saved: int) -> bool:
+        """Whether the state of a step is on disk, given the step that was last to be saved."""
+        return step <= saved and step not in self.checkpoints.failed
 
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_rows(self.batch_sharding, batch_size))

@@ -10,7 +10,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, Pretrained, read_pretrained
 from convnext_jax.models import Parameters, get_parameters, with_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
-from convnext_jax.training.distributed import spread
+from convnext_jax.training.distributed import gathered, spread
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, workdir_path
 
@@ -102,7 +102,7 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
         UserError: there is none.
     """
     directory = workdir / CHECKPOINTS
-    steps = saved_steps(directory)
+    steps = gathered(saved_steps(directory))[0]  # a run that goes on may save one in this moment
     if not steps:
         raise UserError(f'{workdir} holds no checkpoint of a run')
     return directory, steps[-1]

@@ -5,6 +5,8 @@ import fcntl
 import io
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +19,8 @@ from convnext_jax.errors import UserError
 from convnext_jax.training.distributed import gathered, is_first
 
 LOCK = '.lock'
+SHOWN_WITHIN = 10.0
+"""Seconds in which a network file system shows a host what another has written."""
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 CURVES = 'curves.png'
@@ -61,10 +65,11 @@ def locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
-            raise UserError(f'workdir {workdir} is in use by process {lock.read().strip()}') from error
+            raise UserError(f'workdir {workdir} is in use by process {lock.read().partition(" ")[0]}') from error
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f'{os.getpid()} {secrets.token_hex(8)}')
         lock.flush()
+        os.fsync(lock.fileno())  # for the other hosts of a network file system
         yield
 
 
@@ -76,12 +81,21 @@ def locked_by_first(workdir: Path) -> Iterator[None]:
         UserError: as `locked`, or a process sees another folder.
     """
     with locked(workdir) if is_first() else contextlib.nullcontext():
-        owner = str(os.getpid()) if is_first() else None
-        owner = gathered(owner)[0]
         lock = workdir / LOCK
-        if is_local(workdir) and not (lock.exists() and lock.read_text() == owner):
+        content = gathered(lock.read_text() if is_first() and is_local(workdir) else None)[0]
+        if is_local(workdir) and not _comes_to_hold(lock, content):
             raise UserError(f'workdir {workdir} is not the one that process 0 has: all hosts must share a file system')
         yield
+
+
+def _comes_to_hold(path: Path, content: str) -> bool:
+    """Whether a file has a content, or has it soon: so a network file system shows what another host wrote."""
+    until = time.monotonic() + SHOWN_WITHIN
+    while not (path.exists() and path.read_text() == content):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def settle_config(workdir: Path, config: ConfigDict) -> list[str]:

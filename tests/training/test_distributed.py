@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -126,6 +128,18 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(commands, tmp_path)
     ]
 
 
+def test_what_one_process_cannot_write_ends_all_at_once(commands, tmp_path):
+    """Orbax's own barriers would let the pod stand for twenty minutes before anybody heard of it."""
+    job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run')
+    resource.prlimit(second, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == 2, err
+    problem = re.search(r'^error: process 1 failed: step (\d+) could not be saved to .*: File too large$', err, re.M)
+    assert problem, err
+    assert 'Traceback' not in err
+    assert all(step < int(problem[1]) for step in saved_steps(tmp_path / 'run' / 'checkpoints'))
+
+
 def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
     """JAX's coordination service ends with process 0, and its client then ends the others."""
     job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
@@ -162,7 +176,7 @@ def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, t
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1] if process == 0 else 1
     flags = (f'--coordinator=127.0.0.1:{port}', '--process_count=2', f'--process_id={process}', '--process_timeout=4')
-    refused = commands.run('train.py', *SMALL_RUN, f'--workdir={tmp_path}', *flags, status=2)
+    refused = commands.run('train.py', *SMALL_RUN, f'--workdir={tmp_path}', *flags, status=1)
     assert [text.startswith(line) for text in refused.stderr.splitlines()] == [True]
     assert refused.stdout == ''
 
