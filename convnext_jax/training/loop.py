@@ -199,7 +199,7 @@ class Run(Program):
                         raise Stopped(stopped_by, step)
                     if last:
                         break
-            except NotFinite:
+            except (NotFinite, NotSaved):
                 raise
             except NoBatch:
                 self.checkpoints.wait()
