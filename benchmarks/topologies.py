@@ -2,7 +2,8 @@
 
     python -m benchmarks.topologies [--steps=50] [--config.FIELD=VALUE …]
 
-On simulated devices of this machine's CPU: one; eight along `data`; 4 × 2 along `data` and `fsdp`; and the same eight
+On simulated devices of this machine's CPU: one; one that computes each batch in two parts, which rounds differently and
+shows what rounding alone comes to; eight along `data`; 4 × 2 along `data` and `fsdp`; and the same eight
 in two processes. The demo's config with drop path, RandAugment, erasing, mixup and cutmix on. Each step's loss comes
 from the run's own records. It takes minutes, most of which are compiling.
 """
@@ -40,15 +41,18 @@ class Topology:
         devices: of each process.
         fsdp: as in the config.
         processes: that `launch/local.py` starts.
+        parts: of each batch, one after the other.
     """
 
     devices: int
     fsdp: int = 1
     processes: int = 1
+    parts: int = 1
 
 
 TOPOLOGIES = {
     '1 device': Topology(1),
+    '1 device, two parts': Topology(1, parts=2),
     '8 devices': Topology(8),
     '4 × 2 (data × fsdp)': Topology(8, fsdp=2),
     '2 processes × 4': Topology(4, processes=2),
@@ -64,15 +68,9 @@ def losses(topology: Topology, settings: list[str]) -> np.ndarray:
             'XLA_FLAGS': f'--xla_force_host_platform_device_count={topology.devices}',
         }
         launcher = ['launch/local.py', str(topology.processes), '--'] if topology.processes > 1 else []
+        flags = [f'--config.mesh.fsdp={topology.fsdp}', f'--config.accumulation_steps={topology.parts}']
         subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                'train.py',
-                *settings,
-                f'--config.mesh.fsdp={topology.fsdp}',
-                f'--workdir={folder}',
-            ],
+            [sys.executable, *launcher, 'train.py', *settings, *flags, f'--workdir={folder}'],
             env=os.environ | environment,
             stdout=subprocess.DEVNULL,
             check=True,
