@@ -21,9 +21,9 @@ import jax
 
 from configs.fashion_mnist import get_config
 from convnext_jax.data import pipeline
-from convnext_jax.training.checkpoint import Checkpoints
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.loop import Run
+from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.fashion_mnist import get_config
-from convnext_jax.training.checkpoint import Checkpoints
 from convnext_jax.training.loop import Run
+from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
 

@@ -18,9 +18,10 @@ import jax
 
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
-from convnext_jax.training.checkpoint import UNFINISHED, DamagedCheckpoint, restore, saved_steps
+from convnext_jax.training.checkpoint import DamagedCheckpoint, restore, saved_steps
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.program import Program
+from convnext_jax.training.saving import UNFINISHED
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources
 from convnext_jax.training.sharding import make_mesh
 

@@ -17,11 +17,12 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt
-from convnext_jax.training.checkpoint import Checkpoints, NotSaved, read_about
+from convnext_jax.training.checkpoint import read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
 from convnext_jax.training.logging import RunLog, Silence, read_records, say
 from convnext_jax.training.program import Program
+from convnext_jax.training.saving import Checkpoints, NotSaved
 from convnext_jax.training.setup import Plan, abstract_model, cache_compiled, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state

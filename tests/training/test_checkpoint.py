@@ -13,9 +13,8 @@ import pytest
 from etils import epath
 
 from convnext_jax.errors import UserError
-from convnext_jax.training import checkpoint
+from convnext_jax.training import saving
 from convnext_jax.training.checkpoint import (
-    Checkpoints,
     DamagedCheckpoint,
     read_about,
     restore,
@@ -23,6 +22,7 @@ from convnext_jax.training.checkpoint import (
     saved_steps,
 )
 from convnext_jax.training.optimizer import adamw
+from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.sharding import make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
 
@@ -196,8 +196,8 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
     told = []
     with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
         with monkeypatch.context() as of_two:
-            of_two.setattr(checkpoint, 'are_several', lambda: True)
-            of_two.setattr(checkpoint, 'gathered', lambda own: [own, 'the other disk is full'])
+            of_two.setattr(saving, 'are_several', lambda: True)
+            of_two.setattr(saving, 'gathered', lambda own: [own, 'the other disk is full'])
             checkpoints.save(make_state(4), {}, None)
         assert told == ['step 4 could not be saved: the other disk is full; the last checkpoint is of step 3']
         checkpoints.save(make_state(5), {}, None)

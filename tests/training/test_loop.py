@@ -20,10 +20,11 @@ from configs.fashion_mnist import get_config
 from convnext_jax.data.loading import WorkerEnded, no_word
 from convnext_jax.errors import UserError
 from convnext_jax.training import loop
-from convnext_jax.training.checkpoint import NotSaved, restore_parameters, saved_steps
+from convnext_jax.training.checkpoint import restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
+from convnext_jax.training.saving import NotSaved
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.stop import Stop, Stopped

@@ -17,8 +17,9 @@ from convnext_jax.errors import UserError
 from convnext_jax.evaluation import make_eval_step
 from convnext_jax.models import get_parameters, list_models
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
-from convnext_jax.training.checkpoint import Checkpoints, restore, restore_parameters
+from convnext_jax.training.checkpoint import restore, restore_parameters
 from convnext_jax.training.program import Program
+from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import (
     check_batch_size,
