@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> None:
     define_processes(values)
     parse(values, arguments, usage=__doc__)
     with all_processes(values):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of several processes JAX's runtime would keep it to itself
         _evaluate(values)
 
 
 def _evaluate(values: flags.FlagValues) -> None:
+    from convnext_jax.training.distributed import are_several
     from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights  # JAX: after the settings
     from convnext_jax.training.workdir import workdir_path
 
@@ -61,11 +61,11 @@ def _evaluate(values: flags.FlagValues) -> None:
         flip=values.flip,
         per_class=Path(values.per_class) if values.per_class else None,
     )
-    if values.weights is None and values.config is not None:
-        raise UserError('--config goes with --weights: a run is evaluated as its config.json says')
-    if values.weights is None:
+    if are_several():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime has taken it, for runs that save
+    if values.weights is None and values.config is None:
         results = evaluate_run(workdir_path(required(values, 'workdir')), values.params, values.step, protocol)
-    elif values.workdir is None and values.step is None:
+    elif values.weights is not None and values.workdir is None and values.step is None:
         results = evaluate_weights(required_config(values), values.weights, values.params or 'raw', protocol)
     else:
         raise UserError('--weights goes with --config, --workdir with --step: give one or the other')

@@ -1,5 +1,6 @@
 """Eight simulated devices for the tests in this process, and a way to run the commands as a user does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,13 +19,14 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
+STEPS = 24
 # Seconds of training: ten batches an epoch, and 40 images to evaluate.
 SMALL_RUN = (
     '--config=configs/fashion_mnist.py',
     '--config.data.train_split=train[:160]',
     '--config.data.eval_split=test[:40]',
     '--config.batch_size=16',
-    '--config.steps=24',
+    f'--config.steps={STEPS}',
     '--config.optimizer.warmup_steps=4',
     '--config.log_every_steps=4',
     '--config.eval_every_epochs=1',
@@ -54,6 +56,11 @@ class Commands:
 
     def train(self, workdir: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
         return self.run('train.py', *SMALL_RUN, f'--workdir={workdir}', *overrides, status=status)
+
+
+def fingerprints(workdir: Path, step: int = STEPS) -> dict:
+    """Of every array of the checkpoint: parameters, optimizer, moving average and counters."""
+    return json.loads((workdir / 'checkpoints' / str(step) / 'manifest' / 'metadata').read_text())['arrays']
 
 
 @pytest.fixture(scope='session')

@@ -67,7 +67,7 @@ def test_eval_of_an_earlier_step(commands, finished_run):
         (('--workdir={run}', '--splits=fashion_mnist_mini@train[:0]'), "has no split 'train[:0]'"),
         (('--workdir={run}', '--per_class=nowhere/a.csv'), 'nowhere/a.csv cannot be written'),
         (('--workdir={run}', '--step=3'), 'has no checkpoint of step 3, only of'),
-        (('--workdir={run}', '--config=configs/fashion_mnist.py'), '--config goes with --weights'),
+        (('--workdir={run}', '--config=configs/fashion_mnist.py'), '--weights goes with --config, --workdir with'),
         (('--workdir={run}', '--stap=3'), "Unknown command line flag 'stap'"),
     ],
 )

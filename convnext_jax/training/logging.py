@@ -22,6 +22,17 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Who imports torch in here finds none, unless it is imported already."""
+    hidden = sys.modules.setdefault('torch', None) is None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules['torch']
+
+
 class RunLog:
     """Writes a run's records. Use as a context manager; leaving it raises UserError if metrics.jsonl is not whole.
 
@@ -34,12 +45,10 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
-        hidden = sys.modules.setdefault('torch', None) is None  # else it imports torch where there is one: seconds
-        # Not SummaryWriter: its thread dies of a full disk, and then it blocks.
-        from tensorboardX.event_file_writer import EventsWriter
+        with _without_torch():  # tensorboardX would import it where there is one, which takes seconds
+            # Not SummaryWriter: its thread dies of a full disk, and then it blocks.
+            from tensorboardX.event_file_writer import EventsWriter
 
-        if hidden:
-            del sys.modules['torch']
         self._workdir = workdir
         self._total_steps = total_steps
         records = [record for record in read_records(workdir) if record['step'] <= start_step]

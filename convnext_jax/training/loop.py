@@ -203,30 +203,26 @@ class Run(Program):
             except (NotFinite, NotSaved):
                 raise
             except NoBatch:
-                self.checkpoints.wait()
-                if not self._is_saved(step, saved) and not are_several():  # the others cannot end the step they are in
-                    self._save_surely(state, step, None)
+                if are_several():  # the others cannot end the step they are in
+                    self.checkpoints.wait()
+                else:
+                    self._save_rest(state, step, saved)
                     saved = step
                 raise Stopped(stop.received, saved) from None
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
                 if not are_several():  # else the others may be at another step
-                    self.checkpoints.wait()
-                if not self._is_saved(step, saved) and not are_several():
                     try:
-                        self._save_surely(state, step, None)
+                        self._save_rest(state, step, saved)
                     except NotSaved as unsaved:
                         raise NotSaved(f'{error}; {unsaved}') from error
-                    log.say(f'saved at step {step}')
+                    if step:
+                        log.say(f'saved at step {step}')
                 if stop.received and isinstance(error, WorkerEnded):  # the signal went to all processes
                     raise Stopped(stop.received, step) from None
                 raise
             if self.checkpoints.failed:
                 steps = ', '.join(map(str, self.checkpoints.failed))
                 log.say(f'saving failed for a time, at step {steps}; step {step} is saved')
-
-    def _is_saved(self, step: int, saved: int) -> bool:
-        """Whether the state of a step is on disk, given the step that was last to be saved."""
-        return step <= saved and step not in self.checkpoints.failed
 
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_rows(self.batch_sharding, batch_size))
@@ -328,6 +324,12 @@ class Run(Program):
             f'not saved: step {steps} ({why}); {self.checkpoints.last_saved()}. Make room, or make '
             f'{self.checkpoints.directory} writable, and run the same command again'
         )
+
+    def _save_rest(self, state: TrainState, step: int, saved: int) -> None:
+        """As `_save_surely`, unless the state is on disk: `saved` is the step that was last to be saved."""
+        self.checkpoints.wait()
+        if step > saved or step in self.checkpoints.failed:
+            self._save_surely(state, step, None)
 
     def _data_facts(self) -> dict:
         """What a data set under the same name and folder must still have when the run resumes."""

@@ -19,13 +19,13 @@ from convnext_jax.errors import UserError
 from convnext_jax.training.distributed import gathered, is_first
 
 LOCK = '.lock'
-SHOWN_WITHIN = 10.0
-"""Seconds in which a network file system shows a host what another has written."""
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 CURVES = 'curves.png'
 CHECKPOINTS = 'checkpoints'
 TENSORBOARD = 'tensorboard'
+SHOWN_WITHIN = 10.0
+"""Seconds in which a network file system shows a host what another has written."""
 
 
 def workdir_path(text: str) -> Path | epath.Path:

@@ -205,6 +205,25 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
     assert saved_steps(directory) == [1, 3, 5]
 
 
+def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
+    """'could not be saved: the disk …' would send the user to a disk that has room."""
+    with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
+        monkeypatch.setattr(saving, 'are_several', lambda: True)
+        gone = jax.errors.JaxRuntimeError('the coordination service is gone')
+        monkeypatch.setattr(checkpoints, '_check_place', lambda needed: (_ for _ in ()).throw(gone))
+        with pytest.raises(jax.errors.JaxRuntimeError, match='coordination service'):
+            checkpoints.save(make_state(4), {}, None)
+        assert not checkpoints.failed
+        monkeypatch.undo()
+
+
+def test_an_older_step_than_the_newest_is_saved_too(directory):
+    """The loop has decided; Orbax would leave it out in silence."""
+    with Checkpoints(directory, keep=10, best_metric='top1') as checkpoints:
+        checkpoints.save(make_state(0), {}, None)
+    assert saved_steps(directory) == [0, 1, 2, 3]
+
+
 def test_a_write_error_in_the_background_is_told_before_the_next_save(directory):
     """The half-written checkpoint goes, for it takes the room; none is deleted before its successor is whole."""
     told, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, STEPS
 
 from convnext_jax.errors import UserError
 from convnext_jax.training import distributed
@@ -22,7 +22,6 @@ from convnext_jax.training.logging import read_records
 from convnext_jax.training.sharding import batch_sharding, make_mesh
 from launch import local
 
-STEPS = 24
 TWO = ('launch/local.py', 2, '--')
 JOB = (*TWO, 'train.py', *SMALL_RUN)
 # Evaluates 1,000 images after each step: there is time to interrupt it.

@@ -1,6 +1,7 @@
 """A workdir belongs to one run and one process at a time."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,40 @@ from etils import epath
 
 from convnext_jax.config import as_dict, default_config, from_dict, read_config
 from convnext_jax.errors import UserError
+from convnext_jax.training import workdir
 from convnext_jax.training.logging import RunLog, read_records
-from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, locked, settle_config, workdir_path
+from convnext_jax.training.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    locked,
+    locked_by_first,
+    settle_config,
+    workdir_path,
+)
 
 
 def test_a_locked_workdir_is_refused_and_free_again_after(tmp_path):
     with locked(tmp_path / 'run'), pytest.raises(UserError, match='in use by process'), locked(tmp_path / 'run'):
         pass
     with locked(tmp_path / 'run'):
+        pass
+
+
+def test_a_lock_that_a_network_file_system_shows_late_is_waited_for(tmp_path, monkeypatch):
+    """Another host reads it a moment after process 0 wrote it: no reason to end a job of many hosts."""
+    lock = tmp_path / LOCK
+    lock.write_text('of the run before')
+    monkeypatch.setattr(workdir, 'is_first', lambda: False)
+    monkeypatch.setattr(workdir, 'gathered', lambda own: ['of this run'])
+    timer = threading.Timer(0.5, lock.write_text, ['of this run'])
+    timer.start()
+    with locked_by_first(tmp_path):
+        pass
+    timer.join()
+    monkeypatch.setattr(workdir, 'SHOWN_WITHIN', 0.3)
+    lock.write_text("of another folder's run")
+    with pytest.raises(UserError, match='all hosts must share a file system'), locked_by_first(tmp_path):
         pass
 
 
@@ -92,15 +119,15 @@ def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
     """There nothing can be locked, renamed or appended to: a run must not lose its records for that."""
     assert str(workdir_path('gs://bucket/run') / CONFIG) == 'gs://bucket/run/config.json'
     assert workdir_path('runs/demo') == Path('runs/demo')
-    workdir = epath.Path(tmp_path)  # any path that is no pathlib.Path is taken for a bucket's
-    with locked(workdir):
-        assert not list(workdir.iterdir())
-    settle_config(workdir, default_config())
-    assert read_config(workdir / CONFIG) == default_config()
+    run = epath.Path(tmp_path)  # any path that is no pathlib.Path is taken for a bucket's
+    with locked(run):
+        assert not list(run.iterdir())
+    settle_config(run, default_config())
+    assert read_config(run / CONFIG) == default_config()
     speed = dict.fromkeys(('images_per_second', 'step_ms_median', 'step_ms_p99', 'data_wait_share'), 1.0)
     for start in (0, 1):
-        with RunLog(workdir, start, total_steps=2) as log:
+        with RunLog(run, start, total_steps=2) as log:
             log.train(start + 1, 0.5, {'loss': 2.0, 'learning_rate': 0.1, **speed}, seconds_left=0)
             log.evaluation(start + 1, 0.5, 'test', {'loss': 2.0, 'top1': 50.0})
-    assert [record['step'] for record in read_records(workdir)] == [1, 1, 2, 2]
+    assert [record['step'] for record in read_records(run)] == [1, 1, 2, 2]
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')

@@ -1,0 +1,195 @@
+"""A run that is told to stop saves first: the real loop, and the loop on steps that cost nothing."""
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL_RUN, STEPS, fingerprints
+
+from configs.fashion_mnist import get_config
+from convnext_jax.data.loading import WorkerEnded, no_word
+from convnext_jax.errors import UserError
+from convnext_jax.training import loop
+from convnext_jax.training.checkpoint import saved_steps
+from convnext_jax.training.logging import RunLog, read_records
+from convnext_jax.training.loop import Run
+from convnext_jax.training.saving import NotSaved
+from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.sharding import make_mesh
+from convnext_jax.training.stop import Stop, Stopped
+from convnext_jax.training.watch import NoBatch
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_run, tmp_path, number):
+    run = tmp_path / 'run'
+    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}', '--config.checkpoint_every_steps=1000')
+    while process.poll() is None and not read_records(run):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out + err
+    assert 'Traceback' not in err
+    step = saved_steps(run / 'checkpoints')[-1]
+    assert f'stopped by {number.name} at step {step}, saved; the same command resumes it' in out
+    assert 4 <= step < STEPS
+    if number == signal.SIGTERM:
+        resumed = commands.train(run, '--config.checkpoint_every_steps=1000')
+        assert f'resumes at step {step} of {STEPS}' in resumed.stdout
+        assert fingerprints(run) == fingerprints(finished_run)
+
+
+def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resumed(commands, finished_run, tmp_path):
+    """An evaluation of ImageNet takes longer than the notice that a preempted machine is given."""
+    run = tmp_path / 'run'
+    arguments = ('--config.data.eval_split=test', '--config.log_every_steps=10', '--config.checkpoint_every_steps=1000')
+    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}', *arguments)
+    while process.poll() is None and not read_records(run):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert saved_steps(run / 'checkpoints') == [10]
+    assert [record['split'] for record in read_records(run)] == ['train']
+    commands.train(run, *arguments)
+    assert [record['step'] for record in read_records(run) if record['split'] == 'test'] == [10, 20, 24]
+    assert fingerprints(run) == fingerprints(finished_run)
+
+
+class Steps:
+    """A training step that costs nothing."""
+
+    def lower(self, *_):
+        return self
+
+    def compile(self, options=None):
+        names = ('loss', 'learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
+        metrics = dict.fromkeys(names, np.zeros(()))
+        return lambda state, batch: (state, metrics)
+
+
+class Saves:
+    """Checkpoints in name: remembers what it was told to save; with an `error`, every save fails."""
+
+    directory = Path('checkpoints')
+
+    def __init__(self, error=None):
+        self.steps, self.failed, self._error = [], {}, error
+
+    def save(self, state, about, results):
+        step = about['position']['batch']
+        self.steps.append(step)
+        if self._error:
+            self.failed[step] = self._error
+
+    def check(self):
+        pass
+
+    def wait(self):
+        pass
+
+    def last_saved(self):
+        return 'there is no checkpoint yet'
+
+
+def make_run(config, checkpoints):
+    train_source, eval_source = open_sources(config)
+    settle_classes(config, train_source)
+    plan = make_plan(config, len(train_source))
+    run = Run(config, plan, make_mesh(), abstract_model(config), train_source, eval_source, checkpoints)
+    run.train_step = Steps()
+    return run
+
+
+def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000):
+    """Runs until the second batch, then come a signal and the error, if there is one."""
+    config, stop = get_config(), Stop()
+    config.checkpoint_every_steps = every
+    run = make_run(config, checkpoints)
+
+    def batches(start_step, waiting):
+        yield {}
+        stop.received = signal.SIGTERM
+        if error:
+            raise error
+        yield {}
+
+    monkeypatch.setattr(run, 'train_batches', batches)
+    monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
+    run.go(SimpleNamespace(step=0), tmp_path)
+
+
+def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
+    """Launchers signal the decoding processes too: their end must not be told as running out of memory."""
+    checkpoints = Saves()
+    with pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved'):
+        stopped_run(tmp_path, monkeypatch, checkpoints, WorkerEnded('a process ended'))
+    assert checkpoints.steps == [1]
+
+
+def test_a_stop_hides_no_error(tmp_path, monkeypatch):
+    """A save that fails, or a broken image, in the moment of the signal: 'saved' would be a lie."""
+    monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
+    with pytest.raises(
+        NotSaved, match=r'^not saved: step 2 \(the disk is full\); there is no checkpoint yet. Make room'
+    ):
+        stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), None)
+    assert full.steps == [2, 2], 'not tried again'
+    with pytest.raises(NotSaved, match=r'^7.jpg is broken; not saved: step 1 \(the disk is full\)'):
+        stopped_run(tmp_path, monkeypatch, Saves('the disk is full'), UserError('7.jpg is broken'))
+    with pytest.raises(UserError, match='^7.jpg is broken$'):
+        stopped_run(tmp_path, monkeypatch, Saves(), UserError('7.jpg is broken'))
+
+
+def test_a_state_whose_save_failed_is_not_told_as_saved(tmp_path, monkeypatch):
+    """The save of the very step that the run stops at has failed: it is tried again, and its end is told."""
+    monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
+    for error in (WorkerEnded('a process ended'), NoBatch()):
+        with pytest.raises(NotSaved, match=r'not saved: step 1 \(the disk is full\)'):
+            stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), error, every=1)
+        assert full.steps == [1, 1, 1], 'as the config says, and twice at the end'
+        with pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved'):
+            stopped_run(tmp_path, monkeypatch, saves := Saves(), error, every=1)
+        assert saves.steps == [1], 'saved twice'
+
+
+def test_a_signal_in_an_evaluation_made_up_for_stops_at_once(tmp_path, monkeypatch):
+    """Compiling and one more step could take longer than the notice of a preemption."""
+    run, stop, evaluated = make_run(get_config(), saves := Saves()), Stop(), []
+    step = run.plan.eval_every_steps
+
+    def evaluate(log, at, state, stop, waiting):
+        evaluated.append(at)
+        stop.received = signal.SIGTERM
+
+    monkeypatch.setattr(run, '_evaluate', evaluate)
+    monkeypatch.setattr(run, 'compile', lambda *_: pytest.fail('goes on'))
+    monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
+    with pytest.raises(Stopped, match=f'at step {step}, saved'):
+        run.go(SimpleNamespace(step=step), tmp_path)
+    assert (evaluated, saves.steps) == ([step], [])
+
+
+def test_an_evaluation_stops_within_a_batch(tmp_path):
+    """Of 1,000 images in batches of 8, none is evaluated after the signal."""
+    config = get_config()
+    config.batch_size = 8
+    run, stop, batches = make_run(config, checkpoints=None), Stop(), []
+
+    def eval_step(parameters, batch):
+        batches.append(batch)
+        stop.received = signal.SIGTERM if len(batches) == 3 else None
+        return dict.fromkeys(('count', 'loss', 'top1', 'top5', 'bin_hits', 'bin_confidence'), np.zeros(()))
+
+    run.eval_step = eval_step
+    state = jax.eval_shape(run.fresh_state)
+    state.ema = {}
+    with RunLog(tmp_path, 0, run.plan.total_steps) as log:
+        assert run._evaluate(log, 1, state, stop, no_word) is None
+    assert len(batches) == 3
+    assert read_records(tmp_path) == []
