@@ -4,8 +4,9 @@
 
 On simulated devices of this machine's CPU: one; one that computes each batch in two parts, which rounds differently and
 shows what rounding alone comes to; eight along `data`; 4 × 2 along `data` and `fsdp`; and the same eight
-in two processes. The demo's config with drop path, RandAugment, erasing, mixup and cutmix on. Each step's loss comes
-from the run's own records. It takes minutes, most of which are compiling.
+in two processes. The demo's config with drop path, RandAugment, erasing, mixup and cutmix on, and a learning rate of
+1e-5: another image, key or gradient shows at once, while the demo's own 1.2e-2 carries rounding alone from 1e-7 to 1e-2
+within 50 steps. Each step's loss comes from the run's own records. It takes minutes, most of which are compiling.
 """
 
 import argparse
@@ -28,6 +29,7 @@ SETTINGS = (
     '--config.mix.mixup=0.8',
     '--config.mix.cutmix=1.0',
     '--config.optimizer.warmup_steps=10',
+    '--config.optimizer.learning_rate=1e-5',
     '--config.data.eval_split=test[:64]',
     '--config.log_every_steps=1',
 )
