@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import re
 import sys
 import traceback
@@ -86,8 +87,9 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
 
 
 def _show_unraisable(unraisable: object) -> None:
-    # Of a save that fails, TensorStore leaves this behind for each write that ends later, hundreds of them.
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    # Of a save or a restore that fails, Orbax raises one error and abandons its other coroutines, hundreds of them, and
+    # TensorStore tells their closed loop that they have ended.
+    if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
 

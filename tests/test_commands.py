@@ -1,7 +1,9 @@
 """The commands as a user types them."""
 
+import asyncio
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -229,3 +231,27 @@ def test_an_unknown_command_lists_those_there_are(commands):
         '{prepare | models | predict | convert | export | benchmark | plan}'
         in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
     )
+
+
+def test_what_a_failed_restore_leaves_behind_is_not_shown_and_other_errors_are(monkeypatch, capsys):
+    """Pages of a coroutine's traceback hide the one line that says which checkpoint is damaged."""
+
+    async def read():
+        try:
+            await asyncio.sleep(0)
+        finally:
+            raise ValueError('the array is damaged')
+
+    class Other:
+        def __del__(self):
+            raise ValueError('of our own')
+
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    with pytest.raises(SystemExit):
+        run(lambda arguments: sys.exit(0))
+    abandoned, other = read(), Other()
+    abandoned.send(None)  # until it waits
+    del abandoned
+    assert capsys.readouterr().err == ''
+    del other
+    assert 'of our own' in capsys.readouterr().err
