@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.faults.runs import LAST, Case, Lab, intact, whole
+from convnext_jax.training.workdir import METRICS
 
 DAMAGES = ('cut short', 'a bit flipped', 'gone')
 FOLDERS = ('', 'parameters', 'optimizer/ocdbt.process_0', 'ema/d', 'counters', 'manifest')
@@ -62,7 +63,7 @@ def _again(lab: Lab, moment: str, paths: list[Path], damage: str, rng: random.Ra
         case.happened += notes + (resumed or ['finished at once']) + ['bit-identical']
         shutil.rmtree(workdir / 'damaged', ignore_errors=True)
         if resumed or notes or not untouched:
-            case.must(whole(workdir, lab.unbroken()))
+            case.must(whole(workdir, lab.unbroken(), records=Path(METRICS) not in paths))  # what was there is lost
     shutil.rmtree(workdir)
     return case
 
