@@ -225,10 +225,10 @@ class _Worker:
         threads: int,
         leash: Connection,
     ) -> None:
-        os.setpgrp()  # what Ctrl-C or a launcher sends to the group is the training process's to answer
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that came since the start
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Ctrl-C and a launcher's SIGTERM, which Slurm sends to every process, are the training process's to answer: it
+        # needs batches until all hosts have agreed on the step to stop at. This one ends with its leash.
+        for number in HELD_BACK:
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         cls.load = staticmethod(pickle.loads(load))
         cls.images = np.frombuffer(memory, np.uint8).reshape(shape)
@@ -282,11 +282,11 @@ def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
 
 @contextlib.contextmanager
 def _closing(pool: Executor, end: Connection) -> Iterator[tuple[Executor, dict[int, Future]]]:
-    """The pool, and a place for the results that it is at; what hangs is ended by the closing of `end`."""
+    """The pool, and a place for the results that it is at; the closing of `end` ends its processes, hanging or not."""
     busy: dict[int, Future] = {}
     try:
         yield pool, busy
     finally:
-        if wait([future for future in busy.values() if not future.cancel()], GRACE).not_done:
-            end.close()
+        wait([future for future in busy.values() if not future.cancel()], GRACE)
+        end.close()
         pool.shutdown(cancel_futures=True)

@@ -97,6 +97,19 @@ def test_a_killed_process_is_told():
         list(load_batches(Load(deadly=9), range(10), 4, SHAPE, workers=2))
 
 
+def test_a_signal_to_all_processes_stops_no_decoding():
+    """Slurm sends SIGTERM to every process of a job: the hosts need batches until they stop, all at the same step."""
+    batches = load_batches(Load(), itertools.count(), 4, SHAPE, workers=2)
+    next(batches)
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(process.pid, number)
+    assert [next(batches)['label'][0] for _ in range(10)] == list(range(4, 44, 4))
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
 def test_processes_give_the_batches_of_threads():
     """Another number of workers must not be another run; the sources must reach them."""
     source = open_source('fashion_mnist_mini', '', 'train')
