@@ -239,6 +239,6 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """Of a write that failed: the system's own words, where TensorStore tells their number."""
-    number = re.search(r"os_error_code='(\d+)'", str(error))
+    """Of a write that failed: the system's own words, where TensorStore or Python tells their number."""
+    number = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
     return os.strerror(int(number[1])) if number else first_line(error)

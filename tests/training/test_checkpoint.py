@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import errno
+import os
 import resource
 import shutil
 import time
@@ -215,6 +217,16 @@ def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
             checkpoints.save(make_state(4), {}, None)
         assert not checkpoints.failed
         monkeypatch.undo()
+
+
+def test_a_write_error_of_python_s_is_told_in_the_same_words(directory, monkeypatch):
+    """Orbax writes some files by TensorStore and some itself; which one meets the full disk first is chance."""
+    told = []
+    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'array_metadatas')
+        monkeypatch.setattr(checkpoints, '_check_place', lambda needed: (_ for _ in ()).throw(full))
+        checkpoints.save(make_state(4), {}, None)
+    assert told == ['step 4 could not be saved: No space left on device; the last checkpoint is of step 3']
 
 
 def test_an_older_step_than_the_newest_is_saved_too(directory):
