@@ -5,8 +5,8 @@
 On simulated devices of this machine's CPU: one; one that computes each batch in two parts, which rounds differently and
 shows what rounding alone comes to; eight along `data`; 4 × 2 along `data` and `fsdp`; and the same eight
 in two processes. The demo's config with drop path, RandAugment, erasing, mixup and cutmix on, and a learning rate of
-1e-5: another image, key or gradient shows at once, while the demo's own 1.2e-2 carries rounding alone from 1e-7 to 1e-2
-within 50 steps. Each step's loss comes from the run's own records. It takes minutes, most of which are compiling.
+1e-5: at the demo's own 1.2e-2 rounding alone grows from 1e-7 to 7e-4 within 50 steps. Each step's loss comes from the
+run's own records. It takes minutes, most of which are compiling.
 """
 
 import argparse

@@ -54,8 +54,9 @@ def _again(lab: Lab, moment: str, paths: list[Path], damage: str, rng: random.Ra
         case.happened.append(run.error)
         for step in untouched:  # the others must be as they were
             shutil.rmtree(workdir / 'checkpoints' / step, ignore_errors=True)
-        for path in paths if not untouched else ():  # mended
-            shutil.copy(lab.finished / path, workdir / path)
+        for path in paths:
+            if path.parts[0] != 'checkpoints':  # mended
+                shutil.copy(lab.finished / path, workdir / path)
         case.must(intact(workdir, lab.unbroken()))
     else:
         notes = [line.split(': moved')[0][:120] for line in run.lines if 'is damaged' in line]

@@ -25,11 +25,6 @@ import numpy as np
 
 from convnext_jax.errors import UserError
 
-
-class WorkerEnded(UserError):
-    """A process that decodes images came to its end before the training did."""
-
-
 HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 
 GRACE = 5.0
@@ -89,7 +84,7 @@ def load_batches(
         waiting: hears of a batch that is not there yet.
 
     Raises:
-        UserError: as `load`, or there is too little shared memory; `WorkerEnded` if a process was killed.
+        UserError: as `load`, or there is too little shared memory, or a process was killed.
     """
     processes, threads = decoders(workers)
     if processes:
@@ -201,7 +196,7 @@ def _by_processes(
                 row = _result(future, waiting, lambda: number * rows + int(loaded[slot].argmin()))  # noqa: B023
                 yield {**row, 'image': images[slot].copy()}
         except BrokenProcessPool as error:
-            raise WorkerEnded(
+            raise UserError(
                 'a process that decodes images ended: out of memory, or begun by a script that trains without '
                 "if __name__ == '__main__'? Lower data.workers; with 0 there are none"
             ) from error

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
-from convnext_jax.data.loading import WorkerEnded, no_word
+from convnext_jax.data.loading import no_word
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, Waiting, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
@@ -217,8 +217,6 @@ class Run(Program):
                         raise NotSaved(f'{error}; {unsaved}') from error
                     if step:
                         log.say(f'saved at step {step}')
-                if stop.received and isinstance(error, WorkerEnded):  # the signal went to all processes
-                    raise Stopped(stop.received, step) from None
                 raise
             if self.checkpoints.failed:
                 steps = ', '.join(map(str, self.checkpoints.failed))

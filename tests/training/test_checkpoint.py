@@ -209,22 +209,28 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
 
 def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
     """'could not be saved: the disk …' would send the user to a disk that has room."""
+
+    def gathered(own):
+        raise jax.errors.JaxRuntimeError('the coordination service is gone')
+
     with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
-        monkeypatch.setattr(saving, 'are_several', lambda: True)
-        gone = jax.errors.JaxRuntimeError('the coordination service is gone')
-        monkeypatch.setattr(checkpoints, '_check_place', lambda needed: (_ for _ in ()).throw(gone))
-        with pytest.raises(jax.errors.JaxRuntimeError, match='coordination service'):
-            checkpoints.save(make_state(4), {}, None)
+        with monkeypatch.context() as of_two:
+            of_two.setattr(saving, 'are_several', lambda: True)
+            of_two.setattr(saving, 'gathered', gathered)
+            with pytest.raises(jax.errors.JaxRuntimeError, match='coordination service'):
+                checkpoints.save(make_state(4), {}, None)
         assert not checkpoints.failed
-        monkeypatch.undo()
 
 
 def test_a_write_error_of_python_s_is_told_in_the_same_words(directory, monkeypatch):
     """Orbax writes some files by TensorStore and some itself; which one meets the full disk first is chance."""
+
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'array_metadatas')
+
     told = []
     with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'array_metadatas')
-        monkeypatch.setattr(checkpoints, '_check_place', lambda needed: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(checkpoints._manager, 'save', write)
         checkpoints.save(make_state(4), {}, None)
     assert told == ['step 4 could not be saved: No space left on device; the last checkpoint is of step 3']
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL_RUN, STEPS, fingerprints
 
 from configs.fashion_mnist import get_config
-from convnext_jax.data.loading import WorkerEnded, no_word
+from convnext_jax.data.loading import no_word
 from convnext_jax.errors import UserError
 from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import saved_steps
@@ -106,14 +106,14 @@ def make_run(config, checkpoints):
     return run
 
 
-def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000):
-    """Runs until the second batch, then come a signal and the error, if there is one."""
+def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000, after=1):
+    """Runs for so many steps, then come a signal and the error, if there is one."""
     config, stop = get_config(), Stop()
     config.checkpoint_every_steps = every
     run = make_run(config, checkpoints)
 
     def batches(start_step, waiting):
-        yield {}
+        yield from [{}] * after
         stop.received = signal.SIGTERM
         if error:
             raise error
@@ -122,14 +122,6 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000):
     monkeypatch.setattr(run, 'train_batches', batches)
     monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
     run.go(SimpleNamespace(step=0), tmp_path)
-
-
-def test_a_signal_to_all_processes_is_a_stop(tmp_path, monkeypatch):
-    """Launchers signal the decoding processes too: their end must not be told as running out of memory."""
-    checkpoints = Saves()
-    with pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved'):
-        stopped_run(tmp_path, monkeypatch, checkpoints, WorkerEnded('a process ended'))
-    assert checkpoints.steps == [1]
 
 
 def test_a_stop_hides_no_error(tmp_path, monkeypatch):
@@ -149,13 +141,25 @@ def test_a_stop_hides_no_error(tmp_path, monkeypatch):
 def test_a_state_whose_save_failed_is_not_told_as_saved(tmp_path, monkeypatch):
     """The save of the very step that the run stops at has failed: it is tried again, and its end is told."""
     monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
-    for error in (WorkerEnded('a process ended'), NoBatch()):
+    for error, end in (
+        (UserError('7.jpg is broken'), pytest.raises(UserError, match='^7.jpg is broken$')),
+        (NoBatch(), pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved')),
+    ):
         with pytest.raises(NotSaved, match=r'not saved: step 1 \(the disk is full\)'):
             stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), error, every=1)
         assert full.steps == [1, 1, 1], 'as the config says, and twice at the end'
-        with pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved'):
+        with end:
             stopped_run(tmp_path, monkeypatch, saves := Saves(), error, every=1)
         assert saves.steps == [1], 'saved twice'
+
+
+@pytest.mark.parametrize('error', [UserError('0.jpg is broken'), NoBatch()])
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, capsys, error):
+    """'saved at step 0' would be a lie, and a checkpoint of it would fix a config that nothing was trained with."""
+    with pytest.raises(type(error) if isinstance(error, UserError) else Stopped):
+        stopped_run(tmp_path, monkeypatch, saves := Saves(), error, after=0)
+    assert saves.steps == []
+    assert 'saved' not in capsys.readouterr().out
 
 
 def test_a_signal_in_an_evaluation_made_up_for_stops_at_once(tmp_path, monkeypatch):
