@@ -80,7 +80,7 @@ def create_model(
         remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products and
             convolutions; half the memory), or the 'full' block (a third of it, a third more work).
         dtype: float type of matrix products and convolutions; parameters, their gradients, norms and logits are
-            float32. Forward-mode derivatives (`jax.jvp`) are there in float32 alone.
+            float32. Derivatives are in reverse mode: there is no `jax.jvp`.
 
     Raises:
         UserError: an unknown name, or a value out of its range.

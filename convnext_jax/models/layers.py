@@ -4,9 +4,15 @@ Parameters are float32. Linear layers and convolutions compute in their `dtype`;
 the type they were given.
 """
 
+import functools
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+Tree = TypeVar('Tree')
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -14,8 +20,17 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
+def apart_on_cpu(tree: Tree) -> Tree:
+    """The same; on CPU the compiler does not merge the programs before and after it."""
+    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
+
+
 CUT_AXIS = 'fsdp'
 """The axis of a mesh, inside `jax.shard_map`, along which kernels may be cut into pieces."""
+
+
+STATISTICS = 'norm statistics'
+"""Name, for a policy of `jax.checkpoint`, of the means and standard deviations of norms: two numbers for each place."""
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -24,21 +39,14 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     A kernel with fewer inputs than x is this device's piece of one that is cut along `CUT_AXIS`: it is gathered for
     the product and again for the gradient, and every device gets the sum of its piece's gradients.
 
-    Where the dtypes differ or the kernel is cut there is no forward-mode derivative.
+    There is no forward-mode derivative.
 
     Args:
         x: (..., K).
         kernel: (..., in, out), of K = the product of all but `out` rows, or cut along `in`.
     """
     # On CPU the compiler would merge the norm before a product with it, into a program that is slower than the two.
-    x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
-    if x.dtype != kernel.dtype or _is_cut(x, kernel):
-        return _matmul(x, kernel)
-    return x @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _is_cut(x: jax.Array, kernel: jax.Array) -> bool:
-    return kernel[..., 0].size < x.shape[-1]
+    return _matmul(apart_on_cpu(x), kernel)
 
 
 @jax.custom_vjp
@@ -54,14 +62,18 @@ def _whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return kernel.reshape(-1, kernel.shape[-1])
 
 
+def _is_cut(x: jax.Array, kernel: jax.Array) -> bool:
+    return kernel[..., 0].size < x.shape[-1]
+
+
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _matmul(x, kernel), (x, kernel)
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], error: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    gradient = jax.lax.dot_general(x, error, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    native, on_cpu = (functools.partial(f, dtype=kernel.dtype) for f in (_sum_of_outer, _sum_of_outer_on_cpu))
+    gradient = jax.lax.platform_dependent(x, error, cpu=on_cpu, default=native)
     *sides, _, out = kernel.shape
     gradient = gradient.reshape(*sides, -1, out)
     if _is_cut(x, kernel):
@@ -70,6 +82,27 @@ def _backward(saved: tuple[jax.Array, jax.Array], error: jax.Array) -> tuple[jax
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _sum_of_outer(x: jax.Array, error: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """(..., K), (..., out) → (K, out): the outer product at each place, summed over all places."""
+    places = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, error, ((places, places), ((), ())), preferred_element_type=dtype)
+
+
+def _sum_of_outer_on_cpu(x: jax.Array, error: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """As rows, or the compiler copies the transposes; the wider second; and many places as two halves, one for a core.
+
+    A single product is shared out along its result, which for many places is small.
+    """
+    x, error = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
+    if x.shape[1] > error.shape[1]:
+        return _sum_of_outer_on_cpu(error, x, dtype=dtype).T
+    places, widest = error.shape
+    if places % 2 or places < 4 * widest:
+        return _sum_of_outer(x, error, dtype=dtype)
+    halves = (array.reshape(2, places // 2, -1) for array in (x, error))
+    return jax.lax.dot_general(*halves, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype).sum(0)
 
 
 class Linear(nnx.Module):
@@ -148,11 +181,36 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = jnp.asarray(x, jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale + self.bias
-        return y.astype(x.dtype)
+        return (_normalise(x, self.epsilon) * self.scale + self.bias).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalise(x: jax.Array, epsilon: float) -> jax.Array:
+    """The last axis at mean 0 and variance 1, in float32.
+
+    Its derivative is written out: the compiler's way from step to step takes two passes over x more.
+    """
+    return _normalise_forward(x, epsilon)[0]
+
+
+def _normalise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    mean = checkpoint_name(x.mean(-1, keepdims=True, dtype=jnp.float32), STATISTICS)
+    centred = jnp.asarray(x, jnp.float32) - mean
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), STATISTICS)
+    return centred * inverse, (x, mean, inverse)
+
+
+def _normalise_backward(
+    epsilon: float, saved: tuple[jax.Array, jax.Array, jax.Array], error: jax.Array
+) -> tuple[jax.Array]:
+    x, mean, inverse = saved
+    y = (jnp.asarray(x, jnp.float32) - mean) * inverse
+    gradient = error - error.mean(-1, keepdims=True) - y * (error * y).mean(-1, keepdims=True)
+    return ((inverse * gradient).astype(x.dtype),)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class GRN(nnx.Module):
@@ -175,9 +233,25 @@ class GRN(nnx.Module):
         return (self.gamma * (wide * weights) + self.beta + wide).astype(x.dtype)
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
     """x · Φ(x) in its exact form, by erf: cheaper than `jax.nn.gelu(approximate=False)`, which goes by erfc."""
-    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+    return x * _normal_cdf(x)
+
+
+@gelu.defjvp
+def _gelu_and_tangent(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The slope Φ(x) + x · φ(x) as it stands: JAX's derivative of erf computes an exponential in double words.
+
+    Φ(x) is 1 − Φ(−x) here, or the compiler would compute the erf of both results by itself, and write it to memory.
+    """
+    (x,), (dx,) = primals, tangents
+    density = jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+    return gelu(x), dx * (1 - _normal_cdf(-x) + x * density)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array) -> jax.Array:

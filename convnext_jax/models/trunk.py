@@ -12,7 +12,17 @@ from flax import nnx
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.depthwise import depthwise_conv
-from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, normal
+from convnext_jax.models.layers import (
+    GRN,
+    STATISTICS,
+    LayerNorm,
+    Linear,
+    PatchConv,
+    SameConv,
+    drop_path,
+    gelu,
+    normal,
+)
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
@@ -75,7 +85,8 @@ class Block(nnx.Module):
         if self.remat == 'dots':
             # Each begins at what a convolution or a product gave, and ends with the next product, whose result the
             # backward pass has no need of.
-            expand, contract = map(checkpoint, (expand, contract))
+            policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
+            expand, contract = (checkpoint(part, policy=policy) for part in (expand, contract))
         branch = contract(self, expand(self, self.depthwise(x)))
         if keys is not None:
             branch = drop_path(branch, drop_rate, keys)

@@ -3,11 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters
+from convnext_jax.models.layers import Tree, apart_on_cpu
 
 # The first rule that matches a parameter's name says whether weight decay falls on it: on the weights of convolutions
 # and linear layers, the depthwise kernel among them, never on biases, norms, layer scale or GRN.
@@ -106,8 +108,10 @@ def adamw(
     epsilon: float,
     weight_decay: float,
     clip_norm: float,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv:1711.05101) but for the last factor: the training step multiplies by −learning rate itself.
+
+    Its `update` has one argument more, `good`: where it is False, the state stands still and the update means nothing.
 
     Args:
         factors: of the learning rate, as `layer_factors` gives them for every parameter.
@@ -121,12 +125,34 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        optax.scale_by_adam(beta1, beta2, epsilon),
+        _scale_by_adam(beta1, beta2, epsilon),
         optax.add_decayed_weights(weight_decay, mask={name: decays(name) for name in factors}),
         optax.stateless(by_layer),
     )
 
 
+def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, with the choice of `good` made before the moments are used.
+
+    So the update reads the moments that stay. Read from those before, they could not be overwritten where they are, and
+    the compiler would copy them at every step.
+    """
+    adam = optax.scale_by_adam(beta1, beta2, epsilon)
+
+    def update(gradient: Parameters, state: optax.ScaleByAdamState, _=None, *, good: jax.Array, **others) -> tuple:
+        state = apart_on_cpu(select(good, adam.update(gradient, state)[1], state))
+        mean = optax.tree.bias_correction(state.mu, beta1, state.count)
+        square = optax.tree.bias_correction(state.nu, beta2, state.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
 def moving_average(average: Parameters, parameters: Parameters, decay: float) -> Parameters:
     """decay · average + (1 − decay) · parameters."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, parameters)
+
+
+def select(condition: jax.Array, chosen: Tree, otherwise: Tree) -> Tree:
+    """Array by array: the first where the condition, a scalar, is True, else the second."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

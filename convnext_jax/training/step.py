@@ -12,7 +12,8 @@ from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
 from convnext_jax.data.pipeline import Batch
 from convnext_jax.models import ConvNeXt, Parameters, with_parameters
-from convnext_jax.training.optimizer import moving_average
+from convnext_jax.models.layers import apart_on_cpu
+from convnext_jax.training.optimizer import moving_average, select
 from convnext_jax.training.sharding import over_mesh
 from convnext_jax.training.state import TrainState, step_key
 
@@ -69,16 +70,17 @@ def make_train_step(
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
 
         learning_rate = schedule(state.step)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters, good=good)
         parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state.parameters, updates)
+        parameters = apart_on_cpu(select(good, parameters, state.parameters))
         ema = None if state.ema is None else moving_average(state.ema, parameters, config.ema.decay)
 
         step = state.step + 1
         new = TrainState(
             step=step,
-            parameters=_select(good, parameters, state.parameters),
-            optimizer=_select(good, optimizer_state, state.optimizer),
-            ema=_select(good, ema, state.ema),
+            parameters=parameters,
+            optimizer=optimizer_state,
+            ema=select(good, ema, state.ema),
             skipped=state.skipped + ~good,
             last_good=jnp.where(good, step, state.last_good),
         )
@@ -86,7 +88,7 @@ def make_train_step(
             'loss': value,
             'learning_rate': learning_rate,
             'grad_norm': grad_norm,
-            'param_norm': optax.tree.norm(new.parameters),
+            'param_norm': optax.tree.norm(parameters),
             'skipped': new.skipped,
             'skips_in_a_row': step - new.last_good,
         }
@@ -115,7 +117,3 @@ def _accumulate(
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
     total, _ = jax.lax.scan(add, zeros, parts)
     return jax.tree.map(lambda x: x / steps, total)
-
-
-def _select(condition: jax.Array, chosen: TrainState, otherwise: TrainState) -> TrainState:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

@@ -50,7 +50,7 @@ def test_update_is_adamw_with_decoupled_decay():
     first, second = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
     for step in (1, 2):
         gradient = {name: rng.normal(size=value.shape) for name, value in weights.items()}
-        updates, state = optimizer.update(jax.tree.map(np.float32, gradient), state, ours)
+        updates, state = optimizer.update(jax.tree.map(np.float32, gradient), state, ours, good=True)
         ours = {name: ours[name] - 0.1 * np.asarray(updates[name]) for name in ours}
         for name, g in gradient.items():
             first[name] = 0.9 * first[name] + 0.1 * g
@@ -70,13 +70,13 @@ def test_clipping_bounds_the_global_norm_of_the_gradient():
         optimizer = adamw(
             {'head.kernel': 1.0}, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=clip_norm
         )
-        _, state = optimizer.update(small, optimizer.init(small), small)
-        return np.asarray(optimizer.update(huge, state, small)[0]['head.kernel'])
+        _, state = optimizer.update(small, optimizer.init(small), small, good=True)
+        return np.asarray(optimizer.update(huge, state, small, good=True)[0]['head.kernel'])
 
     bounded = {'head.kernel': huge['head.kernel'] / np.float32(2e6)}  # of norm 1
     optimizer = adamw({'head.kernel': 1.0}, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
-    _, state = optimizer.update(small, optimizer.init(small), small)
-    expected = np.asarray(optimizer.update(bounded, state, small)[0]['head.kernel'])
+    _, state = optimizer.update(small, optimizer.init(small), small, good=True)
+    expected = np.asarray(optimizer.update(bounded, state, small, good=True)[0]['head.kernel'])
     np.testing.assert_allclose(second_update(1.0), expected, rtol=1e-5)
     assert not np.allclose(second_update(0.0), expected, rtol=1e-2)
 
@@ -146,7 +146,7 @@ def test_layer_decay_scales_the_whole_update_of_each_block():
 
     def update(factors):
         optimizer = adamw(factors, **options)
-        return optimizer.update(gradient, optimizer.init(weights), weights)[0]
+        return optimizer.update(gradient, optimizer.init(weights), weights, good=True)[0]
 
     plain = update(dict.fromkeys(names, 1.0))
     scaled = update(layer_factors(list(names), (2,), 'single', 0.5))
