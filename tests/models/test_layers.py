@@ -55,6 +55,26 @@ def test_layer_norm_of_bfloat16_computes_in_float32_and_returns_bfloat16():
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)  # one rounding
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_layer_norm_gradients_equal_float64(dtype):
+    """Its derivative is written by hand: a slip trains another network, and the loss still falls."""
+    x, weights = random(3, 5, 24, shift=1.0), random(3, 5, 24, seed=1)
+    x = jnp.asarray(x, dtype)
+    norm = LayerNorm(24)
+    norm.scale[...] = scale = random(24, seed=2)
+    gradients, x_gradient = jax.grad(lambda norm, x: (norm(x) * jnp.asarray(weights, dtype)).sum(), (0, 1))(norm, x)
+    wide, weights = np.asarray(x, np.float64), np.asarray(jnp.asarray(weights, dtype), np.float64)
+    inverse = 1 / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    y = (wide - wide.mean(-1, keepdims=True)) * inverse
+    error = weights * scale
+    expected = inverse * (error - error.mean(-1, keepdims=True) - y * (error * y).mean(-1, keepdims=True))
+    tolerance = {'rtol': 1e-5, 'atol': 1e-5} if dtype == 'float32' else {'rtol': 2**-8, 'atol': 1e-5}
+    np.testing.assert_allclose(np.asarray(x_gradient, np.float64), expected, **tolerance)
+    np.testing.assert_allclose(gradients.scale[...], (weights * y).sum((0, 1)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients.bias[...], weights.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    assert x_gradient.dtype == dtype
+
+
 def grn(channels):
     layer = GRN(channels)
     layer.gamma[...] = random(channels, seed=3)
@@ -133,10 +153,11 @@ def test_gelu_is_the_erf_form():
 
 def test_gelu_keeps_its_type_and_gradient():
     assert gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
-    x = np.linspace(-4, 4, 101, dtype=np.float32)
+    x = np.linspace(-8, 8, 401, dtype=np.float32)
     cdf = np.asarray([0.5 * (1 + math.erf(float(v) / math.sqrt(2))) for v in x])
     expected = cdf + x * np.exp(-(x.astype(np.float64) ** 2) / 2) / math.sqrt(2 * math.pi)
-    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), expected, atol=5e-7)
+    np.testing.assert_array_equal(jax.vmap(jax.grad(gelu))(jnp.asarray([-1e30, -40.0, 40.0, 1e30])), [0, 0, 1, 1])
 
 
 def keys(count, seed=0):
@@ -251,6 +272,26 @@ def test_a_product_stands_apart_from_what_comes_before_it_on_cpu_alone(platform,
     x, kernel = jax.ShapeDtypeStruct((6, 4), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.float32)
     program = jax.jit(matmul).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     assert program.count('optimization_barrier') == barriers
+
+
+@pytest.mark.parametrize(
+    ('shape', 'out'),
+    [
+        ((2, 16, 16, 8), 32),  # in halves
+        ((2, 16, 16, 32), 8),  # in halves, the other way round
+        ((3, 15, 15, 8), 32),  # places that do not halve
+        ((2, 3, 3, 8), 32),  # few places
+        ((4, 0, 3, 8), 32),
+    ],
+)
+def test_the_gradients_of_a_product_equal_numpy(shape, out):
+    """On CPU the gradient of a kernel is computed by halves of the places: a lost one is a wrong step."""
+    x, kernel, error = random(*shape), random(shape[-1], out, seed=1), random(*shape[:-1], out, seed=2)
+    _, pullback = jax.vjp(matmul, jnp.asarray(x), jnp.asarray(kernel))
+    x_gradient, kernel_gradient = jax.jit(pullback)(jnp.asarray(error))
+    places = x.reshape(-1, shape[-1]).astype(np.float64), error.reshape(-1, out).astype(np.float64)
+    np.testing.assert_allclose(kernel_gradient, places[0].T @ places[1], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(x_gradient, error @ kernel.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
