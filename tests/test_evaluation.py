@@ -18,7 +18,14 @@ MEAN, STD = (0.4, 0.5), (0.2, 0.3)
 def build(num_classes):
     """A one-block model and two sets of parameters for it."""
     variant = Variant((1,), (4,), layer_scale_init=0)
-    options = {'in_channels': 2, 'drop_path_rate': 0.9, 'head_init_scale': 1.0, 'layer_norm_eps': 1e-6, 'remat': 'none'}
+    options = {
+        'in_channels': 2,
+        'drop_path_rate': 0.9,
+        'head_init_scale': 1.0,
+        'layer_norm_eps': 1e-6,
+        'remat': 'none',
+        'unroll': False,
+    }
     model = jax.eval_shape(
         lambda key: ConvNeXt(variant, num_classes=num_classes, dtype=jnp.float32, key=key, **options),
         jax.random.key(0),

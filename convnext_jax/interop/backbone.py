@@ -29,6 +29,7 @@ def create_backbone(
     in_channels: int = 3,
     drop_path_rate: float = 0.0,
     remat: str = 'dots',
+    unroll: bool = False,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Backbone:
     """Stem and stages that give the chosen feature maps, each through a LayerNorm of its own.
@@ -47,12 +48,12 @@ def create_backbone(
         key: random key of a fresh one.
         entry, revision: of weights, as `read_pretrained`.
         in_channels: of a fresh one.
-        drop_path_rate, remat, dtype: as `create_model`.
+        drop_path_rate, remat, unroll, dtype: as `create_model`.
 
     Raises:
         UserError: there is no such model or file, it does not fit, or a value is out of its range.
     """
-    options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'dtype': dtype}
+    options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'unroll': unroll, 'dtype': dtype}
     if _is_architecture(source):
         variant = get_variant(source)
         if key is None:

@@ -62,6 +62,7 @@ def read_pretrained(
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
     remat: str = 'dots',
+    unroll: bool = False,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Pretrained:
     """A model with the weights of another library, and what its folder says about classes and images.
@@ -75,7 +76,7 @@ def read_pretrained(
         revision: branch, tag or commit on the hub.
         num_classes: where it is not the file's, the head is fresh.
         key: random key of a fresh head.
-        drop_path_rate, head_init_scale, remat, dtype: as `create_model`.
+        drop_path_rate, head_init_scale, remat, unroll, dtype: as `create_model`.
 
     Raises:
         UserError: the file cannot be read, is of another model, or has tensors missing, left over or misshapen; these
@@ -99,6 +100,7 @@ def read_pretrained(
             layer_norm_eps=last_epsilon(opened.config, layout),
             in_channels=opened.in_channels,
             remat=remat,
+            unroll=unroll,
             dtype=dtype,
         )
 

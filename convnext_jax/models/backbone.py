@@ -29,6 +29,7 @@ class Backbone(Trunk):
         drop_path_rate: float,
         output_stride: int,
         remat: str,
+        unroll: bool,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -38,6 +39,7 @@ class Backbone(Trunk):
             drop_path_rate=drop_path_rate,
             output_stride=output_stride,
             remat=remat,
+            unroll=unroll,
             dtype=dtype,
             key=key,
         )

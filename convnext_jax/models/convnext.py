@@ -26,6 +26,7 @@ class ConvNeXt(Trunk):
         head_init_scale: float,
         layer_norm_eps: float,
         remat: str,
+        unroll: bool,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -37,6 +38,7 @@ class ConvNeXt(Trunk):
             drop_path_rate=drop_path_rate,
             output_stride=variant.total_stride,
             remat=remat,
+            unroll=unroll,
             dtype=dtype,
             key=trunk_key,
         )
@@ -63,6 +65,7 @@ def create_model(
     in_channels: int = 3,
     patch_size: int | None = None,
     remat: str = 'dots',
+    unroll: bool = False,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> ConvNeXt:
     """A freshly initialised model.
@@ -79,6 +82,8 @@ def create_model(
         patch_size: kernel and stride of the stem in pixels; by default the variant's own.
         remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products and
             convolutions; half the memory), or the 'full' block (a third of it, a third more work).
+        unroll: compiles every block by itself, in place of one for each stage and a loop: about twice as long, for
+            training 1 to 3 % faster and, on TPU, with a quarter less memory.
         dtype: float type of matrix products and convolutions; parameters, their gradients, norms and logits are
             float32. Derivatives are in reverse mode: there is no `jax.jvp`.
 
@@ -97,6 +102,7 @@ def create_model(
         head_init_scale=head_init_scale,
         layer_norm_eps=layer_norm_eps,
         remat=remat,
+        unroll=unroll,
         dtype=dtype,
         key=key,
     )

@@ -3,8 +3,7 @@
 Flax NNX modules that are plain JAX pytrees.
 """
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +28,6 @@ KERNEL_SIZE = 7
 REMAT = ('none', 'dots', 'full')
 """What is computed again in the backward pass: nothing; all but convolutions and matrix products; or whole blocks."""
 
-# Blocks run in a loop, where nothing can be merged with the forward pass: no need to keep the compiler from it.
-checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
-
 
 class Depthwise(nnx.Module):
     """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
@@ -52,6 +48,7 @@ class Block(nnx.Module):
 
     Attributes:
         remat: what it computes again in the backward pass, one of `REMAT`.
+        unroll: whether the block is compiled by itself, and not as the body of a loop over blocks.
     """
 
     def __init__(
@@ -62,6 +59,7 @@ class Block(nnx.Module):
         layer_scale_init: float,
         dilation: int,
         remat: str,
+        unroll: bool,
         dtype: jnp.dtype,
         key: jax.Array,
     ):
@@ -73,10 +71,11 @@ class Block(nnx.Module):
         self.pointwise2 = Linear(4 * channels, channels, dtype=dtype, key=keys[2])
         self.layer_scale = nnx.Param(jnp.full(channels, layer_scale_init, jnp.float32)) if layer_scale_init else None
         self.remat = remat
+        self.unroll = unroll
 
     def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
-        run = checkpoint(Block.run) if self.remat == 'full' else Block.run
+        run = self._checkpoint(Block.run) if self.remat == 'full' else Block.run
         return run(self, x, drop_rate, keys)
 
     def run(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -86,11 +85,15 @@ class Block(nnx.Module):
             # Each begins at what a convolution or a product gave, and ends with the next product, whose result the
             # backward pass has no need of.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
-            expand, contract = (checkpoint(part, policy=policy) for part in (expand, contract))
+            expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
         branch = contract(self, expand(self, self.depthwise(x)))
         if keys is not None:
             branch = drop_path(branch, drop_rate, keys)
         return x + branch
+
+    def _checkpoint(self, part: Callable, policy: Callable | None = None) -> Callable:
+        # In a loop nothing can be merged with the forward pass: no need to keep the compiler from it.
+        return jax.checkpoint(part, policy=policy, prevent_cse=self.unroll)
 
     def expand(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) → (N, H, W, 4C)."""
@@ -138,11 +141,12 @@ class Stage(nnx.Module):
     """A downsampling, if the stage is not the first, and equal blocks that share one program.
 
     The blocks' parameters are stacked along a leading axis and run under `lax.scan`, so that 27 blocks compile like
-    one.
+    one; or, with `unroll`, each by itself, from slices of the same arrays.
 
     Attributes:
         drop_rates: the drop rate of each block.
         dilation: of the stage's depthwise convolutions.
+        unroll: whether each block is compiled by itself.
         first_block: number of blocks before this stage in the model; block i draws by its number in the model.
     """
 
@@ -156,6 +160,7 @@ class Stage(nnx.Module):
         first_block: int,
         variant: Variant,
         remat: str,
+        unroll: bool,
         dtype: jnp.dtype,
         key: jax.Array,
     ):
@@ -172,12 +177,14 @@ class Stage(nnx.Module):
                 layer_scale_init=variant.layer_scale_init,
                 dilation=dilation,
                 remat=remat,
+                unroll=unroll,
                 dtype=dtype,
                 key=key,
             )
 
         self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
         self.drop_rates = drop_rates
+        self.unroll = unroll
         self.dilation = dilation
         self.first_block = first_block
 
@@ -193,7 +200,7 @@ class Stage(nnx.Module):
 
         numbers = self.first_block + jnp.arange(len(self.drop_rates))
         scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
-        return jax.lax.scan(run, x, scanned)[0]
+        return jax.lax.scan(run, x, scanned, unroll=self.unroll)[0]
 
 
 class Trunk(nnx.Module):
@@ -218,6 +225,7 @@ class Trunk(nnx.Module):
         drop_path_rate: float,
         output_stride: int,
         remat: str,
+        unroll: bool,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -249,6 +257,7 @@ class Trunk(nnx.Module):
                     first_block=first,
                     variant=variant,
                     remat=remat,
+                    unroll=unroll,
                     dtype=dtype,
                     key=stage_keys[stage],
                 )

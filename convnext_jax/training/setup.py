@@ -132,6 +132,7 @@ def build_model(config: ConfigDict, key: jax.Array) -> ConvNeXt:
         in_channels=len(config.data.mean),
         patch_size=variant.patch_size,
         remat=config.model.remat,
+        unroll=config.model.unroll,
         dtype=config.model.dtype,
     )
 

@@ -243,6 +243,7 @@ def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
         drop_path_rate=0.0,
         output_stride=4,
         remat='none',
+        unroll=False,
         dtype='float32',
         key=jax.random.key(0),
     )

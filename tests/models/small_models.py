@@ -21,6 +21,7 @@ def build(variant, **options):
         'head_init_scale': 1.0,
         'layer_norm_eps': 1e-6,
         'remat': 'none',
+        'unroll': False,
         'dtype': jnp.float32,
     }
     model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, **(defaults | options)), jax.random.key(0))

@@ -127,6 +127,28 @@ def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, imag
         build(variant, remat='half')
 
 
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_unrolled_blocks_are_the_same_network_and_recompute_as_much(remat, images, keys):
+    """Without a loop to keep the two apart, the compiler would find the recomputed block equal to the first."""
+
+    def run(unroll):
+        model = build(Variant((3,), (8,)), remat=remat, unroll=unroll)
+
+        def loss(parameters):
+            return jnp.square(with_parameters(model, parameters)(images, key=keys)).mean()
+
+        step = jax.jit(jax.value_and_grad(loss))
+        program = step.trace(get_parameters(model)).lower(lowering_platforms=('tpu',)).as_text()
+        return *step(get_parameters(model)), program.count('optimization_barrier')
+
+    value, gradient, barriers = run(False)
+    again, unrolled, apart = run(True)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    for name, leaf in gradient.items():
+        np.testing.assert_allclose(unrolled[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert apart > barriers
+
+
 def test_bfloat16_computes_near_float32(v2, images):
     """Half precision is for matrix products; parameters, norms and logits that lose bits lose accuracy."""
     model = build(V2, dtype=jnp.bfloat16)
