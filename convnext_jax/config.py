@@ -29,9 +29,8 @@ def default_config() -> ConfigDict:
     config.model.patch_size = 0  # 0: the architecture's own
     config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
     config.model.remat = 'dots'  # recomputed in the backward pass: 'none', all but the 'dots', or the 'full' block
-    config.model.unroll = (
-        False  # every block compiled by itself: longer, for 1 to 3 % and, on TPU, a quarter less memory
-    )
+    config.model.unroll = False  # every block compiled by itself: longer, for 1 to 3 %; on TPU a quarter less memory
+    config.model.pallas = False  # on TPU depthwise convolutions by our kernel, which has not been run there yet
 
     config.init = ConfigDict()
     config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library
@@ -182,7 +181,10 @@ def check_values(config: ConfigDict) -> None:
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
 FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'mix', 'ema')
-FREE = ('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers', 'model.remat', 'model.unroll')
+FREE = (
+    *('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers'),
+    *('model.remat', 'model.unroll', 'model.pallas'),
+)
 
 
 def changed_fields(old: dict, new: dict) -> dict[str, tuple]:

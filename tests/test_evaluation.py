@@ -25,6 +25,7 @@ def build(num_classes):
         'layer_norm_eps': 1e-6,
         'remat': 'none',
         'unroll': False,
+        'pallas': False,
     }
     model = jax.eval_shape(
         lambda key: ConvNeXt(variant, num_classes=num_classes, dtype=jnp.float32, key=key, **options),

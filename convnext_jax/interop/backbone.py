@@ -30,6 +30,7 @@ def create_backbone(
     drop_path_rate: float = 0.0,
     remat: str = 'dots',
     unroll: bool = False,
+    pallas: bool = False,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Backbone:
     """Stem and stages that give the chosen feature maps, each through a LayerNorm of its own.
@@ -48,12 +49,12 @@ def create_backbone(
         key: random key of a fresh one.
         entry, revision: of weights, as `read_pretrained`.
         in_channels: of a fresh one.
-        drop_path_rate, remat, unroll, dtype: as `create_model`.
+        drop_path_rate, remat, unroll, pallas, dtype: as `create_model`.
 
     Raises:
         UserError: there is no such model or file, it does not fit, or a value is out of its range.
     """
-    options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'unroll': unroll, 'dtype': dtype}
+    options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'unroll': unroll, 'pallas': pallas, 'dtype': dtype}
     if _is_architecture(source):
         variant = get_variant(source)
         if key is None:

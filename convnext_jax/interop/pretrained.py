@@ -63,6 +63,7 @@ def read_pretrained(
     head_init_scale: float = 1.0,
     remat: str = 'dots',
     unroll: bool = False,
+    pallas: bool = False,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> Pretrained:
     """A model with the weights of another library, and what its folder says about classes and images.
@@ -76,7 +77,7 @@ def read_pretrained(
         revision: branch, tag or commit on the hub.
         num_classes: where it is not the file's, the head is fresh.
         key: random key of a fresh head.
-        drop_path_rate, head_init_scale, remat, unroll, dtype: as `create_model`.
+        drop_path_rate, head_init_scale, remat, unroll, pallas, dtype: as `create_model`.
 
     Raises:
         UserError: the file cannot be read, is of another model, or has tensors missing, left over or misshapen; these
@@ -101,6 +102,7 @@ def read_pretrained(
             in_channels=opened.in_channels,
             remat=remat,
             unroll=unroll,
+            pallas=pallas,
             dtype=dtype,
         )
 

@@ -30,6 +30,7 @@ class Backbone(Trunk):
         output_stride: int,
         remat: str,
         unroll: bool,
+        pallas: bool,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -40,6 +41,7 @@ class Backbone(Trunk):
             output_stride=output_stride,
             remat=remat,
             unroll=unroll,
+            pallas=pallas,
             dtype=dtype,
             key=key,
         )

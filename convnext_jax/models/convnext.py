@@ -27,6 +27,7 @@ class ConvNeXt(Trunk):
         layer_norm_eps: float,
         remat: str,
         unroll: bool,
+        pallas: bool,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -39,6 +40,7 @@ class ConvNeXt(Trunk):
             output_stride=variant.total_stride,
             remat=remat,
             unroll=unroll,
+            pallas=pallas,
             dtype=dtype,
             key=trunk_key,
         )
@@ -66,6 +68,7 @@ def create_model(
     patch_size: int | None = None,
     remat: str = 'dots',
     unroll: bool = False,
+    pallas: bool = False,
     dtype: jnp.dtype | str = jnp.float32,
 ) -> ConvNeXt:
     """A freshly initialised model.
@@ -84,6 +87,8 @@ def create_model(
             convolutions; half the memory), or the 'full' block (a third of it, a third more work).
         unroll: compiles every block by itself, in place of one for each stage and a loop: about twice as long, for
             training 1 to 3 % faster and, on TPU, with a quarter less memory.
+        pallas: takes our kernel for the depthwise convolutions on TPU (`depthwise_tpu.py`), where their shapes allow,
+            and not the compiler's; elsewhere it changes nothing.
         dtype: float type of matrix products and convolutions; parameters, their gradients, norms and logits are
             float32. Derivatives are in reverse mode: there is no `jax.jvp`.
 
@@ -103,6 +108,7 @@ def create_model(
         layer_norm_eps=layer_norm_eps,
         remat=remat,
         unroll=unroll,
+        pallas=pallas,
         dtype=dtype,
         key=key,
     )

@@ -1,7 +1,8 @@
 """The depthwise convolution, with its derivatives, in the formulation that is fastest where it runs.
 
-On accelerators that is the compiler's own convolution. On CPU the compiler's depthwise convolution is very slow
-(about 0.5 GFLOP/s, and its gradient slower), so there it is written as shifted multiply-adds over the padded image.
+On accelerators that is the compiler's own convolution, or, on TPU and where it is asked for, our kernel. On CPU the
+compiler's depthwise convolution is very slow (about 0.5 GFLOP/s, and its gradient slower), so there it is written as
+shifted multiply-adds over the padded image.
 The platform is chosen when the program is lowered, not by a flag.
 
 Two primitives, each linear in either argument, and each the other's gradient: so that derivatives of any order and
@@ -17,22 +18,25 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
+
 MOST_ROWS = 7  # in a step of the kernel's gradient on CPU
 
 
-@functools.partial(jax.jit, static_argnames='dilation', inline=True)
-def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=('dilation', 'pallas'), inline=True)
+def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1, pallas: bool = False) -> jax.Array:
     """Convolves each channel with its own square kernel, stride 1, zero padding that keeps H and W.
 
     Args:
         x: (N, H, W, C).
         kernel: (K, K, C), K odd; of another dtype it is rounded to x's, and its gradient is not.
         dilation: distance of neighbouring kernel places in x.
+        pallas: on TPU by our own kernel, where it takes the shape.
 
     Returns:
         (N, H, W, C) of x's dtype.
     """
-    return conv_p.bind(x, kernel, dilation=dilation)
+    return conv_p.bind(x, kernel, dilation=dilation, pallas=pallas)
 
 
 conv_p = Primitive('depthwise_conv')
@@ -42,7 +46,7 @@ kernel_gradient_p = Primitive('depthwise_kernel_gradient')
 """x, weights (N, H, W, C) each → (K, K, C) of a given dtype: Σ of the weights times x moved by (r, c)."""
 
 
-def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
+def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None, :].astype(x.dtype),
@@ -55,7 +59,7 @@ def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
 
 
 def _kernel_gradient_native(
-    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, dtype: jnp.dtype
+    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
 ) -> jax.Array:
     """The weights are moved over x as a kernel of their own size; images take the part of channels, and the reverse."""
     reach = size // 2 * dilation
@@ -71,7 +75,7 @@ def _kernel_gradient_native(
     return gradient[:, :, 0].astype(dtype)
 
 
-def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
+def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
     """K·K shifted multiply-adds over the padded image, two kernel rows to a pass.
 
     The barriers keep the compiler from merging the passes, and the last with the norm after it: the weights and the
@@ -93,7 +97,7 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array
 
 
 def _kernel_gradient_on_cpu(
-    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, dtype: jnp.dtype
+    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
 ) -> jax.Array:
     """A scan over groups of rows of all images, with one accumulator (W, K, C) for each kernel column.
 
@@ -133,19 +137,19 @@ def _pad(x: jax.Array, margin: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
 
 
-def _mirrored_conv(x: jax.Array, kernel: jax.Array, *, dilation: int) -> jax.Array:
-    return conv_p.bind(x, kernel[::-1, ::-1], dilation=dilation)
+def _mirrored_conv(x: jax.Array, kernel: jax.Array, **options: object) -> jax.Array:
+    return conv_p.bind(x, kernel[::-1, ::-1], **options)
 
 
-def _many_convs(arguments: tuple, dimensions: tuple, *, dilation: int) -> tuple[jax.Array, int]:
+def _many_convs(arguments: tuple, dimensions: tuple, **options: object) -> tuple[jax.Array, int]:
     x, kernel = arguments
     if dimensions[1] is None:  # one kernel: the copies of x are so many more images
         x = jnp.moveaxis(x, dimensions[0], 0)
-        y = conv_p.bind(x.reshape(-1, *x.shape[2:]), kernel, dilation=dilation)
+        y = conv_p.bind(x.reshape(-1, *x.shape[2:]), kernel, **options)
         return y.reshape(x.shape), 0
     copies = kernel.shape[dimensions[1]]
     x, kernel = (_as_channels(*each, copies) for each in zip(arguments, dimensions, strict=True))
-    y = conv_p.bind(x, kernel, dilation=dilation)
+    y = conv_p.bind(x, kernel, **options)
     return y.reshape(*y.shape[:-1], copies, -1), y.ndim - 1
 
 
@@ -177,23 +181,30 @@ def _outside_jit(on_cpu: Callable, native: Callable) -> Callable:
     return on_cpu if jax.default_backend() == 'cpu' else native
 
 
-_define(conv_p, lambda x, kernel, dilation: x.update(), _conv_on_cpu, _conv_native, _many_convs)
+def _conv_on_tpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
+    if pallas and fits(x, kernel.shape[0], dilation):
+        return depthwise_conv_on_tpu(x, kernel, dilation=dilation)
+    return _conv_native(x, kernel, dilation=dilation, pallas=pallas)
+
+
+_define(conv_p, lambda x, kernel, dilation, pallas: x.update(), _conv_on_cpu, _conv_native, _many_convs)
+mlir.register_lowering(conv_p, mlir.lower_fun(_conv_on_tpu, multiple_results=False), platform='tpu')
 _define(
     kernel_gradient_p,
-    lambda x, weights, size, dilation, dtype: x.update(shape=(size, size, x.shape[-1]), dtype=dtype),
+    lambda x, weights, size, dilation, pallas, dtype: x.update(shape=(size, size, x.shape[-1]), dtype=dtype),
     _kernel_gradient_on_cpu,
     _kernel_gradient_native,
     _many_kernel_gradients,
 )
 ad.defbilinear(
     conv_p,
-    lambda y, x, kernel, dilation: _mirrored_conv(y, kernel, dilation=dilation),
-    lambda y, x, kernel, dilation: kernel_gradient_p.bind(
-        x, y, size=kernel.aval.shape[0], dilation=dilation, dtype=kernel.aval.dtype
+    lambda y, x, kernel, **options: _mirrored_conv(y, kernel, **options),
+    lambda y, x, kernel, **options: kernel_gradient_p.bind(
+        x, y, size=kernel.aval.shape[0], dtype=kernel.aval.dtype, **options
     ),
 )
 ad.defbilinear(
     kernel_gradient_p,
-    lambda kernel, x, weights, size, dilation, dtype: _mirrored_conv(weights, kernel, dilation=dilation),
-    lambda kernel, x, weights, size, dilation, dtype: conv_p.bind(x, kernel, dilation=dilation),
+    lambda kernel, x, weights, size, dtype, **options: _mirrored_conv(weights, kernel, **options),
+    lambda kernel, x, weights, size, dtype, **options: conv_p.bind(x, kernel, **options),
 )

@@ -32,14 +32,15 @@ REMAT = ('none', 'dots', 'full')
 class Depthwise(nnx.Module):
     """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
 
-    def __init__(self, channels: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array):
+    def __init__(self, channels: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array, pallas: bool = False):
         self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.dilation = dilation
+        self.pallas = pallas
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = depthwise_conv(x.astype(self.dtype), self.kernel[...], dilation=self.dilation)
+        y = depthwise_conv(x.astype(self.dtype), self.kernel[...], dilation=self.dilation, pallas=self.pallas)
         return (y + self.bias).astype(self.dtype)
 
 
@@ -60,11 +61,12 @@ class Block(nnx.Module):
         dilation: int,
         remat: str,
         unroll: bool,
+        pallas: bool,
         dtype: jnp.dtype,
         key: jax.Array,
     ):
         keys = jax.random.split(key, 3)
-        self.depthwise = Depthwise(channels, dilation=dilation, dtype=dtype, key=keys[0])
+        self.depthwise = Depthwise(channels, dilation=dilation, dtype=dtype, key=keys[0], pallas=pallas)
         self.norm = LayerNorm(channels)
         self.pointwise1 = Linear(channels, 4 * channels, dtype=dtype, key=keys[1])
         self.grn = GRN(4 * channels) if grn else None
@@ -161,6 +163,7 @@ class Stage(nnx.Module):
         variant: Variant,
         remat: str,
         unroll: bool,
+        pallas: bool,
         dtype: jnp.dtype,
         key: jax.Array,
     ):
@@ -178,6 +181,7 @@ class Stage(nnx.Module):
                 dilation=dilation,
                 remat=remat,
                 unroll=unroll,
+                pallas=pallas,
                 dtype=dtype,
                 key=key,
             )
@@ -226,6 +230,7 @@ class Trunk(nnx.Module):
         output_stride: int,
         remat: str,
         unroll: bool,
+        pallas: bool,
         dtype: jnp.dtype | str,
         key: jax.Array,
     ):
@@ -258,6 +263,7 @@ class Trunk(nnx.Module):
                     variant=variant,
                     remat=remat,
                     unroll=unroll,
+                    pallas=pallas,
                     dtype=dtype,
                     key=stage_keys[stage],
                 )

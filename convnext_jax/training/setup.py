@@ -133,6 +133,7 @@ def build_model(config: ConfigDict, key: jax.Array) -> ConvNeXt:
         patch_size=variant.patch_size,
         remat=config.model.remat,
         unroll=config.model.unroll,
+        pallas=config.model.pallas,
         dtype=config.model.dtype,
     )
 

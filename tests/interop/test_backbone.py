@@ -244,6 +244,7 @@ def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
         output_stride=4,
         remat='none',
         unroll=False,
+        pallas=False,
         dtype='float32',
         key=jax.random.key(0),
     )

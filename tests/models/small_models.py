@@ -22,6 +22,7 @@ def build(variant, **options):
         'layer_norm_eps': 1e-6,
         'remat': 'none',
         'unroll': False,
+        'pallas': False,
         'dtype': jnp.float32,
     }
     model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, **(defaults | options)), jax.random.key(0))
