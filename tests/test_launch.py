@@ -10,6 +10,7 @@ from convnext_jax import launch
 
 ROOT = Path(__file__).parent.parent
 AVX2 = 'flags : fpu sse4_2 avx avx2 fma\n'
+AVX512 = 'flags : fpu sse4_2 avx avx2 fma avx512f avx512bw\n'
 VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')
 
 
@@ -32,8 +33,9 @@ def test_settings_follow_from_the_machine(machine):
     """A setting that helps one machine slows another."""
     machine(AVX2)
     assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES, 'XLA_FLAGS': launch.EIGEN_PRODUCTS}
-    machine(AVX2.replace('fma', 'fma avx512f avx512bw'))
-    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES}
+    machine(AVX512)
+    flags = f'{launch.ONEDNN_PRODUCTS} {launch.WIDE_VECTORS}'
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES, 'XLA_FLAGS': flags}
     machine('CPU architecture: 8\n', library=('glibc', '2.31'))
     assert launch.missing_settings() == {}
     for library in (('', ''), ('glibc', ''), ('musl', '1.2.5')):
@@ -68,13 +70,22 @@ def test_memory_that_was_freed_goes_back():
     assert freed > 90_000_000
 
 
-def test_this_jaxlib_takes_the_flag_it_is_said_to_know():
+@pytest.mark.parametrize('cpuinfo', [AVX2, AVX512], ids=['AVX2', 'AVX-512'])
+def test_this_jaxlib_takes_the_flags_it_is_said_to_know(cpuinfo):
     """A flag that XLA does not know ends every command before its first line."""
     assert not launch._jaxlib_knows('--xla_cpu_no_such_flag=1')
-    if launch._jaxlib_knows(launch.EIGEN_PRODUCTS):
+    flags = launch._flags(cpuinfo)
+    if all(map(launch._jaxlib_knows, flags.split())):
         code = 'import jax.numpy as jnp; print((jnp.ones((3, 3)) @ jnp.ones((3, 3))).sum())'
-        environment = os.environ | {'XLA_FLAGS': launch.EIGEN_PRODUCTS}
+        environment = os.environ | {'XLA_FLAGS': flags}
         assert subprocess.check_output([sys.executable, '-c', code], env=environment, text=True) == '27.0\n'
+
+
+def test_a_flag_that_this_jaxlib_lacks_is_not_set(machine, monkeypatch):
+    """The next jaxlib may know one flag less, and every command would end before its first line."""
+    machine(AVX512, library=('', ''))
+    monkeypatch.setattr(launch, '_jaxlib_knows', lambda flag: flag != launch.WIDE_VECTORS)
+    assert launch.missing_settings() == {}
 
 
 def test_the_process_starts_anew_with_the_settings_and_its_arguments():
