@@ -13,9 +13,12 @@ CPUINFO = Path('/proc/cpuinfo')
 RESTARTED = 'CONVNEXT_JAX_RESTARTED'
 """Set in a restarted process: a wrapper that drops the settings must not make it start for ever."""
 
-HUGE_PAGES = 'glibc.malloc.hugetlb=1'
-"""Large blocks of memory come in pages of 2 MB: a step's temporaries are new memory each time, and cost a fault each
-4 kB otherwise."""
+ALLOCATOR = ':'.join(
+    f'glibc.malloc.{setting}'
+    for setting in ('hugetlb=1', f'mmap_threshold={2**30}', f'trim_threshold={2**30}', f'top_pad={2**26}')
+)
+"""Memory comes in pages of 2 MB, and up to 1 GiB that is free is kept: a step's temporaries would be new memory each
+time, at the cost of a fault each 4 kB."""
 
 EIGEN_PRODUCTS = '--xla_cpu_experimental_ynn_fusion_type=-individual_dot'
 """Matrix products by Eigen and not by YNNPACK: without AVX-512 faster."""
@@ -33,7 +36,7 @@ def missing_settings() -> dict[str, str]:
     settings = {}
     library, version = platform.libc_ver()
     if 'GLIBC_TUNABLES' not in os.environ and library == 'glibc' and _numbers(version) >= [2, 35]:
-        settings['GLIBC_TUNABLES'] = HUGE_PAGES
+        settings['GLIBC_TUNABLES'] = ALLOCATOR
     flags = _flags(CPUINFO.read_text() if CPUINFO.exists() else '')
     if 'XLA_FLAGS' not in os.environ and flags and all(map(_jaxlib_knows, flags.split())):
         settings['XLA_FLAGS'] = flags

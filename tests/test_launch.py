@@ -32,17 +32,17 @@ def machine(monkeypatch, tmp_path):
 def test_settings_follow_from_the_machine(machine):
     """A setting that helps one machine slows another."""
     machine(AVX2)
-    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES, 'XLA_FLAGS': launch.EIGEN_PRODUCTS}
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.ALLOCATOR, 'XLA_FLAGS': launch.EIGEN_PRODUCTS}
     machine(AVX512)
     flags = f'{launch.ONEDNN_PRODUCTS} {launch.WIDE_VECTORS}'
-    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES, 'XLA_FLAGS': flags}
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.ALLOCATOR, 'XLA_FLAGS': flags}
     machine('CPU architecture: 8\n', library=('glibc', '2.31'))
     assert launch.missing_settings() == {}
     for library in (('', ''), ('glibc', ''), ('musl', '1.2.5')):
         machine('', library=library)
         assert launch.missing_settings() == {}
     machine('', library=('glibc', '2.36.9000'))
-    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.HUGE_PAGES}
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.ALLOCATOR}
 
 
 def test_what_the_user_has_set_stays(machine, monkeypatch):
@@ -102,7 +102,7 @@ def test_the_process_starts_anew_with_the_settings_and_its_arguments():
     assert last.startswith("{} ['a b', '--c=1'] ")
     if launch.platform.libc_ver()[0] == 'glibc':
         assert len(starts) == 2
-        assert f'GLIBC_TUNABLES={launch.HUGE_PAGES}' in last
+        assert f'GLIBC_TUNABLES={launch.ALLOCATOR}' in last
 
 
 @pytest.mark.parametrize('script', ['train.py', 'eval.py'])
