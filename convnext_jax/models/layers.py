@@ -219,6 +219,8 @@ def _normalise_backward(
 ) -> tuple[jax.Array]:
     x, mean, inverse = saved
     y = (jnp.asarray(x, jnp.float32) - mean) * inverse
+    # Or the sums of both are merged with what makes them, for which mean and scale are written out at every place.
+    y, error = apart_on_cpu((y, error))
     gradient = error - error.mean(-1, keepdims=True) - y * (error * y).mean(-1, keepdims=True)
     return ((inverse * gradient).astype(x.dtype),)
 
