@@ -6,9 +6,10 @@ After the colon: a V1 size ('tiny' … 'xlarge'), or any name of `python -m conv
 directory with imagenet2012 in ArrayRecord form.
 
 Published top-1 of T/S/B/L: 82.1/83.1/83.8/84.3 %. For the other sizes no such run is published. Meant for accelerators
-that hold 4,096 images at once between them. 64 chips of 16 GB do for T, B and L: by `python -m convnext_jax plan` 64 images
-take 3.6, 7.2 and 12.6 GiB of a v5e. For T 16 of them do. On fewer set config.accumulation_steps. That model.remat is
-'dots' and no mesh.fsdp is set follows from there as well: 'none' takes twice the memory and is slower.
+that hold 4,096 images at once between them. 64 chips of 16 GB do for T, B and L: by `python -m convnext_jax plan` 64
+images take 3.6, 7.2 and 12.6 GiB of a v5e. For T 16 of them do. On fewer set config.accumulation_steps. That
+model.remat is 'dots' and no mesh.fsdp is set follows from there as well: for T 'none' takes twice the memory and is
+slower.
 """
 
 from ml_collections import ConfigDict
