@@ -21,11 +21,8 @@ ALLOCATOR = ':'.join(
 time, at the cost of a fault each 4 kB."""
 
 EIGEN_PRODUCTS = '--xla_cpu_experimental_ynn_fusion_type=-individual_dot'
-"""Matrix products by Eigen and not by YNNPACK: without AVX-512 faster."""
-
-ONEDNN_PRODUCTS = f'{EIGEN_PRODUCTS} --xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true'
-"""By oneDNN, with the bias, GELU or residual that follows, where XLA has it (jax 0.12; in 0.10 Eigen): with AVX-512
-faster than either."""
+"""Matrix products by Eigen and not by YNNPACK: without AVX-512 faster. By oneDNN they are faster still with it
+(xla_cpu_experimental_onednn_custom_call), but then jaxlib 0.12.0 computes wrong gradients."""
 
 WIDE_VECTORS = '--xla_cpu_prefer_vector_width=512'
 """XLA's own loops at the full width of AVX-512."""
@@ -37,16 +34,16 @@ def missing_settings() -> dict[str, str]:
     library, version = platform.libc_ver()
     if 'GLIBC_TUNABLES' not in os.environ and library == 'glibc' and _numbers(version) >= [2, 35]:
         settings['GLIBC_TUNABLES'] = ALLOCATOR
-    flags = _flags(CPUINFO.read_text() if CPUINFO.exists() else '')
-    if 'XLA_FLAGS' not in os.environ and flags and all(map(_jaxlib_knows, flags.split())):
-        settings['XLA_FLAGS'] = flags
+    flag = _flag(CPUINFO.read_text() if CPUINFO.exists() else '')
+    if 'XLA_FLAGS' not in os.environ and flag and _jaxlib_knows(flag):
+        settings['XLA_FLAGS'] = flag
     return settings
 
 
-def _flags(cpuinfo: str) -> str:
-    """Those of XLA that were faster on such a processor."""
+def _flag(cpuinfo: str) -> str:
+    """That of XLA which was faster on such a processor."""
     if ' avx512f ' in cpuinfo:
-        return f'{ONEDNN_PRODUCTS} {WIDE_VECTORS}'
+        return WIDE_VECTORS
     return EIGEN_PRODUCTS if ' avx2 ' in cpuinfo else ''
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convnext_jax import launch
@@ -34,8 +35,7 @@ def test_settings_follow_from_the_machine(machine):
     machine(AVX2)
     assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.ALLOCATOR, 'XLA_FLAGS': launch.EIGEN_PRODUCTS}
     machine(AVX512)
-    flags = f'{launch.ONEDNN_PRODUCTS} {launch.WIDE_VECTORS}'
-    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.ALLOCATOR, 'XLA_FLAGS': flags}
+    assert launch.missing_settings() == {'GLIBC_TUNABLES': launch.ALLOCATOR, 'XLA_FLAGS': launch.WIDE_VECTORS}
     machine('CPU architecture: 8\n', library=('glibc', '2.31'))
     assert launch.missing_settings() == {}
     for library in (('', ''), ('glibc', ''), ('musl', '1.2.5')):
@@ -70,21 +70,44 @@ def test_memory_that_was_freed_goes_back():
     assert freed > 90_000_000
 
 
-@pytest.mark.parametrize('cpuinfo', [AVX2, AVX512], ids=['AVX2', 'AVX-512'])
-def test_this_jaxlib_takes_the_flags_it_is_said_to_know(cpuinfo):
-    """A flag that XLA does not know ends every command before its first line."""
+NETWORK = """
+import sys, jax, jax.numpy as jnp, numpy as np, convnext_jax as cx
+from convnext_jax.models.variants import Variant
+leaves = []
+for grn in (False, True):
+    model = cx.create_model(Variant((2, 1), (96, 192), grn=grn), num_classes=7, key=jax.random.key(0))
+    noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(model))))
+    model = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), model)
+    images = jax.random.normal(jax.random.key(2), (4, 64, 64, 3))
+    leaves.append(jax.jit(lambda model, images: model(images))(model, images))
+    leaves += jax.tree.leaves(jax.jit(jax.grad(lambda model: jnp.square(model(images)).sum()))(model))
+np.savez(sys.argv[1], *leaves)
+"""
+
+
+def test_the_network_is_the_same_with_each_flag(tmp_path):
+    """Another library for products may compute another gradient, as oneDNN does; and a flag that XLA does not know ends
+    every command before its first line.
+    """
     assert not launch._jaxlib_knows('--xla_cpu_no_such_flag=1')
-    flags = launch._flags(cpuinfo)
-    if all(map(launch._jaxlib_knows, flags.split())):
-        code = 'import jax.numpy as jnp; print((jnp.ones((3, 3)) @ jnp.ones((3, 3))).sum())'
-        environment = os.environ | {'XLA_FLAGS': flags}
-        assert subprocess.check_output([sys.executable, '-c', code], env=environment, text=True) == '27.0\n'
+    found = {}
+    for name, cpuinfo in {'none': '', 'AVX2': AVX2, 'AVX-512': AVX512}.items():
+        flag = launch._flag(cpuinfo)
+        if not flag or launch._jaxlib_knows(flag):
+            path = tmp_path / f'{name}.npz'
+            environment = os.environ | {'XLA_FLAGS': f'--xla_backend_optimization_level=1 {flag}'}
+            subprocess.run([sys.executable, '-c', NETWORK, path], env=environment, cwd=ROOT, check=True)
+            found[name] = np.load(path)
+    for name, arrays in found.items():
+        for leaf, expected in found['none'].items():
+            error = np.abs(arrays[leaf] - expected).max()
+            assert error <= 1e-5 * np.abs(expected).max(), f'{leaf} with the flag for {name}: {error}'
 
 
 def test_a_flag_that_this_jaxlib_lacks_is_not_set(machine, monkeypatch):
     """The next jaxlib may know one flag less, and every command would end before its first line."""
     machine(AVX512, library=('', ''))
-    monkeypatch.setattr(launch, '_jaxlib_knows', lambda flag: flag != launch.WIDE_VECTORS)
+    monkeypatch.setattr(launch, '_jaxlib_knows', lambda flag: False)
     assert launch.missing_settings() == {}
 
 

@@ -83,12 +83,13 @@ def create_model(
         layer_norm_eps: epsilon of the last norm; Hugging Face's models have 1e-12 there.
         in_channels: channels of the images.
         patch_size: kernel and stride of the stem in pixels; by default the variant's own.
-        remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products and
-            convolutions; half the memory), or the 'full' block (a third of it, a third more work).
+        remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products,
+            convolutions, means of norms; half the memory), or the 'full' block (a third of it, a third more work).
         unroll: compiles every block by itself, in place of one for each stage and a loop: about twice as long, for
             training 3 to 8 % faster on CPU (evaluation is slower) and, on TPU, with a quarter less memory.
-        pallas: takes our kernel for the depthwise convolutions on TPU (`depthwise_tpu.py`), where their shapes allow,
-            and not the compiler's; elsewhere it changes nothing.
+        pallas: takes our kernel for the depthwise convolutions on TPU v5e, v5p and v6e (`depthwise_tpu.py`), where
+            their shapes allow, and not the compiler's; on CPU and GPU it changes nothing. With several devices such
+            a model must be called inside `jax.shard_map`. It has been run on no TPU.
         dtype: float type of matrix products and convolutions; parameters, their gradients, norms and logits are
             float32. Derivatives are in reverse mode: there is no `jax.jvp`.
 

@@ -51,20 +51,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    kernel = _whole(x, kernel)
-    columns, places = kernel.shape[1], x.size // x.shape[-1]
-    # Few places are not worth a copy of the kernel.
-    if columns % 1024 or columns.bit_count() == 1 or places < 256:
-        return x @ kernel
-    return jax.lax.platform_dependent(x, kernel, cpu=_padded_product, default=jnp.matmul)
-
-
-def _padded_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """With columns of zeros beside the kernel's: its rows would all fall on the same lines of the cache.
-
-    With 3,072 columns (stage 4 of T and S) or 6,144 (of L) oneDNN does half its speed; powers of two it sees to itself.
-    """
-    return (x @ jnp.pad(kernel, ((0, 0), (0, 16))))[..., : kernel.shape[1]]
+    return x @ _whole(x, kernel)
 
 
 def _whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -266,8 +253,7 @@ def _gelu_and_tangent(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> 
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    # Written so that XLA knows the GELU after a product, and has oneDNN do both at once.
-    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from convnext_jax.interop import ImageProcessor
 from convnext_jax.models import ConvNeXt, Parameters, get_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
 from convnext_jax.training.distributed import is_first, local_rows, spread
-from convnext_jax.training.setup import abstract_model
+from convnext_jax.training.setup import evaluation_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.stop import Stop
 from convnext_jax.training.watch import Patience
@@ -65,7 +65,7 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: 
     if step is not None and step not in steps:
         raise UserError(f'{workdir} has no checkpoint of step {step}, only of {steps}')
     step = newest if step is None else step
-    model = abstract_model(config)
+    model = evaluation_model(config)
     mesh = make_mesh()
     like = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))

@@ -23,7 +23,15 @@ from convnext_jax.training.distributed import agreed_stop, are_several, gathered
 from convnext_jax.training.logging import RunLog, Silence, read_records, say
 from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints, NotSaved
-from convnext_jax.training.setup import Plan, abstract_model, cache_compiled, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import (
+    Plan,
+    abstract_model,
+    cache_compiled,
+    evaluation_model,
+    make_plan,
+    open_sources,
+    settle_classes,
+)
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
@@ -97,7 +105,7 @@ class Run(Program):
         self.train_source, self.eval_source = train_source, eval_source
         self.unreadable = Unreadable(train_source, len(config.data.mean))
         self.eval_step = jax.jit(
-            make_eval_step(model, config.data.mean, config.data.std), out_shardings=replicated(mesh)
+            make_eval_step(evaluation_model(config), config.data.mean, config.data.std), out_shardings=replicated(mesh)
         )
 
     def restored_state(self) -> TrainState | None:

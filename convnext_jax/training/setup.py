@@ -141,3 +141,10 @@ def build_model(config: ConfigDict, key: jax.Array) -> ConvNeXt:
 def abstract_model(config: ConfigDict) -> ConvNeXt:
     """The config's model with shapes in place of arrays."""
     return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
+
+
+def evaluation_model(config: ConfigDict) -> ConvNeXt:
+    """The same without `model.pallas`: `jax.jit` cannot spread our kernel over devices, as it spreads evaluation."""
+    config = config.copy_and_resolve_references()
+    config.model.pallas = False
+    return abstract_model(config)

@@ -11,7 +11,7 @@ from convnext_jax.interop import ImageProcessor, Pretrained, read_pretrained
 from convnext_jax.models import Parameters, get_parameters, with_parameters
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import gathered, spread
-from convnext_jax.training.setup import abstract_model
+from convnext_jax.training.setup import evaluation_model
 from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, workdir_path
 
 FIELDS = {'raw': 'parameters', 'ema': 'ema'}
@@ -35,7 +35,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     config = read_config(workdir / CONFIG)
     step, parameters = _newest_parameters(workdir, field)
     class_names = read_about(workdir / CHECKPOINTS, step)['data']['class names']
-    model = with_parameters(abstract_model(config), parameters)
+    model = with_parameters(evaluation_model(config), parameters)
     named = tuple(class_names) if len(class_names) == config.model.num_classes else None
     return Pretrained(model, 'convnext_jax', named, config_processor(config), (), [])
 

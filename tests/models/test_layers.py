@@ -267,18 +267,11 @@ def test_a_bias_gathers_its_gradient_in_float32(layer):
 
 
 @pytest.mark.parametrize(('platform', 'barriers'), [('cpu', 1), ('tpu', 0), ('cuda', 0)])
-def test_what_a_product_needs_on_cpu_it_has_there_alone(platform, barriers):
+def test_a_product_stands_apart_from_what_comes_before_it_on_cpu_alone(platform, barriers):
     """Merged with the norm, evaluation on CPU is a fifth slower; accelerators are fast because they merge the two."""
-    x, kernel = jax.ShapeDtypeStruct((256, 4), jnp.float32), jax.ShapeDtypeStruct((4, 3072), jnp.float32)
+    x, kernel = jax.ShapeDtypeStruct((6, 4), jnp.float32), jax.ShapeDtypeStruct((4, 8), jnp.float32)
     program = jax.jit(matmul).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
-    assert program.count('optimization_barrier') == program.count('stablehlo.pad') == barriers
-
-
-@pytest.mark.parametrize('out', [3072, 4096])
-def test_a_product_of_many_columns_equals_numpy(out):
-    """On CPU some widths get columns beside their own: one that stays, or is lost, shifts all that follow."""
-    x, kernel = random(1, 16, 16, 8), random(8, out, seed=1)
-    np.testing.assert_allclose(jax.jit(matmul)(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
+    assert program.count('optimization_barrier') == barriers
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SMALL_RUN, STEPS, fingerprints
@@ -17,8 +19,9 @@ from configs.fashion_mnist import get_config
 from convnext_jax.training.checkpoint import restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import read_records
+from convnext_jax.training.loop import Run
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
-from convnext_jax.training.sharding import make_mesh
+from convnext_jax.training.sharding import batch_sharding, make_mesh
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -103,6 +106,29 @@ def test_a_run_says_who_decodes():
     assert re.search(r'10 classes, decoded by \d+ thread', line()), 'kept images are decoded once, by threads'
     config.data.crop_scale = (0.5, 1.0)
     assert '10 classes, decoded by 2 process(es) of' in line()
+
+
+def test_with_the_kernel_for_tpu_step_and_evaluation_are_programs_for_many_devices():
+    """`jax.jit` cannot spread the kernel over devices: a job on a pod would end at its first evaluation."""
+    config = get_config()
+    config.model.pallas = True
+    sources = open_sources(config)
+    settle_classes(config, sources[0])
+    mesh, plan = make_mesh(), make_plan(config, len(sources[0]))
+    run = Run(config, plan, mesh, abstract_model(config), *sources, checkpoints=None)
+    size, channels = config.data.image_size, len(config.data.mean)
+    shapes = {
+        'image': ((64, size, size, channels), jnp.uint8),
+        'label': ((64,), jnp.int32),
+        'weight': ((64,), jnp.float32),
+    }
+    batch = {name: jax.ShapeDtypeStruct(*of, sharding=batch_sharding(mesh)) for name, of in shapes.items()}
+    evaluation = run.eval_step.trace(run.abstract_state.parameters, batch).lower(lowering_platforms=('tpu',))
+    del batch['weight']
+    training = run.train_step.trace(run.abstract_state, batch).lower(lowering_platforms=('tpu',))
+    assert mesh.size == 8
+    assert 'tpu_custom_call' in training.as_text()
+    assert 'tpu_custom_call' not in evaluation.as_text()
 
 
 def test_a_run_says_its_settings(monkeypatch):
