@@ -15,10 +15,10 @@ RESTARTED = 'CONVNEXT_JAX_RESTARTED'
 
 ALLOCATOR = ':'.join(
     f'glibc.malloc.{setting}'
-    for setting in ('hugetlb=1', f'mmap_threshold={2**30}', f'trim_threshold={2**30}', f'top_pad={2**26}')
+    for setting in ('hugetlb=1', f'mmap_threshold={64 * 2**20}', f'trim_threshold={512 * 2**20}')
 )
-"""Memory comes in pages of 2 MB, and up to 1 GiB that is free is kept: a step's temporaries would be new memory each
-time, at the cost of a fault each 4 kB."""
+"""Memory comes in pages of 2 MB, and of blocks below 64 MiB most stays with the process when it is freed: a step's
+temporaries would be new memory each time, at the cost of a fault each 4 kB."""
 
 EIGEN_PRODUCTS = '--xla_cpu_experimental_ynn_fusion_type=-individual_dot'
 """Matrix products by Eigen and not by YNNPACK: without AVX-512 faster. By oneDNN they are faster still with it
