@@ -29,7 +29,7 @@ def default_config() -> ConfigDict:
     config.model.patch_size = 0  # 0: the architecture's own
     config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
     config.model.remat = 'dots'  # recomputed in the backward pass: 'none', all but the 'dots', or the 'full' block
-    config.model.unroll = False  # every block compiled by itself: longer, for 3 to 8 %; on TPU a quarter less memory
+    config.model.unroll = False  # every block compiled by itself: longer, for 1 to 3 %; on TPU a quarter less memory
     config.model.pallas = False  # depthwise convolutions in training on TPU v5e, v5p, v6e by our kernel; untried
 
     config.init = ConfigDict()

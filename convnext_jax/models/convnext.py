@@ -86,7 +86,7 @@ def create_model(
         remat: what the blocks keep for the backward pass: 'none' is recomputed, all but 'dots' (matrix products,
             convolutions, means of norms; half the memory), or the 'full' block (a third of it, a third more work).
         unroll: compiles every block by itself, in place of one for each stage and a loop: about twice as long, for
-            training 3 to 8 % faster on CPU (evaluation is slower) and, on TPU, with a quarter less memory.
+            training 1 to 3 % faster on CPU (evaluation is slower) and, on TPU, with a quarter less memory.
         pallas: takes our kernel for the depthwise convolutions on TPU v5e, v5p and v6e (`depthwise_tpu.py`), where
             their shapes allow, and not the compiler's; on CPU and GPU it changes nothing. With several devices such
             a model must be called inside `jax.shard_map`. It has been run on no TPU.
