@@ -127,6 +127,17 @@ def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, imag
         build(variant, remat='half')
 
 
+def test_the_means_of_norms_are_kept(images):
+    """They are two numbers for each place, and computing them again takes three passes over the block's input."""
+
+    def roots(remat):
+        model = build(Variant((1,), (8,)), remat=remat)
+        return jax.jit(jax.grad(lambda model: model(images).sum())).lower(model).as_text().count('stablehlo.rsqrt')
+
+    assert roots('dots') == roots('none')
+    assert roots('full') > roots('none')
+
+
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_unrolled_blocks_are_the_same_network_and_recompute_as_much(remat, images, keys):
     """Without a loop to keep the two apart, the compiler would find the recomputed block equal to the first."""
