@@ -22,7 +22,7 @@ temporaries would be new memory each time, at the cost of a fault each 4 kB."""
 
 EIGEN_PRODUCTS = '--xla_cpu_experimental_ynn_fusion_type=-individual_dot'
 """Matrix products by Eigen and not by YNNPACK: without AVX-512 faster. With it oneDNN is faster than both
-(xla_cpu_experimental_onednn_custom_call), but not to be trusted: XLA of jaxlib 0.12.0 then merges a GELU that is written
+(xla_cpu_experimental_onednn_custom_call), but not to be trusted: XLA of jaxlib 0.12.0 then merges a GELU written as
 x · ½(1 + erf) into a product whose own value is needed as well, and gradients are wrong."""
 
 WIDE_VECTORS = '--xla_cpu_prefer_vector_width=512'
