@@ -142,7 +142,7 @@ class PatchConv(nnx.Module):
         n, height, width, in_channels = x.shape
         rows, columns = height // size, width // size
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
-        # A row of a patch moves as one piece; the barrier keeps the compiler from taking it to single numbers again.
+        # A patch's row moves as one piece; the barrier keeps the reshape's indices out of the loop that copies.
         lines = apart_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
         patches = lines.swapaxes(2, 3).reshape(n, rows, columns, -1)
         return (matmul(patches, self.kernel[...]) + self.bias).astype(self.dtype)
