@@ -2,10 +2,12 @@
 
     python -m benchmarks.depthwise [--rounds=21] [--batch=8]
 
-float32. The two take turns; milliseconds are medians, the ratio is torch's time to ours.
+float32, with the settings of our commands. The two take turns; milliseconds are medians, the ratio is torch's time to
+ours.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 import torch
 
+from convnext_jax import launch
 from convnext_jax.models.depthwise import depthwise_conv
 
 SHAPES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side, channels
@@ -78,4 +81,6 @@ def _milliseconds(function: Callable[[], object]) -> float:
 
 
 if __name__ == '__main__':
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # or torch's threads would spin on our cores in our turn
+    launch.restart_with_settings()
     main()
