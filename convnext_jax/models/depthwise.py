@@ -10,6 +10,7 @@ Two primitives, each linear in either argument, and each the other's gradient: s
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
 
+PASS_WEIGHTS = 3072  # of a pass of the convolution on CPU: 12 KiB of a first-level cache of 32 or more
 MOST_ROWS = 7  # in a step of the kernel's gradient on CPU
 
 
@@ -76,7 +78,7 @@ def _kernel_gradient_native(
 
 
 def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
-    """K·K shifted multiply-adds over the padded image, two kernel rows to a pass.
+    """K·K shifted multiply-adds over the padded image, some to a pass, of two kernel rows at the most.
 
     The barriers keep the compiler from merging the passes, and the last with the norm after it: the weights and the
     window of one pass stay in the first-level cache. The one over the kernel keeps it from looking the block's kernel
@@ -85,13 +87,14 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
     size = kernel.shape[0]
     height, width = x.shape[1:3]
     padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel.astype(x.dtype)))
+    places = list(itertools.product(range(size), repeat=2))
+    per_pass = min(max(PASS_WEIGHTS // kernel.shape[-1], 2), 2 * size)
     total = None
-    for first in range(0, size, 2):
-        for row in range(first, min(first + 2, size)):
-            for column in range(size):
-                top, left = row * dilation, column * dilation
-                product = padded[:, top : top + height, left : left + width] * kernel[row, column]
-                total = product if total is None else total + product
+    for first in range(0, len(places), per_pass):
+        for row, column in places[first : first + per_pass]:
+            top, left = row * dilation, column * dilation
+            product = padded[:, top : top + height, left : left + width] * kernel[row, column]
+            total = product if total is None else total + product
         total = lax.optimization_barrier(total)
     return total.astype(x.dtype)
 
