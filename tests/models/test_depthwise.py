@@ -23,6 +23,8 @@ CASES = [  # images, height, width, channels, kernel, and in some the dilation
     (2, 6, 7, 4, 3, 3),
     (2, 11, 4, 3, 7),
     (1, 16, 5, 2, 7),
+    (1, 3, 4, 700, 7),
+    (1, 4, 3, 1600, 5, 2),
 ]
 
 
