@@ -21,7 +21,9 @@ from jax.interpreters import ad, batching, mlir
 
 from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
 
-PASS_WEIGHTS = 3072  # of a pass of the convolution on CPU: 12 KiB of a first-level cache of 32 or more
+# Of a pass of the convolution on CPU: its weights, 12 KiB in float32 of a first-level cache of 32 or more; but so many
+# places at the least, or the passes over the image cost more than the cache gives.
+PASS_WEIGHTS, LEAST_PLACES = 3072, 5
 MOST_ROWS = 7  # in a step of the kernel's gradient on CPU
 
 
@@ -88,7 +90,7 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
     height, width = x.shape[1:3]
     padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel.astype(x.dtype)))
     places = list(itertools.product(range(size), repeat=2))
-    per_pass = min(max(PASS_WEIGHTS // kernel.shape[-1], 2), 2 * size)
+    per_pass = min(max(PASS_WEIGHTS // max(x.shape[-1], 1), LEAST_PLACES), 2 * size)
     total = None
     for first in range(0, len(places), per_pass):
         for row, column in places[first : first + per_pass]:
