@@ -12,12 +12,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
-import torch
 
 from convnext_jax import launch
-from convnext_jax.models.depthwise import depthwise_conv
 
 SHAPES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side, channels
 SIZE = 7
@@ -46,6 +43,10 @@ def _arrays(shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _ours(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+    import jax  # not above, nor torch below: their settings are made first
+
+    from convnext_jax.models.depthwise import depthwise_conv
+
     x, kernel, error = map(jax.numpy.asarray, _arrays(shape))
     forward = jax.jit(depthwise_conv)
     by_input = jax.jit(lambda x, kernel, error: jax.vjp(lambda x: depthwise_conv(x, kernel), x)[1](error))
@@ -58,6 +59,8 @@ def _ours(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
 
 
 def _theirs(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+    import torch
+
     x, kernel, error = map(torch.from_numpy, _arrays(shape))
     x, error = x.permute(0, 3, 1, 2), error.permute(0, 3, 1, 2)  # channels_last
     kernel = kernel.permute(2, 0, 1)[:, None].contiguous(memory_format=torch.channels_last)
@@ -85,6 +88,6 @@ def _milliseconds(function: Callable[[], object]) -> float:
 
 
 if __name__ == '__main__':
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # or torch's threads would spin on our cores in our turn
     launch.restart_with_settings()
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # or torch's threads would spin on our cores in our turn
     main()
