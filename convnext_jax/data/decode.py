@@ -3,11 +3,12 @@
 import contextlib
 import io
 import math
+import struct
 from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 from convnext_jax.errors import UserError
 
@@ -18,20 +19,102 @@ except ImportError:  # there is none for ARM processors under Linux
 
 JPEG = b'\xff\xd8\xff'
 MOST_PIXELS = 10**8  # of a resized image, as Pillow's own bound on what it opens
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'JPEG2000', 'AVIF')
+"""Pillow's names of the formats that are decoded. The content tells the format, not the suffix. Pillow knows more, but
+would start Ghostscript for a PostScript file."""
 
 
 def decode(image: bytes, channels: int, name: str) -> Image.Image:
-    """A Pillow image with 1 (grey) or 3 (RGB) channels.
+    """Decodes a file to an upright 8-bit image: the one decoder of training, evaluation and prediction.
+
+    The image is turned as its EXIF orientation says; of several frames the first is taken.
+
+    Args:
+        image: the bytes of the file, in one of `FORMATS`.
+        channels: 1 (grey, mode 'L') or 3 (mode 'RGB').
+        name: the file, for error messages.
 
     Raises:
-        UserError: the bytes are no whole image; `name` says which.
+        UserError: the bytes are not a whole image, or its pixels have an unknown range (see `convert_mode`).
     """
     try:
-        return Image.open(io.BytesIO(image)).convert('L' if channels == 1 else 'RGB')
+        with Image.open(io.BytesIO(image), formats=FORMATS) as file:
+            converted = convert_mode(file, channels)
+            orientation = _orientation(file)  # after the pixels: a PNG may hold its EXIF data behind them
     except Image.UnidentifiedImageError as error:
-        raise UserError(f'{name} cannot be decoded as an image: Pillow knows no such format') from error
+        raise UserError(f'{name} cannot be decoded as an image: it is none of {", ".join(FORMATS)}') from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f'{name} cannot be decoded as an image: {error}') from error
+    return converted if orientation == 1 else Image.fromarray(_turn(np.asarray(converted), orientation))
+
+
+def convert_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Converts any Pillow image to 8 bits and 1 (mode 'L') or 3 (mode 'RGB') channels.
+
+    Transparency is dropped, as timm and torchvision do. Deep grey images are scaled by the range of their type, where
+    Pillow's own conversion cuts off all values above 255: 16 bits (of a TIFF also 12) by the largest value, floats
+    from 0 to 1.
+
+    Raises:
+        UserError: integers of 32 bits, whose range is unknown, or floats outside 0 to 1.
+    """
+    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
+        image = _scale_to_8_bits(image)
+    elif image.mode == 'La':  # Pillow converts these three to few other modes
+        image = image.convert('LA')
+    elif image.mode == 'RGBa':
+        image = image.convert('RGBA')
+    elif image.mode == 'LAB':
+        image = image.convert('RGB')
+    elif image.mode == 'P' and 'transparency' in image.info:  # direct conversion is the same, with a warning
+        image = image.convert('RGBA')
+    return image.convert('L' if channels == 1 else 'RGB')
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    image.load()
+    pixels = np.asarray(image)
+    tags = getattr(image, 'tag_v2', {})  # of a TIFF
+    if image.mode == 'F':
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise UserError('its float pixels are not all from 0 to 1: save it with 8 or 16 bits')
+        return Image.fromarray(np.uint8(np.round(pixels * 255)))
+    if image.mode == 'I' and image.format != 'PPM':  # Pillow reads a deep PGM as I with values up to 65535
+        raise UserError('its pixels are integers of unknown range (mode I): save it with 8 or 16 bits')
+    largest = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+    scaled = np.uint8((pixels.astype(np.uint32).clip(0, largest) * 255 + largest // 2) // largest)
+    white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0  # Pillow heeds it for up to 8 bits only
+    return Image.fromarray(255 - scaled if white_is_zero else scaled)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an open file, 1 to 8; 1 (upright) if it has none or its EXIF data are damaged.
+
+    The tag counts no longer where Pillow has turned the image itself, as it does when it loads a TIFF.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+        struct.error,
+    ):  # the pixels are whole all the same
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of (H, W) or (H, W, C) pixels as the EXIF orientation wants them shown."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
 
 
 def resize(image: Image.Image, size: int, *, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
@@ -49,7 +132,7 @@ def train_crop(
     exact: bool = False,
     name: str = 'the image',
 ) -> np.ndarray:
-    """A random part of an encoded image at size×size, (size, size, C) uint8.
+    """A random part of an encoded image, upright, at size×size: (size, size, C) uint8.
 
     The crop of arXiv:1409.4842 as torchvision draws it: area uniform in `scale` of the image's, aspect ratio
     log-uniform from 3/4 to 4/3, ten tries, then the largest centre crop of an allowed ratio.
@@ -80,6 +163,11 @@ def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float
     height, width, space, _ = simplejpeg.decode_jpeg_header(image)
     if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError
+    with Image.open(io.BytesIO(image), formats=('JPEG',)) as file:  # parses the header alone
+        orientation = _orientation(file)
+    stored_height, stored_width = height, width
+    if orientation >= 5:
+        height, width = width, height
     left, top, right, bottom = _random_box(width, height, scale, seed)
     # libjpeg scales by powers of two at little cost, but softly: it leaves at least half of the work to the filter.
     room = min(right - left, bottom - top) // (2 * size)
@@ -87,9 +175,10 @@ def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float
     pixels = simplejpeg.decode_jpeg(
         image,
         'RGB' if channels == 3 else 'GRAY',
-        min_height=-(-height // shrink),
-        min_width=-(-width // shrink),
+        min_height=-(-stored_height // shrink),
+        min_width=-(-stored_width // shrink),
     )
+    pixels = _turn(pixels, orientation)
     across, down = pixels.shape[1] / width, pixels.shape[0] / height
     return _filter(pixels, size, (left * across, top * down, right * across, bottom * down))
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from convnext_jax.data.decode import eval_resize
-from convnext_jax.errors import UserError, first_line
+from convnext_jax.data.decode import convert_mode, decode, eval_resize
+from convnext_jax.errors import UserError
 from convnext_jax.interop.files import locate, read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -179,7 +179,8 @@ class ImageProcessor:
 
         Args:
             images: Pillow images of any mode; arrays (H, W) or (H, W, C), uint8 from 0 to 255 or float from 0 to 1;
-                or paths. A file is turned upright as its EXIF orientation says, a Pillow image is taken as it is.
+                or paths. A file is decoded as in training and evaluation (`data.decode.decode`), upright as its EXIF
+                orientation says; a Pillow image is not turned.
 
         Raises:
             UserError: an image that cannot be read, or an array of another shape, type or range.
@@ -190,11 +191,13 @@ class ImageProcessor:
             raise UserError(f'images must be an image or many, not a {type(images).__name__}')
         if len(images) == 0:
             raise UserError('there are no images to process')
-        return np.stack([self.normalize(self.resize(_open(image, f'image {i}'))) for i, image in enumerate(images)])
+        channels = len(self.mean)
+        opened = (_open(image, channels, f'image {number}') for number, image in enumerate(images))
+        return np.stack([self.normalize(self.resize(image)) for image in opened])
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """(size, size, C) uint8: resized and cropped."""
-        image = image.convert('L' if len(self.mean) == 1 else 'RGB')
+        image = convert_mode(image, len(self.mean))
         return eval_resize(image, self.size, self.crop_pct, squash=self.squash, resample=self.resample)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
@@ -217,18 +220,18 @@ def processor_for(channels: int, given: ImageProcessor | None = None) -> ImagePr
     return processor
 
 
-def _open(image: Picture, name: str) -> Image.Image:
+def _open(image: Picture, channels: int, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if not isinstance(image, str | Path):
-        raise UserError(f'{name} is a {type(image).__name__}, no image, array or path')
+        raise UserError(f'{name} is a {type(image).__name__}, not an image, an array or a path')
     try:
-        with Image.open(image) as file:
-            return ImageOps.exif_transpose(file).convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{image} cannot be read as an image: {first_line(error)}') from error
+        content = Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f'{image} cannot be read: {error.strerror}') from error
+    return decode(content, channels, str(image))
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

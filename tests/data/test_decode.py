@@ -1,19 +1,19 @@
 """Bytes to pixels: every kind of file that data sets hold, the evaluation resize, and the training crop."""
 
+import contextlib
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from convnext_jax.data import decode as decode_module
-from convnext_jax.data.decode import decode, eval_resize, resize, train_crop
+from convnext_jax.data.decode import convert_mode, decode, eval_resize, resize, train_crop
 from convnext_jax.errors import UserError
 
 SAMPLES = Path(__file__).parents[3] / 'shared' / 'data' / 'imagenet_samples'
 COLOUR = (200, 30, 90)
-GREY = 88  # 0.299 R + 0.587 G + 0.114 B
 
 
 def encoded(image, form, **options):
@@ -26,35 +26,150 @@ def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(
-    ('forms', 'mode', 'colour', 'rgb', 'grey'),
-    [
-        ('PNG JPEG WEBP BMP', 'L', 90, (90, 90, 90), 90),
-        ('PNG JPEG WEBP BMP', 'RGB', COLOUR, COLOUR, GREY),
-        ('PNG WEBP BMP', 'RGBA', (*COLOUR, 255), COLOUR, GREY),
-        (
-            'PNG WEBP BMP',
-            'RGBA',
-            (*COLOUR, 128),
-            COLOUR,
-            GREY,
-        ),  # transparency is left out, as torchvision's loader does
-        ('PNG WEBP BMP', 'P', COLOUR, COLOUR, GREY),
-        ('JPEG', 'CMYK', (0, 255, 255, 0), (254, 0, 0), 76),
-        ('PNG JPEG WEBP BMP', '1', 1, (255, 255, 255), 255),
-    ],
-)
-def test_every_kind_of_file_gives_its_colour(forms, mode, colour, rgb, grey):
-    """ImageNet holds grey and CMYK JPEGs, and a PNG; users hold palettes. A few inverted images go unseen for long."""
-    image = Image.new('RGB' if mode == 'P' else mode, (9, 7), colour)
-    image = image.convert('P', palette=Image.Palette.ADAPTIVE) if mode == 'P' else image
-    for form in forms.split():
-        options = {'WEBP': {'lossless': True, 'exact': True}, 'JPEG': {'quality': 95}}.get(form, {})
-        data = encoded(image, form, **options)
+def with_palette(alpha):
+    """A palette image of COLOUR; with `alpha` the palette has an opacity for each entry."""
+    image = Image.new('RGB', (9, 7), COLOUR).convert('P', palette=Image.Palette.ADAPTIVE)
+    if alpha is not None:
+        image.info['transparency'] = bytes([alpha] * 256)
+    return image
+
+
+def solid(mode, value):
+    if mode.startswith('I;16'):
+        return Image.fromarray(np.full((7, 9), value, '>u2' if mode == 'I;16B' else '<u2'))
+    if mode == 'LAB':
+        srgb, lab = ImageCms.createProfile('sRGB'), ImageCms.createProfile('LAB')
+        return ImageCms.profileToProfile(Image.new('RGB', (9, 7), value), srgb, lab, outputMode='LAB')
+    if mode in ('YCbCr', 'HSV', 'CMYK'):
+        return Image.new('RGB', (9, 7), value).convert(mode)
+    return Image.new(mode, (9, 7), value)
+
+
+MODES = {  # an image of each Pillow mode and its RGB value; of transparency nothing is seen, as in timm and torchvision
+    '1': (solid('1', 1), (255, 255, 255)),
+    'L': (solid('L', 90), (90, 90, 90)),
+    'LA': (solid('LA', (90, 40)), (90, 90, 90)),
+    'La': (solid('La', (20, 64)), (80, 80, 80)),  # 20 is 80 times the opacity
+    'P': (with_palette(None), COLOUR),
+    'P with transparency': (with_palette(128), COLOUR),
+    'PA': (with_palette(None).convert('PA'), COLOUR),
+    'RGB': (solid('RGB', COLOUR), COLOUR),
+    'RGBX': (solid('RGBX', (*COLOUR, 0)), COLOUR),
+    'RGBA': (solid('RGBA', (*COLOUR, 128)), COLOUR),
+    'RGBa': (solid('RGBa', (100, 15, 45, 128)), (199, 30, 90)),
+    'CMYK': (solid('CMYK', COLOUR), COLOUR),
+    'YCbCr': (solid('YCbCr', COLOUR), COLOUR),
+    'LAB': (solid('LAB', COLOUR), COLOUR),
+    'HSV': (solid('HSV', COLOUR), COLOUR),
+    'I;16': (solid('I;16', 20000), (78, 78, 78)),
+    'I;16B': (solid('I;16B', 20000), (78, 78, 78)),
+    'F': (solid('F', 0.25), (64, 64, 64)),
+}
+LOSSLESS = {'WEBP': {'lossless': True, 'exact': True}, 'JPEG': {'quality': 95, 'subsampling': 0}}
+OWN_CONVERSION = {  # modes that Pillow changes when it saves: the file holds another image
+    ('JPEG2000', 'I;16B'),
+    *(('WEBP', mode) for mode in ('I;16', 'I;16B', 'F', 'La', 'RGBa')),
+    *(('GIF', mode) for mode in ('I;16', 'I;16B', 'F', 'LA', 'RGBA', 'P with transparency')),
+    *((form, mode) for form in ('JPEG', 'TIFF') for mode in ('RGBX',)),
+}
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_every_kind_of_file_gives_its_colour(mode):
+    """Users hold scans of 16 bits, palettes, CMYK; white, black or inverted images among them go unseen for long.
+
+    Training, evaluation and prediction must see the same.
+    """
+    image, rgb = MODES[mode]
+    grey = round(np.dot(rgb, (0.299, 0.587, 0.114)))
+    files = {}
+    for form in ('PNG', 'TIFF', 'JPEG', 'WEBP', 'GIF', 'BMP', 'PPM', 'JPEG2000'):
+        with contextlib.suppress(OSError, ValueError):  # a format without this mode
+            if (form, mode) not in OWN_CONVERSION:
+                files[form] = encoded(image, form, **LOSSLESS.get(form, {}))
+    assert files or mode in ('La', 'RGBa', 'RGBX', 'HSV'), 'no format holds it'
+    for form, data in files.items():
         for channels, expected in {3: rgb, 1: grey}.items():
             pixels = np.asarray(decode(data, channels, 'x'), np.int32)
             assert pixels.shape == ((7, 9, 3) if channels == 3 else (7, 9))
             assert np.abs(pixels - np.asarray(expected)).max() <= 3, (form, channels, pixels[0, 0])
+            for exact in (False, True):
+                crop = train_crop(data, 8, channels=channels, scale=(0.5, 1), seed=(0,), exact=exact).astype(np.int32)
+                assert np.abs(crop - np.asarray(expected)).max() <= 3, (form, channels, crop[0, 0])
+    for channels, expected in {3: rgb, 1: grey}.items():
+        pixels = np.asarray(convert_mode(image, channels), np.int32)
+        assert np.abs(pixels - np.asarray(expected)).max() <= 3, (channels, pixels[0, 0])
+
+
+@pytest.mark.parametrize(('low', 'high'), [(0, 20000), (45000, 65535), (0, 65535)])
+@pytest.mark.parametrize('form', ['PNG', 'TIFF', 'PPM', 'JPEG2000'])
+def test_sixteen_bits_become_eight_by_their_range(form, low, high):
+    """Pillow's conversion makes all values above 255 white: X-rays and scans would train as blank sheets."""
+    values = np.random.default_rng(0).integers(low, high, (40, 40), dtype=np.uint16)
+    data = encoded(Image.fromarray(values), form, **({'irreversible': False} if form == 'JPEG2000' else {}))
+    np.testing.assert_array_equal(decode(data, 1, 'x'), np.round(values / 257).astype(np.uint8))
+    np.testing.assert_array_equal(np.asarray(decode(data, 3, 'x'))[:, :, 1], decode(data, 1, 'x'))
+
+
+def test_tiffs_of_twelve_bits_and_of_ink():
+    """Microscopes write 12 bits, scanners the amount of black: both train as near-black or inverted images."""
+    values = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
+    ink = encoded(Image.fromarray(values), 'TIFF', tiffinfo={262: 0})
+    np.testing.assert_array_equal(decode(ink, 1, 'x'), 255 - np.round(values / 257).astype(np.uint8))
+    twelve = Image.open(io.BytesIO(encoded(Image.fromarray(values // 16), 'TIFF')))
+    twelve.load()
+    twelve.tag_v2[258] = (12,)
+    np.testing.assert_array_equal(convert_mode(twelve, 1), np.round(values // 16 * (255 / 4095)).astype(np.uint8))
+
+
+def test_deep_pixels_of_unknown_range_are_refused():
+    """Integers of 32 bits may end at 255, at 4095 or at 65535: a guess would be wrong without a word."""
+    integers = encoded(Image.fromarray(np.arange(12, dtype=np.int32).reshape(3, 4)), 'TIFF')
+    with pytest.raises(UserError, match='scan.tif cannot be decoded as an image: its pixels are integers of unkn'):
+        decode(integers, 3, 'scan.tif')
+    for wrong in (200.0, -0.1, np.nan):
+        floats = encoded(Image.fromarray(np.full((3, 4), wrong, np.float32)), 'TIFF')
+        with pytest.raises(UserError, match='its float pixels are not all from 0 to 1'):
+            decode(floats, 3, 'scan.tif')
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
+def test_photographs_are_upright(form, orientation):
+    """Phones store pixels lying down and say so: trained one way and predicted the other, nothing is recognised."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo = photograph(300, 200)
+    data = encoded(photo, form, exif=exif, **LOSSLESS.get(form, {}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert upright.size == ((200, 300) if orientation >= 5 else (300, 200))
+    np.testing.assert_array_equal(decode(data, 3, 'x'), upright)
+    np.testing.assert_array_equal(decode(data, 1, 'x'), upright.convert('L'))
+    options = {'channels': 3, 'scale': (0.3, 1.0), 'seed': (7,)}
+    expected = train_crop(encoded(upright, 'PNG'), 64, exact=True, **options)
+    np.testing.assert_array_equal(train_crop(data, 64, exact=True, **options), expected)
+    assert np.abs(train_crop(data, 64, **options).astype(int) - expected).mean() < (1 if form == 'JPEG' else 1e-9)
+
+
+def test_damaged_exif_data_leave_the_image_whole():
+    """A camera's odd metadata must not make a photograph unreadable that trained before."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    whole = encoded(photograph(80, 60), 'JPEG', exif=exif)
+    start = whole.index(b'Exif\0\0') + 6
+    for place, value in ((0, b'XX'), (2, b'\xff\xff'), (4, b'\xff\xff\xff\x7f'), (10, b'\xff\xff'), (18, b'\x63\x00')):
+        data = whole[: start + place] + value + whole[start + place + len(value) :]
+        assert decode(data, 3, 'x').size in ((80, 60), (60, 80))
+        assert train_crop(data, 32, channels=3, scale=(0.3, 1.0), seed=(0,)).shape == (32, 32, 3)
+
+
+def test_formats_are_told_by_content_and_postscript_is_not_run():
+    """A file called .jpg may hold anything; Pillow hands PostScript to Ghostscript, a program."""
+    frames = [Image.new('RGB', (9, 7), colour) for colour in (COLOUR, (0, 255, 0))]
+    moving = encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])
+    assert np.abs(np.asarray(decode(moving, 3, 'x'), int) - COLOUR).max() <= 3
+    with pytest.raises(UserError, match='poster.jpg cannot be decoded as an image: it is none of JPEG, PNG, .*, AVIF'):
+        decode(encoded(frames[0], 'EPS'), 3, 'poster.jpg')
 
 
 @pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP', 'BMP'])
@@ -68,7 +183,7 @@ def test_truncated_bytes_name_the_image(form):
 
 
 def test_other_files_name_themselves():
-    with pytest.raises(UserError, match='notes.jpg cannot be decoded as an image: Pillow knows no such format'):
+    with pytest.raises(UserError, match='notes.jpg cannot be decoded as an image: it is none of JPEG, '):
         decode(b'<html>Not found</html>' * 100, 3, 'notes.jpg')
 
 
