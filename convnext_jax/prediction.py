@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnext_jax.data.sources import IMAGE_SUFFIXES
+from convnext_jax.data.image_files import describe_left_out, find_images
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Pretrained
 from convnext_jax.interop.processor import processor_for
@@ -32,20 +33,29 @@ class Prediction:
 
 
 def find_photos(places: Iterable[str]) -> list[Path]:
-    """The files that paths, folders (all images below them) and patterns like 'photos/*.jpg' name, in that order.
+    """Finds the files that paths, folders and patterns like 'photos/*.jpg' name, in that order.
+
+    Below a folder `find_images` says what counts as an image; a warning counts what is left out. A file that is named
+    itself, or by a pattern, is taken whatever it is.
 
     Raises:
-        UserError: one of them names none.
+        UserError: one of the places names no file.
     """
     photos = []
     for place in places:
         path = Path(place).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            found = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(place, recursive=True))]
+        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(place, recursive=True))]
+        found = []
+        for entry in named:
+            if entry.is_dir():
+                images = find_images(entry)
+                found += map(Path, images.paths)
+                if images.left_out:
+                    warnings.warn(f'{entry}: {describe_left_out(images.left_out)}', stacklevel=2)
+            else:
+                found.append(entry)
         if not found:
-            raise UserError(f'{place} is no file, no folder with images and no pattern that fits any')
+            raise UserError(f'{place} is not a file, a folder with images or a pattern that matches any')
         photos += found
     return photos
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from convnext_jax.data.class_names import match_names
 from convnext_jax.data.dataset_writer import Image, describe_dataset, write_dataset
 from convnext_jax.data.shards import tar_members
-from convnext_jax.data.sources import FolderSource
+from convnext_jax.data.sources import FolderSource, check_has_classes
 from convnext_jax.errors import UserError
 
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
@@ -48,8 +49,8 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
     """Writes `manual_dir/SPLIT/CLASS/*.jpg` as the data set `name`, version 1.0.0.
 
     Raises:
-        UserError: the name is not free or not allowed, the splits differ in their classes, or a split is no folder of
-            class folders; or as `write_dataset`.
+        UserError: the name is not free or not allowed, a split has a class that the split with the most classes lacks,
+            there is one class alone, or a split is no folder of class folders; or as `write_dataset`.
     """
     import tensorflow_datasets as tfds
 
@@ -66,17 +67,19 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
     if not splits:
         raise UserError(f'{manual_dir} holds no folders: images are expected in {manual_dir}/SPLIT/CLASS/')
     sources = {split: FolderSource(manual_dir, split) for split in splits}
-    class_names = sources[splits[0]].class_names
+    whole = max(splits, key=lambda split: len(sources[split].class_names))  # another split may lack a class
+    check_has_classes(sources[whole], str(manual_dir / whole))
+    class_names = sources[whole].class_names
     for class_name in class_names:  # TFDS keeps them as lines of a file
         if class_name != class_name.strip() or len(class_name.splitlines()) != 1 or not class_name.isprintable():
             raise UserError(f'{class_name!r} cannot be the name of a class in TFDS: rename its folder')
-    for split, source in sources.items():
+    for split in sources:
         if not re.fullmatch(r'\w+', split) or split == 'all':
             raise UserError(f"{manual_dir / split} cannot be a split's name: letters, digits and '_' alone")
-        if source.class_names != class_names:
-            differ = sorted(set(source.class_names) ^ set(class_names))
-            raise UserError(f'the classes of {splits[0]} and {split} in {manual_dir} differ: {differ}')
-    images = {split: _folder_images(manual_dir / split, source) for split, source in sources.items()}
+    images = {}
+    for split, source in sources.items():
+        labels = match_names(source.class_names, class_names, str(manual_dir / whole))
+        images[split] = _folder_images(manual_dir / split, source, labels)
     write_dataset(directory, class_names, images, encoding_format=None)
 
 
@@ -107,8 +110,8 @@ def _imagenet_validation(path: Path, class_names: Sequence[str]) -> list[Image]:
     return images
 
 
-def _folder_images(root: Path, source: FolderSource) -> list[Image]:
-    paths = ((Path(path), label) for path, label in source.files)
+def _folder_images(root: Path, source: FolderSource, labels: Sequence[int]) -> list[Image]:
+    paths = ((Path(path), labels[label]) for path, label in source.files)
     return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in paths]
 
 

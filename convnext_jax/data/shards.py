@@ -7,7 +7,7 @@ import sys
 import tarfile
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,16 +89,16 @@ def find_shards(directory: Path, split: str) -> list[Path]:
     return shards
 
 
-def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: set[str]) -> np.memmap:
+def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Set[str]) -> np.memmap:
     """A row for each image: `shard` by number, `offset`, `size`, `label`, `name`; mapped, so it costs no memory.
 
     It is kept beside the shards, or in the user's cache where they cannot be written. Its name follows from the shards'
-    names, sizes and times, so that it is made anew when they change.
+    names, sizes and times and from the suffixes, so that a new one is made when they change.
 
     Raises:
         UserError: as `index_shard`, or it cannot be written.
     """
-    name = f'{split}.index-{_fingerprint(shards)}.npy'
+    name = f'{split}.index-{_fingerprint(shards, suffixes)}.npy'
     if (directory / name).is_file() or os.access(directory, os.W_OK):
         path = directory / name
     else:
@@ -117,15 +117,20 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: se
     return index
 
 
-def index_shard(path: Path, number: int, suffixes: set[str]) -> np.ndarray:
+def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
     """The rows of one shard. As in WebDataset, a key is a name up to the first dot of its last part.
+
+    Members that are hidden, or in a hidden folder, are left out, with a warning that counts them.
 
     Raises:
         UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or that is no number, two
             images or labels of one key, a key with a dot, or no images at all.
     """
-    images, labels = {}, {}
+    images, labels, hidden = {}, {}, 0
     for member in tar_members(path):
+        if any(part.startswith('.') and part != '.' for part in member.name.split('/')):
+            hidden += 1
+            continue
         folder, _, file = member.name.rpartition('/')
         stem, _, suffix = file.partition('.')
         if suffix.endswith('.cls'):
@@ -137,6 +142,8 @@ def index_shard(path: Path, number: int, suffixes: set[str]) -> np.ndarray:
         if key in kind:
             raise UserError(f'{path} holds {kind[key].name} and {member.name}, of the same key: keep one')
         kind[key] = member
+    if hidden:
+        warnings.warn(f'{path}: left out {hidden} entries (hidden files: {hidden})', stacklevel=2)
     if not images:
         raise UserError(f'{path} holds no images: KEY.jpg (or {", ".join(sorted(suffixes))}) with KEY.cls beside it')
     for key in images.keys() ^ labels.keys():
@@ -156,8 +163,8 @@ def index_shard(path: Path, number: int, suffixes: set[str]) -> np.ndarray:
     return np.array([(*row, name) for row, name in zip(rows, names, strict=True)], kinds)
 
 
-def _fingerprint(shards: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(shards: Sequence[Path], suffixes: Set[str]) -> str:
+    digest = hashlib.sha256(' '.join(sorted(suffixes)).encode())
     for path in shards:
         try:
             stat = path.stat()

@@ -2,12 +2,15 @@
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from convnext_jax.data.class_names import outputs_of_classes
+from convnext_jax.data.image_files import IMAGE_SUFFIXES, describe_left_out, find_images
 from convnext_jax.data.shards import find_shards, open_index, read_bytes
 from convnext_jax.errors import UserError, first_line
 
@@ -15,7 +18,6 @@ BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / 
 # ImageNet-A (arXiv:1907.07174) and -R (arXiv:2006.16241) hold 200 of ImageNet's classes, and score among these alone.
 SOME_CLASSES = ('imagenet_a', 'imagenet_r')
 MOST_CLASSES = 10**6  # a larger label is something else, an image's number say
-IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,71 @@ def open_source(name: str, directory: str, split: str) -> Source:
     return Part(source, split) if bracket else source
 
 
+def check_has_classes(source: Source, name: str) -> None:
+    """Refuses to learn from a set with one class: the loss is 0 from the first step, and the accuracy 100 %.
+
+    Args:
+        source: the training split.
+        name: where it is, for the error message.
+
+    Raises:
+        UserError: the set has one class.
+    """
+    if len(source.class_names) == 1:
+        below = source.folders_below() if isinstance(source, FolderSource) else ''
+        raise UserError(f"{name} has one class, '{source.class_names[0]}', and a classifier needs two or more{below}")
+
+
+def relabel(source: Source, class_names: Sequence[str] | None, outputs: int) -> tuple[Source, str]:
+    """Gives the examples of a source the labels of a model's outputs, matched by class name.
+
+    Args:
+        source: a split.
+        class_names: of the model's first outputs; None if unknown.
+        outputs: how many outputs the model has.
+
+    Returns:
+        The source, its labels replaced where they differ; and a line for the user, as `outputs_of_classes`.
+
+    Raises:
+        UserError: as `outputs_of_classes`.
+    """
+    try:
+        labels, note = outputs_of_classes(source.class_names, class_names, outputs)
+    except UserError as error:
+        below = source.folders_below() if isinstance(source, FolderSource) else ''
+        raise UserError(f'{error}{below}') from error
+    if labels == list(range(len(labels))) and (class_names is None or len(class_names) == len(labels)):
+        return source, note
+    return Relabelled(source, labels, class_names or source.class_names), note
+
+
+class Relabelled:
+    """A source under the class names of a model; `labels` gives the model's output for each class of the source."""
+
+    def __init__(self, source: Source, labels: Sequence[int], class_names: Sequence[str]):
+        self._source, self._labels = source, list(labels)
+        self.class_names, self.many_labels = list(class_names), source.many_labels
+        self.judged = None if source.judged is None else tuple(sorted(self._labels[label] for label in source.judged))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        many = isinstance(example.label, tuple)
+        label = tuple(self._labels[label] for label in example.label) if many else self._labels[example.label]
+        return dataclasses.replace(example, label=label)
+
+
 class FolderSource:
-    """A folder of images, `directory/split/CLASS/*.jpg`: classes are numbered in the order of their names."""
+    """A folder of images, `directory/split/CLASS/*.jpg`: classes are numbered in the order of their names.
+
+    `find_images` says what counts as an image, at any depth; a warning counts what is left out.
+    """
 
     many_labels = False
     judged = None
@@ -83,23 +148,28 @@ class FolderSource:
         root = directory / split
         if not root.is_dir():
             raise UserError(f'{root} is not a folder: data.dir holds one folder for each split, and in it one a class')
-        entries = sorted(path for path in root.iterdir() if not path.name.startswith('.'))
-        lost = [path.name for path in entries if _leads_nowhere(path)]
+        everything = sorted(root.iterdir())
+        entries = [path for path in everything if not path.name.startswith('.')]
+        lost = [path.name for path in entries if path.is_symlink() and not path.exists()]
         if lost:
             raise UserError(f'{root} has links that lead nowhere: {", ".join(lost)}')
         folders = [path for path in entries if path.is_dir()]
         if not folders:
             raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
+        self._split, self._folders = split, folders
         self.class_names = [folder.name for folder in folders]
         self.files: list[tuple[str, int]] = []
+        beside = {'files': len(entries) - len(folders), 'hidden entries': len(everything) - len(entries)}
+        left_out = Counter({f'{kind} beside the class folders': count for kind, count in beside.items() if count})
         for label, folder in enumerate(folders):
-            files = sorted(path for path in folder.rglob('*') if _is_file(path) and not path.name.startswith('.'))
-            images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-            if not images:
-                raise UserError(f'class folder {folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))})')
-            if len(images) < len(files):
-                warnings.warn(f'{folder}: left out {len(files) - len(images)} files that are no images', stacklevel=2)
-            self.files += [(str(path), label) for path in images]  # strings: a Path is slow to send to a process
+            found = find_images(folder)
+            if not found.paths:
+                left = f': {describe_left_out(found.left_out)}' if found.left_out else ''
+                raise UserError(f'class folder {folder} holds no images{left}')
+            left_out += found.left_out
+            self.files += [(path, label) for path in found.paths]  # strings: a Path is slow to send to a process
+        if left_out:
+            warnings.warn(f'{root}: {describe_left_out(left_out)}', stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -114,14 +184,15 @@ class FolderSource:
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
-
-def _is_file(path: Path) -> bool:
-    """A link that leads nowhere too: an image that cannot be read, and not one that is not there."""
-    return path.is_file() or _leads_nowhere(path)
-
-
-def _leads_nowhere(path: Path) -> bool:
-    return path.is_symlink() and not path.exists()
+    def folders_below(self) -> str:
+        """A hint, for an error message, that the folders below the only class folder may be the classes; or ''."""
+        folder, *others = self._folders
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+        if others or not names:
+            return ''
+        shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
+        split = f'{self._split}/{folder.name}'
+        return f'. {folder} holds the folders {shown}: if they are the classes, the split is {split}'
 
 
 class WebDatasetSource:

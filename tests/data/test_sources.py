@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from convnext_jax.data.pipeline import MOST_LABELS, Share, eval_batches
-from convnext_jax.data.sources import BUNDLED, open_source
+from convnext_jax.data.sources import BUNDLED, check_has_classes, open_source, relabel
 from convnext_jax.errors import UserError
 
 
@@ -25,9 +26,8 @@ def write_image(path, value=0):
 @pytest.fixture
 def folder(tmp_path):
     """Two classes; the names' order is neither the order of creation nor of the values."""
-    for value, name in enumerate(['zebra/b.png', 'zebra/a.JPG', 'ant/deep/z.webp', 'ant/c.jpeg', 'ant/.hidden.png']):
+    for value, name in enumerate(['zebra/b.png', 'zebra/a.JPG', 'ant/deep/z.webp', 'ant/c.jpeg']):
         write_image(tmp_path / 'train' / name, value)
-    (tmp_path / 'train/.cache').mkdir()
     return tmp_path
 
 
@@ -230,10 +230,70 @@ def test_folder_is_sorted_and_labelled_by_class_name(folder):
 
 
 def test_folder_warns_of_files_that_it_leaves_out(folder):
-    """Images of an unknown suffix would vanish from training unseen."""
+    """Images in a format that is not read would vanish from training unseen."""
     (folder / 'train/ant/d.heic').write_bytes(b'')
-    with pytest.warns(UserWarning, match='ant: left out 1 files that are no images'):
+    (folder / 'train/zebra/._a.JPG').write_bytes(b'Mac OS X')
+    (folder / 'train/classes.txt').write_text('ant, zebra')
+    (folder / 'train/.cache').mkdir()
+    with pytest.warns(UserWarning, match='left out 4 entries') as caught:
         assert len(open_source('folder', str(folder), 'train')) == 4
+    (warning,) = caught
+    assert str(warning.message) == (
+        f'{folder / "train"}: left out 4 entries (.heic files: 1, files beside the class folders: 1, '
+        'hidden entries beside the class folders: 1, hidden files: 1)'
+    )
+
+
+def test_a_set_with_one_class_teaches_nothing(folder):
+    """The loss is 0 and the accuracy 100 % from the first step where the classes lie one folder deeper."""
+    check_has_classes(open_source('folder', str(folder), 'train'), 'train')
+    (folder / 'deep').mkdir()
+    (folder / 'train').rename(folder / 'deep' / 'images')
+    source = open_source('folder', str(folder), 'deep')
+    with pytest.raises(UserError, match='^deep has one class, .images., and a classifier needs two or more') as error:
+        check_has_classes(source, 'deep')
+    hint = (
+        f'{folder / "deep" / "images"} holds the folders ant, zebra: if they are the classes, the split is deep/images'
+    )
+    assert str(error.value).endswith(f'. {hint}')
+    assert open_source('folder', str(folder), 'deep/images').class_names == ['ant', 'zebra']  # the hint is true
+    with pytest.raises(UserError, match='if they are the classes, the split is deep/images'):
+        relabel(source, ['ant', 'zebra'], 2)
+
+
+def labels(source):
+    return [source[index].label for index in range(len(source))]
+
+
+def test_labels_follow_the_model_s_class_names(folder):
+    """A test set without the first class scored 0 % where labels were numbered by position."""
+    source = open_source('folder', str(folder), 'train')
+    assert relabel(source, ['ant', 'zebra'], 2) == (source, '')
+    renamed, note = relabel(source, ['zebra', 'bee', 'ant'], 5)
+    assert (labels(renamed), note) == ([2, 2, 0, 0], '')
+    assert renamed.class_names == ['zebra', 'bee', 'ant']
+    assert (len(renamed), renamed.name(0), renamed[0].image) == (4, source.name(0), source[0].image)
+    assert labels(pickle.loads(pickle.dumps(renamed))) == [2, 2, 0, 0]
+    with pytest.raises(UserError, match='^the model does not know these classes of the data: ant$'):
+        relabel(source, ['bee', 'zebra'], 2)
+    same, note = relabel(source, None, 2)
+    assert same is source
+    assert note.startswith(
+        'classes are matched by position, class 0 (ant) to output 0: the weights have no class names'
+    )
+
+
+def test_relabelled_examples_of_several_labels(tmp_path):
+    """ImageNet ReaL and ImageNet-A on a model whose classes stand in another order."""
+    imagenet_like(tmp_path, 'imagenet2012_real', '1.0.0', 'validation', 'real_label', [(3,), (), (1, 7, 2)])
+    imagenet_like(tmp_path, 'imagenet_a', '0.1.0', 'test', 'label', [5, 2, 5, 9])
+    real = open_source('imagenet2012_real', str(tmp_path), 'validation')
+    backwards = list(reversed([f'class {label}' for label in range(10)]))
+    real.class_names = list(reversed(backwards))
+    assert labels(relabel(real, backwards, 10)[0]) == [(6,), (), (8, 2, 7)]
+    some = open_source('imagenet_a', str(tmp_path), 'test')
+    some.class_names = real.class_names
+    assert relabel(some, backwards, 10)[0].judged == (0, 4, 7)
 
 
 def test_folder_keeps_links_that_lead_nowhere(folder):
@@ -244,7 +304,9 @@ def test_folder_keeps_links_that_lead_nowhere(folder):
     with pytest.raises(UserError, match='ant/lost.jpg cannot be read: No such file or directory'):
         [source[index] for index in range(5)]
     (folder / 'train/.#lock').symlink_to('nobody@nowhere')  # as editors leave them
-    assert len(open_source('folder', str(folder), 'train')) == 5
+    with pytest.warns(UserWarning, match='hidden entries beside the class folders: 1'):
+        assert len(open_source('folder', str(folder), 'train')) == 5
+    (folder / 'train/.#lock').unlink()
     (folder / 'train/cat').symlink_to(folder / 'unmounted')
     assert error_of('folder', str(folder), 'train') == f'{folder / "train"} has links that lead nowhere: cat'
 

@@ -1,0 +1,152 @@
+"""Class names: which output of a model belongs to which class of a data set."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+from convnext_jax.errors import UserError
+
+WORDNET_ID = re.compile(r'n\d{8}')  # ImageNet's classes in TFDS and in its folders
+NUMBER = re.compile(r'(?:LABEL_|class )?(\d{1,9})')  # Hugging Face's LABEL_3, a tar's 3: no names
+MAX_LISTED = 5
+
+
+def normalize(name: str) -> str:
+    """The name in Unicode's composed form (NFC): file systems of Macs give 'é' as two characters."""
+    return unicodedata.normalize('NFC', name)
+
+
+def same_names(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two lists hold the same names in the same order."""
+    return list(map(normalize, names)) == list(map(normalize, others))
+
+
+def match_names(names: Sequence[str], known: Sequence[str], owner: str) -> list[int]:
+    """Finds the position of each name in another list.
+
+    Args:
+        names: the names to find.
+        known: the list to find them in.
+        owner: what has the list, for error messages: 'the model', or a split.
+
+    Raises:
+        UserError: a name is not in the list, or stands in one of the two lists several times and they differ.
+    """
+    if same_names(names, known):
+        return list(range(len(names)))
+    positions = _positions(known)
+    unknown = [name for name in names if normalize(name) not in positions]
+    if unknown:
+        raise UserError(f'{owner} does not know these classes of the data: {_listed(unknown)}')
+    counts = Counter(map(normalize, names))
+    repeated = [name for name, count in counts.items() if count > 1 or len(positions[name]) > 1]
+    if repeated:
+        raise UserError(f'several classes are called {_listed(repeated)}, so names do not tell which of them is meant')
+    return [positions[normalize(name)][0] for name in names]
+
+
+def outputs_of_classes(
+    data_names: Sequence[str], model_names: Sequence[str] | None, outputs: int
+) -> tuple[list[int], str]:
+    """Finds the model's output for each class of a data set, by name where names are known.
+
+    Where the model or the data has no names, class i is taken for output i. So it is for ImageNet's WordNet ids and a
+    model with ImageNet's names in words, which all libraries list in the order of the ids.
+
+    Args:
+        data_names: of the data set's classes.
+        model_names: of the first outputs; None if unknown.
+        outputs: how many outputs the model has.
+
+    Returns:
+        The output of each class; and a line for the user where positions were trusted, else ''.
+
+    Raises:
+        UserError: as `match_names`, or the model has fewer outputs than the data has classes.
+    """
+    if not _trust_positions(data_names, model_names):
+        return match_names(data_names, model_names, 'the model'), ''
+    if len(data_names) > outputs:
+        raise UserError(f'the data has {len(data_names)} classes, and the model {outputs} outputs')
+    return list(range(len(data_names))), (
+        f'classes are matched by position, class 0 ({data_names[0]}) to output 0: {_why(data_names, model_names)} '
+        f'(classes of the data: {len(data_names)}, outputs of the model: {outputs})'
+    )
+
+
+def kept_outputs(
+    new_names: Sequence[str], new_outputs: int, old_names: Sequence[str] | None, old_outputs: int
+) -> tuple[list[int], str]:
+    """Finds the outputs of a trained head that a new head keeps, by name where names are known.
+
+    Args:
+        new_names: of the new head's first outputs.
+        new_outputs: how many outputs the new head has.
+        old_names: of the trained head's first outputs; None if unknown.
+        old_outputs: how many outputs the trained head has.
+
+    Returns:
+        For each output of the new head the output of the trained one, or −1 if it has none and is newly initialised;
+        and a line for the user, '' if the two heads have the same classes.
+    """
+    if old_names is not None and new_outputs == old_outputs and same_names(new_names, old_names):
+        return list(range(new_outputs)), ''
+    if _trust_positions(new_names, old_names):
+        if new_outputs != old_outputs:
+            return [-1] * new_outputs, (
+                f'the head is newly initialised: {new_outputs} classes here, {old_outputs} in the weights'
+            )
+        return list(range(new_outputs)), (
+            f'the head is kept, and classes are matched by position: {_why(new_names, old_names)}'
+        )
+    positions = _positions(old_names)
+    names = [normalize(name) for name in new_names]
+    counts = Counter(names)  # of a name that stands for several classes, none is known to be the same
+    kept = [positions[name][0] if len(positions.get(name, ())) == counts[name] == 1 else -1 for name in names]
+    kept += [-1] * (new_outputs - len(kept))
+    new = [name for name, output in zip(new_names, kept, strict=False) if output < 0]
+    if len(new) == len(new_names):
+        return kept, 'the head is newly initialised: the weights have none of these classes'
+    rest = f'; newly initialised: {_listed(new)}' if new else ''
+    return kept, f'the head keeps {len(new_names) - len(new)} of {len(new_names)} classes by their names{rest}'
+
+
+def _positions(names: Sequence[str]) -> dict[str, list[int]]:
+    positions: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        positions.setdefault(normalize(name), []).append(position)
+    return positions
+
+
+def _trust_positions(names: Sequence[str], others: Sequence[str] | None) -> bool:
+    """Whether names cannot match the two lists, so that their order has to."""
+    if others is None:
+        return True
+    if not _positions(names).keys().isdisjoint(_positions(others)):
+        return False
+    return _are_placeholders(names) or _are_placeholders(others) or _wordnet_and_words(names, others)
+
+
+def _are_placeholders(names: Sequence[str]) -> bool:
+    """Whether each name only tells its position."""
+    numbers = [NUMBER.fullmatch(name) for name in names]
+    return all(number and int(number[1]) == position for position, number in enumerate(numbers))
+
+
+def _wordnet_and_words(data_names: Sequence[str], model_names: Sequence[str]) -> bool:
+    ids = all(map(WORDNET_ID.fullmatch, data_names))
+    return ids and len(data_names) == len(model_names) and not any(map(WORDNET_ID.fullmatch, model_names))
+
+
+def _why(data_names: Sequence[str], model_names: Sequence[str] | None) -> str:
+    if model_names is None:
+        return 'the weights have no class names'
+    if _are_placeholders(model_names):
+        return f'the weights name their classes {model_names[0]}, …'
+    return f'the data names its classes {data_names[0]}, …, the weights {model_names[0]}, …'
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f' and {len(names) - MAX_LISTED} more' if len(names) > MAX_LISTED else ''
+    return ', '.join(names[:MAX_LISTED]) + more

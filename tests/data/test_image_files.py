@@ -1,0 +1,76 @@
+"""Which files count as images: below hidden and linked folders, and whatever they are called."""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from convnext_jax.data.decode import FORMATS
+from convnext_jax.data.image_files import IMAGE_SUFFIXES, describe_left_out, find_images
+
+
+def write(path: Path, form: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (3, 2)).save(path, form)
+
+
+def names(folder: Path) -> list[str]:
+    return [os.path.relpath(path, folder) for path in find_images(folder).paths]
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
+    """Thumbnails, notebook copies and the files of a Mac's archive would train as examples."""
+    for name in ('a.jpg', 'deep/b.png', '.thumbnails/a.jpg', '.ipynb_checkpoints/deep/b.png', 'deep/.c.png'):
+        write(tmp_path / name)
+    (tmp_path / '._a.jpg').write_bytes(b'Mac OS X')
+    assert names(tmp_path) == ['a.jpg', 'deep/b.png']
+    left_out = find_images(tmp_path).left_out
+    assert describe_left_out(left_out) == 'left out 4 entries (hidden files: 2, hidden folders: 2)'
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    """torchvision and timm follow them; a circle of links must end, and a folder linked twice must not count twice."""
+    folder, elsewhere = tmp_path / 'set', tmp_path / 'elsewhere'
+    write(folder / 'own/a.jpg')
+    write(elsewhere / 'b.jpg')
+    (folder / 'again').symlink_to(folder / 'own')  # by name before what it leads to
+    (folder / 'batch2').symlink_to(elsewhere)
+    (folder / 'batch3').symlink_to(elsewhere)
+    (elsewhere / 'circle').symlink_to(folder)
+    assert names(folder) == ['batch3/b.jpg', 'own/a.jpg'] or names(folder) == ['batch2/b.jpg', 'own/a.jpg']
+    assert find_images(folder).left_out == {'linked folders that were read already': 3}
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_is_lost(tmp_path):
+    """Images on a disk that is not mounted would vanish unseen."""
+    (tmp_path / 'lost.jpg').symlink_to(tmp_path / 'unmounted.jpg')
+    (tmp_path / 'lost').symlink_to(tmp_path / 'unmounted')
+    assert names(tmp_path) == ['lost.jpg']
+    assert find_images(tmp_path).left_out == {'files without a suffix': 1}
+
+
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM'])
+def test_the_content_tells_an_image_whatever_the_file_is_called(tmp_path, form):
+    """Downloads lose their suffix, and cameras invent theirs."""
+    write(tmp_path / 'download', form)
+    assert names(tmp_path) == ['download']
+    if form != 'TIFF':
+        write(tmp_path / 'photo.jpg_large', form)
+        assert names(tmp_path) == ['download', 'photo.jpg_large']
+
+
+def test_other_files_are_left_out_by_their_suffix(tmp_path):
+    """A camera raw file is a TIFF with a thumbnail: 160 pixels must not stand in for the photograph."""
+    write(tmp_path / 'raw.NEF', 'TIFF')
+    (tmp_path / 'notes.txt').write_text('P1 notes')
+    (tmp_path / 'movie').write_bytes(bytes(100))
+    write(tmp_path / 'album.jpg' / 'scan.TIFF')
+    assert names(tmp_path) == ['album.jpg/scan.TIFF']
+    assert find_images(tmp_path).left_out == {'.nef files': 1, '.txt files': 1, 'files without a suffix': 1}
+
+
+def test_every_format_that_is_decoded_has_its_suffixes():
+    """A suffix of Pillow's that is missing here makes every such file be opened at each start."""
+    theirs = {suffix for suffix, form in Image.registered_extensions().items() if form in (*FORMATS, 'MPO')}
+    assert theirs == IMAGE_SUFFIXES
