@@ -28,7 +28,7 @@ def match_names(names: Sequence[str], known: Sequence[str], owner: str) -> list[
     Args:
         names: the names to find.
         known: the list to find them in.
-        owner: what has the list, for error messages: 'the model', or a split.
+        owner: what the list belongs to, for error messages: 'the model', or a split.
 
     Raises:
         UserError: a name is not in the list, or stands in one of the two lists several times and they differ.
@@ -38,7 +38,7 @@ def match_names(names: Sequence[str], known: Sequence[str], owner: str) -> list[
     positions = _positions(known)
     unknown = [name for name in names if normalize(name) not in positions]
     if unknown:
-        raise UserError(f'{owner} does not know these classes of the data: {_listed(unknown)}')
+        raise UserError(f'{owner} lacks these classes: {_listed(unknown)}')
     counts = Counter(map(normalize, names))
     repeated = [name for name, count in counts.items() if count > 1 or len(positions[name]) > 1]
     if repeated:

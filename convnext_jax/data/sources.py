@@ -1,15 +1,16 @@
 """Where examples come from: random access to encoded images and their labels."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from convnext_jax.data.class_names import outputs_of_classes
+from convnext_jax.data.class_names import match_names, outputs_of_classes
 from convnext_jax.data.image_files import IMAGE_SUFFIXES, describe_left_out, find_images
 from convnext_jax.data.shards import find_shards, open_index, read_bytes
 from convnext_jax.errors import UserError, first_line
@@ -86,12 +87,12 @@ def check_has_classes(source: Source, name: str) -> None:
         UserError: the set has one class.
     """
     if len(source.class_names) == 1:
-        below = source.folders_below() if isinstance(source, FolderSource) else ''
-        raise UserError(f"{name} has one class, '{source.class_names[0]}', and a classifier needs two or more{below}")
+        only, below = source.class_names[0], _folders_below(source)
+        raise UserError(f"{name} has one class, '{only}', and a classifier needs two or more{below}")
 
 
-def relabel(source: Source, class_names: Sequence[str] | None, outputs: int) -> tuple[Source, str]:
-    """Gives the examples of a source the labels of a model's outputs, matched by class name.
+def with_classes_of_model(source: Source, class_names: Sequence[str] | None, outputs: int) -> tuple[Source, str]:
+    """Gives the examples of a split the labels of a model's outputs, matched by class name.
 
     Args:
         source: a split.
@@ -99,19 +100,42 @@ def relabel(source: Source, class_names: Sequence[str] | None, outputs: int) -> 
         outputs: how many outputs the model has.
 
     Returns:
-        The source, its labels replaced where they differ; and a line for the user, as `outputs_of_classes`.
+        The split with the model's labels and class names; and a line for the user, as `outputs_of_classes`.
 
     Raises:
         UserError: as `outputs_of_classes`.
     """
-    try:
+    with _hint_at_folders_below(source):
         labels, note = outputs_of_classes(source.class_names, class_names, outputs)
+    return _relabelled(source, labels, class_names or source.class_names), note
+
+
+def with_classes_of_split(source: Source, other: Source, split: str) -> Source:
+    """Gives the examples of a split the labels that their classes have in another split, called `split`.
+
+    Raises:
+        UserError: the other split lacks a class.
+    """
+    with _hint_at_folders_below(source):
+        labels = match_names(source.class_names, other.class_names, f'split {split}')
+    return _relabelled(source, labels, other.class_names)
+
+
+@contextlib.contextmanager
+def _hint_at_folders_below(source: Source) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
-        below = source.folders_below() if isinstance(source, FolderSource) else ''
-        raise UserError(f'{error}{below}') from error
-    if labels == list(range(len(labels))) and (class_names is None or len(class_names) == len(labels)):
-        return source, note
-    return Relabelled(source, labels, class_names or source.class_names), note
+        raise UserError(f'{error}{_folders_below(source)}') from error
+
+
+def _folders_below(source: Source) -> str:
+    return source.folders_below() if isinstance(source, FolderSource) else ''
+
+
+def _relabelled(source: Source, labels: list[int], class_names: Sequence[str]) -> Source:
+    same = labels == list(range(len(class_names)))
+    return source if same else Relabelled(source, labels, class_names)
 
 
 class Relabelled:

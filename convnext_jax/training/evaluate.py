@@ -2,7 +2,8 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -10,12 +11,12 @@ from ml_collections import ConfigDict
 
 from convnext_jax.config import read_config
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
-from convnext_jax.data.sources import Source, open_source
+from convnext_jax.data.sources import Source, open_source, with_classes_of_model
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import add_up, class_accuracies, make_eval_step, summary
 from convnext_jax.interop import ImageProcessor
 from convnext_jax.models import ConvNeXt, Parameters, get_parameters
-from convnext_jax.training.checkpoint import DamagedCheckpoint, restore_parameters, saved_steps
+from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import is_first, local_rows, spread
 from convnext_jax.training.setup import evaluation_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -47,7 +48,7 @@ class Protocol:
 
 
 def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: Protocol) -> Iterator[Result]:
-    """Metrics over each split, as soon as they are there.
+    """Metrics over each split, as soon as they are there. Labels are matched to the run's classes by name.
 
     Args:
         workdir: of a run of ours, which may be running.
@@ -75,15 +76,17 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: 
         parameters = restore_parameters(directory, step, weights_field(params), like)
     except DamagedCheckpoint as error:
         raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
+    class_names = read_about(directory, step)['data']['class names']
     about = {'model': config.model.name, 'params': params, 'step': step}
-    for result in _evaluate(config, model, parameters, config_processor(config), mesh, protocol):
+    for result in _evaluate(config, model, parameters, class_names, config_processor(config), mesh, protocol):
         yield about | result
 
 
 def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Protocol) -> Iterator[Result]:
     """Metrics of anybody's weights over each split, as soon as they are there.
 
-    Images are prepared as the weights' folder says; if it says nothing, as the config says.
+    Images are prepared as the weights' folder says; if it says nothing, as the config says. Labels are matched to the
+    weights' classes by name; where they have no names, a warning says that positions are trusted.
 
     Args:
         config: of which the data and the batch size count.
@@ -91,14 +94,15 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
         protocol: what differs from that.
 
     Raises:
-        UserError: as `read_weights`, no such split, or the data set has more classes than the head.
+        UserError: as `read_weights`, no such split, or the model lacks a class of the data set.
     """
     pretrained = read_weights(where, params)
     processor = pretrained.processor or config_processor(config)
     mesh = make_mesh()
     parameters = {name: spread(x, replicated(mesh)) for name, x in get_parameters(pretrained.model).items()}
     about = {'weights': where, 'layout': pretrained.layout}
-    for result in _evaluate(config, pretrained.model, parameters, processor, mesh, protocol):
+    names = pretrained.class_names
+    for result in _evaluate(config, pretrained.model, parameters, names, processor, mesh, protocol):
         yield about | result
 
 
@@ -106,6 +110,7 @@ def _evaluate(
     config: ConfigDict,
     model: ConvNeXt,
     parameters: Parameters,
+    class_names: Sequence[str] | None,
     processor: ImageProcessor,
     mesh: jax.sharding.Mesh,
     protocol: Protocol,
@@ -113,11 +118,7 @@ def _evaluate(
     if protocol.per_class:
         _write_per_class(protocol.per_class, [])  # what cannot be written fails before the work is done
     splits = protocol.splits or ((config.data.name, config.data.eval_split),)
-    sources = [open_source(name, config.data.dir, split) for name, split in splits]
-    classes = parameters['head.bias'].size
-    for (name, _), source in zip(splits, sources, strict=True):
-        if len(source.class_names) > classes:
-            raise UserError(f'{name} has {len(source.class_names)} classes, and the head {classes}')
+    sources = [_open(name, config.data.dir, split, class_names, parameters['head.bias'].size) for name, split in splits]
     changes = {'size': protocol.resolution, 'crop_pct': protocol.crop_pct}
     processor = dataclasses.replace(processor, **{field: x for field, x in changes.items() if x is not None})
     mean, std = processor.mean_and_std_of_255()
@@ -144,6 +145,17 @@ def _evaluate(
         yield {'data': name, 'split': split, 'images': int(sums['count']), **summary(sums)}
     if protocol.per_class:
         _write_per_class(protocol.per_class, tables)
+
+
+def _open(name: str, directory: str, split: str, class_names: Sequence[str] | None, outputs: int) -> Source:
+    """A split with the labels of the model's outputs."""
+    try:
+        source, note = with_classes_of_model(open_source(name, directory, split), class_names, outputs)
+    except UserError as error:
+        raise UserError(f'{name} {split}: {error}') from error
+    if note and is_first():
+        warnings.warn(f'{name} {split}: {note}', stacklevel=2)
+    return source
 
 
 def _write_per_class(path: Path, tables: list[tuple[str, str, Source, list[float | None]]]) -> None:

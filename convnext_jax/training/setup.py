@@ -2,15 +2,17 @@
 
 import dataclasses
 import tempfile
+import warnings
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import steps_per_epoch
-from convnext_jax.data.sources import Source, open_source
+from convnext_jax.data.sources import Source, check_has_classes, open_source, with_classes_of_split
 from convnext_jax.errors import UserError
 from convnext_jax.models import ConvNeXt, Variant, create_model, get_variant
+from convnext_jax.training.distributed import is_first
 
 
 def cache_compiled(directory: str) -> None:
@@ -71,18 +73,27 @@ def make_plan(config: ConfigDict, images: int) -> Plan:
 
 
 def open_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation split.
+    """The training and the evaluation split, with the labels that the training split gives their classes.
+
+    Warns if the evaluation split lacks a class.
 
     Raises:
-        UserError: as `open_source`, or the two splits differ in their classes.
+        UserError: as `open_source`, the training split has one class or several labels to an image, or the evaluation
+            split has a class that it lacks.
     """
-    train = open_source(config.data.name, config.data.dir, config.data.train_split)
-    evaluation = open_source(config.data.name, config.data.dir, config.data.eval_split)
+    data = config.data
+    train = open_source(data.name, data.dir, data.train_split)
+    evaluation = open_source(data.name, data.dir, data.eval_split)
     if train.many_labels:
-        raise UserError(f'{config.data.name} has images of several labels or none: it is for evaluation')
-    if list(train.class_names) != list(evaluation.class_names):
-        differ = sorted(set(train.class_names) ^ set(evaluation.class_names))
-        raise UserError(f'the classes of {config.data.train_split} and {config.data.eval_split} differ: {differ}')
+        raise UserError(f'{data.name} has images of several labels or none: it is for evaluation')
+    check_has_classes(train, f'split {data.train_split}')
+    missing = len(train.class_names) - len(evaluation.class_names)
+    try:
+        evaluation = with_classes_of_split(evaluation, train, data.train_split)
+    except UserError as error:
+        raise UserError(f'split {data.eval_split} does not fit: {error}') from error
+    if missing and is_first():
+        warnings.warn(f'{missing} of {len(train.class_names)} classes are not in split {data.eval_split}', stacklevel=2)
     return train, evaluation
 
 

@@ -269,7 +269,7 @@ def test_folders_that_are_no_data_set(folder, tmp_path):
     assert message(root=folder / 'nowhere') == f'--manual_dir={folder / "nowhere"} is not a folder'
     assert message(root=folder / 'val' / 'żubr').startswith(f'{folder / "val" / "żubr"} holds no folders')
     (folder / 'val' / 'żubr').rename(folder / 'val' / 'bee')
-    assert message() == f'{folder / "train"} does not know these classes of the data: bee'
+    assert message() == f'{folder / "train"} lacks these classes: bee'
     (folder / 'val').rename(folder / 'a-b')
     assert message() == f"{folder / 'a-b'} cannot be a split's name: letters, digits and '_' alone"
 

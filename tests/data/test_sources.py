@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from convnext_jax.data.pipeline import MOST_LABELS, Share, eval_batches
-from convnext_jax.data.sources import BUNDLED, check_has_classes, open_source, relabel
+from convnext_jax.data.sources import BUNDLED, check_has_classes, open_source, with_classes_of_model
 from convnext_jax.errors import UserError
 
 
@@ -258,7 +258,7 @@ def test_a_set_with_one_class_teaches_nothing(folder):
     assert str(error.value).endswith(f'. {hint}')
     assert open_source('folder', str(folder), 'deep/images').class_names == ['ant', 'zebra']  # the hint is true
     with pytest.raises(UserError, match='if they are the classes, the split is deep/images'):
-        relabel(source, ['ant', 'zebra'], 2)
+        with_classes_of_model(source, ['ant', 'zebra'], 2)
 
 
 def labels(source):
@@ -268,15 +268,15 @@ def labels(source):
 def test_labels_follow_the_model_s_class_names(folder):
     """A test set without the first class scored 0 % where labels were numbered by position."""
     source = open_source('folder', str(folder), 'train')
-    assert relabel(source, ['ant', 'zebra'], 2) == (source, '')
-    renamed, note = relabel(source, ['zebra', 'bee', 'ant'], 5)
+    assert with_classes_of_model(source, ['ant', 'zebra'], 2) == (source, '')
+    renamed, note = with_classes_of_model(source, ['zebra', 'bee', 'ant'], 5)
     assert (labels(renamed), note) == ([2, 2, 0, 0], '')
     assert renamed.class_names == ['zebra', 'bee', 'ant']
     assert (len(renamed), renamed.name(0), renamed[0].image) == (4, source.name(0), source[0].image)
     assert labels(pickle.loads(pickle.dumps(renamed))) == [2, 2, 0, 0]
-    with pytest.raises(UserError, match='^the model does not know these classes of the data: ant$'):
-        relabel(source, ['bee', 'zebra'], 2)
-    same, note = relabel(source, None, 2)
+    with pytest.raises(UserError, match='^the model lacks these classes: ant$'):
+        with_classes_of_model(source, ['bee', 'zebra'], 2)
+    same, note = with_classes_of_model(source, None, 2)
     assert same is source
     assert note.startswith(
         'classes are matched by position, class 0 (ant) to output 0: the weights have no class names'
@@ -290,10 +290,10 @@ def test_relabelled_examples_of_several_labels(tmp_path):
     real = open_source('imagenet2012_real', str(tmp_path), 'validation')
     backwards = list(reversed([f'class {label}' for label in range(10)]))
     real.class_names = list(reversed(backwards))
-    assert labels(relabel(real, backwards, 10)[0]) == [(6,), (), (8, 2, 7)]
+    assert labels(with_classes_of_model(real, backwards, 10)[0]) == [(6,), (), (8, 2, 7)]
     some = open_source('imagenet_a', str(tmp_path), 'test')
     some.class_names = real.class_names
-    assert relabel(some, backwards, 10)[0].judged == (0, 4, 7)
+    assert with_classes_of_model(some, backwards, 10)[0].judged == (0, 4, 7)
 
 
 def test_folder_keeps_links_that_lead_nowhere(folder):
