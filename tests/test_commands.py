@@ -155,7 +155,7 @@ def test_weights_leave_a_run_and_come_back(commands, finished_run, tmp_path):
         '--config.data.image_size=36',  # fine-tuning at another resolution needs nothing
     )
     assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started.stdout
-    assert 'the head is fresh: 12 classes here, 10 in the file' in started.stdout
+    assert 'the head is newly initialised: 12 classes here, 10 in the file' in started.stdout
 
 
 @pytest.mark.parametrize(

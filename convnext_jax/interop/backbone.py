@@ -40,15 +40,15 @@ def create_backbone(
         backbone.channels['stage2'], backbone.strides['stage2']  # 192, 8
 
     Args:
-        source: one of `list_models()`, or an architecture, for a fresh one; or weights, as `load_pretrained` reads
-            them, with or without a head (a folder that has a model's name as './name'). Norms that the file does not
-            have start as the identity, and a warning says so.
+        source: one of `list_models()`, or an architecture, for a newly initialised one; or weights, as
+            `load_pretrained` reads them, with or without a head (a folder that has a model's name as './name'). Norms
+            that the file does not have start as the identity, and a warning says so.
         out_features: of 'stem', 'stage1', 'stage2' …; by default those of the folder's config, or else the stages.
         output_stride: the largest stride, 8 or 16 where the model's own is 32: the stages after it are dilated, and
             their weights are the same.
-        key: random key of a fresh one.
+        key: random key of a newly initialised one.
         entry, revision: of weights, as `read_pretrained`.
-        in_channels: of a fresh one.
+        in_channels: of a newly initialised one.
         drop_path_rate, remat, unroll, pallas, dtype: as `create_model`.
 
     Raises:
@@ -59,7 +59,7 @@ def create_backbone(
         variant = get_variant(source)
         if key is None:
             raise UserError(
-                f'a fresh {source} is drawn at random: give key=jax.random.key(…), or ./{source} for a folder'
+                f'a new {source} is initialised at random: give key=jax.random.key(…), or ./{source} for a folder'
             )
         return Backbone(
             variant,
@@ -91,7 +91,7 @@ def create_backbone(
     kept = _without_heads(opened.tensors, opened.layout, unasked)
     parameters = from_layout(kept, shapes, opened.variant, opened.layout)
     if fresh:
-        warnings.warn(f'the norms of {", ".join(fresh)} are fresh: the file has none', stacklevel=2)
+        warnings.warn(f'the norms of {", ".join(fresh)} are newly initialised: the file has none', stacklevel=2)
         parameters |= {
             name: jnp.full(shape, float(name.endswith('scale')), jnp.float32) for name, shape in norms.items()
         }

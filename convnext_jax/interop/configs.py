@@ -7,34 +7,69 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.processor import ImageProcessor
 from convnext_jax.models import VARIANTS, Backbone, ConvNeXt
 
+PROBLEM_TYPES = ('single_label_classification', 'multi_label_classification', 'regression')
+
 
 def classifier_config(
-    model: ConvNeXt, layout: str, class_names: Sequence[str] | None, processor: ImageProcessor
+    model: ConvNeXt,
+    layout: str,
+    class_names: Sequence[str] | None,
+    processor: ImageProcessor,
+    problem_type: str | None,
 ) -> dict[str, dict]:
     """The layout's `config.json`, if it has one; arguments as `save_pretrained`.
 
     Raises:
-        UserError: the class names are no names of these classes, or the other library has no such model.
+        UserError: the class names are no names of these classes, `problem_type` is unknown or does not fit, or the
+            other library has no such model.
     """
     num_classes = model.head.bias.shape[0]
     if class_names is not None:
         check_class_names(class_names, num_classes)
+    check_problem_type(problem_type)
     if layout == 'huggingface':
-        return {'config.json': _huggingface_config(model, class_names, processor)}
+        if num_classes == 1 and problem_type == 'single_label_classification':
+            raise UserError(f'transformers refuses {problem_type} with one class: give problem_type=None')
+        return {'config.json': _huggingface_config(model, class_names, processor, problem_type)}
+    if activation(problem_type, num_classes) != activation(None, num_classes):
+        warnings.warn(
+            f'{layout} has no place for problem_type={problem_type}: who loads these weights must know it', stacklevel=3
+        )
     if model.norm.epsilon != 1e-6:
         warnings.warn(f"{layout} has no place for the last norm's epsilon of {model.norm.epsilon}", stacklevel=3)
     return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
-    """Refuses what is no name for each class.
+    """Refuses what is not one name for each class; two classes may share one, as ImageNet's two called crane.
 
     Raises:
-        UserError: too few, too many, one twice, or one that is no text.
+        UserError: too few, too many, or one that is not a text.
     """
     names = [] if isinstance(class_names, str) else list(class_names)
-    if len(names) != num_classes or len(set(names)) != num_classes or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{len(names)} class names for {num_classes} classes: give as many texts, none twice')
+    if len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{len(names)} class names for {num_classes} classes: give one text for each class')
+
+
+def check_problem_type(problem_type: object) -> None:
+    """Refuses a `problem_type` that transformers does not know; None is one that is not given.
+
+    Raises:
+        UserError: it is neither None nor one of `PROBLEM_TYPES`.
+    """
+    if problem_type is not None and problem_type not in PROBLEM_TYPES:
+        raise UserError(f'problem_type must be one of {", ".join(PROBLEM_TYPES)}, not {problem_type}')
+
+
+def activation(problem_type: str | None, num_classes: int) -> str | None:
+    """The function from logits to probabilities, chosen as transformers' image-classification pipeline does.
+
+    Returns:
+        'softmax', 'sigmoid', or None for a regression, whose outputs are not probabilities.
+    """
+    if problem_type == 'regression':
+        return None
+    return 'sigmoid' if problem_type == 'multi_label_classification' or num_classes == 1 else 'softmax'
 
 
 def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
@@ -57,13 +92,16 @@ def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
     }
 
 
-def _huggingface_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
+def _huggingface_config(
+    model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor, problem_type: str | None
+) -> dict:
     names = class_names or [f'LABEL_{label}' for label in range(model.head.bias.shape[0])]
-    return _common(model, 'ForImageClassification', processor) | {
+    config = _common(model, 'ForImageClassification', processor) | {
         'layer_norm_eps': float(model.norm.epsilon),
         'id2label': {str(label): name for label, name in enumerate(names)},
-        'label2id': {name: label for label, name in enumerate(names)},
+        'label2id': {name: label for label, name in enumerate(names)},  # of two classes of one name the last
     }
+    return config | ({'problem_type': problem_type} if problem_type else {})
 
 
 def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
@@ -71,7 +109,11 @@ def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: 
     same = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
     names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == same]
     if not names:
-        raise UserError(f'timm has no ConvNeXt of depths {variant.depths} and widths {variant.widths}')
+        scale = 'with' if variant.layer_scale_init > 0 else 'without'
+        raise UserError(
+            f'timm has no name for a ConvNeXt{" V2" * variant.grn} of depths {variant.depths} and widths '
+            f'{variant.widths} {scale} layer scale'
+        )
     images = processor.to_timm()
     config = {
         'architecture': names[0],

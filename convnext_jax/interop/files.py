@@ -31,17 +31,30 @@ class StoredTensor:
             raise UserError(f'{self.path} was changed while it was read: {first_line(error)}') from error
         if array.shape != self.shape or array.dtype.name not in FLOATS.values():
             raise UserError(f'{self.path} was changed while it was read: {self.name} is {array.shape} {array.dtype}')
-        return np.asarray(array, dtype)
+        return np.asarray(_exact_float32(array, self.name, self.path), dtype)
 
 
 Tensors = Mapping[str, np.ndarray | StoredTensor]
 """Name → tensor of one of `FLOATS`; what both have is `shape`, and `np.asarray` gives the numbers."""
 
-FLOATS = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # the three that float32 parameters hold exactly
+FLOATS = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'F64': 'float64'}
+"""Types of weights by their names in safetensors; float64 is read only where float32 holds the same values."""
 
 WEIGHTS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'model.pth')
 """What a folder's weights may be called, the first that is there counts."""
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
+RAW_ENTRIES = ('model', 'state_dict')
+EMA_ENTRIES = ('model_ema', 'state_dict_ema')
+"""What training programs call the weights, and their moving average, in a PyTorch file."""
+BESIDE_WEIGHTS = (
+    'argparse.Namespace',
+    'types.SimpleNamespace',
+    *(f'{module}.{kind}Path' for module in ('pathlib', 'pathlib._local') for kind in ('Posix', 'Windows')),
+    'numpy.dtype',
+    'numpy.ndarray',
+    *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('scalar', '_reconstruct')),
+)
+"""Classes and functions of arguments, paths and metrics that training programs keep in the file of the weights."""
 
 
 def locate(where: str, revision: str | None = None) -> Path:
@@ -90,7 +103,7 @@ def read_folder(folder: Path) -> Tensors:
     """
     path = next((folder / name for name in WEIGHTS_FILES if (folder / name).exists()), None)
     if path is None:
-        raise UserError(f'{folder} holds no weights: none of {", ".join(WEIGHTS_FILES)}')
+        raise UserError(f'{folder} holds no weights: none of {", ".join(WEIGHTS_FILES)}; give the path of the file')
     if path.suffix != '.json':
         return read_tensors(path)
     places = read_json(path).get('weight_map')
@@ -117,25 +130,32 @@ def printable(name: str) -> str:
 
 
 def read_tensors(path: Path, entry: str | None = None) -> Tensors:
-    """The floating-point tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file.
+    """The floating-point tensors of a safetensors or PyTorch file.
+
+    Integers without dimensions, as BatchNorm's `num_batches_tracked`, count steps: they are left out.
 
     Args:
-        path: of the file.
-        entry: of a PyTorch file that holds several state dicts, as 'model' and 'model_ema'; None for 'model', or the
-            file itself where it is a bare state dict.
+        path: of the file; whether it is safetensors or PyTorch follows from its content.
+        entry: of a PyTorch file that holds several state dicts: the name of one, or 'ema' for `EMA_ENTRIES`. None
+            stands for `RAW_ENTRIES`, or for the only state dict that there is.
 
     Raises:
-        UserError: it cannot be read, is cut short, or would have to run code.
+        UserError: it cannot be read, is cut short, would have to run code, or does not hold that entry.
     """
     if not path.is_file():
         raise UserError(f'there is no file {path}')
-    if path.suffix == '.safetensors':
+    try:
+        with path.open('rb') as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    if start[8:] == b'{' or path.suffix == '.safetensors':  # a header of JSON follows its length, 8 bytes
         if entry:
             raise UserError(f"{path} holds one set of weights: there is no '{entry}' to choose")
         return _read_safetensors(path)
-    if path.suffix in ('.pth', '.pt', '.bin'):
+    if start.startswith((b'PK', b'\x80')):  # a zip file; a pickle, which torch wrote before 1.6
         return _read_torch(path, entry)
-    raise UserError(f'{path} is no .safetensors, .pth, .pt or .bin file')
+    raise UserError(f'{path} is neither a safetensors file nor a PyTorch file')
 
 
 def read_json(path: Path) -> dict:
@@ -163,10 +183,22 @@ def _read_safetensors(path: Path) -> Tensors:
             tensors = {name: StoredTensor(path, name, tuple(piece.get_shape())) for name, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f'{path} is no whole safetensors file: {first_line(error)}') from error
-    others = [f'{printable(name)} is {dtype}' for name, dtype in dtypes.items() if dtype not in FLOATS]
+    counters = {name for name, x in tensors.items() if x.shape == () and dtypes[name][0] in 'IU'}
+    tensors = {name: x for name, x in tensors.items() if name not in counters}
+    others = [f'{printable(name)} is {dtypes[name]}' for name in tensors if dtypes[name] not in FLOATS]
     if others:
-        raise UserError(f'{path} holds tensors that are no weights: {"; ".join(others[:3])}')
+        raise UserError(f'{path} holds tensors that are not float weights: {"; ".join(others[:3])}')
     return tensors
+
+
+class _Inert:
+    """Stands for an object beside the weights: it takes the object's arguments and state, and does nothing."""
+
+    def __init__(self, *arguments: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _read_torch(path: Path, entry: str | None) -> Tensors:
@@ -175,32 +207,87 @@ def _read_torch(path: Path, entry: str | None) -> Tensors:
     except ImportError as error:
         raise UserError(f'{path} is a PyTorch file: pip install torch to read it') from error
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([(_Inert, name) for name in BESIDE_WEIGHTS]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises what its zip and pickle readers raise
-        raise UserError(f'{path} cannot be read as weights alone: {first_line(error)}') from error
-    inside = [name for name, value in content.items() if isinstance(value, Mapping)] if _is_mapping(content) else []
-    if entry is None and 'model' in inside:
-        entry = 'model'
-    if entry is not None:
-        if entry not in inside:
-            raise UserError(f"{path} holds no '{entry}', only {inside or 'one set of weights'}")
-        content = content[entry]
-    if not _is_mapping(content) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f'{path} holds no state dict' + (f', but {inside}: choose one' if inside else ''))
+        raise UserError(_why_unreadable(path, error)) from error
+    state_dict = _choose_entry(content, entry, path, torch.Tensor)
+    counters = {name for name, x in state_dict.items() if x.ndim == 0 and not x.is_floating_point()}
+    weights = {name: x.detach() for name, x in state_dict.items() if name not in counters}
     floats = [getattr(torch, name) for name in FLOATS.values()]
     odd = [
-        name
-        for name, x in content.items()
+        printable(name)
+        for name, x in weights.items()
         # A stride of zero claims more elements than the file backs.
         if x.layout != torch.strided or x.is_meta or x.dtype not in floats or x.nbytes > x.untyped_storage().nbytes()
     ]
     if odd:
-        raise UserError(f'{path} holds tensors that are no plain float weights: {", ".join(odd[:3])}')
-    return {name: x.detach().float().numpy() for name, x in content.items()}
+        raise UserError(f'{path} holds tensors that are not plain float weights: {", ".join(odd[:3])}')
+    return {
+        name: _exact_float32(x.numpy(), name, path) if x.dtype == torch.float64 else x.float().numpy()
+        for name, x in weights.items()
+    }
 
 
-def _is_mapping(content: object) -> bool:
-    return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """One line for what `torch.load` says on many."""
+    if unknown := re.search(r'GLOBAL (\S+)', str(error)):
+        return (
+            f'{path} needs the code of {printable(unknown[1])}, and no code of a file is run: save the weights alone, '
+            'torch.save(model.state_dict(), FILE)'
+        )
+    reason = re.search(r'WeightsUnpickler error:\s*(.*)', str(error))
+    return f'{path} cannot be read as weights alone: {reason[1] if reason else first_line(error)}'
+
+
+def _choose_entry(content: object, entry: str | None, path: Path, tensor: type) -> Mapping:
+    """The state dict among what a PyTorch file holds; arguments as `read_tensors`."""
+    if _is_state_dict(content, tensor):
+        if entry:
+            raise UserError(f"{path} holds one set of weights: there is no '{entry}' to choose")
+        return content
+    if not isinstance(content, Mapping):
+        raise UserError(f'{path} holds no state dict, but a {type(content).__name__}')
+    found = [name for name, value in content.items() if _is_state_dict(value, tensor)]
+    listed = ', '.join(printable(str(name)) for name in found or content)[:500]
+    if not found:
+        raise UserError(f'{path} holds no state dict: its entries are {listed}')
+    wanted = {None: RAW_ENTRIES, 'ema': EMA_ENTRIES}.get(entry, (entry,))
+    chosen = [name for name in found if name in wanted] or (found if entry is None else [])
+    if not chosen:
+        raise UserError(f'{path} holds no {" or ".join(wanted)}: its state dicts are {listed}')
+    if len(chosen) > 1:
+        raise UserError(
+            f"{path} holds the state dicts {listed}: choose one, as load_pretrained(FILE, entry='{chosen[0]}') does, "
+            'or save it alone'
+        )
+    return content[chosen[0]]
+
+
+def _is_state_dict(content: object, tensor: type) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, tensor) for name, value in content.items())
+    )
+
+
+def _exact_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """float64 as float32; other types as they are.
+
+    Raises:
+        UserError: a value is between those of float32, or beyond them.
+    """
+    if array.dtype != np.float64:
+        return array
+    with np.errstate(over='ignore'):
+        single = array.astype(np.float32)
+    if not np.array_equal(single, array, equal_nan=True):
+        raise UserError(
+            f'{path} holds float64 values that float32 does not hold exactly, as in {printable(name)}: save them as '
+            'float32'
+        )
+    return single
 
 
 def write_folder(

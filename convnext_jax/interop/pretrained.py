@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.backbone import backbone_tensors
-from convnext_jax.interop.configs import backbone_config, classifier_config
+from convnext_jax.interop.configs import activation, backbone_config, check_problem_type, classifier_config
 from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.processor import ImageProcessor, processor_for
@@ -28,8 +28,10 @@ class Pretrained(NamedTuple):
         layout: the names its tensors had.
         class_names: of the head's outputs, where the folder gives them.
         processor: how it wants its images, where the folder says it.
-        fresh: the parameters that the file does not give.
+        fresh: the parameters that the file does not give, which are newly initialised.
         notes: lines about these.
+        problem_type: of Hugging Face's config: 'single_label_classification', 'multi_label_classification',
+            'regression', or None where nothing says it.
     """
 
     model: ConvNeXt
@@ -38,12 +40,18 @@ class Pretrained(NamedTuple):
     processor: ImageProcessor | None
     fresh: tuple[str, ...]
     notes: list[str]
+    problem_type: str | None = None
+
+    @property
+    def activation(self) -> str | None:
+        """The function from logits to probabilities: 'softmax', 'sigmoid', or None for a regression."""
+        return activation(self.problem_type, self.model.head.bias.shape[0])
 
 
 def load_pretrained(where: str | Path, **arguments) -> ConvNeXt:
     """A model with the weights of the Hugging Face, timm or original libraries; arguments as `read_pretrained`.
 
-    Warns where a part of the model is fresh. `read_pretrained` also gives class names and preprocessing.
+    Warns where a part of the model is newly initialised. `read_pretrained` also gives class names and preprocessing.
     """
     loaded = read_pretrained(where, **arguments)
     for note in loaded.notes:
@@ -70,26 +78,27 @@ def read_pretrained(
 
     Args:
         where: a folder of Hugging Face (`config.json` with safetensors, in one file or several, or
-            `pytorch_model.bin`) or of timm; a hub id of either; a timm or original file, `.safetensors`, `.pth`,
-            `.pt` or `.bin`. The layout is told by the tensors' names.
+            `pytorch_model.bin`) or of timm; a hub id of either; a safetensors or PyTorch file of any name. The layout
+            follows from the tensors' names, of which what wrappers put before them (`module.`, `model.`) is taken off.
         name: the architecture to insist on; by default as the folder's config, or the names and shapes, say.
-        entry: which weights of an original file: 'model' or 'model_ema'.
+        entry: which weights of a PyTorch file that holds several: the name of an entry, or 'ema' for 'model_ema' or
+            'state_dict_ema'; by default 'model' or 'state_dict', or the only entry that is a state dict.
         revision: branch, tag or commit on the hub.
-        num_classes: where it is not the file's, the head is fresh.
-        key: random key of a fresh head.
+        num_classes: if it is not the file's, the head is newly initialised.
+        key: random key of a new head.
         drop_path_rate, head_init_scale, remat, unroll, pallas, dtype: as `create_model`.
 
     Raises:
-        UserError: the file cannot be read, is of another model, or has tensors missing, left over or misshapen; these
-            are listed.
+        UserError: the file cannot be read, is of another model, or has tensors that are missing, unexpected or of
+            another shape; these are listed.
     """
     opened = open_weights(str(where), name=name, entry=entry, revision=revision)
     tensors, layout = opened.tensors, opened.layout
     bias = tensors.get(f'{HEADS[layout][0]}bias')
     saved_classes = None if bias is None else math.prod(bias.shape)
-    num_classes = saved_classes if num_classes is None else num_classes
+    headless = num_classes is None and saved_classes is None
     if num_classes is None:
-        raise UserError(f'{where} has no head: give num_classes=, and key= for a fresh one')
+        num_classes = 1 if headless else saved_classes
 
     def build(key: jax.Array) -> ConvNeXt:
         return create_model(
@@ -114,13 +123,19 @@ def read_pretrained(
     parameters = from_layout(
         tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, opened.variant, layout
     )
+    if headless:
+        raise UserError(f'{where} has no head: load_pretrained(…, num_classes=, key=) initialises one')
     if fresh:
         if key is None:
-            raise UserError(f'{"; ".join(notes)}: give key=jax.random.key(…) to draw it')
+            raise UserError(f'{"; ".join(notes)}: give key=jax.random.key(…)')
         drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in fresh})(key)
         parameters |= drawn
-    class_names = _class_names(opened.config, num_classes)
-    return Pretrained(with_parameters(model, parameters), layout, class_names, _processor(opened), fresh, notes)
+    model = with_parameters(model, parameters)
+    if fresh:  # the names and the problem type are of another head
+        return Pretrained(model, layout, None, _processor(opened), fresh, notes)
+    class_names, problem_type = _class_names(opened.config, num_classes), opened.config.get('problem_type')
+    check_problem_type(problem_type)
+    return Pretrained(model, layout, class_names, _processor(opened), fresh, notes, problem_type)
 
 
 def save_pretrained(
@@ -130,6 +145,7 @@ def save_pretrained(
     layout: str = 'huggingface',
     class_names: Sequence[str] | None = None,
     processor: ImageProcessor | None = None,
+    problem_type: str | None = None,
 ) -> None:
     """Writes a folder that the other library loads as it is.
 
@@ -143,18 +159,21 @@ def save_pretrained(
         layout: one of `LAYOUTS`.
         class_names: of the head's outputs.
         processor: how images are prepared; by default the published one at 224 pixels.
+        problem_type: as `Pretrained.problem_type`. Hugging Face's layout alone holds it; a warning says so where the
+            other libraries would read the logits otherwise.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or the other library has no such model.
+        UserError: the folder is not empty or cannot be written, a value is not as above, or the other library has no
+            such model.
     """
     processor = processor_for(model.in_channels, processor)
     if isinstance(model, Backbone):
-        if layout != 'huggingface' or class_names is not None:
+        if layout != 'huggingface' or class_names is not None or problem_type is not None:
             raise UserError('a backbone has no classes, and only the huggingface layout holds one')
         tensors, files = backbone_tensors(model), {'config.json': backbone_config(model, processor)}
     else:
         tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
-        files = classifier_config(model, layout, class_names, processor)
+        files = classifier_config(model, layout, class_names, processor, problem_type)
     if layout == 'huggingface':
         files['preprocessor_config.json'] = processor.to_huggingface()
     write_folder(Path(folder), tensors, files, torch=layout == 'original')
@@ -167,17 +186,27 @@ def _fresh_parts(
     if saved_classes == num_classes:
         return [], ()
     if saved_classes is not None:
-        return [f'the head is fresh: {num_classes} classes here, {saved_classes} in the file'], HEAD
+        return [f'the head is newly initialised: {num_classes} classes here, {saved_classes} in the file'], HEAD
     if any(name.startswith(LAST_NORMS[layout]) for name in tensors):
-        return ['the head is fresh: the file has none'], HEAD
-    return ['the last norm and the head are fresh: the file has none'], ('norm.scale', 'norm.bias', *HEAD)
+        return ['the head is newly initialised: the file has none'], HEAD
+    return ['the last norm and the head are newly initialised: the file has none'], ('norm.scale', 'norm.bias', *HEAD)
 
 
-def _class_names(config: Mapping, num_classes: int) -> tuple[str, ...] | None:
-    names = config.get('label_names')  # timm
-    if 'id2label' in config and isinstance(config['id2label'], dict):
-        names = [config['id2label'].get(str(label)) for label in range(num_classes)]
+def _class_names(config: dict, num_classes: int) -> tuple[str, ...] | None:
+    """The names that Hugging Face's or timm's config gives, as a list or as a dictionary by label; None without any.
+
+    Warns where it does not name every class.
+    """
+    of_timm = config['pretrained_cfg'] if isinstance(config.get('pretrained_cfg'), dict) else {}
+    names = config.get('id2label') or config.get('label_names') or of_timm.get('label_names')
+    if not names:
+        return None
+    if isinstance(names, dict):
+        names = [names.get(str(label)) for label in range(num_classes)]  # keys of JSON are texts
     if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        warnings.warn(
+            f'config.json does not name each of the {num_classes} classes: its names are left out', stacklevel=3
+        )
         return None
     return tuple(names)
 

@@ -118,7 +118,7 @@ def test_dilated_stages_equal_timm(name, patch_size, output_stride):
 def test_a_classifier_s_folder_gives_its_trunk_and_says_that_the_norms_are_fresh(tmp_path, layout):
     model = randomized(create_model('convnext_atto', key=jax.random.key(0), num_classes=3))
     save_pretrained(model, tmp_path / 'out', layout=layout)
-    with pytest.warns(UserWarning, match='the norms of stage1, stage3 are fresh: the file has none'):
+    with pytest.warns(UserWarning, match='the norms of stage1, stage3 are newly initialised: the file has none'):
         backbone = create_backbone(tmp_path / 'out', out_features=('stage3', 'stage1'), output_stride=8)
     assert backbone.out_features == ('stage1', 'stage3'), 'in the order of the data'
     trunk = get_parameters(model)
@@ -131,10 +131,23 @@ def test_other_features_of_a_backbone_s_folder(tmp_path):
     """What was trained stays, what the file does not have is told, what is not asked for is left out."""
     backbone = random_backbone(out_features=('stage1', 'stage2'))
     save_pretrained(backbone, tmp_path / 'out')
-    with pytest.warns(UserWarning, match='the norms of stage4 are fresh'):
+    with pytest.warns(UserWarning, match='the norms of stage4 are newly initialised'):
         other = create_backbone(tmp_path / 'out', out_features=('stage2', 'stage4'))
     assert set(other.norms) == {'stage2', 'stage4'}
     np.testing.assert_array_equal(other.norms['stage2'].scale, backbone.norms['stage2'].scale)
+
+
+def test_a_wrapped_backbone_loads(tmp_path):
+    """Detectors and segmenters keep it as one of their parts."""
+    from safetensors.numpy import load_file, save_file
+
+    backbone = random_backbone(out_features=('stage1', 'stage2'))
+    save_pretrained(backbone, tmp_path / 'out')
+    file = tmp_path / 'out' / 'model.safetensors'
+    save_file({f'model.backbone.{name}': x for name, x in load_file(file).items()}, file)
+    again = create_backbone(tmp_path / 'out')
+    for name, value in get_parameters(backbone).items():
+        np.testing.assert_array_equal(value, get_parameters(again)[name], err_msg=name)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path):
@@ -146,7 +159,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     tensors['extra'] = tensors.pop('hidden_states_norms.stage2.bias')
     tensors['hidden_states_norms.stage1.weight'] = tensors['hidden_states_norms.stage1.weight'][:-1]
     save_file(tensors, file)
-    listed = r'extra is left over; .*stage1.weight is \(39,\), not \(40,\); .*stage2.bias is missing'
+    listed = r'stage1.weight is \(39,\), not \(40,\); .*stage2.bias is missing; extra is unexpected'
     with pytest.raises(UserError, match=listed):
         create_backbone(tmp_path / 'out')
 
@@ -229,7 +242,7 @@ def test_the_config_says_which_features_go_out(tmp_path, features, expected):
 def test_fresh_norms_are_float32_as_all_parameters(tmp_path):
     """A weak type compiles the training step twice, and is float64 where that is on."""
     save_pretrained(create_model('convnext_atto', key=jax.random.key(0)), tmp_path / 'out')
-    with pytest.warns(UserWarning, match='are fresh'):
+    with pytest.warns(UserWarning, match='are newly initialised'):
         backbone = create_backbone(tmp_path / 'out')
     assert all(x.dtype == jnp.float32 and not x.weak_type for x in get_parameters(backbone).values())
 

@@ -76,9 +76,9 @@ def test_a_hugging_face_model_without_a_head_takes_a_fresh_one(tmp_path):
     transformers = pytest.importorskip('transformers')
     config = transformers.ConvNextV2Config(depths=[2, 2, 6, 2], hidden_sizes=[40, 80, 160, 320])
     transformers.ConvNextV2Model(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match='has no head: give num_classes='):
+    with pytest.raises(UserError, match='has no head: load_pretrained\\(…, num_classes=, key=\\) initialises one'):
         load_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match='the head is fresh: the file has none'):
+    with pytest.warns(UserWarning, match='the head is newly initialised: the file has none'):
         model = load_pretrained(tmp_path, num_classes=3, key=jax.random.key(0))
     assert model.head.bias.shape == (3,)
 
@@ -148,11 +148,12 @@ def test_original_files_hold_raw_and_average_weights(tmp_path):
     assert_equal(load_pretrained(tmp_path / 'both.pth', entry='model_ema'), average)
     torch.save(state_dict(raw), tmp_path / 'bare.bin')
     assert_equal(load_pretrained(tmp_path / 'bare.bin'), raw)
-    with pytest.raises(UserError, match="holds no 'model_ema', only one set of weights"):
+    with pytest.raises(UserError, match="holds one set of weights: there is no 'model_ema' to choose"):
         load_pretrained(tmp_path / 'bare.bin', entry='model_ema')
 
 
-def test_an_fcmae_encoder_becomes_dense(tmp_path):
+@pytest.mark.parametrize('wrapper', ['', 'module.'])
+def test_an_fcmae_encoder_becomes_dense(tmp_path, wrapper):
     """Sparse kernels count their places column by column, as the original's remap_checkpoint_keys undoes it."""
     model = random_model()
     sparse = {}
@@ -173,10 +174,11 @@ def test_an_fcmae_encoder_becomes_dense(tmp_path):
             sparse[name] = x.reshape(1, -1)
         else:
             sparse[name] = x
-    torch.save({'model': sparse | {'mask_token': torch.zeros(1, 2, 1, 1)}}, tmp_path / 'fcmae.pt')
+    sparse['mask_token'] = torch.zeros(1, 2, 1, 1)
+    torch.save({'model': {wrapper + name: x for name, x in sparse.items()}}, tmp_path / 'fcmae.pt')
     loaded = read_pretrained(tmp_path / 'fcmae.pt', num_classes=9, key=jax.random.key(0))
     assert loaded.fresh == ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
-    assert loaded.notes == ['the last norm and the head are fresh: the file has none']
+    assert loaded.notes == ['the last norm and the head are newly initialised: the file has none']
     assert_equal(loaded.model, model, but=loaded.fresh)
 
 
@@ -185,7 +187,7 @@ def test_another_number_of_classes_has_a_fresh_head_and_says_so(tmp_path):
     save_pretrained(model, tmp_path / 'out', layout='timm')
     with pytest.raises(UserError, match='give key='):
         load_pretrained(tmp_path / 'out', num_classes=7)
-    with pytest.warns(UserWarning, match='the head is fresh: 7 classes here, 3 in the file'):
+    with pytest.warns(UserWarning, match='the head is newly initialised: 7 classes here, 3 in the file'):
         loaded = load_pretrained(tmp_path / 'out', num_classes=7, key=jax.random.key(3))
     assert_equal(loaded, model, but=('head.kernel', 'head.bias'))
     assert float(loaded.head.kernel[...].std()) == pytest.approx(0.02, rel=0.1)
@@ -205,15 +207,15 @@ def test_bad_arguments_are_refused_as_by_create_model(tmp_path, arguments, match
         load_pretrained(tmp_path / 'out', key=jax.random.key(0), **arguments)
 
 
-@pytest.mark.parametrize('change', ['missing', 'left over', 'misshapen'])
+@pytest.mark.parametrize('change', ['missing', 'unexpected', 'misshapen'])
 def test_tensors_that_do_not_fit_are_listed(tmp_path, change):
     tensors = state_dict(random_model())
     if change == 'missing':
         del tensors['stages.2.3.grn.beta'], tensors['norm.bias']
         match = 'norm.bias is missing; stages.2.3.grn.beta is missing'
-    elif change == 'left over':
+    elif change == 'unexpected':
         tensors['stages.1.0.gamma'] = torch.ones(80)
-        match = 'stages.1.0.gamma is left over'
+        match = 'stages.1.0.gamma is unexpected'
     else:
         tensors['stages.0.0.pwconv1.bias'] = torch.ones(161)
         match = r'stages.0.0.pwconv1.bias is \(161,\), not \(160,\)'
@@ -222,11 +224,168 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path, change):
         load_pretrained(tmp_path / 'model.pth')
 
 
+def randomize(reference):
+    """A model of torch whose every parameter matters in its output."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in reference.named_parameters():
+            mean = float('norm' in name and name.endswith('weight'))
+            scale = 0.3 if x.ndim < 2 else x[0].numel() ** -0.5
+            x.copy_(mean + scale * torch.randn(x.shape, generator=generator))
+    return reference.eval()
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments'),
+    [
+        ('convnext_nano', {}),
+        ('convnext_tiny', {'patch_size': 7, 'drop_path_rate': 0.1, 'ls_init_value': 1e-5, 'norm_eps': 1e-6}),
+        ('convnext_atto', {'conv_mlp': False, 'global_pool': 'fast', 'output_stride': 32, 'kernel_sizes': (7,) * 4}),
+        ('convnext_pico', {'depths': (1, 1, 2, 1), 'dims': (24, 48, 96, 192), 'head_init_scale': 0.1}),
+        ('convnextv2_atto', {'drop_rate': 0.2, 'act_layer': 'gelu', 'norm_layer': 'layernorm2d'}),
+        ('convnextv2_tiny', {'depths': (1, 1, 1, 1), 'conv_mlp': True, 'ls_init_value': 1e-6}),
+        ('convnext_femto', {'use_grn': True}),
+    ],
+    ids=str,
+)
+def test_a_folder_that_timm_saves_loads(tmp_path, name, arguments):
+    """Its config.json has the arguments of the model, most of which change nothing."""
+    timm = pytest.importorskip('timm')
+    theirs = randomize(timm.create_model(name, num_classes=3, **arguments))
+    timm.models.save_for_hf(theirs, tmp_path, model_config={'label_names': list(NAMES)}, safe_serialization=True)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args'], 'this timm writes no arguments'
+    loaded = read_pretrained(tmp_path)
+    assert logits_differ(loaded.model, theirs) < BOUND
+    assert loaded.class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    'label_names',
+    [list(NAMES), dict(enumerate(NAMES)), {'2': 'emu', '0': 'cat', '1': 'dog'}],
+    ids=['list', 'int', 'str'],
+)
+@pytest.mark.parametrize('place', ['top', 'pretrained_cfg'])
+def test_names_of_timm_may_be_a_list_or_a_dictionary(tmp_path, label_names, place):
+    """timm moves them into its pretrained_cfg when it loads a folder and saves the model again."""
+    save_pretrained(random_model(), tmp_path / 'out', layout='timm')
+    path = tmp_path / 'out' / 'config.json'
+    config = json.loads(path.read_text())
+    (config if place == 'top' else config['pretrained_cfg'])['label_names'] = label_names
+    path.write_text(json.dumps(config))
+    assert read_pretrained(tmp_path / 'out').class_names == NAMES
+
+
+def test_names_of_some_classes_are_left_out_and_it_says_so(tmp_path):
+    save_pretrained(random_model(), tmp_path / 'out', layout='timm')
+    path = tmp_path / 'out' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'label_names': {'0': 'cat', '7': 'emu'}}))
+    with pytest.warns(UserWarning, match='does not name each of the 3 classes'):
+        assert read_pretrained(tmp_path / 'out').class_names is None
+
+
+def test_a_new_head_has_none_of_the_names_of_the_old(tmp_path):
+    """The first two of a thousand classes are not the two of who fine-tunes."""
+    save_pretrained(random_model(), tmp_path / 'out', class_names=NAMES, problem_type='multi_label_classification')
+    loaded = read_pretrained(tmp_path / 'out', num_classes=2, key=jax.random.key(0))
+    assert (loaded.class_names, loaded.problem_type) == (None, None)
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm'])
+def test_two_classes_may_have_one_name(tmp_path, layout):
+    """ImageNet has two called crane, and two called maillot."""
+    names = ('crane', 'tench', 'crane')
+    save_pretrained(random_model(), tmp_path / 'out', layout=layout, class_names=names)
+    assert read_pretrained(tmp_path / 'out').class_names == names
+    if layout == 'huggingface':
+        config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+        assert config['label2id'] == {'crane': 2, 'tench': 1}, 'the last, as transformers does'
+
+
+@pytest.mark.parametrize('kind', [None, 'single_label_classification', 'multi_label_classification', 'regression'])
+def test_the_problem_type_stays_and_where_it_cannot_a_warning_says_so(tmp_path, kind):
+    """A multi-label head that is read by a softmax gives other probabilities."""
+    model = random_model()
+    save_pretrained(model, tmp_path / 'hf', problem_type=kind)
+    loaded = read_pretrained(tmp_path / 'hf')
+    assert loaded.problem_type == kind
+    expected = {'multi_label_classification': 'sigmoid', 'regression': None}.get(kind, 'softmax')
+    assert loaded.activation == expected
+    for layout in ('timm', 'original'):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            save_pretrained(model, tmp_path / layout, layout=layout, problem_type=kind)
+        told = [str(warning.message) for warning in said]
+        assert len(told) == (expected != 'softmax')
+        assert all(line.startswith(f'{layout} has no place for problem_type={kind}') for line in told)
+
+
+def test_a_problem_type_that_transformers_does_not_know_is_refused(tmp_path):
+    model = random_model()
+    for kind in ('multi-label', ['regression']):
+        with pytest.raises(UserError, match='problem_type must be one of single_label_classification, '):
+            save_pretrained(model, tmp_path / 'out', problem_type=kind)
+    one = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=1)
+    with pytest.raises(UserError, match='transformers refuses single_label_classification with one class'):
+        save_pretrained(one, tmp_path / 'out', problem_type='single_label_classification')
+    save_pretrained(one, tmp_path / 'out', layout='timm')
+    assert read_pretrained(tmp_path / 'out').activation == 'sigmoid'
+    save_pretrained(model, tmp_path / 'hf')
+    path = tmp_path / 'hf' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'problem_type': 'segmentation'}))
+    with pytest.raises(UserError, match='problem_type must be one of .*, not segmentation'):
+        read_pretrained(tmp_path / 'hf')
+
+
+def test_layer_scale_is_as_the_tensors_say(tmp_path):
+    """A V1 may be trained without one, and timm trains a V2 with one; Hugging Face's V2 would drop it in silence."""
+    without = random_model('convnext_atto', layer_scale_init=0)
+    save_pretrained(without, tmp_path / 'out', layout='original')
+    assert_equal(load_pretrained(tmp_path / 'out'), without)
+    with pytest.raises(UserError, match=r'timm has no name for a ConvNeXt of depths .* without layer scale'):
+        save_pretrained(without, tmp_path / 'timm', layout='timm')
+    scaled = random_model('convnextv2_atto', layer_scale_init=1e-6)
+    torch.save(state_dict(scaled, 'timm'), tmp_path / 'scaled.pth')
+    assert_equal(load_pretrained(tmp_path / 'scaled.pth'), scaled)
+    with pytest.raises(UserError, match="Hugging Face's ConvNeXt V2 has no layer scale"):
+        save_pretrained(scaled, tmp_path / 'hf')
+
+
+def test_weights_without_a_head_that_do_not_fit_say_what_does_not(tmp_path):
+    """That the head is missing is then the smaller problem, and often none."""
+    tensors = {name: x for name, x in state_dict(random_model(), 'timm').items() if not name.startswith('head.fc.')}
+    torch.save(tensors | {'fc.weight': torch.ones(3, 320)}, tmp_path / 'model.pth')
+    with pytest.raises(UserError, match='do not fit the model: fc.weight is unexpected$'):
+        load_pretrained(tmp_path / 'model.pth')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+        ({'stem_type': 'overlap'}, 'stem_type=overlap in model_args changes'),
+        ({'output_stride': 16}, 'output_stride=16 in model_args changes'),
+        ({'global_pool': 'max'}, 'global_pool=max in model_args changes'),
+        (
+            {'head_hidden_size': 64, 'colour': 'red'},
+            'head_hidden_size=64, colour=red in model_args changes .* not known',
+        ),
+        ({'depths': [2, 2, 10**9, 2]}, 'depths must be four numbers above 0'),
+        ({'depths': [2, 2, 60_000, 2]}, 'tensors are too few for the depths'),
+        ({'dims': 'wide'}, 'dims must be four numbers above 0, not wide'),
+    ],
+)
+def test_arguments_of_timm_that_change_the_model_are_refused_by_name(tmp_path, arguments, match):
+    save_pretrained(random_model(), tmp_path / 'out', layout='timm')
+    path = tmp_path / 'out' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': arguments}))
+    with pytest.raises(UserError, match=match):
+        load_pretrained(tmp_path / 'out')
+
+
 def test_a_timm_model_that_computes_something_else_is_refused(tmp_path):
     save_pretrained(random_model(), tmp_path / 'out', layout='timm')
     path = tmp_path / 'out' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': {'act_layer': 'relu', 'norm_eps': 1e-3}}))
-    with pytest.raises(UserError, match='no ConvNeXt of ours has act_layer=relu, norm_eps=0.001'):
+    with pytest.raises(UserError, match='act_layer=relu, norm_eps=0.001 in model_args changes what the model computes'):
         load_pretrained(tmp_path / 'out')
 
 
