@@ -76,6 +76,7 @@ def convert(arguments: list[str]) -> None:
         layout=values.layout,
         class_names=pretrained.class_names,
         processor=pretrained.processor,
+        problem_type=pretrained.problem_type,
     )
     print(f'{target} holds the {pretrained.layout} weights of {source} in the {values.layout} layout')
 

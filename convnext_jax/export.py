@@ -27,8 +27,9 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         logits = jax.jit(program.call)(weights, images)
 
     `images` are (N, size, size, C) uint8, resized and cropped as `model.json` says; the program normalises them. The
-    logits are (N, classes) float32. The weights stay out of the program: as constants they make ConvNeXt-L start ten
-    times slower, and stop at 2 GB.
+    logits are (N, classes) float32, and `activation` in `model.json` is the function from them to probabilities:
+    "softmax", "sigmoid" (multi-label, or one output), or null for a regression, whose outputs are values. The weights
+    stay out of the program: as constants they make ConvNeXt-L start ten times slower, and stop at 2 GB.
 
     Args:
         pretrained: model, preprocessing (by default ImageNet's at 224 pixels) and class names.
@@ -54,6 +55,10 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         'squash': processor.squashes,
         'resample': Image.Resampling(processor.resample).name.lower(),
     }
-    about = {'preprocessing': preprocessing, 'class_names': pretrained.class_names}
+    about = {
+        'preprocessing': preprocessing,
+        'class_names': pretrained.class_names,
+        'activation': pretrained.activation,
+    }
     files = {'model.stablehlo': bytes(program.serialize()), 'model.json': about}
     write_folder(Path(folder), jax.tree.map(np.asarray, weights), files)

@@ -23,7 +23,8 @@ class Prediction:
 
     Attributes:
         path: of the file.
-        best: (label, class name, probability) of the most probable classes, the best first; empty after an error.
+        best: (label, class name, probability) of the most probable classes, the best first; empty after an error. The
+            probabilities of a multi-label head are of each class by itself and need not add up to 1.
         error: why the file could not be read, or ''.
     """
 
@@ -71,11 +72,17 @@ def predict(
         photos: read batch by batch.
         top: how many classes for each.
         batch_size: photographs at once.
+
+    Raises:
+        UserError: the head is a regression, or the processor is of another model.
     """
+    if pretrained.activation is None:
+        raise UserError('the head is a regression: its outputs are values, not probabilities of classes')
+    activation = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}[pretrained.activation]
     processor = processor_for(pretrained.model.in_channels, pretrained.processor)
     classes = pretrained.model.head.bias.shape[0]
     names = pretrained.class_names or [f'class {label}' for label in range(classes)]
-    probabilities = jax.jit(lambda model, images: jax.nn.softmax(model(images)))
+    probabilities = jax.jit(lambda model, images: activation(model(images)))
     photos = iter(photos)
     while batch := tuple(itertools.islice(photos, batch_size)):
         images = np.zeros((batch_size, processor.size, processor.size, len(processor.mean)), np.float32)

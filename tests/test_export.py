@@ -95,6 +95,24 @@ def test_the_command_exports_a_run(finished_run, tmp_path, capsys):
         main(['convnext_jax', 'export', str(finished_run), str(tmp_path / 'other'), '--format=onnx'])
 
 
+@pytest.mark.parametrize(
+    ('classes', 'kind', 'activation'),
+    [
+        (2, None, 'softmax'),
+        (2, 'multi_label_classification', 'sigmoid'),
+        (1, None, 'sigmoid'),
+        (2, 'regression', None),
+    ],
+)
+def test_how_logits_become_probabilities_is_written_down(tmp_path, classes, kind, activation):
+    """Who deploys a multi-label model and takes a softmax gets other probabilities. Two classes may share a name."""
+    model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=classes)
+    export_stablehlo(Pretrained(model, 'timm', ('crane',) * classes, None, (), [], kind), tmp_path / 'out')
+    about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+    assert about['activation'] == activation
+    assert about['class_names'] == ['crane'] * classes
+
+
 def test_grey_models_and_odd_ones(tmp_path):
     grey = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2, in_channels=1)
     export_stablehlo(Pretrained(grey, 'timm', None, None, (), []), tmp_path / 'grey')

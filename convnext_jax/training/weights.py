@@ -22,7 +22,8 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
 
     Args:
         where: a workdir, or anything that `read_pretrained` takes.
-        params: 'raw' or 'ema'; of another library's file the entries 'model' and 'model_ema'.
+        params: 'raw' or 'ema'; of another library's file the entries 'model' or 'state_dict', and 'model_ema' or
+            'state_dict_ema'.
         name: as `read_pretrained`.
 
     Raises:
@@ -49,14 +50,15 @@ def config_processor(config: ConfigDict) -> ImageProcessor:
 def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Parameters, list[str]]:
     """The weights at `where` as first values of a run, and a line on what was done.
 
-    A head for another number of classes keeps its fresh values; nothing else may differ.
+    A head for another number of classes is newly initialised; nothing else may differ.
 
     Args:
         where, params: as `read_weights`.
         fresh: this run's parameters; the result has their names, shapes, types and shardings.
 
     Raises:
-        UserError: as `read_weights`, or names or shapes differ; all differences are listed.
+        UserError: as `read_weights` and, of a head that is kept, as `single_label`, or names or shapes differ; all
+            differences are listed.
     """
     if _is_run(where):
         loaded, notes = _load_run(_folder(where), params, fresh)
@@ -64,10 +66,12 @@ def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Paramet
         weights_field(params)
         classes = fresh['head.bias'].size
         pretrained = read_pretrained(where, entry=_entry(params), num_classes=classes, key=jax.random.key(0))
+        if 'head.bias' not in pretrained.fresh:
+            single_label(pretrained, where)
         loaded = get_parameters(pretrained.model) | {name: fresh[name] for name in pretrained.fresh}
         notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
     differences = [f'{name} is missing' for name in fresh.keys() - loaded.keys()]
-    differences += [f'{name} is left over' for name in loaded.keys() - fresh.keys()]
+    differences += [f'{name} is unexpected' for name in loaded.keys() - fresh.keys()]
     differences += [
         f'{name} is {loaded[name].shape}, not {fresh[name].shape}'
         for name in fresh.keys() & loaded.keys()
@@ -78,11 +82,28 @@ def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Paramet
     return {name: spread(loaded[name], array.sharding) for name, array in fresh.items()}, notes
 
 
+def single_label(pretrained: Pretrained, where: str) -> None:
+    """Refuses a head that does not choose one of its classes by a softmax, as training and evaluation here do.
+
+    Raises:
+        UserError: it is multi-label, a regression, or has one output.
+    """
+    if pretrained.activation != 'softmax':
+        outputs = pretrained.model.head.bias.size
+        kind = pretrained.problem_type or 'a sigmoid of each output'
+        raise UserError(
+            f'the head of {where} is for {kind}, with {outputs} output(s): training and evaluation here choose one of '
+            'several classes by a softmax; without its head the model can be fine-tuned'
+        )
+
+
 def _load_run(workdir: Path, params: str, fresh: Parameters) -> tuple[Parameters, list[str]]:
     step, loaded = _newest_parameters(workdir, weights_field(params))
     notes = [f'starts from the {params} weights of {workdir}, step {step}']
     if loaded['head.bias'].shape != fresh['head.bias'].shape:
-        notes.append(f'the head is fresh: {fresh["head.bias"].size} classes here, {loaded["head.bias"].size} there')
+        notes.append(
+            f'the head is newly initialised: {fresh["head.bias"].size} classes here, {loaded["head.bias"].size} there'
+        )
         loaded |= {name: fresh[name] for name in ('head.kernel', 'head.bias')}
     return loaded, notes
 
@@ -128,4 +149,4 @@ def _folder(where: str) -> Path:
 
 
 def _entry(params: str) -> str | None:
-    return 'model_ema' if params == 'ema' else None
+    return 'ema' if params == 'ema' else None

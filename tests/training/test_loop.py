@@ -231,7 +231,7 @@ def test_fine_tuning_starts_from_a_run_with_a_fresh_head(commands, finished_run,
         '--config.optimizer.min_learning_rate=1e-12',
     )
     assert f'starts from the ema weights of {finished_run}, step {STEPS}' in tuned.stdout
-    assert 'the head is fresh: 12 classes here, 10 there' in tuned.stdout
+    assert 'the head is newly initialised: 12 classes here, 10 there' in tuned.stdout
     ours = restore_parameters(tmp_path / 'tuned' / 'checkpoints', STEPS, 'parameters')
     theirs = restore_parameters(finished_run / 'checkpoints', STEPS, 'ema')
     for name, value in theirs.items():
@@ -243,7 +243,7 @@ def test_fine_tuning_another_architecture_is_refused_with_the_difference(command
     refused = commands.train(
         tmp_path / 'tuned', f'--config.init.weights={finished_run}', '--config.model.name=convnext_atto', status=2
     )
-    assert 'stages.0.blocks.grn.beta is left over' in refused.stderr
+    assert 'stages.0.blocks.grn.beta is unexpected' in refused.stderr
     assert 'stages.0.blocks.layer_scale is missing' in refused.stderr
 
 
