@@ -35,6 +35,7 @@ def default_config() -> ConfigDict:
     config.init = ConfigDict()
     config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library
     config.init.params = 'raw'  # which of its weights: 'raw' or 'ema' ('model' or 'model_ema' of an original .pth)
+    config.init.head = 'match'  # outputs start from those of the classes of the same name; 'new': from new values
 
     config.data = ConfigDict()
     config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or a TFDS name
@@ -133,6 +134,7 @@ BELOW_ONE = ['optimizer.beta1', 'optimizer.beta2', 'label_smoothing', 'ema.decay
 CHOICES = {
     'model.remat': ('none', 'dots', 'full'),
     'init.params': ('raw', 'ema'),
+    'init.head': ('match', 'new'),
     'data.on_error': ('replace', 'raise'),
     'augment.erasing_mode': ('pixel', 'rand', 'const'),
     'mix.mode': ('batch', 'elem'),

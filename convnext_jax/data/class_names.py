@@ -98,7 +98,8 @@ def kept_outputs(
                 f'the head is newly initialised: {new_outputs} classes here, {old_outputs} in the weights'
             )
         return list(range(new_outputs)), (
-            f'the head is kept, and classes are matched by position: {_why(new_names, old_names)}'
+            f'the head is kept, and classes are matched by position: {_why(new_names, old_names)} '
+            '(--config.init.head=new starts a new one)'
         )
     positions = _positions(old_names)
     names = [normalize(name) for name in new_names]

@@ -66,6 +66,7 @@ def read_pretrained(
     entry: str | None = None,
     revision: str | None = None,
     num_classes: int | None = None,
+    new_classes: int | None = None,
     key: jax.Array | None = None,
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
@@ -85,6 +86,8 @@ def read_pretrained(
             'state_dict_ema'; by default 'model' or 'state_dict', or the only entry that is a state dict.
         revision: branch, tag or commit on the hub.
         num_classes: if it is not the file's, the head is newly initialised.
+        new_classes: outputs of a newly initialised head where the file has none; as `num_classes`, but a file's head
+            stays whatever its size.
         key: random key of a new head.
         drop_path_rate, head_init_scale, remat, unroll, pallas, dtype: as `create_model`.
 
@@ -96,9 +99,8 @@ def read_pretrained(
     tensors, layout = opened.tensors, opened.layout
     bias = tensors.get(f'{HEADS[layout][0]}bias')
     saved_classes = None if bias is None else math.prod(bias.shape)
-    headless = num_classes is None and saved_classes is None
-    if num_classes is None:
-        num_classes = 1 if headless else saved_classes
+    sizes = [size for size in (num_classes, saved_classes, new_classes) if size is not None]
+    num_classes = sizes[0] if sizes else 1  # without a size, what else does not fit is listed first
 
     def build(key: jax.Array) -> ConvNeXt:
         return create_model(
@@ -123,7 +125,7 @@ def read_pretrained(
     parameters = from_layout(
         tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, opened.variant, layout
     )
-    if headless:
+    if not sizes:
         raise UserError(f'{where} has no head: load_pretrained(…, num_classes=, key=) initialises one')
     if fresh:
         if key is None:

@@ -22,7 +22,13 @@ from convnext_jax.training.setup import evaluation_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.stop import Stop
 from convnext_jax.training.watch import Patience
-from convnext_jax.training.weights import config_processor, newest_checkpoint, read_weights, single_label, weights_field
+from convnext_jax.training.weights import (
+    check_single_label,
+    config_processor,
+    newest_checkpoint,
+    read_weights,
+    weights_field,
+)
 from convnext_jax.training.workdir import CONFIG
 
 Result = dict[str, float | int | str]
@@ -94,10 +100,10 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
         protocol: what differs from that.
 
     Raises:
-        UserError: as `read_weights` and `single_label`, no such split, or the model lacks a class of the data set.
+        UserError: as `read_weights` and `check_single_label`, no such split, or the model lacks a class of the data.
     """
     pretrained = read_weights(where, params)
-    single_label(pretrained, where)
+    check_single_label(pretrained, where)
     processor = pretrained.processor or config_processor(config)
     mesh = make_mesh()
     parameters = {name: spread(x, replicated(mesh)) for name, x in get_parameters(pretrained.model).items()}

@@ -128,7 +128,7 @@ class Run(Program):
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        parameters, notes = load_parameters(self.config.init.weights, self.config.init.params, state.parameters)
+        parameters, notes = load_parameters(self.config.init, state.parameters, self.train_source.class_names)
         for note in notes:
             print(note, flush=True)
         restart = jax.jit(

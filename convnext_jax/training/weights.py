@@ -1,11 +1,15 @@
 """Weights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import read_config
+from convnext_jax.data.class_names import kept_outputs
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, Pretrained, read_pretrained
 from convnext_jax.models import Parameters, get_parameters, with_parameters
@@ -14,6 +18,7 @@ from convnext_jax.training.distributed import gathered, spread
 from convnext_jax.training.setup import evaluation_model
 from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, workdir_path
 
+HEAD = ('head.kernel', 'head.bias')
 FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
 
@@ -47,65 +52,98 @@ def config_processor(config: ConfigDict) -> ImageProcessor:
     return ImageProcessor(data.image_size, data.crop_pct, mean=tuple(data.mean), std=tuple(data.std))
 
 
-def load_parameters(where: str, params: str, fresh: Parameters) -> tuple[Parameters, list[str]]:
-    """The weights at `where` as first values of a run, and a line on what was done.
+def load_parameters(init: ConfigDict, initial: Parameters, class_names: Sequence[str]) -> tuple[Parameters, list[str]]:
+    """Loads the first parameters of a run from other weights, and says in lines what was done.
 
-    A head for another number of classes is newly initialised; nothing else may differ.
+    An output of the head starts from the weights' output for the class of that name; the other outputs keep their
+    initial values. Nothing else may differ.
 
     Args:
-        where, params: as `read_weights`.
-        fresh: this run's parameters; the result has their names, shapes, types and shardings.
+        init: the config's `init` section: `weights` and `params` as `read_weights` takes them; `head`, 'match' or
+            'new' for a head that keeps all its initial values.
+        initial: this run's initial parameters; the result has their names, shapes, types and shardings.
+        class_names: of this run's classes.
 
     Raises:
-        UserError: as `read_weights` and, of a head that is kept, as `single_label`, or names or shapes differ; all
-            differences are listed.
+        UserError: as `read_weights`; the head would start from one that is not a softmax over classes; or names or
+            shapes differ, and all differences are listed.
     """
+    where, params = init.weights, init.params
     if _is_run(where):
-        loaded, notes = _load_run(_folder(where), params, fresh)
+        step, loaded, names = _load_run(_folder(where), params)
+        notes, new, pretrained = [f'starts from the {params} weights of {where}, step {step}'], (), None
     else:
         weights_field(params)
-        classes = fresh['head.bias'].size
-        pretrained = read_pretrained(where, entry=_entry(params), num_classes=classes, key=jax.random.key(0))
-        if 'head.bias' not in pretrained.fresh:
-            single_label(pretrained, where)
-        loaded = get_parameters(pretrained.model) | {name: fresh[name] for name in pretrained.fresh}
+        classes = initial['head.bias'].size
+        pretrained = read_pretrained(where, entry=_entry(params), new_classes=classes, key=jax.random.key(0))
+        loaded, names, new = get_parameters(pretrained.model), pretrained.class_names, pretrained.fresh
         notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
-    differences = [f'{name} is missing' for name in fresh.keys() - loaded.keys()]
-    differences += [f'{name} is unexpected' for name in loaded.keys() - fresh.keys()]
+    values = {name: initial[name] for name in new}
+    if 'head.bias' not in new:
+        head, note = _matched_head(loaded, initial, names, class_names, init.head)
+        if note:
+            notes.append(note)
+        if head and pretrained and pretrained.activation != 'softmax':
+            raise UserError(f'{describe_head(pretrained, where)}. --config.init.head=new starts a new head')
+        values |= head or {name: initial[name] for name in HEAD}
+    differences = [f'{name} is missing' for name in initial.keys() - loaded.keys()]
+    differences += [f'{name} is unexpected' for name in loaded.keys() - initial.keys()]
     differences += [
-        f'{name} is {loaded[name].shape}, not {fresh[name].shape}'
-        for name in fresh.keys() & loaded.keys()
-        if loaded[name].shape != fresh[name].shape
+        f'{name} is {loaded[name].shape}, not {initial[name].shape}'
+        for name in initial.keys() & loaded.keys() - values.keys()
+        if loaded[name].shape != initial[name].shape
     ]
     if differences:
         raise UserError(f'the weights of {where} do not fit the model: {"; ".join(sorted(differences))}')
-    return {name: spread(loaded[name], array.sharding) for name, array in fresh.items()}, notes
+    rest = {name: spread(loaded[name], x.sharding) for name, x in initial.items() if name not in values}
+    return {name: (values | rest)[name] for name in initial}, notes
 
 
-def single_label(pretrained: Pretrained, where: str) -> None:
-    """Refuses a head that does not choose one of its classes by a softmax, as training and evaluation here do.
+def _matched_head(
+    loaded: Parameters, initial: Parameters, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
+) -> tuple[Parameters, str]:
+    """The head with the outputs that it keeps, {} if it keeps none; and a line for the user, or ''."""
+    if rule == 'new':
+        return {}, 'the head is newly initialised'
+    outputs, old_outputs = initial['head.bias'].size, loaded['head.bias'].size
+    kept, note = kept_outputs(new_names, outputs, old_names, old_outputs)
+    if max(kept) < 0 or loaded['head.kernel'].shape[0] != initial['head.kernel'].shape[0]:
+        return {}, note
+    sources = np.asarray(kept)
+
+    def merge(new: jax.Array, old: np.ndarray) -> jax.Array:
+        return jnp.where(sources >= 0, old[..., np.maximum(sources, 0)], new)
+
+    def merged(name: str) -> jax.Array:
+        return jax.jit(merge, out_shardings=initial[name].sharding)(initial[name], np.asarray(loaded[name]))
+
+    return {name: merged(name) for name in HEAD}, note
+
+
+def check_single_label(pretrained: Pretrained, where: str) -> None:
+    """Refuses a head that does not choose one of its classes by a softmax, as evaluation here does.
 
     Raises:
         UserError: it is multi-label, a regression, or has one output.
     """
     if pretrained.activation != 'softmax':
-        outputs = pretrained.model.head.bias.size
-        kind = pretrained.problem_type or 'a sigmoid of each output'
-        raise UserError(
-            f'the head of {where} is for {kind}, with {outputs} output(s): training and evaluation here choose one of '
-            'several classes by a softmax; without its head the model can be fine-tuned'
-        )
+        raise UserError(describe_head(pretrained, where))
 
 
-def _load_run(workdir: Path, params: str, fresh: Parameters) -> tuple[Parameters, list[str]]:
+def describe_head(pretrained: Pretrained, where: str) -> str:
+    """The reason why a head is neither trained nor evaluated here."""
+    outputs = pretrained.model.head.bias.size
+    kind = pretrained.problem_type or 'a sigmoid of each output'
+    return (
+        f'the head of {where} is for {kind}, with {outputs} output(s): training and evaluation here choose one of '
+        'several classes by a softmax'
+    )
+
+
+def _load_run(workdir: Path, params: str) -> tuple[int, Parameters, list[str]]:
+    """Step, parameters and class names of the newest checkpoint."""
     step, loaded = _newest_parameters(workdir, weights_field(params))
-    notes = [f'starts from the {params} weights of {workdir}, step {step}']
-    if loaded['head.bias'].shape != fresh['head.bias'].shape:
-        notes.append(
-            f'the head is newly initialised: {fresh["head.bias"].size} classes here, {loaded["head.bias"].size} there'
-        )
-        loaded |= {name: fresh[name] for name in ('head.kernel', 'head.bias')}
-    return loaded, notes
+    return step, loaded, read_about(workdir / CHECKPOINTS, step)['data']['class names']
 
 
 def _newest_parameters(workdir: Path, field: str) -> tuple[int, Parameters]:

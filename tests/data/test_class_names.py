@@ -8,6 +8,7 @@ from convnext_jax.data.class_names import kept_outputs, match_names, outputs_of_
 from convnext_jax.errors import UserError
 
 UNNAMED = 'the weights have no class names'
+KEPT = 'the head is kept, and classes are matched by position: {} (--config.init.head=new starts a new one)'
 NEW = 'the head is newly initialised: '
 SYNSETS = ['n01440764', 'n01443537', 'n01484850']
 WORDS = ['tench, Tinca tinca', 'goldfish, Carassius auratus', 'great white shark']
@@ -49,7 +50,7 @@ def test_positions_are_trusted_with_a_word_where_there_are_no_names(data, model,
         '(classes of the data: 3, outputs of the model: 3)'
     )
     kept, note = kept_outputs(data, 3, model, 3)
-    assert (kept, note) == ([0, 1, 2], f'the head is kept, and classes are matched by position: {why}')
+    assert (kept, note) == ([0, 1, 2], KEPT.format(why))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_classes_that_cannot_be_matched_are_refused(data, model, outputs, messag
             ['ant', 'bee'],
             None,
             [0, 1],
-            'the head is kept, and classes are matched by position: ' + UNNAMED,
+            KEPT.format(UNNAMED),
         ),
         (
             ['crane', 'ant'],

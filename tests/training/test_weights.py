@@ -1,13 +1,23 @@
 """Weights that a run starts from, or that are evaluated."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from convnext_jax import create_model, save_pretrained
+from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters
 from convnext_jax.training.evaluate import Protocol, evaluate_weights
-from convnext_jax.training.weights import load_parameters
+from convnext_jax.training.sharding import make_mesh, parameter_sharding
+from convnext_jax.training.weights import _load_run, load_parameters
+
+
+def init(weights, head='match'):
+    section = default_config().init
+    section.weights, section.head = str(weights), head
+    return section
 
 
 @pytest.mark.parametrize(
@@ -24,9 +34,56 @@ def test_heads_that_are_not_a_softmax_are_not_trained_or_judged_as_one(tmp_path,
     save_pretrained(model, tmp_path / 'out', problem_type=kind)
     with pytest.raises(UserError, match=f'the head of .*out is for {called}'):
         next(evaluate_weights(None, str(tmp_path / 'out'), 'raw', Protocol()))  # before it looks at a config
-    with pytest.raises(UserError, match=f'the head of .*out is for {called}'):
-        load_parameters(str(tmp_path / 'out'), 'raw', get_parameters(model))
+    mine = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=classes))
+    with pytest.raises(UserError, match=f'the head of .*out is for {called}.*--config.init.head=new starts a new head'):
+        load_parameters(init(tmp_path / 'out'), mine, list('abc')[:classes])
+    loaded, notes = load_parameters(init(tmp_path / 'out', head='new'), mine, list('abc')[:classes])
+    np.testing.assert_array_equal(loaded['head.kernel'], mine['head.kernel'])
+    assert notes[-1] == 'the head is newly initialised'
     other = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=5))
-    loaded, notes = load_parameters(str(tmp_path / 'out'), 'raw', other)
+    loaded, notes = load_parameters(init(tmp_path / 'out'), other, list('abcde'))
     assert loaded['head.bias'].shape == (5,)
     assert 'the head is newly initialised' in notes[-1]
+
+
+def test_outputs_of_the_head_follow_their_class_names(tmp_path):
+    """As many classes as the weights have, but other ones: kept by position the loss starts far above ln(classes)."""
+    old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=3)
+    save_pretrained(old, tmp_path / 'out', class_names=['ant', 'bee', 'cat'])
+    initial = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=3))
+    initial['head.bias'] += 1
+    loaded, notes = load_parameters(init(tmp_path / 'out'), initial, ['bee', 'cat', 'dog'])
+    theirs = get_parameters(old)
+    for name in ('head.kernel', 'head.bias'):
+        np.testing.assert_array_equal(loaded[name][..., :2], theirs[name][..., 1:])
+        np.testing.assert_array_equal(loaded[name][..., 2], initial[name][..., 2])
+    np.testing.assert_array_equal(loaded['stem.conv.kernel'], theirs['stem.conv.kernel'])
+    assert notes[-1] == 'the head keeps 2 of 3 classes by their names; newly initialised: dog'
+
+
+def test_a_run_s_head_is_matched_too(finished_run):
+    """Fine-tuning from one's own run is the common case; here its classes come in another order, with a new one."""
+    step, theirs, names = _load_run(finished_run, 'raw')
+    initial = {name: jnp.zeros_like(x) for name, x in theirs.items()}
+    initial |= {name: jnp.zeros((*initial[name].shape[:-1], 11)) for name in ('head.kernel', 'head.bias')}
+    loaded, notes = load_parameters(init(finished_run), initial, ['new', *reversed(names)])
+    assert notes == [
+        f'starts from the raw weights of {finished_run}, step {step}',
+        'the head keeps 10 of 11 classes by their names; newly initialised: new',
+    ]
+    np.testing.assert_array_equal(loaded['head.kernel'][:, 1:], theirs['head.kernel'][:, ::-1])
+    assert not loaded['head.kernel'][:, 0].any()
+
+
+def test_sharded_heads_keep_their_sharding(tmp_path):
+    """With mesh.fsdp the head is sharded, and no process may have to hold all of it twice."""
+    old = create_model('convnextv2_tiny', key=jax.random.key(0), num_classes=64)
+    save_pretrained(old, tmp_path / 'out', class_names=[f'old {label}' for label in range(64)])
+    mesh = make_mesh(fsdp=8)
+    initial = {
+        name: jax.device_put(x, parameter_sharding(mesh, name, x.shape)) for name, x in get_parameters(old).items()
+    }
+    loaded, _ = load_parameters(init(tmp_path / 'out'), initial, ['new', *(f'old {label}' for label in range(63))])
+    assert 'fsdp' in loaded['head.kernel'].sharding.spec
+    assert {name: x.sharding for name, x in loaded.items()} == {name: x.sharding for name, x in initial.items()}
+    np.testing.assert_array_equal(loaded['head.kernel'][:, 1:], get_parameters(old)['head.kernel'][:, :63])
