@@ -127,7 +127,7 @@ def _damage_to_any() -> Iterator[None]:
 def _check_same(directory: Path, step: int, item: str, saved: dict, like: Arrays) -> None:
     wanted = {name: {'shape': list(x.shape), 'dtype': str(x.dtype)} for name, x in like.items()}
     lines = [f'{name} is missing' for name in sorted(wanted.keys() - saved.keys())]
-    lines += [f'{name} is left over' for name in sorted(saved.keys() - wanted.keys())]
+    lines += [f'{name} is unexpected' for name in sorted(saved.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & saved.keys()):
         here, there = wanted[name], {key: saved[name][key] for key in ('shape', 'dtype')}
         if here != there:

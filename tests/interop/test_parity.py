@@ -172,6 +172,6 @@ def test_missing_left_over_and_misshapen_tensors_are_all_named():
     tensors = to_layout(parameters, variant, 'timm')
     tensors['extra'] = tensors.pop('stem.0.bias')
     tensors['head.fc.bias'] = tensors['head.fc.bias'][:-1]
-    listed = r'extra is left over; head.fc.bias is \(49,\), not \(50,\); stem.0.bias is missing'
+    listed = r'extra is unexpected; head.fc.bias is \(49,\), not \(50,\); stem.0.bias is missing'
     with pytest.raises(ValueError, match=listed):
         from_layout(tensors, shapes, variant, 'timm')

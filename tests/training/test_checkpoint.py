@@ -172,7 +172,7 @@ def test_another_shape_or_name_is_refused_with_the_difference(directory):
         restore(directory, 3, like(make_state(width=301)))
     other = make_state()
     other.ema = {'stem.bias': other.ema['head.bias'], 'head.kernel': other.ema['head.kernel']}
-    with pytest.raises(UserError, match='stem.bias is missing; head.bias is left over'):
+    with pytest.raises(UserError, match='stem.bias is missing; head.bias is unexpected'):
         restore(directory, 3, like(other))
 
 
