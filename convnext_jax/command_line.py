@@ -14,14 +14,24 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from convnext_jax.errors import UserError
+from convnext_jax.output import OutputClosed, drop_unwritten, open_streams, say, show
+from convnext_jax.training import distributed
 from convnext_jax.training.stop import Stopped
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """A disk that is full, or that may not be written."""
 
+OUTPUT_CLOSED = 141
+"""The exit status of a process that SIGPIPE ended, as a shell gives it."""
+
 
 def run(command: Callable[[list[str]], None]) -> None:
-    """Runs a command on the process's arguments and exits: 0 done, 2 the user's to mend, 128 + signal stopped."""
+    """Runs a command on the process's arguments.
+
+    The process exits with status 2 after an error that the user can fix, 128 + number after a signal, 141 (as after
+    SIGPIPE) if the reader of stdout ended before the command, and 1 after any other error.
+    """
+    open_streams()
     # Orbax logs the tracebacks of errors that it raises besides, and asyncio those of its tasks that nobody waits for.
     logging.set_verbosity(logging.FATAL)
     getLogger('asyncio').setLevel(CRITICAL)
@@ -29,12 +39,16 @@ def run(command: Callable[[list[str]], None]) -> None:
     try:
         command(sys.argv)
     except Stopped as stopped:
-        print(stopped, flush=True)
+        say(str(stopped))
         sys.exit(stopped.status)
+    except OutputClosed:
+        sys.exit(OUTPUT_CLOSED)
     except (KeyboardInterrupt, UserError, OSError) as error:
         text, status = _text_and_status(error)
-        print(text.rstrip(), file=sys.stderr)
+        say(text.rstrip(), error=True)
         sys.exit(status)
+    finally:
+        drop_unwritten()
 
 
 def _text_and_status(error: BaseException) -> tuple[str, int]:
@@ -42,6 +56,8 @@ def _text_and_status(error: BaseException) -> tuple[str, int]:
         return '\ninterrupted', 130
     if isinstance(error, UserError):
         return f'error: {error}', 2
+    if isinstance(error, OutputClosed):
+        return f'error: {error}', OUTPUT_CLOSED
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = f'{error.filename} cannot be written: ' if error.filename else ''
         return f'error: {where}{error.strerror}', 2
@@ -69,8 +85,6 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
     Raises:
         UserError: the flags of `define_processes` do not fit one another.
     """
-    from convnext_jax.training import distributed  # not above: --help does not wait for JAX
-
     if not distributed.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
         yield
         return
@@ -129,7 +143,7 @@ def parse(
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_last_line(error)) from error
     if values.help:
-        print(f'{usage}\n{values.get_help()}')
+        show(f'{usage}\n{values.get_help()}')
         sys.exit(0)
     more = '...' in positional
     positional = tuple(name for name in positional if name != '...')

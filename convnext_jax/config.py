@@ -236,7 +236,7 @@ def read_config(path: Path) -> ConfigDict:
         UserError: no run is there, or the file is damaged.
     """
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(json.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError as error:
         raise UserError(f'{path.parent} holds no run: there is no {path.name} in it') from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

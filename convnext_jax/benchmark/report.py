@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 from pathlib import Path
 
 from convnext_jax.benchmark.process import OURS
 from convnext_jax.errors import UserError
+from convnext_jax.output import to_json
 
 PACKAGES = ('jax', 'flax', 'torch', 'timm', 'transformers', 'keras')
 COLUMNS = ('model', 'mode', 'batch', 'contender', 'images/s', 'ratio', 'of peak', 'memory', 'compile')
@@ -18,7 +18,7 @@ ratio: images/s of convnext_jax to those of the contender in the same round.
 of peak: the model's FLOP/s to those of 2048×2048 matrix products in the same process.
 memory: the most that the process held while it was set up and did three steps, imports and compiling included.
 compile: the first step less a warm one.
-settings: convnext_jax has those that train.py and eval.py make for themselves (launch.py), the others none.
+settings: convnext_jax runs with those of launch/cpu.sh, the others without.
 training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; a resident batch."""
 
 
@@ -41,7 +41,7 @@ def describe_machine() -> dict:
 
 def _processor() -> str:
     cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding='utf-8').splitlines() if cpuinfo.exists() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -101,7 +101,7 @@ def make_folder(folder: Path) -> None:
 def write_report(folder: Path, machine: dict, results: list[dict], left_out: list[dict]) -> None:
     """Writes benchmark.json and benchmark.png into a folder that is there."""
     report = {'machine': machine, 'results': results, 'left_out': left_out}
-    (folder / 'benchmark.json').write_text(json.dumps(report, indent=2) + '\n')
+    (folder / 'benchmark.json').write_text(to_json(report, indent=2) + '\n', encoding='utf-8')
     draw(folder / 'benchmark.png', results)
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from convnext_jax.data.shards import read_bytes
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.output import say, to_json
 
 SHARD_BYTES = 2**29  # a reader keeps every shard open, and most systems allow 1,024 files
 READERS = 16  # the order on disk is random: many reads at once hide the seeks
@@ -77,13 +78,13 @@ def write_dataset(
             (directory / PLAN).unlink()
         except OSError as error:
             raise UserError(f'{scratch} cannot be written: {error.strerror}') from error
-    print(describe_dataset(directory))
+    say(describe_dataset(directory))
 
 
 def describe_dataset(directory: Path) -> str:
     """What a prepared data set holds, for people."""
     try:
-        splits = json.loads((directory / 'dataset_info.json').read_text())['splits']
+        splits = json.loads((directory / 'dataset_info.json').read_text(encoding='utf-8'))['splits']
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'{directory} holds no whole data set: remove it, and prepare it again') from error
     counts = [f'{split["name"]} {sum(map(int, split["shardLengths"])):,}' for split in splits]
@@ -123,14 +124,14 @@ def _alone(folder: Path) -> Iterator[None]:
 def _begin(scratch: Path, plan: str) -> None:
     """Makes the folder, or keeps what an interrupted call of the same plan has left there."""
     try:
-        if (scratch / PLAN).is_file() and (scratch / PLAN).read_text() == plan:
-            print(f'{scratch} was interrupted: its whole shards are kept')
+        if (scratch / PLAN).is_file() and (scratch / PLAN).read_text(encoding='utf-8') == plan:
+            say(f'{scratch} was interrupted: its whole shards are kept')
             return
         if scratch.exists():
-            print(f'{scratch} was interrupted, of other images: it is made anew')
+            say(f'{scratch} was interrupted, of other images: it is made anew')
             shutil.rmtree(scratch)
         scratch.mkdir()
-        (scratch / PLAN).write_text(plan)
+        (scratch / PLAN).write_text(plan, encoding='utf-8')
     except OSError as error:
         raise UserError(f'{scratch} cannot be written: {error.strerror}') from error
 
@@ -184,4 +185,4 @@ def _write_info(path: Path, directory: Path, splits: list[dict]) -> None:
         'splits': splits,
         'supervisedKeys': {'tuple': {'items': feature_keys}},
     }
-    path.write_text(json.dumps(info, indent=2))
+    path.write_text(to_json(info, indent=2), encoding='utf-8')

@@ -12,6 +12,7 @@ from convnext_jax.data.dataset_writer import Image, describe_dataset, write_data
 from convnext_jax.data.shards import tar_members
 from convnext_jax.data.sources import FolderSource, check_has_classes
 from convnext_jax.errors import UserError
+from convnext_jax.output import say
 
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
 OFFICIAL = {'train': 1_281_167, 'validation': 50_000}
@@ -41,7 +42,7 @@ def prepare_imagenet2012(manual_dir: Path, data_dir: Path) -> None:
             raise UserError(f'{manual_dir / TARS[split]} holds no images')
         if len(images) != OFFICIAL[split]:
             held = f'{manual_dir / TARS[split]} holds {len(images):,} images'
-            print(f'warning: {held}, the official one {OFFICIAL[split]:,}', file=sys.stderr)
+            say(f'warning: {held}, the official one {OFFICIAL[split]:,}', error=True)
     write_dataset(directory, class_names, splits, encoding_format='jpeg')
 
 
@@ -117,5 +118,5 @@ def _folder_images(root: Path, source: FolderSource, labels: Sequence[int]) -> l
 
 def _is_prepared(directory: Path) -> bool:
     if directory.is_dir():
-        print(f'{describe_dataset(directory)}: nothing is left to do (remove it to prepare it anew)')
+        say(f'{describe_dataset(directory)}: nothing is left to do (remove it to prepare it anew)')
     return directory.is_dir()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.output import to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def read_json(path: Path) -> dict:
         UserError: the file is missing or holds something else.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise UserError(f'there is no file {path}') from error
     except (OSError, ValueError, RecursionError) as error:
@@ -318,7 +319,7 @@ def write_folder(
             save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
         for name, content in files.items():
             if isinstance(content, dict):
-                content = f'{json.dumps(content, indent=2)}\n'.encode()
+                content = f'{to_json(content, indent=2)}\n'.encode()
             (partial / name).write_bytes(content)
         partial.replace(folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last

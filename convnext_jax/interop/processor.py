@@ -1,7 +1,6 @@
 """Photographs → what a model takes: the Hugging Face ConvNeXt processor, over the data pipeline's own resize."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from convnext_jax.data.decode import convert_mode, decode, eval_resize
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import locate, read_json
+from convnext_jax.output import to_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of a preprocessor_config.json that gives none
@@ -171,8 +171,8 @@ class ImageProcessor:
 
     def save(self, folder: str | Path) -> None:
         """Writes `preprocessor_config.json`."""
-        text = json.dumps(self.to_huggingface(), indent=2) + '\n'
-        (Path(folder) / 'preprocessor_config.json').write_text(text)
+        text = to_json(self.to_huggingface(), indent=2) + '\n'
+        (Path(folder) / 'preprocessor_config.json').write_text(text, encoding='utf-8')
 
     def __call__(self, images: Picture | Sequence[Picture]) -> np.ndarray:
         """One image or many → (N, size, size, C) float32.

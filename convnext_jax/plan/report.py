@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from convnext_jax.config import check_values
 from convnext_jax.errors import UserError
+from convnext_jax.output import show
 from convnext_jax.plan.compile import Compiled, Memory, compile_step
 from convnext_jax.plan.hlo import Found, Instruction, bytes_sent, collectives, read_program
 from convnext_jax.plan.targets import Target
@@ -32,17 +33,17 @@ def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     images = images or _images(config, target)
     size, chips = config.data.image_size, len(target.devices)
     mesh = describe_mesh(make_mesh(**config.mesh, devices=target.devices))
-    print(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips, mesh {mesh}')
-    print(f'compiler {target.compiler}: all figures are its own, none is measured')
+    show(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips, mesh {mesh}')
+    show(f'compiler {target.compiler}: all figures are its own, none is measured')
     compiled = _compile(config, target, images)
     while compiled.memory is None:
         if compiled.images == 1:
             raise UserError(f'one image on each chip does not fit {target.name}: try --config.model.remat=full')
         compiled = _compile(config, target, compiled.images // 2)
     for line in describe(compiled, target):
-        print(line, flush=True)
+        show(line)
     if compiled.images > 1:
-        print(_largest_batch_line(_compile(config, target, compiled.images // 2), compiled, target))
+        show(_largest_batch_line(_compile(config, target, compiled.images // 2), compiled, target))
 
 
 def _images(config: ConfigDict, target: Target) -> int:
@@ -56,7 +57,7 @@ def _images(config: ConfigDict, target: Target) -> int:
 
 
 def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
-    print(f'compiling the training step for {images} images on each chip at once …', flush=True)
+    show(f'compiling the training step for {images} images on each chip at once …')
     with (
         ThreadPoolExecutor(1) as pool,
         tqdm(bar_format='{elapsed}', leave=False, disable=not sys.stderr.isatty()) as clock,
@@ -66,7 +67,7 @@ def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
             clock.refresh()
     compiled = future.result()
     outcome = 'compiled' if compiled.memory else f'does not fit ({compiled.text}); found'
-    print(f'{outcome} in {compiled.seconds:.1f} s', flush=True)
+    show(f'{outcome} in {compiled.seconds:.1f} s')
     return compiled
 
 

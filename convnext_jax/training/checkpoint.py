@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.output import finite
 from convnext_jax.training.distributed import gathered
 from convnext_jax.training.state import TrainState
 from convnext_jax.training.workdir import absolute, is_local
@@ -32,7 +33,7 @@ def contents(state: TrainState, about: dict, metrics: dict[str, float] | None) -
     """The arrays of a checkpoint by item and name, and its manifest; the arguments as of `saving.Checkpoints.save`."""
     items = _items(state)
     described = {item: _describe(arrays) for item, arrays in items.items()}
-    manifest = {'about': about, 'metrics': metrics, 'arrays': described}
+    manifest = {'about': about, 'metrics': finite(metrics), 'arrays': described}
     return items, manifest | {'checksum': _checksum(manifest)}
 
 
@@ -143,7 +144,7 @@ def read_manifest(directory: Path, step: int) -> dict:
         DamagedCheckpoint: it is missing or altered.
     """
     try:
-        manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text())
+        manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text(encoding='utf-8'))
         whole = manifest.pop('checksum') == _checksum(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f'manifest: {first_line(error)}') from error

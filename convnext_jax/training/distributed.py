@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.output import say, say_in_handler
 from convnext_jax.training.stop import Stop
 
 FAILURE = 'convnext_jax/failure'
@@ -160,7 +160,7 @@ def agreed_stop() -> Iterator[Stop]:
 
     def note(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, before)
-        os.write(2, b'\nall processes stop and save at one of the next steps; once more to stop without saving\n')
+        say_in_handler('all processes stop and save at one of the next steps; once more to stop without saving')
         signal.raise_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGINT, note)
@@ -228,7 +228,7 @@ class Guard:
         """
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(self._timeout + 1)  # if a collective broke because another process did, that one is to be named
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)
         with self._ending:
             failure = {
                 'process': self._process,
@@ -259,8 +259,5 @@ class Guard:
 def _leave(text: str | None, status: int) -> NoReturn:
     """Ends the process from any thread, whatever the others wait for."""
     if text:
-        print(text, file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+        say(text, error=True)
     os._exit(status)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from convnext_jax.errors import UserError
+from convnext_jax.output import say, to_json
 from convnext_jax.training.workdir import CURVES, METRICS, TENSORBOARD, open_to_append, write_whole
-
-
-def say(line: str) -> None:
-    """Prints a line, above the progress bar if there is one."""
-    with contextlib.suppress(OSError):  # where the lines go to a file, its disk may be full: the run goes on
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -52,7 +45,7 @@ class RunLog:
         self._workdir = workdir
         self._total_steps = total_steps
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
-        write_whole(workdir / METRICS, ''.join(json.dumps(record) + '\n' for record in records).encode())
+        write_whole(workdir / METRICS, ''.join(to_json(record) + '\n' for record in records).encode())
         self._metrics = open_to_append(workdir / METRICS)
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / TENSORBOARD / 'events'))
@@ -118,10 +111,8 @@ class RunLog:
             draw_curves(self._workdir)
 
     def _record(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
-        # JSON has no NaN: what is not finite is null.
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._going_on():
-            self._metrics.write(json.dumps({'step': step, 'epoch': round(epoch, 4), 'split': split, **values}) + '\n')
+            self._metrics.write(to_json({'step': step, 'epoch': round(epoch, 4), 'split': split, **metrics}) + '\n')
             self._metrics.flush()
         with self._going_on():
             self._write_events(step, {f'{split}/{name}': value for name, value in metrics.items()})

@@ -17,10 +17,11 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.models import ConvNeXt
+from convnext_jax.output import say
 from convnext_jax.training.checkpoint import read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
-from convnext_jax.training.logging import RunLog, Silence, read_records, say
+from convnext_jax.training.logging import RunLog, Silence, read_records
 from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints, NotSaved
 from convnext_jax.training.setup import (
@@ -67,16 +68,16 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         model = abstract_model(config)
         for line in settle_config(workdir, config) if is_first() else ():
-            print(f'changed since the run began: {line}')
+            say(f'changed since the run began: {line}')
         best, keep = 'ema_top1' if config.ema.decay else 'top1', config.keep_checkpoints
         with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
             run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
                 for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
-                    print(line, flush=True)
+                    say(line)
                 run.go(state or run.first_state(), workdir, profile)
-        print(finished(workdir, config, len(eval_source)))
+        say(finished(workdir, config, len(eval_source)))
 
 
 class NotFinite(UserError):
@@ -119,7 +120,7 @@ class Run(Program):
             return None
         state, notes = restored
         for note in notes:
-            print(note, flush=True)
+            say(note)
         self._check_same_data(int(state.step))
         return state
 
@@ -130,7 +131,7 @@ class Run(Program):
             return state
         parameters, notes = load_parameters(self.config.init, state.parameters, self.train_source.class_names)
         for note in notes:
-            print(note, flush=True)
+            say(note)
         restart = jax.jit(
             lambda parameters: initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0),
             out_shardings=self.state_sharding,

@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.output import say
 from convnext_jax.training.checkpoint import DamagedCheckpoint, contents, read_manifest, restore
 from convnext_jax.training.distributed import are_several, gathered, is_first
 from convnext_jax.training.state import TrainState
@@ -87,7 +88,7 @@ class Checkpoints:
         failed: step → why it could not be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, best_metric: str, tell: Callable[[str], None] = print):
+    def __init__(self, directory: Path, *, keep: int, best_metric: str, tell: Callable[[str], None] = say):
         self._kept = NewestAndBest(keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self.directory = directory

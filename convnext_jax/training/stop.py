@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-import os
 import signal
 from collections.abc import Iterator
+
+from convnext_jax.output import say_in_handler
 
 
 class Stopped(Exception):
@@ -39,7 +40,7 @@ def stop_signal() -> Iterator[Stop]:
     def note(number: int, _frame: object) -> None:
         stop.received = signal.Signals(number)
         restore()
-        os.write(2, b'\nstops and saves at the next step; once more to stop without saving\n')
+        say_in_handler('stops and saves at the next step; once more to stop without saving')
 
     for number in before:
         signal.signal(number, note)

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,10 +12,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from convnext_jax.chips import find_chip
 from convnext_jax.data.pipeline import Batch
+from convnext_jax.output import say
 from convnext_jax.training.setup import build_variant
 from convnext_jax.training.stop import Stop
 
@@ -62,7 +61,7 @@ class Patience:
             self._next = 2 * seconds
             host = f'process {jax.process_index()}: ' if jax.process_count() > 1 else ''
             line = f'{host}{self._at()}: no batch for {seconds:.0f} s, still waiting for {example()}'
-            tqdm.write(line, file=sys.stderr)
+            say(line, error=True)
         if self._stop.received and seconds >= GIVES_UP:
             raise NoBatch
 

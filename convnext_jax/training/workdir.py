@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, changed_fields, is_fixed
 from convnext_jax.errors import UserError
+from convnext_jax.output import to_json
 from convnext_jax.training.distributed import gathered, is_first
 
 LOCK = '.lock'
@@ -57,7 +58,7 @@ def locked(workdir: Path) -> Iterator[None]:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / LOCK, 'a+')  # noqa: SIM115 - closed below
+        lock = open(workdir / LOCK, 'a+', encoding='utf-8')  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f'workdir {workdir} cannot be written: {error.strerror}') from error
     with lock:
@@ -82,7 +83,7 @@ def locked_by_first(workdir: Path) -> Iterator[None]:
     """
     with locked(workdir) if is_first() else contextlib.nullcontext():
         lock = workdir / LOCK
-        content = gathered(lock.read_text() if is_first() and is_local(workdir) else None)[0]
+        content = gathered(lock.read_text(encoding='utf-8') if is_first() and is_local(workdir) else None)[0]
         if is_local(workdir) and not _comes_to_hold(lock, content):
             raise UserError(f'workdir {workdir} is not the one that process 0 has: all hosts must share a file system')
         yield
@@ -91,7 +92,7 @@ def locked_by_first(workdir: Path) -> Iterator[None]:
 def _comes_to_hold(path: Path, content: str) -> bool:
     """Whether a file has a content, or has it soon: so a network file system shows what another host wrote."""
     until = time.monotonic() + SHOWN_WITHIN
-    while not (path.exists() and path.read_text() == content):
+    while not (path.exists() and path.read_text(encoding='utf-8') == content):
         if time.monotonic() > until:
             return False
         time.sleep(0.2)
@@ -111,14 +112,14 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     changes = {}
     if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
         try:
-            changes = changed_fields(json.loads(path.read_text()), as_dict(config))
+            changes = changed_fields(json.loads(path.read_text(encoding='utf-8')), as_dict(config))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f'{path} is damaged: {error}. Delete it, and run the same command again') from error
     lines = {field: f'{field} was {old}, is {new}' for field, (old, new) in changes.items()}
     refused = [line for field, line in lines.items() if is_fixed(field)]
     if refused:
         raise UserError(f'{workdir} holds another run: {"; ".join(refused)}. Take another workdir')
-    write_whole(path, (json.dumps(as_dict(config), indent=2) + '\n').encode())
+    write_whole(path, (to_json(as_dict(config), indent=2) + '\n').encode())
     return list(lines.values())
 
 
@@ -141,7 +142,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def open_to_append(path: Path) -> TextIO:
     """A text file that lines are added to; what is flushed is there."""
-    return open(path, 'a') if is_local(path) else _Rewritten(path)
+    return open(path, 'a', encoding='utf-8') if is_local(path) else _Rewritten(path)
 
 
 class _Rewritten(io.StringIO):
@@ -149,8 +150,8 @@ class _Rewritten(io.StringIO):
 
     def __init__(self, path: epath.Path):
         super().__init__()
-        self.write(path.read_text())
+        self.write(path.read_text(encoding='utf-8'))
         self._path = path
 
     def flush(self) -> None:
-        self._path.write_text(self.getvalue())
+        self._path.write_text(self.getvalue(), encoding='utf-8')

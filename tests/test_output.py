@@ -1,0 +1,151 @@
+"""What is printed reaches its reader, or ends no run."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from conftest import LONGEST, ONE_DEVICE, ROOT, SMALL_RUN, fingerprints, strict_json
+
+from convnext_jax.command_line import run
+from convnext_jax.errors import UserError
+from convnext_jax.output import OutputClosed, finite, open_streams, say, say_in_handler, show, to_json
+
+
+def test_json_has_null_for_what_is_not_finite():
+    """Python alone reads NaN: jq, JavaScript and databases refuse the whole line."""
+    rows = [(1.5, float('inf')), {'low': -float('inf')}]
+    value = {'loss': float('nan'), 'rows': rows, 'name': 'é', 'n': 3, 'no': None}
+    expected = {'loss': None, 'rows': [[1.5, None], {'low': None}], 'name': 'é', 'n': 3, 'no': None}
+    assert strict_json(to_json(value)) == finite(value) == expected
+
+
+def broken_pipe() -> io.TextIOWrapper:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, 'w', encoding='utf-8')
+
+
+def closed_file() -> io.TextIOWrapper:
+    with open(os.devnull, 'w', encoding='utf-8') as file:
+        return file
+
+
+def full_disk() -> io.TextIOWrapper:
+    return open('/dev/full', 'w', encoding='utf-8')
+
+
+STREAMS = {
+    'broken pipe': broken_pipe,
+    'closed': closed_file,
+    'full disk': full_disk,
+    'ascii': lambda: io.TextIOWrapper(io.BytesIO(), 'ascii'),
+    'none': lambda: None,
+}
+
+
+@pytest.mark.parametrize('name', STREAMS)
+def test_a_line_of_progress_never_ends_a_run(monkeypatch, name):
+    """Days of training must not end because the terminal of their output was closed."""
+    for stream in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, stream, STREAMS[name]())
+    for error in (False, True):
+        say('28×28', error=error)
+        say('again', error=error)
+    for stream in (sys.stdout, sys.stderr):
+        if name in ('broken pipe', 'full disk'):
+            with pytest.raises(OSError, match='Broken pipe|No space left'):
+                stream.close()  # now, or Python would do it later, and complain
+
+
+def test_a_signal_handler_may_speak_where_there_is_no_stderr(monkeypatch):
+    """The signal says that the run has to save: an error at this moment would lose the state."""
+    monkeypatch.setattr(os, 'write', lambda *_: (_ for _ in ()).throw(OSError(5, 'Input/output error')))
+    say_in_handler('stops')
+
+
+def test_a_result_that_reaches_nobody_is_an_error(monkeypatch):
+    """A script that reads an empty file and status 0 takes it for the result."""
+    for name, error in (('broken pipe', OutputClosed), ('full disk', UserError)):
+        monkeypatch.setattr(sys, 'stdout', stream := STREAMS[name]())
+        with pytest.raises(error, match='standard output'):
+            show('{"top1": 80}')
+        with pytest.raises(OSError, match='Broken pipe|No space left'):
+            stream.close()
+
+
+def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
+    """The class names of a data set may hold any character, also bytes that are no text at all."""
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(content := io.BytesIO(), 'ascii'))
+    open_streams()
+    show('28×28 … żubr \udcff')
+    assert content.getvalue() == b'28\\xd728 \\u2026 \\u017cubr \\udcff\n'
+
+
+def test_streams_of_a_notebook_are_left_as_they_are(monkeypatch):
+    """They have neither an encoding to change nor a descriptor."""
+
+    class Stream(io.StringIO):
+        reconfigure = property()
+
+    monkeypatch.setattr(sys, 'stdout', stream := Stream())
+    monkeypatch.setattr(sys, 'argv', ['command'])
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    run(lambda arguments: show('28×28'))
+    assert stream.getvalue() == '28×28\n'
+
+
+def test_training_goes_on_when_the_reader_of_its_output_ends(commands, finished_run, tmp_path, monkeypatch):
+    """`train.py … | head -3` trains to the end; here the reader wants ASCII too, and × is none."""
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    process = commands.start('train.py', *SMALL_RUN, f'--workdir={tmp_path / "run"}')
+    assert r'28\xd728' in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ''
+    assert process.wait(timeout=LONGEST) == 0
+    assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
+
+
+def test_training_goes_on_when_its_terminal_is_gone(finished_run, tmp_path):
+    """A connection that breaks takes the terminal with it: each write to it fails from then on, the bar's too."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, 'train.py', *SMALL_RUN, f'--workdir={tmp_path / "run"}']
+    options = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal, 'start_new_session': True}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_DEVICE, **options)
+    os.close(terminal)
+    seen = b''
+    while b'0/24' not in seen:  # the bar
+        seen += os.read(master, 1000)
+    os.close(master)
+    assert process.wait(timeout=LONGEST) == 0
+    assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
+
+
+def test_what_is_printed_goes_into_no_file_of_a_run_without_streams(finished_run, tmp_path):
+    """The first files that a process opens get the numbers of closed streams: libraries would print into records."""
+    command = [sys.executable, 'train.py', *SMALL_RUN, f'--workdir={tmp_path / "run"}']
+    shell = ['sh', '-c', 'exec "$0" "$@" <&- >&- 2>&-', *command]
+    assert subprocess.run(shell, cwd=ROOT, env=os.environ | ONE_DEVICE, timeout=LONGEST).returncode == 0
+    assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
+    records = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+    assert len([strict_json(line) for line in records]) == 9
+
+
+@pytest.mark.parametrize(
+    ('output', 'status', 'error'),
+    [
+        ('| true', 141, ''),
+        ('> /dev/full', 2, 'error: standard output cannot be written: No space left on device\n'),
+        ('>&-', 0, ''),
+    ],
+)
+def test_a_command_whose_output_is_not_read_ends_quietly(output, status, error):
+    """Pages of traceback for `| head -1`, which other programs end without a word."""
+    shell = f'{{ "$0" -m convnext_jax models; echo "status $?" >&2; }} {output}'
+    environment = os.environ | ONE_DEVICE
+    done = subprocess.run(
+        ['sh', '-c', shell, sys.executable], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
+    )
+    assert done.stderr == f'{error}status {status}\n'
