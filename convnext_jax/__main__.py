@@ -13,7 +13,6 @@ plan --config=FILE --topology=v5e:4x4        memory, communication and cycles of
                                              here (--gpu=h100:8: on GPUs), by compiling it
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
+from convnext_jax.output import say, show, to_json
 from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.training.weights import read_weights
@@ -55,11 +55,11 @@ def prepare(arguments: list[str]) -> None:
 def models(arguments: list[str]) -> None:
     """Prints name, parameters and multiply-adds at 224 pixels and 1,000 classes of every model."""
     parse(flags.FlagValues(), arguments, usage=__doc__)
-    print(f'{"name":28}{"parameters":>14}{"multiply-adds":>15}')
+    show(f'{"name":28}{"parameters":>14}{"multiply-adds":>15}')
     for name in list_models():
         model = jax.eval_shape(lambda key, name=name: create_model(name, key=key), jax.random.key(0))
         parameters = sum(array.size for array in get_parameters(model).values())
-        print(f'{name:28}{parameters:14,}{get_variant(name).multiply_adds() / 1e9:13.2f} G')
+        show(f'{name:28}{parameters:14,}{get_variant(name).multiply_adds() / 1e9:13.2f} G')
 
 
 def convert(arguments: list[str]) -> None:
@@ -78,7 +78,7 @@ def convert(arguments: list[str]) -> None:
         processor=pretrained.processor,
         problem_type=pretrained.problem_type,
     )
-    print(f'{target} holds the {pretrained.layout} weights of {source} in the {values.layout} layout')
+    show(f'{target} holds {pretrained.origin}, in the {values.layout} layout')
 
 
 def export(arguments: list[str]) -> None:
@@ -88,12 +88,16 @@ def export(arguments: list[str]) -> None:
     flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
     flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
-    export_stablehlo(read_weights(source, values.params, values.name), target)
-    print(f'{target} holds model.stablehlo, its weights in model.safetensors, and model.json about classes and images')
+    pretrained = read_weights(source, values.params, values.name)
+    export_stablehlo(pretrained, target)
+    show(f'{target} holds model.stablehlo, model.safetensors ({pretrained.origin}) and model.json (classes and images)')
 
 
 def predict_photos(arguments: list[str]) -> None:
-    """Prints what a model sees in photographs; a file that cannot be read is reported, and the exit status is 2."""
+    """Prints what a model sees in photographs.
+
+    A file that cannot be read, or whose scores are not finite, is reported, and the exit status is 2.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string('weights', None, 'Workdir of a run, or of another library.', flag_values=values)
     flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
@@ -103,26 +107,36 @@ def predict_photos(arguments: list[str]) -> None:
     flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
     photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
     pretrained = read_weights(required(values, 'weights'), values.params, values.name)
-    unread = 0
+    say(f'predicts with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
+    unread, not_finite = 0, []
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
         for prediction in predict(pretrained, photos, top=values.top, batch_size=values.batch):
             bar.update()
             if prediction.error:
                 unread += 1
-                tqdm.write(f'skipped: {prediction.error}', file=sys.stderr)
+                say(f'skipped: {prediction.error}', error=True)
             else:
-                tqdm.write(_as_json(prediction) if values.json else _as_table(prediction), file=sys.stdout)
-    if unread:
-        raise UserError(f'{unread} of {len(photos)} files could not be read')
+                show(_as_json(prediction) if values.json else _as_table(prediction))
+                if not prediction.best:
+                    not_finite.append(str(prediction.path))
+    problems = [f'{unread} of {len(photos)} files could not be read'] if unread else []
+    if not_finite:
+        problems.append(
+            f'the scores of {len(not_finite)} of {len(photos)} files are not finite ({", ".join(not_finite[:5])}): the '
+            'weights hold NaN or infinity, or the outputs overflow; predict with other weights'
+        )
+    if problems:
+        raise UserError('; '.join(problems))
 
 
 def _as_json(prediction: Prediction) -> str:
     best = [{'label': label, 'name': name, 'probability': round(p, 6)} for label, name, p in prediction.best]
-    return json.dumps({'file': str(prediction.path), 'best': best})
+    return to_json({'file': str(prediction.path), 'best': best})
 
 
 def _as_table(prediction: Prediction) -> str:
-    return '\n'.join([f'{prediction.path}', *(f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best)])
+    lines = [f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best] or ['  the scores are not finite']
+    return '\n'.join([f'{prediction.path}', *lines])
 
 
 def benchmark(arguments: list[str]) -> None:
@@ -144,12 +158,12 @@ def benchmark(arguments: list[str]) -> None:
     machine, results = describe_machine(), []
     left_out = [{'contender': name, 'reason': reason} for name, reason in missing.items()]
     for case in cases:
-        measured, lost = compare(case, peers, values.rounds, say=lambda line: print(line, file=sys.stderr, flush=True))
+        measured, lost = compare(case, peers, values.rounds, say=lambda line: say(line, error=True))
         results += measured
         left_out += [{'case': str(case), 'contender': name, 'reason': reason} for name, reason in lost.items()]
-    print(as_table(machine, results))
+    show(as_table(machine, results))
     for entry in left_out:
-        print('left out:', ', '.join(entry.values()))
+        show(f'left out: {", ".join(entry.values())}')
     if values.output:
         write_report(Path(values.output), machine, results, left_out)
     if any(entry['contender'] == OURS for entry in left_out):

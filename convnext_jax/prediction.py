@@ -23,8 +23,9 @@ class Prediction:
 
     Attributes:
         path: of the file.
-        best: (label, class name, probability) of the most probable classes, the best first; empty after an error. The
-            probabilities of a multi-label head are of each class by itself and need not add up to 1.
+        best: (label, class name, probability) of the most probable classes, the best first; empty after an error, and
+            where the scores are not finite: NaN has no order. The probabilities of a multi-label head are of each class
+            by itself and need not add up to 1.
         error: why the file could not be read, or ''.
     """
 
@@ -97,5 +98,6 @@ def predict(
             if row in errors:
                 yield Prediction(path, error=errors[row])
             else:
-                best = np.argsort(-rows[row], kind='stable')[:top]
+                finite = np.isfinite(rows[row]).all()
+                best = np.argsort(-rows[row], kind='stable')[:top] if finite else ()
                 yield Prediction(path, tuple((int(label), names[label], float(rows[row, label])) for label in best))

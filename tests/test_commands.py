@@ -1,12 +1,18 @@
 """The commands as a user types them."""
 
 import asyncio
+import io
 import json
 import re
+import runpy
+import shutil
+import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
+from conftest import ROOT, SMALL_RUN, STEPS, strict_json
 from PIL import Image
 
 import eval as eval_command
@@ -14,7 +20,8 @@ import train as train_command
 from convnext_jax import __main__ as package_command
 from convnext_jax.command_line import run
 from convnext_jax.errors import UserError
-from convnext_jax.models import list_models
+from convnext_jax.interop import ImageProcessor, save_pretrained
+from convnext_jax.models import create_model, get_parameters, list_models, with_parameters
 
 
 def evaluate(commands, *arguments) -> dict:
@@ -24,8 +31,8 @@ def evaluate(commands, *arguments) -> dict:
 def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, finished_run):
     records = [json.loads(line) for line in (finished_run / 'metrics.jsonl').read_text().splitlines()]
     last = [record for record in records if record['split'] != 'train'][-1]
-    ema = evaluate(commands, f'--workdir={finished_run}')
-    raw = evaluate(commands, f'--workdir={finished_run}', '--params=raw')  # EMA is the default where there is one
+    raw = evaluate(commands, f'--workdir={finished_run}')  # as predict, convert and export
+    ema = evaluate(commands, f'--workdir={finished_run}', '--params=ema')
     assert (ema['params'], ema['step'], ema['images']) == ('ema', 24, 40)
     assert ema['top1'] == last['ema_top1']
     assert ema['loss'] == pytest.approx(last['ema_loss'], rel=1e-6)
@@ -140,13 +147,17 @@ def test_models_lists_every_name_with_its_parameters(commands):
 def test_weights_leave_a_run_and_come_back(commands, finished_run, tmp_path):
     """Through Hugging Face's and the original layout: the same accuracy, and a run that starts from them."""
     out = commands.run('-m', 'convnext_jax', 'convert', finished_run, tmp_path / 'hf', '--params=ema').stdout
-    assert 'in the huggingface layout' in out
-    commands.run('-m', 'convnext_jax', 'convert', tmp_path / 'hf', tmp_path / 'original', '--layout=original')
+    assert out == (
+        f'{tmp_path / "hf"} holds the ema weights of {finished_run}, step {STEPS}, in the huggingface layout\n'
+    )
+    arguments = ('convert', tmp_path / 'hf', tmp_path / 'original', '--layout=original')
+    out = commands.run('-m', 'convnext_jax', *arguments).stdout
+    assert f'holds the raw weights of {tmp_path / "hf"} (huggingface layout), in the original layout' in out
     config = ('--config=configs/fashion_mnist.py', '--config.data.eval_split=test[:40]', '--config.batch_size=16')
-    run = evaluate(commands, f'--workdir={finished_run}')
+    run = evaluate(commands, f'--workdir={finished_run}', '--params=ema')
     for weights in (tmp_path / 'hf', tmp_path / 'original' / 'model.pth'):
         theirs = evaluate(commands, *config, f'--weights={weights}')
-        assert (theirs['top1'], theirs['images']) == (run['top1'], 40)
+        assert (theirs['top1'], theirs['images'], theirs['params']) == (run['top1'], 40, 'raw')
         assert theirs['loss'] == pytest.approx(run['loss'], rel=1e-5)
     started = commands.train(
         tmp_path / 'tuned',
@@ -197,11 +208,77 @@ def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, fin
         assert len(probabilities) == 3
         assert probabilities == sorted(probabilities, reverse=True)
         assert {best['name'] for best in line['best']} < {'T-shirt/top', *FASHION}
-    assert 'skipped: ' in done.stderr
+    first, second, _ = done.stderr.splitlines()
+    weights = f'the raw weights of {finished_run}, step {STEPS}; --params=ema takes the moving average'
+    assert first == f'predicts with {weights}'
+    assert second.startswith('skipped: ')
     assert done.stderr.splitlines()[-1] == 'error: 1 of 3 files could not be read'
     table = commands.run(*arguments[:3], photos / 'b.jpg', photos / 'deep' / '*.PNG', *arguments[4:]).stdout
     assert [line for line in table.splitlines() if not line.startswith(' ')] == [line['file'] for line in lines]
     assert f'{100 * lines[0]["best"][0]["probability"]:.2f} %  {lines[0]["best"][0]["name"]}' in table
+
+
+@pytest.fixture
+def infinite_weights(tmp_path):
+    """A folder of Hugging Face whose head holds infinities of both signs."""
+    model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=10)
+    parameters = dict(get_parameters(model))
+    parameters['head.kernel'] = parameters['head.kernel'].at[0, :2].set(np.asarray([np.inf, -np.inf]))
+    processor = ImageProcessor(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    save_pretrained(with_parameters(model, parameters), tmp_path / 'infinite', processor=processor)
+    return tmp_path / 'infinite'
+
+
+def test_eval_says_which_metric_is_not_finite(infinite_weights, photos, capsys):
+    """A script that reads NaN stops at it, or takes weights that are broken for a result."""
+    for split in ('train', 'val'):
+        shutil.copytree(photos / 'deep', photos.parent / 'data' / split / 'class')
+    data = ('--config=configs/image_folder.py:atto', f'--config.data.dir={photos.parent / "data"}')
+    with pytest.raises(UserError, match='^not finite: loss of folder@val. The weights hold NaN or infinity'):
+        eval_command.main(['eval.py', *data, f'--weights={infinite_weights}'])
+    result = strict_json(capsys.readouterr().out.splitlines()[-1])
+    assert result['loss'] is None
+    assert result['images'] == 1
+
+
+def test_predict_says_which_scores_are_not_finite(infinite_weights, photos, capsys):
+    """NaN has no order: the class at the top would be chance."""
+    files = [str(photos / 'b.jpg'), str(photos / 'deep')]
+    arguments = ['convnext_jax', 'predict', *files, f'--weights={infinite_weights}']
+    with pytest.raises(UserError, match=r'^the scores of 2 of 2 files are not finite \(.*b.jpg, .*a.PNG\)'):
+        package_command.main([*arguments, '--json'])
+    rows = [strict_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{'file': str(photos / name), 'best': []} for name in ('b.jpg', 'deep/a.PNG')]
+    with pytest.raises(UserError, match='are not finite'):
+        package_command.main(arguments)
+    assert f'{photos / "b.jpg"}\n  the scores are not finite\n' in capsys.readouterr().out
+
+
+class NotebookStream(io.StringIO):
+    """As a notebook's: text alone, no descriptor, no encoding to change."""
+
+    reconfigure = property()
+
+
+def test_the_scripts_run_inside_another_program(tmp_path, monkeypatch):
+    """A notebook's `%run train.py …`: in its process and event loop, several times; its signals stay its own."""
+    monkeypatch.chdir(ROOT)
+    for stream in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, stream, NotebookStream())
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    async def cell(script, *arguments):
+        monkeypatch.setattr(sys, 'argv', [script, *arguments, f'--workdir={tmp_path / "run"}'])
+        runpy.run_path(script, run_name='__main__')
+
+    for steps in (5, 8):
+        asyncio.run(cell('train.py', *SMALL_RUN, '--config.mesh.data=1', f'--config.steps={steps}'))
+        assert 'finished: top-1' in sys.stdout.getvalue().splitlines()[-1]
+    asyncio.run(cell('eval.py'))
+    assert strict_json(sys.stdout.getvalue().splitlines()[-1])['step'] == 8
+    assert 'resumes at step 5 of 8' in sys.stdout.getvalue()
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 FASHION = ['Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']

@@ -9,6 +9,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from conftest import LONGEST
 from safetensors.numpy import load_file
 
 from convnext_jax import ImageProcessor, create_model
@@ -38,7 +39,7 @@ def run_elsewhere(folder):
     """The logits of one and of three images, from a process that cannot import this package."""
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     command = [sys.executable, '-c', ELSEWHERE, str(folder)]
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=LONGEST)
     return [np.load(folder / f'logits{size}.npy') for size in (1, 3)]
 
 
@@ -87,7 +88,7 @@ def test_the_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
 def test_the_command_exports_a_run(finished_run, tmp_path, capsys):
     """Of the average too: what a run evaluates best is what people deploy."""
     main(['convnext_jax', 'export', str(finished_run), str(tmp_path / 'out'), '--params=ema'])
-    assert 'holds model.stablehlo' in capsys.readouterr().out
+    assert f'model.safetensors (the ema weights of {finished_run}, step 24)' in capsys.readouterr().out
     average = get_parameters(read_weights(str(finished_run), 'ema', None).model)
     weights = load_file(tmp_path / 'out' / 'model.safetensors')
     jax.tree.map(np.testing.assert_array_equal, weights, dict(average))

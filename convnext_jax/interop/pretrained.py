@@ -29,9 +29,10 @@ class Pretrained(NamedTuple):
         class_names: of the head's outputs, where the folder gives them.
         processor: how it wants its images, where the folder says it.
         fresh: the parameters that the file does not give, which are newly initialised.
-        notes: lines about these.
+        notes: lines for the user, about these or about other weights in the same place.
         problem_type: of Hugging Face's config: 'single_label_classification', 'multi_label_classification',
             'regression', or None where nothing says it.
+        origin: which weights of which file, folder or run these are, in words for messages.
     """
 
     model: ConvNeXt
@@ -41,6 +42,7 @@ class Pretrained(NamedTuple):
     fresh: tuple[str, ...]
     notes: list[str]
     problem_type: str | None = None
+    origin: str = ''
 
     @property
     def activation(self) -> str | None:

@@ -53,12 +53,12 @@ class Protocol:
     per_class: Path | None = None
 
 
-def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: Protocol) -> Iterator[Result]:
+def evaluate_run(workdir: Path, params: str, step: int | None, protocol: Protocol) -> Iterator[Result]:
     """Metrics over each split, as soon as they are there. Labels are matched to the run's classes by name.
 
     Args:
         workdir: of a run of ours, which may be running.
-        params: 'raw' or 'ema'; None for the moving average if the run has one.
+        params: 'raw' or 'ema'.
         step: of the checkpoint; None for the newest.
         protocol: what differs from the run's own evaluations.
 
@@ -66,7 +66,6 @@ def evaluate_run(workdir: Path, params: str | None, step: int | None, protocol: 
         UserError: no such run, step, weights or split, or the checkpoint is damaged.
     """
     config = read_config(workdir / CONFIG)
-    params = params or ('ema' if config.ema.decay else 'raw')
     directory, newest = newest_checkpoint(workdir)
     steps = saved_steps(directory)
     if step is not None and step not in steps:
@@ -107,7 +106,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     processor = pretrained.processor or config_processor(config)
     mesh = make_mesh()
     parameters = {name: spread(x, replicated(mesh)) for name, x in get_parameters(pretrained.model).items()}
-    about = {'weights': where, 'layout': pretrained.layout}
+    about = {'weights': where, 'layout': pretrained.layout, 'params': params}
     names = pretrained.class_names
     for result in _evaluate(config, pretrained.model, parameters, names, processor, mesh, protocol):
         yield about | result
@@ -169,7 +168,7 @@ def _write_per_class(path: Path, tables: list[tuple[str, str, Source, list[float
     if not is_first():
         return
     try:
-        with path.open('w', newline='') as file:
+        with path.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             writer = csv.writer(file)
             writer.writerow(['data', 'split', 'label', 'class', 'top1'])
             for name, split, source, accuracies in tables:

@@ -36,14 +36,17 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     """
     field = weights_field(params)
     if not _is_run(where):
-        return read_pretrained(where, name=name, entry=_entry(params))
+        pretrained = read_pretrained(where, name=name, entry=_entry(params))
+        return pretrained._replace(origin=f'the {params} weights of {where} ({pretrained.layout} layout)')
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)
     step, parameters = _newest_parameters(workdir, field)
     class_names = read_about(workdir / CHECKPOINTS, step)['data']['class names']
     model = with_parameters(evaluation_model(config), parameters)
     named = tuple(class_names) if len(class_names) == config.model.num_classes else None
-    return Pretrained(model, 'convnext_jax', named, config_processor(config), (), [])
+    notes = ['--params=ema takes the moving average'] if params == 'raw' and config.ema.decay else []
+    origin = f'the {params} weights of {where}, step {step}'
+    return Pretrained(model, 'convnext_jax', named, config_processor(config), (), notes, origin=origin)
 
 
 def config_processor(config: ConfigDict) -> ImageProcessor:
