@@ -5,7 +5,7 @@ VENV = .venv
 .PHONY: demo test lint
 
 demo: $(VENV)/runtime
-	$(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
+	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
 
 test: $(VENV)/development
 	$(VENV)/bin/python -m pytest -n 2

@@ -2,7 +2,6 @@
 
 from absl import flags
 
-from convnext_jax import launch
 from convnext_jax.command_line import (
     all_processes,
     define_config,
@@ -12,14 +11,12 @@ from convnext_jax.command_line import (
     required_config,
     run,
 )
+from convnext_jax.training.loop import train
+from convnext_jax.training.trace import Window
+from convnext_jax.training.workdir import workdir_path
 
 
 def main(arguments: list[str]) -> None:
-    # Not above: the processes that decode images import this file too.
-    from convnext_jax.training.loop import train
-    from convnext_jax.training.trace import Window
-    from convnext_jax.training.workdir import workdir_path
-
     values = flags.FlagValues()
     define_config(values, arguments)
     define_processes(values)
@@ -38,5 +35,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    launch.restart_with_settings()
     run(main)

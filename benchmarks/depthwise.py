@@ -1,8 +1,8 @@
 """The depthwise convolution and its two gradients beside torch's (channels_last, oneDNN), at ConvNeXt-T's four shapes.
 
-    python -m benchmarks.depthwise [--rounds=21] [--batch=8]
+    launch/cpu.sh python -m benchmarks.depthwise [--rounds=21] [--batch=8]
 
-float32, with the settings of our commands. The two take turns of a few calls; milliseconds are medians of their means,
+float32. The two take turns of a few calls; milliseconds are medians of their means,
 the ratio is torch's time to ours.
 """
 
@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-
-from convnext_jax import launch
 
 SHAPES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side, channels
 SIZE = 7
@@ -43,7 +41,7 @@ def _arrays(shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _ours(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
-    import jax  # not above, nor torch below: their settings are made first
+    import jax
 
     from convnext_jax.models.depthwise import depthwise_conv
 
@@ -88,6 +86,5 @@ def _milliseconds(function: Callable[[], object]) -> float:
 
 
 if __name__ == '__main__':
-    launch.restart_with_settings()
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # or torch's threads would spin on our cores in our turn
     main()

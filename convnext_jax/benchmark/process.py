@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convnext_jax.benchmark.contenders.contender import MATMUL_SIDE, Task
-from convnext_jax.launch import missing_settings
+from convnext_jax.cpu_settings import missing_settings
 
 RUN = Path(__file__).parent / 'contenders' / 'run.py'
 TURN_SECONDS = 3.0

@@ -12,6 +12,7 @@ import pickle
 import queue
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -170,6 +171,9 @@ def _by_processes(
             f'{processes} processes need {size / 1e9:.1f} GB of shared memory, and {free / 1e9:.1f} are free: '
             'enlarge /dev/shm, or lower data.workers or batch_size'
         )
+    main = sys.modules['__main__']
+    if not hasattr(main, '__spec__'):  # IPython's %run leaves it out, and multiprocessing reads it
+        main.__spec__ = None
     spawn = multiprocessing.get_context('spawn')  # a fork would copy JAX's threads half
     # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
     memory = spawn.RawArray(ctypes.c_uint8, size)

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
 from convnext_jax.data.sources import Source
-from convnext_jax.launch import describe_settings
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.logging import read_records
+from convnext_jax.training.process import describe_settings
 from convnext_jax.training.setup import Plan, build_variant
 from convnext_jax.training.sharding import describe_mesh, share_held
 from convnext_jax.training.workdir import CURVES

@@ -4,9 +4,9 @@ import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import Batch
-from convnext_jax.launch import release_memory
 from convnext_jax.models import ConvNeXt, get_parameters
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
+from convnext_jax.training.process import release_memory
 from convnext_jax.training.setup import Plan, build_model
 from convnext_jax.training.sharding import batch_sharding, state_sharding
 from convnext_jax.training.state import TrainState, init_key, initial_state

@@ -1,0 +1,17 @@
+#!/bin/sh
+# Starts a Python command with the environment variables that make JAX faster on CPU (convnext_jax/cpu_settings.py
+# explains each). Variables that you have set keep their values.
+#
+#   launch/cpu.sh .venv/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
+#
+# The first argument must be the Python that runs the command: its jaxlib tells which settings exist.
+case $(basename "$1") in
+python*) ;;
+*)
+    echo 'usage: launch/cpu.sh PYTHON SCRIPT [ARGUMENT]...' >&2
+    exit 2
+    ;;
+esac
+settings=$("$1" "$(dirname "$0")/../convnext_jax/cpu_settings.py") || exit
+# Unquoted: each line of $settings is one NAME=VALUE without spaces.
+exec env $settings "$@"
