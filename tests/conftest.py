@@ -1,10 +1,13 @@
 """Eight simulated devices for the tests in this process, and a way to run the commands as a user does."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,15 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix='compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = cache.name
 
+# In the background of a script the tests start with SIGINT ignored, and so would every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 STEPS = 24
+LONGEST = 900
+"""Seconds that a process may take on a busy machine: more is a hang."""
 # Seconds of training: ten batches an epoch, and 40 images to evaluate.
 SMALL_RUN = (
     '--config=configs/fashion_mnist.py',
@@ -50,7 +59,11 @@ class Commands:
     def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
         """Runs to the end, and insists on the exit status."""
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=300)
+        try:
+            out, err = process.communicate(timeout=LONGEST)
+        finally:
+            if process.poll() is None:
+                kill([*processes_below(process.pid), process.pid])
         assert process.returncode == status, f'status {process.returncode}, not {status}\n{out}\n{err}'
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
@@ -58,9 +71,47 @@ class Commands:
         return self.run('train.py', *SMALL_RUN, f'--workdir={workdir}', *overrides, status=status)
 
 
+def strict_json(text: str) -> object:
+    """The value of a JSON text, read as other programs read it: without NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+
+
 def fingerprints(workdir: Path, step: int = STEPS) -> dict:
     """Of every array of the checkpoint: parameters, optimizer, moving average and counters."""
     return json.loads((workdir / 'checkpoints' / str(step) / 'manifest' / 'metadata').read_text())['arrays']
+
+
+def processes_below(pid: int) -> list[int]:
+    """The processes that a process has started, and those that these have started (Linux)."""
+    found = []
+    for children in Path(f'/proc/{pid}/task').glob('*/children'):  # the children of each thread
+        with contextlib.suppress(OSError):  # the thread has ended
+            for child in map(int, children.read_text().split()):
+                found += [child, *processes_below(child)]
+    return found
+
+
+def is_resource_tracker(pid: int) -> bool:
+    """Whether it is the process that `multiprocessing` starts once for all tests; it ends with the tests' process."""
+    try:
+        return b'multiprocessing.resource_tracker' in Path(f'/proc/{pid}/cmdline').read_bytes()
+    except OSError:
+        return False  # it has ended
+
+
+def kill(pids: list[int]) -> None:
+    """Kills processes, some of which may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Kills the processes that a test has started and left, in sessions of their own too, also after a failure."""
+    before = set(processes_below(os.getpid()))
+    yield
+    kill([pid for pid in processes_below(os.getpid()) if pid not in before and not is_resource_tracker(pid)])
 
 
 @pytest.fixture(scope='session')

@@ -1,5 +1,6 @@
 """Small runs of train.py in processes of their own, and what must hold of what they leave behind."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -77,6 +78,7 @@ class Running:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        atexit.register(self.process.kill)  # an error of the benchmark leaves no run behind
         self.pid = self.process.pid
         self.lines: list[str] = []
         self.errors: list[str] = []

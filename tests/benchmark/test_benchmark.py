@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import LONGEST
 from PIL import Image
 
 from convnext_jax import __main__ as package_command
@@ -163,7 +164,7 @@ def test_no_process_outlives_the_command(commands, number, status):
     children = Path(f'/proc/{command.pid}/task/{command.pid}/children').read_text().split()
     assert children
     os.kill(command.pid, number)
-    command.communicate(timeout=300)
+    command.communicate(timeout=LONGEST)
     assert command.returncode == status
     until = time.monotonic() + 300
     while any(map(is_running, children)):
@@ -183,7 +184,7 @@ def test_a_process_ends_in_the_middle_of_a_step(stand_in):
             while 'in a step' not in (line := worker.stderr.readline()):
                 assert line, 'it ended before'
             worker.stdin.close()
-            assert worker.wait(timeout=120) == 0
+            assert worker.wait(timeout=LONGEST) == 0
         finally:
             worker.kill()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import cloudpickle
 import numpy as np
 import pytest
+from conftest import LONGEST
 from PIL import Image
 
 from convnext_jax.data import shards
@@ -129,7 +130,7 @@ def test_source_goes_to_other_processes_and_threads(directory):
     assert len(pickled) < 2000
     code = 'import pickle, sys; s = pickle.load(sys.stdin.buffer); print(len(s), s[4321].label, s[4321].name)'
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, '-c', code], input=pickled, cwd=root, capture_output=True, timeout=120)
+    result = subprocess.run([sys.executable, '-c', code], input=pickled, cwd=root, capture_output=True, timeout=LONGEST)
     assert result.stdout.decode().split() == ['5000', '1', f'{directory / "big-0.tar"},', '4321.png'], result.stderr
     order = np.random.default_rng(0).permutation(5000)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -147,7 +148,7 @@ print(len(source), source[2].label)
 """
     command = [sys.executable, '-c', code]
     processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=120)[0] for process in processes] == ['3 1\n'] * 4
+    assert [process.communicate(timeout=LONGEST)[0] for process in processes] == ['3 1\n'] * 4
     assert len(list(directory.glob('*npy*'))) == 1
 
 

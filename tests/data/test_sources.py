@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LONGEST
 from PIL import Image
 
 from convnext_jax.data.pipeline import MOST_LABELS, Share, eval_batches
@@ -87,7 +88,7 @@ for split, count in {'train': 5000, 'test': 1000}.items():
 assert 'tensorflow' not in sys.modules
 """
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, timeout=LONGEST)
     assert result.returncode == 0, result.stderr
 
 

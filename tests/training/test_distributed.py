@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, STEPS
+from conftest import LONGEST, SMALL_RUN, STEPS
 
 from convnext_jax.errors import UserError
 from convnext_jax.training import distributed
@@ -103,7 +103,7 @@ def test_notice_to_one_process_stops_all_at_one_step_and_another_size_resumes(co
     run = tmp_path / 'run'
     job, (_, second) = start_and_wait_for_a_record(commands, run, '--config.checkpoint_every_steps=1000')
     os.kill(second, signal.SIGTERM)
-    out, err = job.communicate(timeout=100)
+    out, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 128 + signal.SIGTERM, out + err
     step = saved_steps(run / 'checkpoints')[-1]
     assert f'stopped by SIGTERM at step {step}, saved; the same command resumes it' in out
@@ -119,7 +119,7 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(commands, tmp_path)
     """A host that is gone would leave the rest of the pod waiting, and paid for, until somebody looks."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(second, signal.SIGKILL)
-    _, err = job.communicate(timeout=100)
+    _, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 128 + signal.SIGKILL
     assert sorted(line for line in err.splitlines() if 'preemption' not in line) == [
         'error: no sign of process 1 for 20 s: see its own output. The same command on all hosts resumes',
@@ -131,7 +131,7 @@ def test_what_one_process_cannot_write_ends_all_at_once(commands, tmp_path):
     """Orbax's own barriers would let the pod stand for twenty minutes before anybody heard of it."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run')
     resource.prlimit(second, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    _, err = job.communicate(timeout=100)
+    _, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 2, err
     problem = re.search(r'^error: process 1 failed: step (\d+) could not be saved to .*: File too large$', err, re.M)
     assert problem, err
@@ -143,7 +143,7 @@ def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
     """JAX's coordination service ends with process 0, and its client then ends the others."""
     job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(first, signal.SIGKILL)
-    _, err = job.communicate(timeout=100)
+    _, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 128 + signal.SIGKILL
     assert 'launch/local.py: process 0 was ended by SIGKILL' in err
     assert 'another task died' in err
@@ -157,7 +157,7 @@ def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
         commands.start('train.py', *SMALL_RUN, f'--workdir={tmp_path / str(number)}', *flags, f'--process_id={number}')
         for number in range(2)
     ]
-    errors = [process.communicate(timeout=100)[1].splitlines() for process in processes]
+    errors = [process.communicate(timeout=LONGEST)[1].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     text = f'workdir {tmp_path / "1"} is not the one that process 0 has: all hosts must share a file system'
     assert errors == [[f'error: process 1 failed: {text}'], [f'error: {text}']]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, STEPS, fingerprints
+from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
 from PIL import Image
 
 from configs.fashion_mnist import get_config
@@ -155,7 +155,7 @@ def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(comman
             hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
     errors = process.stderr.read()
-    assert process.wait(timeout=60) == 0, errors
+    assert process.wait(timeout=LONGEST) == 0, errors
     assert 'Traceback' not in errors
     told = [number for number, line in enumerate(lines) if 'could not be saved' in line]
     assert told

@@ -322,7 +322,7 @@ def test_sixty_four_devices_send_what_eight_do(runs):
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=300,
+        timeout=900,
     ).stdout
     found = dict(line.split(': ') for line in out.splitlines())
     eight = runs['4 × 2'].collectives

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, STEPS, fingerprints
+from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
 
 from configs.fashion_mnist import get_config
 from convnext_jax.data.loading import no_word
@@ -32,7 +32,7 @@ def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_r
     while process.poll() is None and not read_records(run):
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + number, out + err
     assert 'Traceback' not in err
     step = saved_steps(run / 'checkpoints')[-1]
@@ -52,7 +52,7 @@ def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resum
     while process.poll() is None and not read_records(run):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + signal.SIGTERM, out + err
     assert saved_steps(run / 'checkpoints') == [10]
     assert [record['split'] for record in read_records(run)] == ['train']

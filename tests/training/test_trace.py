@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import SMALL_RUN
+from conftest import LONGEST, SMALL_RUN
 
 from convnext_jax.errors import UserError
 from convnext_jax.training.checkpoint import saved_steps
@@ -77,7 +77,7 @@ def test_a_stopped_run_has_its_trace_and_the_compiled_step(commands, tmp_path):
     while process.poll() is None and not read_records(run):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + signal.SIGTERM, out + err
     last = saved_steps(run / 'checkpoints')[-1]
     assert traced_steps(run / 'tensorboard') == list(range(2, last))

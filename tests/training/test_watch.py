@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, ROOT, SMALL_RUN
+from conftest import LONGEST, ONE_DEVICE, ROOT, SMALL_RUN
 from PIL import Image
 
 import train as train_command
@@ -189,7 +189,7 @@ def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path,
     heard = rf'train after step (\d+): no batch for \d+ s, still waiting for {file}\n'
     said = next(filter(None, (re.fullmatch(heard, line) for line in process.stderr)))
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + signal.SIGTERM, out + err
     (step,) = saved_steps(run / 'checkpoints')
     assert step == int(said[1])
@@ -236,7 +236,7 @@ def test_a_straggling_process_is_named_to_all(tmp_path):
         for process in range(2)
     ]
     for process in processes:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, err
         (named,) = re.findall(r'(process \d) \(.+?\) straggles: \d+ ms of a step of \d+ ms in its own work', out)
         assert named == 'process 1'
