@@ -123,14 +123,25 @@ def test_training_goes_on_when_its_terminal_is_gone(finished_run, tmp_path):
     assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
 
 
-def test_what_is_printed_goes_into_no_file_of_a_run_without_streams(finished_run, tmp_path):
+PRINTS = """
+import os, sys
+from convnext_jax.command_line import run
+def command(arguments):
+    with open(arguments[1], 'w') as file:
+        print('a line', flush=True)
+        print('a line', file=sys.stderr, flush=True)
+        for number in (1, 2):
+            os.write(number, b'of a library')
+        file.write('record')
+run(command)
+"""
+
+
+def test_what_is_printed_without_streams_goes_into_no_file(tmp_path):
     """The first files that a process opens get the numbers of closed streams: libraries would print into records."""
-    command = [sys.executable, 'train.py', *SMALL_RUN, f'--workdir={tmp_path / "run"}']
-    shell = ['sh', '-c', 'exec "$0" "$@" <&- >&- 2>&-', *command]
+    shell = ['sh', '-c', 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, '-c', PRINTS, tmp_path / 'records']
     assert subprocess.run(shell, cwd=ROOT, env=os.environ | ONE_DEVICE, timeout=LONGEST).returncode == 0
-    assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
-    records = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
-    assert len([strict_json(line) for line in records]) == 9
+    assert (tmp_path / 'records').read_text() == 'record'
 
 
 @pytest.mark.parametrize(
