@@ -14,7 +14,6 @@ plan --config=FILE --topology=v5e:4x4        memory, communication and cycles of
 """
 
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -31,6 +30,7 @@ from convnext_jax.interop import save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from convnext_jax.output import say, show, to_json
+from convnext_jax.paths import local_path
 from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.training.weights import read_weights
@@ -45,7 +45,7 @@ def prepare(arguments: list[str]) -> None:
     (what,) = parse(values, arguments, usage=__doc__, positional=('imagenet2012 or folder',))
     if what not in ('imagenet2012', 'folder'):
         raise UserError(f"prepare makes 'imagenet2012' or 'folder', not '{what}'")
-    manual_dir, data_dir = (Path(required(values, name)) for name in ('manual_dir', 'data_dir'))
+    manual_dir, data_dir = (local_path(required(values, name)) for name in ('manual_dir', 'data_dir'))
     if what == 'folder':
         prepare_folder(manual_dir, data_dir, required(values, 'name'))
     else:
@@ -153,8 +153,9 @@ def benchmark(arguments: list[str]) -> None:
     parse(values, arguments, usage=__doc__)
     cases = make_cases(values.models, values.mode, values.batch, values.size, values.dtype)
     peers, missing = choose_peers(values.peers)
-    if values.output:
-        make_folder(Path(values.output))
+    output = local_path(values.output) if values.output else None
+    if output:
+        make_folder(output)
     machine, results = describe_machine(), []
     left_out = [{'contender': name, 'reason': reason} for name, reason in missing.items()]
     for case in cases:
@@ -164,8 +165,8 @@ def benchmark(arguments: list[str]) -> None:
     show(as_table(machine, results))
     for entry in left_out:
         show(f'left out: {", ".join(entry.values())}')
-    if values.output:
-        write_report(Path(values.output), machine, results, left_out)
+    if output:
+        write_report(output, machine, results, left_out)
     if any(entry['contender'] == OURS for entry in left_out):
         sys.exit(1)
 

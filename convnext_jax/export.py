@@ -15,6 +15,7 @@ from convnext_jax.interop.configs import check_class_names
 from convnext_jax.interop.files import write_folder
 from convnext_jax.interop.processor import processor_for
 from convnext_jax.models import Parameters, get_parameters, with_parameters
+from convnext_jax.paths import local_path
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
@@ -61,4 +62,4 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         'activation': pretrained.activation,
     }
     files = {'model.stablehlo': bytes(program.serialize()), 'model.json': about}
-    write_folder(Path(folder), jax.tree.map(np.asarray, weights), files)
+    write_folder(local_path(folder), jax.tree.map(np.asarray, weights), files)

@@ -15,6 +15,7 @@ from convnext_jax.data.image_files import describe_left_out, find_images
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Pretrained
 from convnext_jax.interop.processor import processor_for
+from convnext_jax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ def find_photos(places: Iterable[str]) -> list[Path]:
     """
     photos = []
     for place in places:
-        path = Path(place).expanduser()
-        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(place, recursive=True))]
+        path = local_path(place)
+        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         found = []
         for entry in named:
             if entry.is_dir():

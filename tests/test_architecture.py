@@ -13,12 +13,13 @@ PACKAGE = 'convnext_jax'
 # but the commands.
 ALLOWED = {
     'errors': set(),
+    'paths': {'errors'},
     'chips': set(),
     'output': {'errors'},
     'models': {'errors'},
-    'data': {'errors', 'output'},
+    'data': {'paths', 'output', 'errors'},
     'evaluation': {'models', 'data', 'errors'},
-    'interop': {'models', 'data', 'errors', 'output'},
+    'interop': {'models', 'data', 'paths', 'output', 'errors'},
     'config': {'errors'},
     'cpu_settings': set(),
     'benchmark': {'training', 'models', 'config', 'cpu_settings', 'output', 'errors'},

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from convnext_jax.data.shards import read_bytes
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import say, to_json
+from convnext_jax.paths import plain_path
 
 SHARD_BYTES = 2**29  # a reader keeps every shard open, and most systems allow 1,024 files
 READERS = 16  # the order on disk is random: many reads at once hide the seeks
@@ -160,7 +161,7 @@ def _write_shard(path: Path, images: Sequence[Image], serialize: Serialize, bar:
 
     scratch = path.with_name(f'{path.name}.writing')
     try:
-        writer = ArrayRecordWriter(str(scratch), 'group_size:1')
+        writer = ArrayRecordWriter(str(plain_path(scratch.parent) / scratch.name), 'group_size:1')
         with ThreadPoolExecutor(READERS) as pool:
             files = pool.map(lambda image: read_bytes(image.file, image.offset, image.size), images)
             for image, data in zip(images, files, strict=True):

@@ -1,5 +1,6 @@
 """Images inside tars: where each one lies, and an index of shards, made once, so that any image is read directly."""
 
+import glob
 import hashlib
 import os
 import re
@@ -85,7 +86,10 @@ def find_shards(directory: Path, split: str) -> list[Path]:
     shards = sorted((directory / split).glob('*.tar'))
     shards = shards or sorted(path for path in directory.glob('*.tar') if name.fullmatch(path.name))
     if not shards:
-        raise UserError(f"{directory} holds no shards of split '{split}': {split}/*.tar, or *{split}-NUMBER.tar")
+        raise UserError(
+            f"{directory} holds no shards of split '{split}', {split}/*.tar or *{split}-NUMBER.tar: say with "
+            '--config.data.dir=DIR where they are'
+        )
     return shards
 
 
@@ -110,7 +114,7 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Se
         bar = tqdm(enumerate(shards), f'indexing {split}', len(shards), unit='tar', disable=not sys.stderr.isatty())
         rows = [index_shard(shard, number, suffixes) for number, shard in bar]
         _write_index(path, np.concatenate(rows))
-        for other in path.parent.glob(f'{split}.index-*.npy'):
+        for other in path.parent.glob(f'{glob.escape(split)}.index-*.npy'):
             if other != path:  # outdated
                 other.unlink(missing_ok=True)
         index = _read_index(path)

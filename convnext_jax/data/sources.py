@@ -14,6 +14,7 @@ from convnext_jax.data.class_names import match_names, outputs_of_classes
 from convnext_jax.data.image_files import IMAGE_SUFFIXES, describe_left_out, find_images
 from convnext_jax.data.shards import find_shards, open_index, read_bytes
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.paths import local_path, plain_path
 
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
 # ImageNet-A (arXiv:1907.07174) and -R (arXiv:2006.16241) hold 200 of ImageNet's classes, and score among these alone.
@@ -72,7 +73,7 @@ def open_source(name: str, directory: str, split: str) -> Source:
     if name not in files:
         return TfdsSource(name, directory, split)
     whole, bracket, _ = split.partition('[')
-    source = files[name](Path(directory), whole)
+    source = files[name](local_path(directory), whole)
     return Part(source, split) if bracket else source
 
 
@@ -171,7 +172,10 @@ class FolderSource:
     def __init__(self, directory: Path, split: str):
         root = directory / split
         if not root.is_dir():
-            raise UserError(f'{root} is not a folder: data.dir holds one folder for each split, and in it one a class')
+            raise UserError(
+                f'{root} is not a folder: data.dir holds one folder for each split, and in it one for each class. '
+                '--config.data.dir=DIR says where'
+            )
         everything = sorted(root.iterdir())
         entries = [path for path in everything if not path.name.startswith('.')]
         lost = [path.name for path in entries if path.is_symlink() and not path.exists()]
@@ -347,11 +351,14 @@ def _tfds_builder(name: str, directory: str):
     if name in BUNDLED and not directory:
         return tfds.builder_from_directory(BUNDLED[name])
     if not directory:
-        raise UserError(f'data.dir is not set: where is {name} on this machine?')
-    if not Path(directory).is_dir():
-        raise UserError(f'data.dir={directory} is not a folder')
+        raise UserError(f'data.dir is not set: say with --config.data.dir=DIR where {name} is on this machine')
+    folder = local_path(directory)
+    if not folder.is_dir():
+        raise UserError(
+            f'data.dir={directory} is not a folder: say with --config.data.dir=DIR where {name} is on this machine'
+        )
     try:
-        builder = tfds.builder(name, data_dir=directory)
+        builder = tfds.builder(name, data_dir=str(plain_path(folder)))
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"TFDS knows no data set '{name}', and there is none of that name in {directory}") from error
     except ParseError as error:

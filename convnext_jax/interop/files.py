@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import to_json
+from convnext_jax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +72,10 @@ def locate(where: str, revision: str | None = None) -> Path:
         UserError: there is neither such a path nor such a repository, or the hub cannot be reached.
     """
     try:
-        path = Path(where).expanduser()
+        path = local_path(where)
         if path.exists():
             return path
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f'{where[:80]} is no path: {first_line(error)}') from error
     hub_id = re.sub('^hf[_-]hub:', '', where)
     if not HUB_ID.fullmatch(hub_id):

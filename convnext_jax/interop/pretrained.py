@@ -17,6 +17,7 @@ from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layo
 from convnext_jax.interop.processor import ImageProcessor, processor_for
 from convnext_jax.interop.recognition import Opened, last_epsilon, open_weights
 from convnext_jax.models import Backbone, ConvNeXt, create_model, get_parameters, with_parameters
+from convnext_jax.paths import local_path
 
 HEAD = ('head.kernel', 'head.bias')
 
@@ -180,7 +181,7 @@ def save_pretrained(
         files = classifier_config(model, layout, class_names, processor, problem_type)
     if layout == 'huggingface':
         files['preprocessor_config.json'] = processor.to_huggingface()
-    write_folder(Path(folder), tensors, files, torch=layout == 'original')
+    write_folder(local_path(folder), tensors, files, torch=layout == 'original')
 
 
 def _fresh_parts(

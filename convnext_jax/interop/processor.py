@@ -11,6 +11,7 @@ from convnext_jax.data.decode import convert_mode, decode, eval_resize
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import locate, read_json
 from convnext_jax.output import to_json
+from convnext_jax.paths import local_path
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of a preprocessor_config.json that gives none
@@ -172,7 +173,7 @@ class ImageProcessor:
     def save(self, folder: str | Path) -> None:
         """Writes `preprocessor_config.json`."""
         text = to_json(self.to_huggingface(), indent=2) + '\n'
-        (Path(folder) / 'preprocessor_config.json').write_text(text, encoding='utf-8')
+        (local_path(folder) / 'preprocessor_config.json').write_text(text, encoding='utf-8')
 
     def __call__(self, images: Picture | Sequence[Picture]) -> np.ndarray:
         """One image or many → (N, size, size, C) float32.
@@ -228,7 +229,7 @@ def _open(image: Picture, channels: int, name: str) -> Image.Image:
     if not isinstance(image, str | Path):
         raise UserError(f'{name} is a {type(image).__name__}, not an image, an array or a path')
     try:
-        content = Path(image).read_bytes()
+        content = local_path(image).read_bytes()
     except OSError as error:
         raise UserError(f'{image} cannot be read: {error.strerror}') from error
     return decode(content, channels, str(image))

@@ -20,7 +20,7 @@ from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import finite
 from convnext_jax.training.distributed import gathered
 from convnext_jax.training.state import TrainState
-from convnext_jax.training.workdir import absolute, is_local
+from convnext_jax.training.workdir import checkpoints_for_orbax, is_local
 
 Arrays = dict[str, jax.Array]
 
@@ -101,7 +101,8 @@ def _restore_item(directory: Path, step: int, item: str, like: Arrays) -> Arrays
         try:
             # A Checkpointer would wait for the other processes before an error of theirs could be told.
             handler = ocp.StandardCheckpointHandler()
-            arrays = handler.restore(absolute(directory / str(step) / item), args=ocp.args.StandardRestore(target))
+            path = checkpoints_for_orbax(directory) / str(step) / item
+            arrays = handler.restore(path, args=ocp.args.StandardRestore(target))
         except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
             raise DamagedCheckpoint(f'{item}: {first_line(error)}') from error
     with _damage_to_any():

@@ -122,6 +122,7 @@ class RunLog:
         from tensorboardX.summary import scalar
 
         for name, value in values.items():
+            name = name.encode(errors='replace').decode()  # the name of a split may be no UTF-8, as events must be
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self._events.flush()
 

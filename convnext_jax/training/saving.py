@@ -17,7 +17,7 @@ from convnext_jax.output import say
 from convnext_jax.training.checkpoint import DamagedCheckpoint, contents, read_manifest, restore
 from convnext_jax.training.distributed import are_several, gathered, is_first
 from convnext_jax.training.state import TrainState
-from convnext_jax.training.workdir import absolute, is_local
+from convnext_jax.training.workdir import checkpoints_for_orbax, is_local
 
 UNFINISHED = '.orbax-checkpoint-tmp'
 """Orbax has this in the name of a folder until all of the checkpoint is written; then the name is the step alone."""
@@ -95,7 +95,7 @@ class Checkpoints:
         self.failed: dict[int, str] = {}
         self._best_metric, self._tell = best_metric, tell
         self._under_way: int | None = None
-        self._manager = _Manager(absolute(directory), options=options)
+        self._manager = _Manager(checkpoints_for_orbax(directory), options=options)
         for step in self.steps():
             with contextlib.suppress(DamagedCheckpoint):
                 self._note_score(step, read_manifest(directory, step)['metrics'])

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.paths import plain_path
+from convnext_jax.training.workdir import is_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Trace:
         self._steps += 1
         if self._window and done == self._window.start:
             with self._paused():
-                jax.profiler.start_trace(self._folder)
+                folder = plain_path(self._folder) if is_local(self._folder) else self._folder
+                jax.profiler.start_trace(folder)
             self._running = True
         if self._running and done == self._window.start + self._window.steps:
             with self._paused():

@@ -211,7 +211,10 @@ def test_shard_cut_after_it_was_opened(directory):
 
 
 def test_missing_split(directory):
-    assert error_of(directory, 'val') == f"{directory} holds no shards of split 'val': val/*.tar, or *val-NUMBER.tar"
+    assert error_of(directory, 'val') == (
+        f"{directory} holds no shards of split 'val', val/*.tar or *val-NUMBER.tar: "
+        'say with --config.data.dir=DIR where they are'
+    )
 
 
 def test_tar_that_goes_on_behind_its_end(directory):

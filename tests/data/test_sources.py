@@ -127,9 +127,13 @@ def test_bad_split_is_one_line(split):
 
 def test_bad_tfds_names_and_directories_are_one_line(tmp_path):
     """TFDS's own errors fill a screen."""
-    assert error_of('mnist', '', 'train') == 'data.dir is not set: where is mnist on this machine?'
+    assert error_of('mnist', '', 'train') == (
+        'data.dir is not set: say with --config.data.dir=DIR where mnist is on this machine'
+    )
     missing = tmp_path / 'missing'
-    assert error_of('mnist', str(missing), 'train') == f'data.dir={missing} is not a folder'
+    assert error_of('mnist', str(missing), 'train') == (
+        f'data.dir={missing} is not a folder: say with --config.data.dir=DIR where mnist is on this machine'
+    )
     assert f"TFDS knows no data set 'my_clotehs', and there is none of that name in {tmp_path}" == error_of(
         'my_clotehs', str(tmp_path), 'train'
     )

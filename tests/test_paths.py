@@ -1,0 +1,43 @@
+"""Paths that people type: the home folder, and every name that the system allows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convnext_jax.errors import UserError
+from convnext_jax.paths import local_path, plain_path
+
+
+def test_the_home_folder_is_found(monkeypatch, tmp_path):
+    """After `=` the shell leaves the ~: a folder of that name would be made and filled."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert local_path('~/run') == tmp_path / 'run'
+    assert local_path('a/~') == Path('a/~')
+    with pytest.raises(UserError, match='~nobody-of-that-name/run cannot be expanded'):
+        local_path('~nobody-of-that-name/run')
+
+
+@pytest.mark.parametrize('name', ['back\\slash', '[0:3]', 'a\nb', "'#%20", os.fsdecode(b'\xff')])
+def test_an_unusual_folder_has_a_plain_path_until_the_process_ends(tmp_path, name):
+    """TensorStore would write the arrays of a checkpoint into another folder, and no checkpoint could be restored."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / 'file').write_text('here')
+    code = (
+        'import pathlib, sys; from convnext_jax.paths import plain_path\n'
+        'plain = plain_path(pathlib.Path(sys.argv[1])); print(plain, (plain / "file").read_text())'
+    )
+    plain, content = subprocess.check_output([sys.executable, '-c', code, folder], text=True).split()
+    assert content == 'here'
+    assert plain.isascii()
+    assert not Path(plain).parent.exists()
+    assert (folder / 'file').exists()
+
+
+def test_a_plain_folder_is_its_own_path(tmp_path, monkeypatch):
+    """Messages of libraries name the folder that the user knows."""
+    monkeypatch.chdir(tmp_path)
+    assert plain_path(Path('a é-1')) == tmp_path / 'a é-1'
