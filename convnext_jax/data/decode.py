@@ -209,21 +209,38 @@ def eval_resize(
     *,
     squash: bool | None = None,
     resample: int = Image.Resampling.BICUBIC,
+    name: str = 'the image',
 ) -> np.ndarray:
     """The middle of the image, (size, size, C) uint8, as Hugging Face's ConvNeXt processor cuts it out.
 
     The shorter side goes to int(size / crop_pct), and the centre is cropped; with `squash`, by default from 384 on, the
     whole image is squashed to the square.
+
+    Raises:
+        UserError: as `eval_sides`; `name` says which image it is.
     """
-    if squash or (squash is None and size >= 384):
-        return resize(image, size, resample=resample)
-    shorter = int(size / crop_pct)
-    width, height = (int(shorter * side / min(image.size)) for side in image.size)
-    if width * height > MOST_PIXELS:
-        raise UserError(f'an image of {image.width}×{image.height} is too thin: resized it would be {width}×{height}')
+    width, height = eval_sides(image.size, size, crop_pct, squash=squash, name=name)
     resized = image.resize((width, height), resample)
     left, top = (width - size) // 2, (height - size) // 2
     return _pixels(resized.crop((left, top, left + size, top + size)))
+
+
+def eval_sides(
+    image_size: tuple[int, int], size: int, crop_pct: float, *, squash: bool | None = None, name: str = 'the image'
+) -> tuple[int, int]:
+    """Width and height to which `eval_resize` resizes an image of a width and height, before the crop.
+
+    Raises:
+        UserError: the image is so thin that this would take too much memory.
+    """
+    if squash or (squash is None and size >= 384):
+        return size, size
+    width, height = (int(int(size / crop_pct) * side / min(image_size)) for side in image_size)
+    if width * height > MOST_PIXELS:
+        raise UserError(
+            f'{name}, {image_size[0]}×{image_size[1]} pixels, is too thin: resized it would be {width}×{height}'
+        )
+    return width, height
 
 
 def _random_box(width: int, height: int, scale: tuple[float, float], seed: Sequence[int]) -> tuple[int, int, int, int]:

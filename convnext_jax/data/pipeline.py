@@ -22,6 +22,7 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
 MOST_LABELS = 32  # of one image; ReaL's have a dozen
+REPLACE = 'replace each by a readable file of that name, or delete them and take another workdir'
 ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
 KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
@@ -78,8 +79,8 @@ class Unreadable:
         self._errors[index] = error
         if len(self._errors) * 1000 > len(self._source):
             raise UserError(
-                f'{error}. Unreadable are {len(self._errors)} of {len(self._source)} images, '
-                'more than one in a thousand'
+                f'{error}. {len(self._errors)} of the {len(self._source)} training images cannot be read, more than '
+                f'one in a thousand: {REPLACE}'
             ) from error
 
     def _error(self, index: int) -> UserError:
@@ -229,9 +230,9 @@ class TrainRows:
         for skipped in range(self._tries):
             try:
                 row = self._row((index + skipped) % len(self._source), epoch, copy)
-            except UserError:
+            except UserError as error:
                 if skipped == self._tries - 1:
-                    raise
+                    raise UserError(f'{error}: {REPLACE}') from error
             else:
                 return row | {'unreadable': np.int64(index if skipped else -1)}
         raise AssertionError('the last try raises or returns')
@@ -297,6 +298,9 @@ def eval_batches(
     """This process's rows of a pass over the split, every example once; the last batch is filled up at weight 0.
 
     Images are prepared as by `eval_resize`; `waiting` hears of a batch that is not there yet.
+
+    Raises:
+        UserError: while iterating, an image that cannot be read.
     """
 
     none = () if source.many_labels else 0
@@ -305,9 +309,12 @@ def eval_batches(
         index = share.position(local)
         if index >= len(source):
             return _row(np.zeros((image_size, image_size, channels), np.uint8), none, weight=0)
-        example = source[index]
-        image = decode(example.image, channels, example.name)
-        pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample)
+        try:
+            example = source[index]
+            image = decode(example.image, channels, example.name)
+            pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample, name=example.name)
+        except UserError as error:
+            raise UserError(f'{error}: remove or replace it, and run the same command again') from error
         return _row(pixels, example.label, weight=1)
 
     steps = range(-(-len(source) // share.batch_size))

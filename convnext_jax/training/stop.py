@@ -12,7 +12,12 @@ class Stopped(Exception):
     """The run was told to stop, and saved first; `status` is the exit status that a shell expects."""
 
     def __init__(self, by: signal.Signals, step: int):
-        super().__init__(f'stopped by {by.name} at step {step}, saved; the same command resumes it')
+        what = (
+            f'at step {step}, saved; the same command resumes it'
+            if step
+            else 'before a step was saved; the same command starts it again'
+        )
+        super().__init__(f'stopped by {by.name} {what}')
         self.status = 128 + by
 
 

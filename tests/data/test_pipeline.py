@@ -310,7 +310,8 @@ def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
     for index in (3, 3, 7):  # an image counts once, however often it comes
         unreadable.add(index)
     with pytest.raises(
-        UserError, match='number 9 cannot.*Unreadable are 3 of 2000 images, more than one in a thousand'
+        UserError,
+        match='number 9 cannot.* 3 of the 2000 .* more than one in a thousand: replace each',
     ):
         unreadable.add(9)
 
@@ -326,10 +327,10 @@ def test_what_other_processes_could_not_read_counts_and_is_told():
     here.merge(everybody)
     assert len(here) == 2
     assert [line.split(' cannot')[0] for line in here.news()] == ['number 3', 'number 7']
-    with pytest.raises(UserError, match='number 9 cannot.*Unreadable are 3 of 2000 images'):
+    with pytest.raises(UserError, match='number 9 cannot.*3 of the 2000 training images'):
         here.add(9)
     there.merge([[(3, 'number 3 is broken'), (7, 'number 7 is broken')]])
-    with pytest.raises(UserError, match='number 9 is broken. Unreadable are 3 of 2000 images'):
+    with pytest.raises(UserError, match='number 9 is broken. 3 of the 2000 training images'):
         there.merge([[(9, 'number 9 is broken')]])
 
 
