@@ -1,6 +1,6 @@
 """Evaluates a run of ours, or anybody's weights on the data of a config, with the preprocessing that comes with them.
 
-    python eval.py --workdir=runs/demo [--params=raw|ema] [--step=N]
+    python eval.py --workdir=runs/demo [--params=raw|ema] [--step=N] [--config.data.dir=DIR]
     python eval.py --config=configs/imagenet1k.py:tiny --weights=FOLDER_OR_FILE_OR_HUB_ID [--params=raw|ema]
 
 Either takes other splits (--splits=imagenet2012_real@validation,imagenet_v2@test), --resolution, --crop_pct, --flip,
@@ -11,24 +11,27 @@ finite is null in it, and the exit status is 2.
 
 import math
 import signal
-from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from convnext_jax.command_line import (
     all_processes,
     define_config,
     define_processes,
+    define_stored_config,
     parse,
     required,
     required_config,
     run,
 )
+from convnext_jax.config import EVALUATION, as_dict, changed_fields, check_values, read_config
 from convnext_jax.errors import UserError
 from convnext_jax.output import show, to_json
+from convnext_jax.paths import local_path
 from convnext_jax.training.distributed import are_several
 from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
-from convnext_jax.training.workdir import workdir_path
+from convnext_jax.training.workdir import CONFIG, workdir_path
 
 HEADER = f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}'
 
@@ -44,11 +47,50 @@ def main(arguments: list[str]) -> None:
     flags.DEFINE_float('crop_pct', None, 'Share of the shorter side in the crop.', flag_values=values)
     flags.DEFINE_bool('flip', False, 'Average the logits with those of the mirrored image.', flag_values=values)
     flags.DEFINE_string('per_class', None, 'CSV file for the accuracy of each class.', flag_values=values)
-    define_config(values, arguments)
+    stored = _stored_config(arguments)
+    if stored is None:
+        define_config(values, arguments)
+    else:
+        define_stored_config(values, arguments, stored)
     define_processes(values)
     parse(values, arguments, usage=__doc__)
+    if stored is not None:
+        _check_overrides(stored, values['config'].value)
     with all_processes(values):
         _evaluate(values)
+
+
+def _stored_config(arguments: list[str]) -> ConfigDict | None:
+    """The config of the run whose --workdir is among the arguments; None without --workdir.
+
+    Raises:
+        UserError: there is no such run, or flags do not go together.
+    """
+    given = flags.FlagValues()
+    for name in ('workdir', 'config', 'weights'):
+        flags.DEFINE_string(name, None, '', flag_values=given)
+    given.set_gnu_getopt(True)  # reads on behind the value of a flag that is not known here
+    given(list(arguments), known_only=True)
+    if given.workdir is None:
+        return None
+    if given.weights is not None:
+        raise UserError('--workdir and --weights do not go together: --weights takes the workdir of a run as well')
+    if given.config is not None:
+        raise UserError(
+            f'--workdir brings the config of its run: leave out --config={given.config}, and override its values with '
+            '--config.FIELD=VALUE'
+        )
+    return read_config(workdir_path(given.workdir) / CONFIG)
+
+
+def _check_overrides(stored: ConfigDict, config: ConfigDict) -> None:
+    changes = changed_fields(as_dict(stored), as_dict(config))
+    unused = [f'--config.{field}' for field in changes if field not in EVALUATION]
+    if unused:
+        raise UserError(
+            f'an evaluation does not read {", ".join(unused)}: of the config of a run it takes {", ".join(EVALUATION)}'
+        )
+    check_values(config)
 
 
 def _evaluate(values: flags.FlagValues) -> None:
@@ -57,16 +99,17 @@ def _evaluate(values: flags.FlagValues) -> None:
         resolution=values.resolution,
         crop_pct=values.crop_pct,
         flip=values.flip,
-        per_class=Path(values.per_class) if values.per_class else None,
+        per_class=local_path(values.per_class) if values.per_class else None,
     )
     if are_several():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime has taken it, for runs that save
-    if values.weights is None and values.config is None:
-        results = evaluate_run(workdir_path(required(values, 'workdir')), values.params, values.step, protocol)
-    elif values.weights is not None and values.workdir is None and values.step is None:
+    if values.weights is None:
+        workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
+        results = evaluate_run(workdir, config, values.params, values.step, protocol)
+    elif values.step is None:
         results = evaluate_weights(required_config(values), values.weights, values.params, protocol)
     else:
-        raise UserError('--weights goes with --config, --workdir with --step: give one or the other')
+        raise UserError('--step chooses a checkpoint of --workdir, and does not go with --weights')
     several = len(protocol.splits) > 1
     if several:
         show(HEADER)

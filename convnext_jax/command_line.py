@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from convnext_jax.errors import UserError
 from convnext_jax.output import OutputClosed, drop_unwritten, open_streams, say, show
+from convnext_jax.paths import local_path
 from convnext_jax.training import distributed
 from convnext_jax.training.stop import Stopped
 
@@ -118,6 +119,17 @@ def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     )
 
 
+def define_stored_config(values: flags.FlagValues, arguments: Sequence[str], config: ConfigDict) -> None:
+    """Adds --config.FIELD=VALUE, which overrides values of a copy of a config that a run stored."""
+    config_flags.DEFINE_config_dict(
+        'config',
+        config.copy_and_resolve_references(),
+        "The run's config; --config.FIELD=VALUE overrides a value.",
+        flag_values=values,
+        sys_argv=list(arguments),
+    )
+
+
 def parse(
     values: flags.FlagValues, arguments: Sequence[str], usage: str, positional: tuple[str, ...] = ()
 ) -> list[str]:
@@ -134,7 +146,7 @@ def parse(
     """
     flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
     try:
-        left_over = values(list(arguments))[1:]
+        left_over = values([_with_home(argument) for argument in arguments])[1:]
     except (AttributeError, KeyError) as error:
         # ml_collections gives the name in quotes, and on a further line the name that is near.
         name, *near = re.findall(r'\w+(?=\\?["\'])', str(error))
@@ -177,6 +189,12 @@ def required_config(values: flags.FlagValues) -> ConfigDict:
     if not path.is_file():
         raise UserError(f'--config: there is no file {path}')
     return values['config'].value
+
+
+def _with_home(argument: str) -> str:
+    """The argument; in --config=~/FILE, where the shell leaves the ~, with the home folder in its place."""
+    name, _, path = argument.partition('=')
+    return f'{name}={local_path(path)}' if name.lstrip('-') == 'config' and path.startswith('~') else argument
 
 
 def _last_line(error: Exception) -> str:

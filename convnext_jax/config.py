@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from convnext_jax.errors import UserError
+from convnext_jax.errors import UserError, first_line
 
 
 def default_config() -> ConfigDict:
@@ -182,10 +182,18 @@ def check_values(config: ConfigDict) -> None:
 
 
 # What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
-FIXED = ('seed', 'init', 'batch_size', 'accumulation_steps', 'model', 'data', 'augment', 'mix', 'ema')
+FIXED = ('seed', 'batch_size', 'model', 'data', 'augment', 'mix', 'ema')
+# Parts of these that a run may change: they change no step, or only its rounding (as `accumulation_steps` does).
 FREE = (
     *('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers'),
-    *('model.remat', 'model.unroll', 'model.pallas'),
+    *('data.eval_split', 'data.crop_pct'),
+    *('model.dtype', 'model.remat', 'model.unroll', 'model.pallas'),
+)
+# The fields that an evaluation of a run's checkpoint reads, and that may therefore differ from the run's own.
+EVALUATION = (
+    *('batch_size', 'accumulation_steps', 'model.dtype'),
+    *('data.name', 'data.dir', 'data.eval_split', 'data.image_size', 'data.crop_pct', 'data.mean', 'data.std'),
+    'data.patience_seconds',
 )
 
 
@@ -213,15 +221,18 @@ def as_dict(config: ConfigDict) -> dict:
 def from_dict(values: dict) -> ConfigDict:
     """The config that `as_dict` gave, with every field's type checked.
 
+    A field that is missing has its default: an earlier version, which did not have the field, wrote the config.
+
     Raises:
-        UserError: a field is unknown, missing or of another type.
+        UserError: a field is unknown or of another type.
     """
     config = default_config()
     unknown = _flatten(values).keys() - _flatten(as_dict(config)).keys()
-    missing = _flatten(as_dict(config)).keys() - _flatten(values).keys()
-    if unknown or missing:
-        raise UserError(f'this config does not fit: unknown {sorted(unknown)}, missing {sorted(missing)}')
+    if unknown:
+        raise UserError(f'this version of convnext_jax has no config field {", ".join(sorted(unknown))}')
     for field, value in _flatten(values).items():
+        if value is None:
+            raise UserError(f'config field {field} is null')
         try:
             config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
         except (TypeError, ValueError) as error:
@@ -233,16 +244,24 @@ def read_config(path: Path) -> ConfigDict:
     """The config that a run wrote into its workdir.
 
     Raises:
-        UserError: no run is there, or the file is damaged.
+        UserError: no run is there, the file is damaged, or another version wrote a field that is unknown here.
     """
     try:
-        return from_dict(json.loads(path.read_text(encoding='utf-8')))
+        values = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(values, dict):
+            raise ValueError('it holds no JSON object')
     except FileNotFoundError as error:
         raise UserError(f'{path.parent} holds no run: there is no {path.name} in it') from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is damaged: {error}') from error
+    except ValueError as error:
+        raise UserError(
+            f'{path} is damaged ({first_line(error)}): delete it and run the training command again, which writes it'
+        ) from error
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f'{path} is of another version: {error}. Use the version that wrote it') from error
 
 
 def _flatten(values: dict, prefix: str = '') -> dict:

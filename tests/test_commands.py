@@ -19,6 +19,8 @@ import eval as eval_command
 import train as train_command
 from convnext_jax import __main__ as package_command
 from convnext_jax.command_line import run
+from convnext_jax.config import read_config
+from convnext_jax.data.sources import BUNDLED
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, save_pretrained
 from convnext_jax.models import create_model, get_parameters, list_models, with_parameters
@@ -62,6 +64,16 @@ def test_eval_of_several_splits_by_another_protocol(commands, finished_run, tmp_
         assert min(scores) <= result['top1'] <= max(scores)
 
 
+def test_eval_of_a_run_with_other_values_of_its_config(finished_run, capsys):
+    """The data set has moved, or another split is to be scored: a run that nobody can evaluate is lost."""
+    moved = BUNDLED['fashion_mnist_mini'].parent.parent
+    overrides = (f'--config.data.dir={moved}', '--config.data.eval_split=test[:24]', '--config.batch_size=8')
+    eval_command.main(['eval.py', f'--workdir={finished_run}', *overrides])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result['split'], result['images']) == ('test[:24]', 24)
+    assert read_config(finished_run / 'config.json').data.eval_split == 'test[:40]', 'the run keeps its own'
+
+
 def test_eval_of_an_earlier_step(commands, finished_run):
     assert evaluate(commands, f'--workdir={finished_run}', '--step=20')['step'] == 20
 
@@ -76,7 +88,21 @@ def test_eval_of_an_earlier_step(commands, finished_run):
         (('--workdir={run}', '--splits=fashion_mnist_mini@train[:0]'), "has no split 'train[:0]'"),
         (('--workdir={run}', '--per_class=nowhere/a.csv'), 'nowhere/a.csv cannot be written'),
         (('--workdir={run}', '--step=3'), 'has no checkpoint of step 3, only of'),
-        (('--workdir={run}', '--config=configs/fashion_mnist.py'), '--weights goes with --config, --workdir with'),
+        (('--workdir={run}', '--config=configs/fashion_mnist.py'), 'leave out --config=configs/fashion_mnist.py, and'),
+        (('--config=configs/fashion_mnist.py', '--workdir={run}'), 'leave out --config=configs/fashion_mnist.py, and'),
+        (('--workdir={run}', '--weights', '{run}'), '--workdir and --weights do not go together'),
+        (
+            ('--weights={run}', '--step=3', '--config=configs/fashion_mnist.py'),
+            '--step chooses a checkpoint of',
+        ),
+        (('--workdir={run}', '--config.seed=1'), 'an evaluation does not read --config.seed: of the config of a run'),
+        (('--workdir={run}', '--config.data.dri=x'), "the config has no field 'dri'"),
+        (('--workdir={run}', '--config.batch_size=x'), '--config.batch_size=x'),
+        (('--workdir={run}', '--config.batch_size=0'), 'batch_size must be above 0'),
+        (
+            ('--workdir={run}', '--config.data.dir=nowhere'),
+            'data.dir=DIR where fashion_mnist_mini is',
+        ),
         (('--workdir={run}', '--stap=3'), "Unknown command line flag 'stap'"),
     ],
 )
@@ -110,7 +136,7 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
         (('--config=configs/fashion_mnist.py', '--profile=5'), '--profile is START:STEPS, as 20:5 for five steps'),
         (
             ('--config=configs/fashion_mnist.py', '--config.compilation_cache_dir=README.md/cache'),
-            'compilation_cache_dir=README.md/cache cannot be written: Not a directory',
+            'README.md/cache cannot be written: Not a directory',
         ),
     ],
 )

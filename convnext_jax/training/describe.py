@@ -52,11 +52,11 @@ def describe(
     ]
 
 
-def finished(workdir: Path, config: ConfigDict, images: int) -> str:
+def finished(workdir: Path, config: ConfigDict) -> str:
     """The line at the end of a run: accuracy, curves, what to type next."""
     results = [record for record in read_records(workdir) if record['split'] == config.data.eval_split]
     scores = ''
     if results:
         ema = f' (EMA {results[-1]["ema_top1"]:.2f} %)' if 'ema_top1' in results[-1] else ''
-        scores = f': top-1 {results[-1]["top1"]:.2f} %{ema} on {images:,} images'
+        scores = f': top-1 {results[-1]["top1"]:.2f} %{ema} on {results[-1]["images"]:,} images'
     return f'finished{scores}. Curves: {workdir / CURVES}. Next: python eval.py --workdir={workdir}'

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from convnext_jax.config import read_config
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
 from convnext_jax.data.sources import Source, open_source, with_classes_of_model
 from convnext_jax.errors import UserError
@@ -29,7 +28,6 @@ from convnext_jax.training.weights import (
     read_weights,
     weights_field,
 )
-from convnext_jax.training.workdir import CONFIG
 
 Result = dict[str, float | int | str]
 
@@ -53,11 +51,14 @@ class Protocol:
     per_class: Path | None = None
 
 
-def evaluate_run(workdir: Path, params: str, step: int | None, protocol: Protocol) -> Iterator[Result]:
+def evaluate_run(
+    workdir: Path, config: ConfigDict, params: str, step: int | None, protocol: Protocol
+) -> Iterator[Result]:
     """Metrics over each split, as soon as they are there. Labels are matched to the run's classes by name.
 
     Args:
         workdir: of a run of ours, which may be running.
+        config: the run's, or with other values of the fields in `config.EVALUATION`.
         params: 'raw' or 'ema'.
         step: of the checkpoint; None for the newest.
         protocol: what differs from the run's own evaluations.
@@ -65,7 +66,6 @@ def evaluate_run(workdir: Path, params: str, step: int | None, protocol: Protoco
     Raises:
         UserError: no such run, step, weights or split, or the checkpoint is damaged.
     """
-    config = read_config(workdir / CONFIG)
     directory, newest = newest_checkpoint(workdir)
     steps = saved_steps(directory)
     if step is not None and step not in steps:
@@ -168,7 +168,8 @@ def _write_per_class(path: Path, tables: list[tuple[str, str, Source, list[float
     if not is_first():
         return
     try:
-        with path.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
+        # Class names come from folders: their bytes, UTF-8 or not, are written as they are.
+        with path.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             writer = csv.writer(file)
             writer.writerow(['data', 'split', 'label', 'class', 'top1'])
             for name, split, source, accuracies in tables:

@@ -11,6 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
+from convnext_jax.data.check import describe_unreadable, find_unreadable
+from convnext_jax.data.class_names import same_names
 from convnext_jax.data.loading import no_word
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, Waiting, eval_batches, to_devices, train_batches
 from convnext_jax.data.sources import Source
@@ -32,6 +34,7 @@ from convnext_jax.training.setup import (
     make_plan,
     open_sources,
     settle_classes,
+    settle_paths,
 )
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
@@ -46,11 +49,15 @@ SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
 
 
+CHECK_TOLD = 3
+"""A check of the evaluation images that takes more seconds than this is reported."""
+
+
 def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> None:
     """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
 
     Args:
-        config: as `default_config`; `model.num_classes` is filled in if it is 0.
+        config: as `default_config`; `model.num_classes` is filled in if it is 0, and paths become absolute.
         workdir: made if it is not there.
         profile: the steps to trace.
 
@@ -59,6 +66,7 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         Stopped: SIGTERM or Ctrl-C came, and the run is saved.
     """
     check_values(config)
+    settle_paths(config)
     cache_compiled(config.compilation_cache_dir)
     with locked_by_first(workdir):
         train_source, eval_source = open_sources(config)
@@ -77,7 +85,7 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
                 for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
                     say(line)
                 run.go(state or run.first_state(), workdir, profile)
-        say(finished(workdir, config, len(eval_source)))
+        say(finished(workdir, config))
 
 
 class NotFinite(UserError):
@@ -174,6 +182,8 @@ class Run(Program):
                         return
                     if stop.received:
                         raise Stopped(stop.received, step)
+                else:
+                    self._check_evaluation_images(log, stop, patience)
                 first = next(batches)
                 log.say('compiling the training step …')
                 began = time.perf_counter()
@@ -251,6 +261,38 @@ class Run(Program):
             waiting=waiting,
         )
         return to_devices(batches, self.batch_sharding)
+
+    def _check_evaluation_images(self, log: RunLog, stop: Stop, waiting: Waiting) -> None:
+        """Decodes the evaluation split before the first step: an unreadable image would end the run after an epoch.
+
+        Raises:
+            UserError: images cannot be read; all processes raise it.
+            Stopped: a signal came.
+        """
+        began = time.perf_counter()
+        source, split = self.eval_source, self.config.data.eval_split
+        parts = find_unreadable(
+            source,
+            image_size=self.config.data.image_size,
+            channels=len(self.config.data.mean),
+            crop_pct=self.config.data.crop_pct,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            waiting=waiting,
+        )
+        with contextlib.closing(parts):
+            errors: dict[int, str] = {}
+            for found in itertools.takewhile(lambda _: not stop.poll(), parts):
+                errors |= found
+        if stop.received:
+            raise Stopped(stop.received, 0)
+        # Pairs, since the keys of an object in JSON are strings.
+        errors = dict(itertools.chain.from_iterable(gathered(list(errors.items()))))
+        if errors:
+            raise UserError(describe_unreadable(errors, len(source), split))
+        seconds = time.perf_counter() - began
+        if seconds > CHECK_TOLD:
+            log.say(f'all {len(source):,} images of {split} can be read ({seconds:.0f} s)')
 
     def _evaluate(
         self, log: RunLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
@@ -339,7 +381,7 @@ class Run(Program):
             self._save_surely(state, step, None)
 
     def _data_facts(self) -> dict:
-        """What a data set under the same name and folder must still have when the run resumes."""
+        """What is saved about the data set. When the run resumes, the evaluation images alone may have changed."""
         return {
             'training images': len(self.train_source),
             'evaluation images': len(self.eval_source),
@@ -348,9 +390,20 @@ class Run(Program):
 
     def _check_same_data(self, step: int) -> None:
         then, now = read_about(self.checkpoints.directory, step)['data'], self._data_facts()
-        counts = ('training images', 'evaluation images')
-        differences = [f'{fact} were {then[fact]}, are {now[fact]}' for fact in counts if then[fact] != now[fact]]
-        names = enumerate(itertools.zip_longest(then['class names'], now['class names']))
-        differences += [f"class {label} was '{old}', is '{new}'" for label, (old, new) in names if old != new]
+        lines = {
+            fact: f'{fact} were {then[fact]}, are {now[fact]}'
+            for fact in ('training images', 'evaluation images')
+            if then[fact] != now[fact]
+        }
+        if 'evaluation images' in lines:
+            say(f'changed since the run began: {lines.pop("evaluation images")}')
+        differences = list(lines.values())
+        names = enumerate(itertools.zip_longest(then['class names'], now['class names'], fillvalue=''))
+        differences += [
+            f"class {label} was '{old}', is '{new}'" for label, (old, new) in names if not same_names([old], [new])
+        ]
         if differences:
-            raise UserError(f'the run began on another data set: {"; ".join(differences[:5])}. Take another workdir')
+            raise UserError(
+                f'the run began on another data set: {"; ".join(differences[:5])}. '
+                'Bring back the old one, or take another workdir'
+            )

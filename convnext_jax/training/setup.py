@@ -1,9 +1,9 @@
 """From a config to the parts of a run: sources, model, plan of steps."""
 
 import dataclasses
+import os
 import tempfile
 import warnings
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -12,7 +12,26 @@ from convnext_jax.data.pipeline import steps_per_epoch
 from convnext_jax.data.sources import Source, check_has_classes, open_source, with_classes_of_split
 from convnext_jax.errors import UserError
 from convnext_jax.models import ConvNeXt, Variant, create_model, get_variant
+from convnext_jax.paths import local_path, plain_path
 from convnext_jax.training.distributed import is_first
+
+
+def settle_paths(config: ConfigDict) -> None:
+    """Makes the paths of this machine in a config absolute, so that they mean the same from any folder.
+
+    A bucket, a hub id and '' stay as they are.
+
+    Raises:
+        UserError: a `~` cannot be expanded.
+    """
+    if config.data.dir:
+        config.data.dir = str(local_path(config.data.dir).absolute())
+    weights = config.init.weights
+    if weights and os.path.exists(local_path(weights)):  # False of a name that no file can have
+        config.init.weights = str(local_path(weights).absolute())
+    cache = config.compilation_cache_dir
+    if cache and '://' not in cache:
+        config.compilation_cache_dir = str(local_path(cache).absolute())
 
 
 def cache_compiled(directory: str) -> None:
@@ -26,11 +45,13 @@ def cache_compiled(directory: str) -> None:
     if not directory:
         return
     if '://' not in directory:  # of what lies in a cloud, JAX warns by itself
+        folder = local_path(directory)
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f'compilation_cache_dir={directory} cannot be written: {error.strerror}') from error
+        directory = str(plain_path(folder))
     jax.config.update('jax_compilation_cache_dir', directory)
 
 

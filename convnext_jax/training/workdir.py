@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import io
-import json
 import os
 import secrets
 import time
@@ -14,9 +13,10 @@ from typing import TextIO
 from etils import epath
 from ml_collections import ConfigDict
 
-from convnext_jax.config import as_dict, changed_fields, is_fixed
+from convnext_jax.config import as_dict, changed_fields, is_fixed, read_config
 from convnext_jax.errors import UserError
 from convnext_jax.output import to_json
+from convnext_jax.paths import local_path, plain_path
 from convnext_jax.training.distributed import gathered, is_first
 
 LOCK = '.lock'
@@ -31,7 +31,7 @@ SHOWN_WITHIN = 10.0
 
 def workdir_path(text: str) -> Path | epath.Path:
     """A local folder as a Path, or one in a bucket (gs://BUCKET/RUN; needs gcsfs) as Orbax takes it, an epath.Path."""
-    return epath.Path(text) if '://' in text else Path(text).expanduser()  # the shell leaves the ~ of --weights=~/run
+    return epath.Path(text) if '://' in text else local_path(text)
 
 
 def is_local(path: Path | epath.Path) -> bool:
@@ -39,9 +39,9 @@ def is_local(path: Path | epath.Path) -> bool:
     return isinstance(path, Path)
 
 
-def absolute(path: Path | epath.Path) -> Path | epath.Path:
-    """The path as Orbax takes it."""
-    return path.absolute() if is_local(path) else path
+def checkpoints_for_orbax(directory: Path | epath.Path) -> Path | epath.Path:
+    """The path of workdir/checkpoints as Orbax takes it; the workdir exists."""
+    return plain_path(directory.parent) / directory.name if is_local(directory) else directory
 
 
 @contextlib.contextmanager
@@ -106,19 +106,21 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
         A line for each field that changes from here on.
 
     Raises:
-        UserError: a field changed that a run must keep; every such change is listed.
+        UserError: a field changed that a run must keep, and every such change is listed; or as `read_config`.
     """
     path = workdir / CONFIG
     changes = {}
     if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
-        try:
-            changes = changed_fields(json.loads(path.read_text(encoding='utf-8')), as_dict(config))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f'{path} is damaged: {error}. Delete it, and run the same command again') from error
+        changes = changed_fields(as_dict(read_config(path)), as_dict(config))
     lines = {field: f'{field} was {old}, is {new}' for field, (old, new) in changes.items()}
     refused = [line for field, line in lines.items() if is_fixed(field)]
     if refused:
-        raise UserError(f'{workdir} holds another run: {"; ".join(refused)}. Take another workdir')
+        raise UserError(
+            f'{workdir} holds another run: {"; ".join(refused)}. Give the old values, or take another workdir'
+        )
+    for field in lines:
+        if field.startswith('init.'):
+            lines[field] += ' (without effect: the run goes on from its checkpoint)'
     write_whole(path, (to_json(as_dict(config), indent=2) + '\n').encode())
     return list(lines.values())
 

@@ -1,10 +1,13 @@
 """The real loop in processes of its own: resume, kill, refuse."""
 
+import csv
 import json
+import os
 import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,13 +18,22 @@ import pytest
 from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
 from PIL import Image
 
+import eval as evaluation
+from configs import image_folder
 from configs.fashion_mnist import get_config
-from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.config import read_config
+from convnext_jax.errors import UserError
+from convnext_jax.training import loop
+from convnext_jax.training.checkpoint import read_about, restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import read_records
-from convnext_jax.training.loop import Run
+from convnext_jax.training.loop import Run, train
+from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import batch_sharding, make_mesh
+from convnext_jax.training.stop import Stopped
+from convnext_jax.training.trace import Window
+from convnext_jax.training.workdir import CHECKPOINTS, CONFIG
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -277,14 +289,122 @@ def test_a_folder_of_photographs_trains(commands, tmp_path):
     whole = photo.read_bytes()
     photo.write_bytes(whole[:300])
     refused = commands.run(*arguments, status=2)
-    assert refused.stderr.splitlines()[-1].startswith(f'error: {photo} cannot be decoded')
-    photo.write_bytes(whole)
+    assert refused.stderr.splitlines()[-1].startswith(f'error: 1 of the 6 images of val cannot be read: {photo} cannot')
+    assert 'compiling' not in refused.stdout, 'known before the first step'
+    photo.unlink()
     mended = commands.run(*arguments)
-    assert 'resumes at step 8 of 8' in mended.stdout
     assert 'finished: top-1' in mended.stdout
-    assert 'on 6 images' in mended.stdout
+    assert 'on 5 images' in mended.stdout
+    photo.write_bytes(whole)
     shutil.copy(broken, broken.with_name('99.jpg'))
     for split in ('train', 'val'):
         (tmp_path / 'photos' / split / 'dog').rename(tmp_path / 'photos' / split / 'emu')
     other = commands.run(*arguments, '--config.steps=9', status=2)
+    assert 'changed since the run began: evaluation images were 5, are 6' in other.stdout
     assert "training images were 32, are 33; class 1 was 'dog', is 'emu'" in other.stderr
+
+
+UNUSUAL = 'a [x] %20 #1 \'q\' "d" é\nnew \\b ' + os.fsdecode(b'\xff')
+
+
+def photographs(folder: Path, classes: tuple[str, ...], **splits: int) -> Path:
+    """Small images of noise in folder/SPLIT/CLASS, so many of each class."""
+    rng = np.random.default_rng(0)
+    for split, images in splits.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for number in range(images):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f'{name} {number:02}.jpg')
+    return folder
+
+
+def small_config(photos: Path | str, steps: int):
+    config = image_folder.get_config('convnext_atto')
+    config.update_from_flattened_dict(
+        {
+            'data.dir': str(photos),
+            'data.image_size': 32,
+            'data.workers': 0,
+            'batch_size': 16,
+            'steps': steps,
+            'optimizer.warmup_steps': 1,
+            'augment.policy': '',
+        }
+    )
+    return config
+
+
+def test_names_of_any_bytes_a_run_that_goes_on_and_its_evaluation(tmp_path, monkeypatch, capsys):
+    """Folders come from other systems, and a run goes on with less memory, moved data and fewer evaluation images.
+
+    Checkpoints, records, events and tables must hold whatever a file system allows in a name.
+    """
+    photos = photographs(tmp_path / f'data {UNUSUAL}', (UNUSUAL, 'cafe\N{COMBINING ACUTE ACCENT}'), train=16, val=8)
+    run = tmp_path / f'run {UNUSUAL}'
+    sys.stdout.reconfigure(errors='backslashreplace')
+    monkeypatch.chdir(photos.parent)
+    train(small_config(photos.name, steps=4), run, Window(1, 1))
+    config = read_config(run / CONFIG)
+    assert config.data.dir == str(photos), 'it means the same from another folder'
+    assert read_about(run / CHECKPOINTS, 4)['data']['class names'] == sorted(path.name for path in photos.glob('val/*'))
+    assert list(run.glob('tensorboard/plugins/profile/*/*'))
+    monkeypatch.chdir('/')
+
+    moved = photos.rename(tmp_path / 'moved')
+    for folder in list(moved.glob('*/cafe*')):
+        folder.rename(folder.with_name('caf\N{LATIN SMALL LETTER E WITH ACUTE}'))
+    next((moved / 'val' / UNUSUAL).iterdir()).unlink()
+    config = small_config(moved, steps=6)
+    config.accumulation_steps = 2
+    capsys.readouterr()
+    train(config, run)
+    out = capsys.readouterr().out
+    assert 'accumulation_steps was 1, is 2' in out
+    assert 'evaluation images were 16, are 15' in out
+    assert 'resumes at step 4 of 6' in out
+    assert saved_steps(run / CHECKPOINTS)[-1] == 6
+
+    table = tmp_path / f'table {UNUSUAL}.csv'
+    evaluation.main(['eval.py', f'--workdir={run}', f'--per_class={table}'])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 15
+    with table.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
+        assert UNUSUAL in [row['class'] for row in csv.DictReader(file)]
+
+
+def test_a_training_set_with_other_images_is_another_one(finished_run, tmp_path):
+    """Every step from there on would see other examples in another order."""
+    config = read_config(finished_run / CONFIG)
+    run = copy_of(finished_run, tmp_path)
+    with Checkpoints(run / CHECKPOINTS, keep=2, best_metric='ema_top1') as checkpoints:
+        sources = [Renamed(source, 'T-shirt') for source in open_sources(config)]
+        plan, mesh = make_plan(config, 160), make_mesh()
+        run = Run(config, plan, mesh, abstract_model(config), *sources, checkpoints)
+        with pytest.raises(UserError, match="began on another data set: class 0 was 'T-shirt/top', is 'T-shirt'"):
+            run.restored_state()
+
+
+class Renamed:
+    """A source whose first class has another name."""
+
+    def __init__(self, source, name: str):
+        self._source = source
+        self.class_names = [name, *source.class_names[1:]]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+def test_a_signal_while_the_evaluation_images_are_read(tmp_path, monkeypatch):
+    """The pass over a large split takes minutes, and a job that is preempted in it ends with the usual status."""
+
+    def told_to_stop(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        yield {}
+        raise AssertionError('nothing more is read')
+
+    monkeypatch.setattr(loop, 'find_unreadable', told_to_stop)
+    photos = photographs(tmp_path / 'photos', ('cat', 'dog'), train=8, val=1)
+    with pytest.raises(Stopped, match='stopped by SIGTERM before a step was saved') as stopped:
+        train(small_config(photos, steps=4), tmp_path / 'run')
+    assert stopped.value.status == 128 + signal.SIGTERM

@@ -21,6 +21,9 @@ from convnext_jax.training.workdir import (
     workdir_path,
 )
 
+STORED = Path(__file__).parent / 'config_of_0.1.0.json'
+"""The config.json of a run of the demo by version 0.1.0. A later version leaves it as it is, and reads it."""
+
 
 def test_a_locked_workdir_is_refused_and_free_again_after(tmp_path):
     with locked(tmp_path / 'run'), pytest.raises(UserError, match='in use by process'), locked(tmp_path / 'run'):
@@ -64,7 +67,8 @@ def begun(tmp_path: Path) -> Path:
     ('field', 'value', 'line'),
     [
         ('seed', 1, 'seed was 0, is 1'),
-        ('init.weights', 'runs/other', 'init.weights was , is runs/other'),
+        ('data.train_split', 'half', 'data.train_split was train, is half'),
+        ('data.exact', True, 'data.exact was False, is True'),
         ('model.name', 'convnext_small', 'model.name was convnext_tiny, is convnext_small'),
         ('data.name', 'folder', 'data.name was imagenet2012, is folder'),
         ('batch_size', 8, 'batch_size was 4096, is 8'),
@@ -95,13 +99,63 @@ def test_a_longer_run_or_a_moved_data_set_is_not_another_run(begun):
     assert read_config(begun / CONFIG) == longer
 
 
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('accumulation_steps', 2),
+        ('init.weights', 'runs/other'),
+        ('init.params', 'ema'),
+        ('data.dir', 'elsewhere'),
+        ('data.eval_split', 'test'),
+        ('data.crop_pct', 0.9),
+        ('model.dtype', 'bfloat16'),
+    ],
+)
+def test_fields_that_change_no_step_may_change(begun, field, value):
+    """A run that needs less memory, or whose data was moved, would otherwise be lost."""
+    other = default_config()
+    other.update_from_flattened_dict({field: value})
+    (line,) = settle_config(begun, other)
+    assert line.startswith(f'{field} was ')
+    assert line.endswith('without effect: the run goes on from its checkpoint)') == field.startswith('init.')
+    assert read_config(begun / CONFIG) == other
+
+
+def test_the_config_of_a_run_of_an_earlier_version_is_read(begun):
+    """A field that was added since has its default; without that, every run of the version before could not go on."""
+    stored = json.loads(STORED.read_text())
+    assert stored['data']['name'] == 'fashion_mnist_mini'
+    config = from_dict(stored)
+    assert {field: value for field, value in flat(as_dict(config)).items() if field in flat(stored)} == flat(stored)
+    del stored['accumulation_steps'], stored['data']['patience_seconds']
+    (begun / CONFIG).write_text(json.dumps(stored))
+    assert settle_config(begun, config) == []
+
+
+def test_a_field_of_a_later_version_is_named(begun):
+    """Without the field the run would be another one."""
+    stored = as_dict(default_config())
+    stored['model']['attention'] = True
+    (begun / CONFIG).write_text(json.dumps(stored))
+    for read in (lambda: read_config(begun / CONFIG), lambda: settle_config(begun, default_config())):
+        with pytest.raises(UserError, match='is of another version: .* has no config field model.attention'):
+            read()
+
+
+def flat(values, prefix=''):
+    pairs = {}
+    for name, value in values.items():
+        pairs |= flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value}
+    return pairs
+
+
 def test_config_survives_json():
     config = default_config()
     config.data.crop_scale = ()
     assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
 
 
-@pytest.mark.parametrize('change', [{'sead': 1}, {'seed': 'one'}])
+@pytest.mark.parametrize('change', [{'sead': 1}, {'seed': 'one'}, {'seed': None}])
 def test_a_config_that_does_not_fit_is_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         from_dict(as_dict(default_config()) | change)
@@ -110,9 +164,10 @@ def test_a_config_that_does_not_fit_is_refused(change):
 def test_damaged_or_missing_config_is_one_line(tmp_path):
     with pytest.raises(UserError, match='holds no run'):
         read_config(tmp_path / CONFIG)
-    (tmp_path / CONFIG).write_text('{')
-    with pytest.raises(UserError, match='is damaged'):
-        read_config(tmp_path / CONFIG)
+    for content in ('{', '[]', '3'):
+        (tmp_path / CONFIG).write_text(content)
+        with pytest.raises(UserError, match='is damaged'):
+            read_config(tmp_path / CONFIG)
 
 
 def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
