@@ -120,14 +120,19 @@ def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
 
 
 def define_stored_config(values: flags.FlagValues, arguments: Sequence[str], config: ConfigDict) -> None:
-    """Adds --config.FIELD=VALUE, which overrides values of a copy of a config that a run stored."""
-    config_flags.DEFINE_config_dict(
-        'config',
-        config.copy_and_resolve_references(),
-        "The run's config; --config.FIELD=VALUE overrides a value.",
-        flag_values=values,
-        sys_argv=list(arguments),
-    )
+    """Adds --config.FIELD=VALUE, which overrides values of a copy of a config that a run stored.
+
+    Raises:
+        UserError: an unknown config field.
+    """
+    with _refusals():
+        config_flags.DEFINE_config_dict(
+            'config',
+            config.copy_and_resolve_references(),
+            "The run's config; --config.FIELD=VALUE overrides a value.",
+            flag_values=values,
+            sys_argv=list(arguments),
+        )
 
 
 def parse(
@@ -145,15 +150,8 @@ def parse(
         UserError: an unknown flag, config field or file, or a value of the wrong type.
     """
     flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
-    try:
+    with _refusals():
         left_over = values([_with_home(argument) for argument in arguments])[1:]
-    except (AttributeError, KeyError) as error:
-        # ml_collections gives the name in quotes, and on a further line the name that is near.
-        name, *near = re.findall(r'\w+(?=\\?["\'])', str(error))
-        hint = f': did you mean {near[0]}?' if near else ''
-        raise UserError(f"the config has no field '{name}'{hint}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(_last_line(error)) from error
     if values.help:
         show(f'{usage}\n{values.get_help()}')
         sys.exit(0)
@@ -164,6 +162,20 @@ def parse(
     if len(left_over) > len(positional) and not more:
         raise UserError(f'not understood: {" ".join(left_over[len(positional) :])}')
     return left_over
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what absl and ml_collections raise about flags into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        # ml_collections gives the name in quotes, and on a further line the name that is near.
+        name, *near = re.findall(r'\w+(?=\\?["\'])', str(error))
+        hint = f': did you mean {near[0]}?' if near else ''
+        raise UserError(f"the config has no field '{name}'{hint}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(_last_line(error)) from error
 
 
 def required(values: flags.FlagValues, name: str) -> str:

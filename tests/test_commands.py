@@ -15,15 +15,17 @@ import pytest
 from conftest import ROOT, SMALL_RUN, STEPS, strict_json
 from PIL import Image
 
+import convnext_jax as cx
 import eval as eval_command
 import train as train_command
 from convnext_jax import __main__ as package_command
 from convnext_jax.command_line import run
 from convnext_jax.config import read_config
-from convnext_jax.data.sources import BUNDLED
+from convnext_jax.data.sources import BUNDLED, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, save_pretrained
 from convnext_jax.models import create_model, get_parameters, list_models, with_parameters
+from convnext_jax.prediction import find_photos
 
 
 def evaluate(commands, *arguments) -> dict:
@@ -90,7 +92,6 @@ def test_eval_of_an_earlier_step(commands, finished_run):
         (('--workdir={run}', '--step=3'), 'has no checkpoint of step 3, only of'),
         (('--workdir={run}', '--config=configs/fashion_mnist.py'), 'leave out --config=configs/fashion_mnist.py, and'),
         (('--config=configs/fashion_mnist.py', '--workdir={run}'), 'leave out --config=configs/fashion_mnist.py, and'),
-        (('--workdir={run}', '--weights', '{run}'), '--workdir and --weights do not go together'),
         (
             ('--weights={run}', '--step=3', '--config=configs/fashion_mnist.py'),
             '--step chooses a checkpoint of',
@@ -143,6 +144,33 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
 def test_train_refuses_what_it_cannot_do(tmp_path, arguments, line):
     with pytest.raises(UserError, match=re.escape(line)):
         train_command.main(['train.py', f'--workdir={tmp_path / "run"}', *arguments])
+
+
+def test_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
+    """After = the shell leaves a ~: commands would make a folder of that name, or miss the one that is meant."""
+    home, here = tmp_path / 'home', tmp_path / 'here'
+    (home / 'photos' / 'train' / 'cat').mkdir(parents=True)
+    here.mkdir()
+    Image.new('RGB', (40, 40)).save(home / 'photos' / 'train' / 'cat' / 'a.png')
+    (home / 'fashion.py').write_text((ROOT / 'configs' / 'fashion_mnist.py').read_text())
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.chdir(here)
+    cached = jax.config.jax_compilation_cache_dir
+    arguments = ('--config.batch_size=5001', '--config.compilation_cache_dir=~/cache')
+    try:
+        with pytest.raises(UserError, match='lower it'):
+            train_command.main(['train.py', '--config=~/fashion.py', '--workdir=~/run', *arguments])
+    finally:
+        jax.config.update('jax_compilation_cache_dir', cached)
+    package_command.main(['m', 'prepare', 'folder', '--manual_dir=~/photos', '--data_dir=~/DATA', '--name=mine'])
+    processor = ImageProcessor()
+    cx.save_pretrained(cx.create_model('convnext_atto', key=jax.random.key(0)), '~/saved', processor=processor)
+    processor.save('~/DATA')
+    assert ImageProcessor.from_pretrained('~/saved') == ImageProcessor.from_pretrained('~/DATA') == processor
+    assert processor('~/photos/train/cat/a.png').shape == (1, 224, 224, 3)
+    assert find_photos(['~/photos/*/*/*.png']) == [home / 'photos' / 'train' / 'cat' / 'a.png']
+    assert len(open_source('mine', '~/DATA', 'train')) == len(open_source('folder', '~/photos', 'train')) == 1
+    assert not list(here.iterdir())
 
 
 def test_a_refusal_is_one_line_and_exit_status_2(commands, tmp_path):
@@ -325,7 +353,7 @@ def test_predict_refuses_what_it_cannot_do(finished_run, arguments, line):
 
 
 def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
-    with pytest.raises(UserError, match='one or the other'):
+    with pytest.raises(UserError, match='--workdir and --weights do not go together'):
         eval_command.main(['eval.py', f'--workdir={finished_run}', '--weights=x'])
 
 
