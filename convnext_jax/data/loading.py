@@ -169,7 +169,7 @@ def _by_processes(
     if size > free:
         raise UserError(
             f'{processes} processes need {size / 1e9:.1f} GB of shared memory, and {free / 1e9:.1f} are free: '
-            'enlarge /dev/shm, or lower data.workers or batch_size'
+            'enlarge /dev/shm, or lower data.workers; with 0 none is needed'
         )
     main = sys.modules['__main__']
     if not hasattr(main, '__spec__'):  # IPython's %run leaves it out, and multiprocessing reads it
