@@ -326,12 +326,12 @@ def test_the_scripts_run_inside_another_program(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, 'argv', [script, *arguments, f'--workdir={tmp_path / "run"}'])
         runpy.run_path(script, run_name='__main__')
 
-    for steps in (5, 8):
-        asyncio.run(cell('train.py', *SMALL_RUN, '--config.mesh.data=1', f'--config.steps={steps}'))
-        assert 'finished: top-1' in sys.stdout.getvalue().splitlines()[-1]
+    for _ in range(2):  # the second time there is nothing left to do
+        asyncio.run(cell('train.py', *SMALL_RUN, '--config.steps=5'))
+        assert sys.stdout.getvalue().splitlines()[-1].startswith('finished: top-1')
     asyncio.run(cell('eval.py'))
-    assert strict_json(sys.stdout.getvalue().splitlines()[-1])['step'] == 8
-    assert 'resumes at step 5 of 8' in sys.stdout.getvalue()
+    assert strict_json(sys.stdout.getvalue().splitlines()[-1])['step'] == 5
+    assert sys.stdout.getvalue().count('compiled in') == 1
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
