@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
@@ -38,7 +39,9 @@ def run(command: Callable[[list[str]], None]) -> None:
     getLogger('asyncio').setLevel(CRITICAL)
     sys.unraisablehook = _show_unraisable
     try:
-        command(sys.argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command(sys.argv)
     except Stopped as stopped:
         say(str(stopped))
         sys.exit(stopped.status)
@@ -99,6 +102,14 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
         guard.fail(error, *_text_and_status(error))
     else:
         guard.finish()
+
+
+def _show_warning(message: Warning, category: type[Warning], filename: str, *place: object) -> None:
+    """Shows a warning of this package as one line, without the place in the code; those of libraries as usual."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        say(f'warning: {message}', error=True)
+    else:
+        say(warnings.formatwarning(message, category, filename, place[0]).rstrip(), error=True)
 
 
 def _show_unraisable(unraisable: object) -> None:

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -192,6 +193,21 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_too(capsys):
     assert capsys.readouterr().err == 'error: No space left on device\n'
 
 
+def test_a_warning_of_ours_is_one_line(tmp_path, capsys, monkeypatch):
+    """Two lines of code and a path per warning hide what was left out of a data set."""
+    (tmp_path / 'photos').mkdir()
+    for name in ('a.png', '.b.png'):
+        Image.new('L', (2, 2)).save(tmp_path / 'photos' / name)
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    monkeypatch.setattr(sys, 'argv', ['convnext_jax', 'predict', str(tmp_path / 'photos')])
+    with warnings.catch_warnings():
+        warnings.simplefilter('default')
+        with pytest.raises(SystemExit):
+            run(package_command.main)
+    left_out = f'warning: {tmp_path / "photos"}: left out 1 entries (hidden files: 1)\n'
+    assert capsys.readouterr().err == f'{left_out}error: --weights is missing; --help says more\n'
+
+
 def test_models_lists_every_name_with_its_parameters(commands):
     table = commands.run('-m', 'convnext_jax', 'models').stdout.splitlines()[1:]
     assert [line.split()[0] for line in table] == list_models()
@@ -343,7 +359,7 @@ FASHION = ['Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker',
     [
         (('predict',), 'PHOTO is missing'),
         (('predict', 'README.md'), '--weights is missing'),
-        (('predict', 'nowhere/*.jpg', '--weights={run}'), 'nowhere/*.jpg is no file, no folder with images'),
+        (('predict', 'nowhere/*.jpg', '--weights={run}'), 'nowhere/*.jpg is not a file, a folder with images'),
         (('predict', 'README.md', '--weights={run}', '--top=0'), 'flag --top=0'),
     ],
 )
