@@ -1,11 +1,11 @@
-"""Your own folder of images, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg: from scratch, or from a run of ours.
+"""Your own folder of images, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg: from scratch, or from other weights.
 
     python train.py --config=configs/image_folder.py:tiny --config.data.dir=DIR --workdir=runs/mine
     python train.py --config=configs/image_folder.py:tiny --config.data.dir=DIR --workdir=runs/tuned \\
         --config.init.weights=runs/mine --config.optimizer.learning_rate=1e-4
 
-After the colon: a V1 size, or any name of `python -m convnext_jax models`. A head for another number of classes starts
-fresh. Small sets want a short run: set config.epochs and config.batch_size to what you have.
+After the colon: a V1 size, or any name of `python -m convnext_jax models`. Outputs of the head follow the names
+of their classes. Small sets want a short run: set config.epochs and config.batch_size to what you have.
 """
 
 from ml_collections import ConfigDict

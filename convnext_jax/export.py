@@ -17,6 +17,8 @@ from convnext_jax.interop.processor import processor_for
 from convnext_jax.models import Parameters, get_parameters, with_parameters
 from convnext_jax.paths import local_path
 
+DECODING = 'turned upright by the EXIF orientation; transparency dropped; 16-bit grey scaled by 255 / 65535'
+"""What `data.decode.decode` does, in `model.json` for those who decode with another library."""
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 
@@ -27,8 +29,8 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         weights = safetensors.numpy.load_file('FOLDER/model.safetensors')
         logits = jax.jit(program.call)(weights, images)
 
-    `images` are (N, size, size, C) uint8, resized and cropped as `model.json` says; the program normalises them. The
-    logits are (N, classes) float32, and `activation` in `model.json` is the function from them to probabilities:
+    `images` are (N, size, size, C) uint8, decoded, resized and cropped as `model.json` says; the program normalises
+    them. The logits are (N, classes) float32, and `activation` in `model.json` is the function from them to probabilities:
     "softmax", "sigmoid" (multi-label, or one output), or null for a regression, whose outputs are values. The weights
     stay out of the program: as constants they make ConvNeXt-L start ten times slower, and stop at 2 GB.
 
@@ -55,6 +57,7 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
     preprocessing = dataclasses.asdict(processor) | {
         'squash': processor.squashes,
         'resample': Image.Resampling(processor.resample).name.lower(),
+        'decoding': DECODING,
     }
     about = {
         'preprocessing': preprocessing,

@@ -70,6 +70,7 @@ def test_runs_in_a_process_without_this_package(tmp_path, name):
     assert about['preprocessing']['size'] == 64
     assert about['preprocessing']['resample'] == 'bicubic'
     assert about['preprocessing']['squash'] is False
+    assert about['preprocessing']['decoding'].startswith('turned upright by the EXIF orientation')
 
 
 def test_the_program_is_for_all_platforms_and_holds_no_weights(tmp_path):

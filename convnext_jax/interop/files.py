@@ -306,6 +306,7 @@ def write_folder(
     Raises:
         UserError: the folder is not empty, or cannot be written.
     """
+    folder = folder.resolve()  # '.' has no name
     partial = folder.with_name(f'{folder.name}.partial')  # takes the folder's name when all of it is there
     try:
         if folder.exists() and any(folder.iterdir()):

@@ -182,7 +182,10 @@ def weights_field(params: str) -> str:
 
 
 def _is_run(where: str) -> bool:
-    return (_folder(where) / CHECKPOINTS).is_dir()
+    try:
+        return (_folder(where) / CHECKPOINTS).is_dir()
+    except OSError:  # longer than a path can be
+        return False
 
 
 def _folder(where: str) -> Path:
