@@ -30,7 +30,7 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         logits = jax.jit(program.call)(weights, images)
 
     `images` are (N, size, size, C) uint8, decoded, resized and cropped as `model.json` says; the program normalises
-    them. The logits are (N, classes) float32, and `activation` in `model.json` is the function from them to probabilities:
+    them. The logits are (N, classes) float32. `activation` in `model.json` is the function from them to probabilities:
     "softmax", "sigmoid" (multi-label, or one output), or null for a regression, whose outputs are values. The weights
     stay out of the program: as constants they make ConvNeXt-L start ten times slower, and stop at 2 GB.
 

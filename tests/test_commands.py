@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -75,6 +76,29 @@ def test_eval_of_a_run_with_other_values_of_its_config(finished_run, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result['split'], result['images']) == ('test[:24]', 24)
     assert read_config(finished_run / 'config.json').data.eval_split == 'test[:40]', 'the run keeps its own'
+
+
+def test_eval_and_predict_agree_on_a_folder_that_lacks_classes(finished_run, tmp_path, capsys):
+    """Labels numbered by the folder's own order scored 0 % where predict was right about every photograph."""
+    source = open_source('fashion_mnist_mini', '', 'test')
+    for index in range(200):
+        name = source.class_names[source[index].label]
+        if name in ('Trouser', 'Sandal', 'Ankle boot'):
+            folder = tmp_path / 'test' / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f'{index}.png').write_bytes(source[index].image)
+    arguments = [f'--workdir={finished_run}', '--splits=folder@test', f'--config.data.dir={tmp_path}']
+    eval_command.main(['eval.py', *arguments])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    package_command.main(['convnext_jax', 'predict', str(tmp_path), f'--weights={finished_run}', '--top=1', '--json'])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [line['best'][0]['name'] == Path(line['file']).parent.name for line in lines]
+    assert result['images'] == len(right) > 40
+    assert result['top1'] == pytest.approx(100 * np.mean(right))
+    assert result['top1'] > 50, 'the example cannot tell right from wrong labels'
+    (tmp_path / 'test' / 'Sandal').rename(tmp_path / 'test' / 'Flip-flop')
+    with pytest.raises(UserError, match='^folder test: the model lacks these classes: Flip-flop$'):
+        eval_command.main(['eval.py', *arguments])
 
 
 def test_eval_of_an_earlier_step(commands, finished_run):
