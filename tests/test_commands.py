@@ -228,7 +228,7 @@ def test_a_warning_of_ours_is_one_line(tmp_path, capsys, monkeypatch):
         warnings.simplefilter('default')
         with pytest.raises(SystemExit):
             run(package_command.main)
-    left_out = f'warning: {tmp_path / "photos"}: left out 1 entries (hidden files: 1)\n'
+    left_out = f'warning: {tmp_path / "photos"}: left out: hidden files (1)\n'
     assert capsys.readouterr().err == f'{left_out}error: --weights is missing; --help says more\n'
 
 

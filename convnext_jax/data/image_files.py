@@ -64,9 +64,8 @@ def find_images(folder: Path) -> FoundImages:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """The counts in words: 'left out 3 entries (.txt files: 1, hidden files: 2)'."""
-    kinds = ', '.join(f'{kind}: {count}' for kind, count in sorted(left_out.items()))
-    return f'left out {left_out.total()} entries ({kinds})'
+    """The counts in words: 'left out: .txt files (1), hidden files (2)'."""
+    return 'left out: ' + ', '.join(f'{kind} ({count})' for kind, count in sorted(left_out.items()))
 
 
 def _is_image(path: str) -> bool:

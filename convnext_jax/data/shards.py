@@ -147,7 +147,7 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
             raise UserError(f'{path} holds {kind[key].name} and {member.name}, of the same key: keep one')
         kind[key] = member
     if hidden:
-        warnings.warn(f'{path}: left out {hidden} entries (hidden files: {hidden})', stacklevel=2)
+        warnings.warn(f'{path}: left out: hidden files ({hidden})', stacklevel=2)
     if not images:
         raise UserError(f'{path} holds no images: KEY.jpg (or {", ".join(sorted(suffixes))}) with KEY.cls beside it')
     for key in images.keys() ^ labels.keys():

@@ -192,7 +192,7 @@ class FolderSource:
         for label, folder in enumerate(folders):
             found = find_images(folder)
             if not found.paths:
-                left = f': {describe_left_out(found.left_out)}' if found.left_out else ''
+                left = f'; {describe_left_out(found.left_out)}' if found.left_out else ''
                 raise UserError(f'class folder {folder} holds no images{left}')
             left_out += found.left_out
             self.files += [(path, label) for path in found.paths]  # strings: a Path is slow to send to a process

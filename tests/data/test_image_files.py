@@ -26,7 +26,7 @@ def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
     (tmp_path / '._a.jpg').write_bytes(b'Mac OS X')
     assert names(tmp_path) == ['a.jpg', 'deep/b.png']
     left_out = find_images(tmp_path).left_out
-    assert describe_left_out(left_out) == 'left out 4 entries (hidden files: 2, hidden folders: 2)'
+    assert describe_left_out(left_out) == 'left out: hidden files (2), hidden folders (2)'
 
 
 def test_linked_folders_are_followed_once(tmp_path):

@@ -240,12 +240,12 @@ def test_folder_warns_of_files_that_it_leaves_out(folder):
     (folder / 'train/zebra/._a.JPG').write_bytes(b'Mac OS X')
     (folder / 'train/classes.txt').write_text('ant, zebra')
     (folder / 'train/.cache').mkdir()
-    with pytest.warns(UserWarning, match='left out 4 entries') as caught:
+    with pytest.warns(UserWarning, match='left out: ') as caught:
         assert len(open_source('folder', str(folder), 'train')) == 4
     (warning,) = caught
     assert str(warning.message) == (
-        f'{folder / "train"}: left out 4 entries (.heic files: 1, files beside the class folders: 1, '
-        'hidden entries beside the class folders: 1, hidden files: 1)'
+        f'{folder / "train"}: left out: .heic files (1), files beside the class folders (1), '
+        'hidden entries beside the class folders (1), hidden files (1)'
     )
 
 
@@ -309,7 +309,7 @@ def test_folder_keeps_links_that_lead_nowhere(folder):
     with pytest.raises(UserError, match='ant/lost.jpg cannot be read: No such file or directory'):
         [source[index] for index in range(5)]
     (folder / 'train/.#lock').symlink_to('nobody@nowhere')  # as editors leave them
-    with pytest.warns(UserWarning, match='hidden entries beside the class folders: 1'):
+    with pytest.warns(UserWarning, match=r'hidden entries beside the class folders \(1\)'):
         assert len(open_source('folder', str(folder), 'train')) == 5
     (folder / 'train/.#lock').unlink()
     (folder / 'train/cat').symlink_to(folder / 'unmounted')
