@@ -23,6 +23,7 @@ from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
 from convnext_jax.data.randaugment import parse_randaugment
 from convnext_jax.models import get_parameters
+from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import make_mesh
@@ -55,7 +56,7 @@ def bare_step(config: ConfigDict) -> dict[str, float]:
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, ema=True), parameters)
     batch = {'image': _images(config), 'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
     schedule, mesh = cosine_schedule(4e-3, 1e-6, 0, 100), make_mesh(devices=jax.devices()[:1])
-    step = make_train_step(model, optimizer, schedule, config, 0, mesh)
+    step = make_train_step(make_task(config), model, optimizer, schedule, config, 1, mesh)
     with mock.patch('jax.lax.scan', functools.partial(jax.lax.scan, unroll=True)):
         return _cost(step, state, batch)
 

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import Batch
 from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
 from convnext_jax.training.process import release_memory
 from convnext_jax.training.setup import Plan, build_model
@@ -41,7 +42,7 @@ class Program:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
         )
         self.train_step = jax.jit(
-            make_train_step(model, self.optimizer, schedule, config, plan.mixing_steps, mesh),
+            make_train_step(make_task(config), model, self.optimizer, schedule, config, plan.steps_per_epoch, mesh),
             donate_argnums=0,
             out_shardings=(self.state_sharding, None),
         )

@@ -63,7 +63,6 @@ class Plan:
     total_steps: int
     warmup_steps: int
     eval_every_steps: int
-    mixing_steps: int
 
     def epoch(self, step: int) -> float:
         """Passes over the training split after so many steps."""
@@ -83,7 +82,6 @@ def make_plan(config: ConfigDict, images: int) -> Plan:
         total_steps=total,
         warmup_steps=config.optimizer.warmup_steps or round(config.optimizer.warmup_epochs * epoch),
         eval_every_steps=max(round(config.eval_every_epochs * epoch), 1),
-        mixing_steps=round(config.mix.off_epoch * epoch) or total,
     )
     if plan.total_steps <= plan.warmup_steps:
         raise UserError(

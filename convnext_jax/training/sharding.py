@@ -7,6 +7,7 @@ it is used.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -127,40 +128,41 @@ def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
     return tree_map_with_path(sharding, state)
 
 
-ValueAndGrad = Callable[..., tuple[jax.Array, Parameters]]
+Sums = Any
+"""A pytree of arrays that add up over examples."""
+SumsAndGradient = Callable[..., tuple[Sums, Parameters]]
 
 
-def over_mesh(value_and_grad: ValueAndGrad, mesh: Mesh) -> ValueAndGrad:
-    """The mean of a value over a batch that is spread over the mesh, and its gradient, which lives as parameters do.
+def sum_over_mesh(function: SumsAndGradient, mesh: Mesh) -> SumsAndGradient:
+    """Computes sums over a batch that is sharded over the mesh, and their gradient, sharded as the parameters are.
 
-    Each device works on its own rows with its own pieces of the parameters, and what all have found is summed once.
+    Each device computes the sums of its own examples with its own shards of the parameters. One all-reduce adds up the
+    sums and the gradients of whole parameters; gradients of shards are added up along `data` alone.
 
     Args:
-        value_and_grad: of parameters and arrays of rows: the mean over these rows. The gradient of a piece is that of
-            the rows of all devices along `fsdp`, as `models.layers.matmul` gives it.
-        mesh: of the parameters, which live as `parameter_sharding` says, and of the rows.
+        function: from parameters and pytrees of examples to sums over these examples and a gradient. The gradient of a
+            shard is already the sum over the devices along `fsdp`, as `models.layers.matmul` gives it.
+        mesh: of the parameters, sharded as `parameter_sharding` says, and of the examples.
     """
     if mesh.size == 1:
-        return value_and_grad
+        return function
 
-    def over_devices(parameters: Parameters, *examples: jax.Array) -> tuple[jax.Array, Parameters]:
+    def over_devices(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
         specs = {name: parameter_sharding(mesh, name, x.shape).spec for name, x in parameters.items()}
 
-        def on_device(parameters: Parameters, *examples: jax.Array) -> tuple[jax.Array, Parameters]:
-            value, gradient = value_and_grad(parameters, *examples)
-            pieces = {name: g for name, g in gradient.items() if CUT_AXIS in specs[name]}
-            whole = {name: g for name, g in gradient.items() if name not in pieces}
-            value, whole = jax.lax.psum((value, whole), mesh.axis_names)
-            pieces = jax.lax.psum(pieces, 'data')
-            return jax.tree.map(lambda x: x / mesh.size, (value, whole | pieces))
+        def on_device(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
+            sums, gradient = function(parameters, *examples)
+            shards = {name: g for name, g in gradient.items() if CUT_AXIS in specs[name]}
+            whole = {name: g for name, g in gradient.items() if name not in shards}
+            sums, whole = jax.lax.psum((sums, whole), mesh.axis_names)
+            return sums, whole | jax.lax.psum(shards, 'data')
 
-        rows = batch_sharding(mesh).spec
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs, *(rows,) * len(examples)),
+            in_specs=(specs, *(batch_sharding(mesh).spec,) * len(examples)),
             out_specs=(PartitionSpec(), specs),
-            check_vma=False,  # that a sum over devices is the same on all is not seen through custom derivatives
+            check_vma=False,  # the check that results are replicated cannot see through custom derivatives
         )(parameters, *examples)
 
     return over_devices

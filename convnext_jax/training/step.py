@@ -6,15 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from ml_collections import ConfigDict
 
-from convnext_jax.data.augment import augment
-from convnext_jax.data.mixing import mix
-from convnext_jax.data.pipeline import Batch
-from convnext_jax.models import ConvNeXt, Parameters, with_parameters
+from convnext_jax.models import Parameters, with_parameters
 from convnext_jax.models.layers import apart_on_cpu
+from convnext_jax.tasks import Batch, Task
 from convnext_jax.training.optimizer import moving_average, select
-from convnext_jax.training.sharding import over_mesh
+from convnext_jax.training.sharding import Sums, sum_over_mesh
 from convnext_jax.training.state import TrainState, step_key
 
 SKIPS_IN_A_ROW = 10
@@ -22,50 +21,45 @@ SKIPS_IN_A_ROW = 10
 
 
 def make_train_step(
-    model: ConvNeXt,
+    task: Task,
+    model: nnx.Module,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: ConfigDict,
-    mixing_steps: int,
+    steps_per_epoch: int,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step.
 
-    Its metrics are scalars: `loss`, `learning_rate`, `grad_norm`, `param_norm`, `skipped` and `skips_in_a_row`.
+    Its metrics are scalars: `loss`, the task's terms, `learning_rate`, `grad_norm`, `param_norm`, `skipped` and
+    `skips_in_a_row`.
 
     Args:
+        task: what is learned.
         model: the architecture; its own parameters are not used.
         optimizer: as `adamw` gives it.
         schedule: steps done → learning rate.
         config: of the experiment.
-        mixing_steps: steps in which images are mixed; those after them see every image by itself.
+        steps_per_epoch: optimizer steps in a pass over the training split.
         mesh: of the devices.
     """
-    classes = model.head.bias.shape[0]
 
-    def loss(parameters: Parameters, images: jax.Array, targets: jax.Array, keys: jax.Array) -> jax.Array:
-        logits = with_parameters(model, parameters)(images, key=keys)
-        return optax.softmax_cross_entropy(logits, targets).mean()
+    def loss(parameters: Parameters, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Sums]:
+        total, weight, terms = task.loss(with_parameters(model, parameters), batch, keys)
+        return total, (weight, terms)
 
-    @functools.partial(over_mesh, mesh=mesh)
-    def value_and_grad(parameters: Parameters, *examples: jax.Array) -> tuple[jax.Array, Parameters]:
-        return _accumulate(jax.value_and_grad(loss), parameters, examples, config.accumulation_steps)
+    @functools.partial(sum_over_mesh, mesh=mesh)
+    def loss_and_gradient(parameters: Parameters, batch: Batch, keys: jax.Array) -> tuple[Sums, Parameters]:
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        return _accumulate(value_and_grad, parameters, (batch, keys), config.accumulation_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        augment_keys, drop_path_keys, mix_key = _keys(config.seed, state.step, len(batch['label']))
-        images = augment(batch['image'], augment_keys, mean=config.data.mean, std=config.data.std, **config.augment)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch['label'], classes), config.label_smoothing)
-        if config.mix.mixup or config.mix.cutmix:
-            images, targets = mix(
-                images,
-                targets,
-                mix_key,
-                mixup=config.mix.mixup,
-                cutmix=config.mix.cutmix,
-                mode=config.mix.mode,
-                on=state.step < mixing_steps,
-            )
-        value, gradient = value_and_grad(state.parameters, images, targets, drop_path_keys)
+        examples = len(jax.tree.leaves(batch)[0])
+        augment_keys, model_keys, batch_key = _keys(config.seed, state.step, examples)
+        batch = task.augment(batch, augment_keys, batch_key, state.step / steps_per_epoch)
+        (total, (weight, terms)), gradient = loss_and_gradient(state.parameters, batch, model_keys)
+        divisor = jnp.where(weight > 0, weight, 1.0)
+        value, terms, gradient = jax.tree.map(lambda x: x / divisor, (total, terms, gradient))
         grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
 
@@ -86,6 +80,7 @@ def make_train_step(
         )
         metrics = {
             'loss': value,
+            **terms,
             'learning_rate': learning_rate,
             'grad_norm': grad_norm,
             'param_norm': optax.tree.norm(parameters),
@@ -97,16 +92,16 @@ def make_train_step(
     return train_step
 
 
-def _keys(seed: int, step: jax.Array, images: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A key for each image for augmentation, one for drop path, and one for mixing: from seed and step alone."""
-    augment_key, drop_path_key, mix_key = jax.random.split(step_key(seed, step), 3)
-    return jax.random.split(augment_key, images), jax.random.split(drop_path_key, images), mix_key
+def _keys(seed: int, step: jax.Array, examples: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A key for each example for augmentation, one for the network, and one of the batch: from seed and step alone."""
+    augment_key, model_key, batch_key = jax.random.split(step_key(seed, step), 3)
+    return jax.random.split(augment_key, examples), jax.random.split(model_key, examples), batch_key
 
 
 def _accumulate(
-    value_and_grad: Callable, parameters: Parameters, examples: tuple[jax.Array, ...], steps: int
-) -> tuple[jax.Array, Parameters]:
-    """Loss and gradient of all examples, computed on one of `steps` equal parts after the other."""
+    value_and_grad: Callable, parameters: Parameters, examples: tuple[Batch, jax.Array], steps: int
+) -> tuple[Sums, Parameters]:
+    """Sums and gradient of all examples, computed on one of `steps` equal parts after the other."""
     if steps == 1:
         return value_and_grad(parameters, *examples)
     parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), examples)
@@ -114,6 +109,6 @@ def _accumulate(
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(parameters, *part)), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda x: x / steps, total)
+    shapes = jax.eval_shape(value_and_grad, parameters, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]

@@ -10,6 +10,7 @@ import pytest
 from convnext_jax.config import default_config
 from convnext_jax.interop.layouts import from_layout, to_layout
 from convnext_jax.models import get_parameters, get_variant
+from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
 from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import make_mesh
@@ -76,7 +77,7 @@ def our_run(parameters, config):
         clip_norm=0,
     )
     schedule, mesh = cosine_schedule(PEAK, MINIMUM, WARMUP, STEPS), make_mesh(devices=jax.devices()[:1])
-    step = jax.jit(make_train_step(model, optimizer, schedule, config, STEPS, mesh))
+    step = jax.jit(make_train_step(make_task(config), model, optimizer, schedule, config, STEPS, mesh))
     state = initial_state(parameters, optimizer, ema=True)
     losses = []
     for batch in batches():

@@ -207,7 +207,8 @@ def test_data_parallel_sums_each_gradient_once(runs):
     """One sum of all gradients and the loss, in float32, and nothing else: no image leaves its device."""
     assert runs['1'].collectives == {}
     parameters = sum(x.size for x in runs['8'].program.abstract_state.parameters.values())
-    assert runs['8'].collectives == {('all-reduce', 'f32', 8): Collectives(1, 4 * (parameters + 1))}
+    sums = parameters + 2  # the loss and its weight
+    assert runs['8'].collectives == {('all-reduce', 'f32', 8): Collectives(1, 4 * sums)}
 
 
 def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
@@ -227,7 +228,7 @@ def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
     assert 4 * cut < found['all-gather', 'f32', 2].size <= 2 * 4 * cut
     assert found['reduce-scatter', 'f32', 2].size == 4 * cut // 2
     assert found['all-reduce', 'f32', 4] == Collectives(1, 4 * cut // 2)
-    assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - cut + 1))
+    assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - cut + 2))
     assert found['all-reduce', 'f32', 2] == Collectives(2, 2 * 4 * len(cut_names(run.program)))
     stacks = {
         ','.join(map(str, x.shape))

@@ -9,6 +9,7 @@ import pytest
 
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters
+from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import abstract_model, build_model
 from convnext_jax.training.sharding import make_mesh
@@ -32,7 +33,7 @@ def small_config():
     return config
 
 
-def build(config, mixing_steps=100):
+def build(config):
     model = abstract_model(config)
     optimizer = adamw(
         dict.fromkeys(get_parameters(model), 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0
@@ -44,7 +45,7 @@ def build(config, mixing_steps=100):
         )
     )()
     mesh = make_mesh(devices=jax.devices()[:1])
-    return jax.jit(make_train_step(model, optimizer, schedule, config, mixing_steps, mesh)), state
+    return jax.jit(make_train_step(make_task(config), model, optimizer, schedule, config, 10, mesh)), state
 
 
 def make_batch(images=16):

@@ -1,0 +1,13 @@
+"""What a run can learn. Training code imports this front and no module below it."""
+
+from ml_collections import ConfigDict
+
+from convnext_jax.tasks.classification import Classification
+from convnext_jax.tasks.task import Batch, Loss, Task
+
+__all__ = ['Batch', 'Loss', 'Task', 'make_task']
+
+
+def make_task(config: ConfigDict) -> Task:
+    """The task that a config describes."""
+    return Classification(config)

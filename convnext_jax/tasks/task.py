@@ -1,0 +1,59 @@
+"""The contract between a task and the code that trains any task: everything on the device is a pure function."""
+
+import abc
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+Batch = dict[str, jax.Array]
+"""Examples stacked along the leading axis, by the name of their field."""
+
+
+class Loss(NamedTuple):
+    """The loss of some examples as sums, so that devices, accumulation steps and padding combine exactly.
+
+    The loss of a step is the sum of all totals divided by the sum of all weights.
+
+    Attributes:
+        total: float32 scalar, the weighted sum of the losses.
+        weight: float32 scalar, the sum of the weights: how many examples, labelled pixels, masked patches or boxes.
+        terms: name → float32 scalar: further sums over the same weight, for the log alone.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    terms: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it
+
+
+class Task(abc.ABC):
+    """What a run learns.
+
+    Args:
+        config: of the experiment.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+
+    def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
+        """Prepares the global batch on the devices for `loss`.
+
+        Args:
+            batch: as the data pipeline gives it.
+            keys: (N,) random keys, one for each example: what an example draws depends on its key alone.
+            batch_key: for what is drawn once for the batch.
+            epoch: float32 scalar, passes over the training split so far.
+        """
+        return batch
+
+    @abc.abstractmethod
+    def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> Loss:
+        """Computes the loss of the examples that one device has.
+
+        Args:
+            model: the network with the parameters of this step.
+            batch: what `augment` returned, this device's examples.
+            keys: (N,) random keys, one for each example, for the network.
+        """
