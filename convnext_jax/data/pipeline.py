@@ -27,8 +27,8 @@ ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
 KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
 Batch = dict[str, np.ndarray | jax.Array]
-"""`image` (N, H, W, C) uint8; `label` (N,) int32, or (N, MOST_LABELS) with −1 where there are fewer; `weight` (N,)
-float32: 0 where a row only fills up the batch, or has no label."""
+"""`image` (N, H, W, C) uint8; `label` (N,) int32, or (N, MOST_LABELS) with −1 where there are fewer; in evaluation
+also `weight` (N,) float32: 0 where a row only fills up the batch, or has no label."""
 
 Waiting = Callable[[float, Callable[[], str]], None]
 """Called again and again while a batch is waited for, with the seconds so far and what says which example has not come.
@@ -253,7 +253,7 @@ class TrainRows:
             )
         else:
             pixels = resize(decode(example.image, self._channels, example.name), self._image_size)
-        row = _row(pixels, example.label, weight=1)
+        row = {'image': pixels, 'label': np.int32(example.label)}
         if self.kept is not None:
             self.kept[index] = row
         return row
@@ -308,14 +308,14 @@ def eval_batches(
     def load(local: int) -> Row:
         index = share.position(local)
         if index >= len(source):
-            return _row(np.zeros((image_size, image_size, channels), np.uint8), none, weight=0)
+            return _eval_row(np.zeros((image_size, image_size, channels), np.uint8), none, weight=0)
         try:
             example = source[index]
             image = decode(example.image, channels, example.name)
             pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample, name=example.name)
         except UserError as error:
             raise UserError(f'{error}: remove or replace it, and run the same command again') from error
-        return _row(pixels, example.label, weight=1)
+        return _eval_row(pixels, example.label, weight=1)
 
     steps = range(-(-len(source) // share.batch_size))
 
@@ -344,7 +344,7 @@ def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead:
         yield queue.popleft()
 
 
-def _row(pixels: np.ndarray, label: int | tuple[int, ...], weight: float) -> Row:
+def _eval_row(pixels: np.ndarray, label: int | tuple[int, ...], weight: float) -> Row:
     if isinstance(label, tuple):
         weight = weight if label else 0
         label = (*label, *(-1,) * (MOST_LABELS - len(label)))

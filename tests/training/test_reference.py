@@ -9,7 +9,7 @@ import pytest
 
 from convnext_jax.config import default_config
 from convnext_jax.interop.layouts import from_layout, to_layout
-from convnext_jax.models import get_parameters, get_variant
+from convnext_jax.models import get_parameters, get_variant, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
 from convnext_jax.training.setup import abstract_model
@@ -30,7 +30,7 @@ def batches():
         label = rng.integers(0, CLASSES, IMAGES, dtype=np.int32)
         image = rng.integers(0, 128, (IMAGES, SIZE, SIZE, 3), dtype=np.uint8)
         image[:, :, :, 0] += (12 * label)[:, None, None].astype(np.uint8)  # something to learn
-        yield {'image': image, 'label': label, 'weight': np.ones(IMAGES, np.float32)}
+        yield {'image': image, 'label': label}
 
 
 def learning_rate(step):
@@ -70,6 +70,7 @@ def our_run(parameters, config):
     model = abstract_model(config)
     optimizer = adamw(
         layer_factors(list(parameters), model.variant.depths, 'single', LAYER_DECAY),
+        {name: role.decays for name, role in parameter_roles(model).items()},
         beta1=0.9,
         beta2=0.999,
         epsilon=1e-8,
