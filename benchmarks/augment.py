@@ -22,7 +22,7 @@ from configs.imagenet1k import get_config
 from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
 from convnext_jax.data.randaugment import parse_randaugment
-from convnext_jax.models import get_parameters
+from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import abstract_model
@@ -51,7 +51,13 @@ def bare_step(config: ConfigDict) -> dict[str, float]:
     model = abstract_model(config)
     parameters = get_parameters(model)
     optimizer = adamw(
-        dict.fromkeys(parameters, 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0
+        dict.fromkeys(parameters, 1.0),
+        {name: role.decays for name, role in parameter_roles(model).items()},
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.05,
+        clip_norm=0,
     )
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, ema=True), parameters)
     batch = {'image': _images(config), 'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}

@@ -24,7 +24,7 @@ from convnext_jax.data import pipeline
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.loop import Run
 from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
 
 WARM_UP = 2
@@ -63,8 +63,7 @@ def ratios(rounds: int, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         workdir = Path(folder)
         with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:
-            model = abstract_model(config)
-            run = Alternating(config, plan, make_mesh(), model, train_source, eval_source, checkpoints)
+            run = Alternating(config, plan, make_mesh(), train_source, eval_source, checkpoints)
             run.prepare(steps)
             run.go(run.first_state(), workdir)
         inside = [record['images_per_second'] for record in read_records(workdir)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from configs.fashion_mnist import get_config
 from convnext_jax.training.loop import Run
 from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
 
 WARM_UP = 2  # pairs of windows: the first epoch decodes
@@ -63,7 +63,7 @@ def measure(rounds: int, window: int) -> tuple[list[float], list[float], list[fl
         contextlib.redirect_stdout(io.StringIO()),
         Checkpoints(Path(folder) / 'checkpoints', keep=config.keep_checkpoints, best_metric='top1') as checkpoints,
     ):
-        run = Timed(config, plan, make_mesh(-1), abstract_model(config), train_source, eval_source, checkpoints)
+        run = Timed(config, plan, make_mesh(-1), train_source, eval_source, checkpoints)
         run.go(run.first_state(), Path(folder))
         assert not checkpoints.failed, checkpoints.failed
     # The save after step 2 · window lies between the begins of that step and the next.

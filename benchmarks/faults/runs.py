@@ -23,7 +23,7 @@ from convnext_jax.training.checkpoint import DamagedCheckpoint, restore, saved_s
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.program import Program
 from convnext_jax.training.saving import UNFINISHED
-from convnext_jax.training.setup import abstract_model, make_plan, open_sources
+from convnext_jax.training.setup import make_plan, open_sources
 from convnext_jax.training.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
@@ -274,7 +274,7 @@ def _like_of(config: str) -> object:
     path = Path(config)
     values = read_config(path)
     mesh = make_mesh(1)
-    return Program(values, make_plan(values, len(open_sources(values)[0])), mesh, abstract_model(values)).abstract_state
+    return Program(values, make_plan(values, len(open_sources(values)[0])), mesh).abstract_state
 
 
 def _like(workdir: Path) -> object:

@@ -2,7 +2,7 @@
 
 from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.convnext import ConvNeXt, create_model
-from convnext_jax.models.parameters import Parameters, get_parameters, with_parameters
+from convnext_jax.models.parameters import Parameters, Role, get_parameters, parameter_roles, with_parameters
 from convnext_jax.models.variants import VARIANTS, Variant, get_variant, list_models
 
 __all__ = [
@@ -10,10 +10,12 @@ __all__ = [
     'Backbone',
     'ConvNeXt',
     'Parameters',
+    'Role',
     'Variant',
     'create_model',
     'get_parameters',
     'get_variant',
     'list_models',
+    'parameter_roles',
     'with_parameters',
 ]

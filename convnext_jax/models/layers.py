@@ -27,6 +27,9 @@ def apart_on_cpu(tree: Tree) -> Tree:
 
 CUT_AXIS = 'fsdp'
 """The axis of a mesh, inside `jax.shard_map`, along which kernels may be cut into pieces."""
+INPUTS = -2
+"""The axis of a kernel that `matmul` can gather: its input features. It is never the leading axis of stacked blocks,
+which a scan walks, and shards along it fill whole rows of an accelerator's tiles."""
 
 
 STATISTICS = 'norm statistics'
@@ -109,7 +112,7 @@ class Linear(nnx.Module):
     """y = x · kernel + bias over the last axis: (..., in_features) → (..., out_features)."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype = jnp.float32, key: jax.Array):
-        self.kernel = nnx.Param(normal(key, (in_features, out_features)))
+        self.kernel = nnx.Param(normal(key, (in_features, out_features)), decays=True, fsdp_axis=INPUTS)
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
 
@@ -133,7 +136,8 @@ class PatchConv(nnx.Module):
     def __init__(
         self, in_channels: int, out_channels: int, size: int, *, dtype: jnp.dtype = jnp.float32, key: jax.Array
     ):
-        self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)))
+        shape = (size, size, in_channels, out_channels)
+        self.kernel = nnx.Param(normal(key, shape), decays=True, fsdp_axis=INPUTS)
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
         self.dtype = dtype
 
@@ -157,7 +161,7 @@ class SameConv(nnx.Module):
     def __init__(
         self, in_channels: int, out_channels: int, size: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array
     ):
-        self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)))
+        self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
         self.dilation = dilation
         self.dtype = dtype

@@ -33,7 +33,7 @@ class Depthwise(nnx.Module):
     """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
 
     def __init__(self, channels: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array, pallas: bool = False):
-        self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)))
+        self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.dilation = dilation
         self.pallas = pallas

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from convnext_jax.errors import first_line
 from convnext_jax.plan.targets import Target
 from convnext_jax.training.program import Program
-from convnext_jax.training.setup import abstract_model, make_plan
+from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 IMAGES = 1_281_167
@@ -65,7 +65,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     config.batch_size = images * len(target.devices) * config.accumulation_steps
     config.model.num_classes = config.model.num_classes or 1000
     mesh = make_mesh(**config.mesh, devices=target.devices)
-    program = Program(config, make_plan(config, IMAGES), mesh, abstract_model(config))
+    program = Program(config, make_plan(config, IMAGES), mesh)
     began = time.perf_counter()
     try:
         compiled = program.compile(program.abstract_state, _abstract_batch(config, program), target.options)

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
 from convnext_jax.data.sources import Source
-from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.models import ConvNeXt, get_parameters, parameter_roles
 from convnext_jax.training.logging import read_records
+from convnext_jax.training.optimizer import peak_learning_rate
 from convnext_jax.training.process import describe_settings
 from convnext_jax.training.setup import Plan, build_variant
 from convnext_jax.training.sharding import describe_mesh, share_held
@@ -31,12 +32,13 @@ def describe(
     count = sum(array.size for array in parameters.values())
     multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
     devices, epoch = jax.devices(), plan.steps_per_epoch
-    held = f', {share_held(mesh, parameters):.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
+    share = share_held(mesh, parameter_roles(model), parameters)
+    held = f', {share:.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
     kept = is_kept(len(train_source), size, len(data.mean), data.crop_scale)
     processes, threads = decoders(0 if kept else data.workers)
+    peak = peak_learning_rate(config)
     decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'
-    peak = optimizer.learning_rate * config.batch_size / 256
     return [
         f'model      {config.model.name}: {count:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
         f'{size}×{size}, {config.model.dtype}',

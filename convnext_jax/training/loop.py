@@ -18,7 +18,6 @@ from convnext_jax.data.pipeline import Batch, Share, Unreadable, Waiting, eval_b
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
-from convnext_jax.models import ConvNeXt
 from convnext_jax.output import say
 from convnext_jax.training.checkpoint import read_about
 from convnext_jax.training.describe import describe, finished
@@ -28,7 +27,6 @@ from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints, NotSaved
 from convnext_jax.training.setup import (
     Plan,
-    abstract_model,
     cache_compiled,
     evaluation_model,
     make_plan,
@@ -74,15 +72,14 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         plan = make_plan(config, len(train_source))
         mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-        model = abstract_model(config)
         for line in settle_config(workdir, config) if is_first() else ():
             say(f'changed since the run began: {line}')
         best, keep = 'ema_top1' if config.ema.decay else 'top1', config.keep_checkpoints
         with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
-            run = Run(config, plan, mesh, model, train_source, eval_source, checkpoints)
+            run = Run(config, plan, mesh, train_source, eval_source, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
-                for line in describe(config, plan, mesh, model, train_source, eval_source, workdir):
+                for line in describe(config, plan, mesh, run.model, train_source, eval_source, workdir):
                     say(line)
                 run.go(state or run.first_state(), workdir, profile)
         say(finished(workdir, config))
@@ -104,12 +101,11 @@ class Run(Program):
         config: ConfigDict,
         plan: Plan,
         mesh: jax.sharding.Mesh,
-        model: ConvNeXt,
         train_source: Source,
         eval_source: Source,
         checkpoints: Checkpoints,
     ):
-        super().__init__(config, plan, mesh, model)
+        super().__init__(config, plan, mesh)
         self.checkpoints = checkpoints
         self.train_source, self.eval_source = train_source, eval_source
         self.unreadable = Unreadable(train_source, len(config.data.mean))

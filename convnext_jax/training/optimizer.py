@@ -1,37 +1,14 @@
 """AdamW with weight decay by role and layer decay, the learning-rate schedule, the moving average of the weights."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters
 from convnext_jax.models.layers import Tree, apart_on_cpu
-
-# The first rule that matches a parameter's name says whether weight decay falls on it: on the weights of convolutions
-# and linear layers, the depthwise kernel among them, never on biases, norms, layer scale or GRN.
-DECAY_RULES = (
-    (r'(^|\.)(conv|depthwise|pointwise1|pointwise2|head)\.kernel$', True),
-    (r'(^|\.)layer_scale$', False),
-    (r'(^|\.)grn\.(gamma|beta)$', False),
-    (r'(^|\.)norm\.scale$', False),
-    (r'\.bias$', False),
-)
-
-
-def decays(name: str) -> bool:
-    """Whether weight decay falls on the parameter of that name.
-
-    Raises:
-        ValueError: no rule covers it; a new kind of parameter needs one.
-    """
-    for pattern, decay in DECAY_RULES:
-        if re.search(pattern, name):
-            return decay
-    raise ValueError(f'no rule of DECAY_RULES covers {name}')
 
 
 def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: float) -> dict[str, np.ndarray | float]:
@@ -87,6 +64,11 @@ def _group_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]],
 LAYER_RULES = {'single': _single_layers, 'group': _group_layers}
 
 
+def peak_learning_rate(config: ConfigDict) -> float:
+    """The learning rate after the warm-up: that of the config is for 256 examples, and scales with the batch."""
+    return config.optimizer.learning_rate * config.batch_size / 256
+
+
 def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Step → learning rate: linear from 0 to the peak, then half a cosine to the minimum.
 
@@ -102,6 +84,7 @@ def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps:
 
 def adamw(
     factors: dict[str, np.ndarray | float],
+    decays: dict[str, bool],
     *,
     beta1: float,
     beta2: float,
@@ -115,6 +98,7 @@ def adamw(
 
     Args:
         factors: of the learning rate, as `layer_factors` gives them for every parameter.
+        decays: whether weight decay falls on each parameter.
         beta1, beta2, epsilon, weight_decay: as in the paper.
         clip_norm: largest global norm of the gradient; 0 for any.
     """
@@ -126,7 +110,7 @@ def adamw(
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         _scale_by_adam(beta1, beta2, epsilon),
-        optax.add_decayed_weights(weight_decay, mask={name: decays(name) for name in factors}),
+        optax.add_decayed_weights(weight_decay, mask=decays),
         optax.stateless(by_layer),
     )
 

@@ -4,11 +4,11 @@ import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import Batch
-from convnext_jax.models import ConvNeXt, get_parameters
+from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
-from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
+from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, peak_learning_rate
 from convnext_jax.training.process import release_memory
-from convnext_jax.training.setup import Plan, build_model
+from convnext_jax.training.setup import Plan, abstract_model, build_model
 from convnext_jax.training.sharding import batch_sharding, state_sharding
 from convnext_jax.training.state import TrainState, init_key, initial_state
 from convnext_jax.training.step import make_train_step
@@ -18,16 +18,20 @@ class Program:
     """The computation of a run, put together once.
 
     Attributes:
+        model: the network, with shapes instead of arrays.
         abstract_state: the state's shapes, each with where it lives.
         train_step: jitted; gives its first argument's memory to the next state.
     """
 
-    def __init__(self, config: ConfigDict, plan: Plan, mesh: jax.sharding.Mesh, model: ConvNeXt):
+    def __init__(self, config: ConfigDict, plan: Plan, mesh: jax.sharding.Mesh):
         self.config, self.plan = config, plan
-        peak = config.optimizer.learning_rate * config.batch_size / 256
+        self.model = model = abstract_model(config)
+        roles = parameter_roles(model)
+        peak = peak_learning_rate(config)
         layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
-            layer_factors(list(get_parameters(model)), model.variant.depths, rule, layer_decay),
+            layer_factors(list(roles), model.variant.depths, rule, layer_decay),
+            {name: role.decays for name, role in roles.items()},
             beta1=config.optimizer.beta1,
             beta2=config.optimizer.beta2,
             epsilon=config.optimizer.epsilon,
@@ -37,7 +41,7 @@ class Program:
         schedule = cosine_schedule(peak, config.optimizer.min_learning_rate, plan.warmup_steps, plan.total_steps)
         self.batch_sharding = batch_sharding(mesh)
         state = jax.eval_shape(self.fresh_state)
-        self.state_sharding = state_sharding(mesh, state)
+        self.state_sharding = state_sharding(mesh, roles, state)
         self.abstract_state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
         )

@@ -5,7 +5,6 @@ large parameters, their moments and their moving average are cut into pieces, an
 it is used.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,21 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, tree_map_with_path
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import Parameters
+from convnext_jax.models import Parameters, Role
 from convnext_jax.models.layers import CUT_AXIS
 from convnext_jax.training.state import TrainState
 
-# The first rule that matches a parameter's name says which of its axes is cut into pieces along `fsdp`, None for none.
-# It is that of the inputs: never the leading one of stacked blocks, which a scan walks; and where it is cut, the
-# pieces fill whole rows of an accelerator's tiles. What is not a kernel of many inputs is a few numbers to a channel.
-FSDP_RULES = (
-    (r'(^|\.)(conv|pointwise1|pointwise2|head)\.kernel$', -2),
-    (r'(^|\.)depthwise\.kernel$', None),
-    (r'(^|\.)layer_scale$', None),
-    (r'(^|\.)grn\.(gamma|beta)$', None),
-    (r'(^|\.)norm\.scale$', None),
-    (r'\.bias$', None),
-)
+Roles = dict[str, Role]
 SMALL = 2**15
 """Parameters of fewer elements stay whole: to gather them would take longer than their memory is worth."""
 
@@ -90,13 +79,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lives, and its moments and moving average: by `FSDP_RULES`, and whole where it is small.
-
-    Raises:
-        ValueError: no rule covers it; a new kind of parameter needs one.
-    """
-    axis, fsdp = _fsdp_axis(name), mesh.shape[CUT_AXIS]
+def parameter_sharding(mesh: Mesh, role: Role, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lives, and its moments and moving average: sharded if its role allows it and it is large."""
+    axis, fsdp = role.fsdp_axis, mesh.shape[CUT_AXIS]
     if axis is None or fsdp == 1 or np.prod(shape) < SMALL or shape[axis] % fsdp:
         return replicated(mesh)
     axes: list[str | None] = [None] * len(shape)
@@ -104,26 +89,25 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSh
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def _fsdp_axis(name: str) -> int | None:
-    for pattern, axis in FSDP_RULES:
-        if re.search(pattern, name):
-            return axis
-    raise ValueError(f'no rule of FSDP_RULES covers {name}')
+def parameters_sharding(mesh: Mesh, roles: Roles, parameters: Parameters) -> dict[str, NamedSharding]:
+    """`parameter_sharding` of each parameter, by name."""
+    return {name: parameter_sharding(mesh, roles[name], x.shape) for name, x in parameters.items()}
 
 
-def share_held(mesh: Mesh, parameters: Parameters) -> float:
+def share_held(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
     """The share of all parameters that is on one device."""
-    held = sum(np.prod(parameter_sharding(mesh, name, x.shape).shard_shape(x.shape)) for name, x in parameters.items())
+    shardings = parameters_sharding(mesh, roles, parameters)
+    held = sum(np.prod(shardings[name].shard_shape(x.shape)) for name, x in parameters.items())
     return float(held) / sum(x.size for x in parameters.values())
 
 
-def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+def state_sharding(mesh: Mesh, roles: Roles, state: TrainState) -> TrainState:
     """Where each array of the state lives: whatever is kept for a parameter, where the parameter does."""
 
     def sharding(path: tuple, array: jax.Array) -> NamedSharding:
         last = path[-1]
         of_parameter = isinstance(last, DictKey) and last.key in state.parameters
-        return parameter_sharding(mesh, last.key, array.shape) if of_parameter else replicated(mesh)
+        return parameter_sharding(mesh, roles[last.key], array.shape) if of_parameter else replicated(mesh)
 
     return tree_map_with_path(sharding, state)
 
@@ -133,7 +117,7 @@ Sums = Any
 SumsAndGradient = Callable[..., tuple[Sums, Parameters]]
 
 
-def sum_over_mesh(function: SumsAndGradient, mesh: Mesh) -> SumsAndGradient:
+def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAndGradient:
     """Computes sums over a batch that is sharded over the mesh, and their gradient, sharded as the parameters are.
 
     Each device computes the sums of its own examples with its own shards of the parameters. One all-reduce adds up the
@@ -143,12 +127,13 @@ def sum_over_mesh(function: SumsAndGradient, mesh: Mesh) -> SumsAndGradient:
         function: from parameters and pytrees of examples to sums over these examples and a gradient. The gradient of a
             shard is already the sum over the devices along `fsdp`, as `models.layers.matmul` gives it.
         mesh: of the parameters, sharded as `parameter_sharding` says, and of the examples.
+        roles: of the parameters.
     """
     if mesh.size == 1:
         return function
 
     def over_devices(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
-        specs = {name: parameter_sharding(mesh, name, x.shape).spec for name, x in parameters.items()}
+        specs = {name: sharding.spec for name, sharding in parameters_sharding(mesh, roles, parameters).items()}
 
         def on_device(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
             sums, gradient = function(parameters, *examples)

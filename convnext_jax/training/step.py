@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from convnext_jax.models import Parameters, with_parameters
+from convnext_jax.models import Parameters, parameter_roles, with_parameters
 from convnext_jax.models.layers import apart_on_cpu
 from convnext_jax.tasks import Batch, Task
 from convnext_jax.training.optimizer import moving_average, select
@@ -48,7 +48,7 @@ def make_train_step(
         total, weight, terms = task.loss(with_parameters(model, parameters), batch, keys)
         return total, (weight, terms)
 
-    @functools.partial(sum_over_mesh, mesh=mesh)
+    @functools.partial(sum_over_mesh, mesh=mesh, roles=parameter_roles(model))
     def loss_and_gradient(parameters: Parameters, batch: Batch, keys: jax.Array) -> tuple[Sums, Parameters]:
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         return _accumulate(value_and_grad, parameters, (batch, keys), config.accumulation_steps)

@@ -127,7 +127,7 @@ def test_with_the_kernel_for_tpu_step_and_evaluation_are_programs_for_many_devic
     sources = open_sources(config)
     settle_classes(config, sources[0])
     mesh, plan = make_mesh(), make_plan(config, len(sources[0]))
-    run = Run(config, plan, mesh, abstract_model(config), *sources, checkpoints=None)
+    run = Run(config, plan, mesh, *sources, checkpoints=None)
     size, channels = config.data.image_size, len(config.data.mean)
     shapes = {
         'image': ((64, size, size, channels), jnp.uint8),
@@ -379,7 +379,7 @@ def test_a_training_set_with_other_images_is_another_one(finished_run, tmp_path)
     with Checkpoints(run / CHECKPOINTS, keep=2, best_metric='ema_top1') as checkpoints:
         sources = [Renamed(source, 'T-shirt') for source in open_sources(config)]
         plan, mesh = make_plan(config, 160), make_mesh()
-        run = Run(config, plan, mesh, abstract_model(config), *sources, checkpoints)
+        run = Run(config, plan, mesh, *sources, checkpoints)
         with pytest.raises(UserError, match="began on another data set: class 0 was 'T-shirt/top', is 'T-shirt'"):
             run.restored_state()
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs.fashion_mnist import get_config
 from convnext_jax.training import program
-from convnext_jax.training.setup import abstract_model, make_plan
+from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 
@@ -17,7 +17,7 @@ def demo():
     config = get_config()
     config.model.num_classes = 10
     mesh = make_mesh(devices=jax.devices()[:1])
-    return program.Program(config, make_plan(config, images=config.batch_size), mesh, abstract_model(config))
+    return program.Program(config, make_plan(config, images=config.batch_size), mesh)
 
 
 def abstract_batch(program):

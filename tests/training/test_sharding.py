@@ -15,19 +15,25 @@ from jax.sharding import PartitionSpec
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import make_eval_step
-from convnext_jax.models import get_parameters, list_models
+from convnext_jax.interop import create_backbone
+from convnext_jax.models import Role, Variant, get_parameters, parameter_roles
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
+from convnext_jax.tasks import Loss, Task
 from convnext_jax.training.checkpoint import restore, restore_parameters
+from convnext_jax.training.optimizer import adamw, layer_factors
 from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import (
+    batch_sharding,
     check_batch_size,
     make_mesh,
     parameter_sharding,
     share_held,
     state_sharding,
 )
+from convnext_jax.training.state import initial_state
+from convnext_jax.training.step import make_train_step
 
 ROWS, SIDE = 32, 16
 MESHES = {'1': (1, 1), '8': (8, 1), '4 × 2': (4, 2)}
@@ -54,7 +60,7 @@ def small_config():
 
 def make_program(config, data, fsdp):
     mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-    return Program(config, make_plan(config, images=10 * ROWS), mesh, abstract_model(config))
+    return Program(config, make_plan(config, images=10 * ROWS), mesh)
 
 
 def abstract_batch(program):
@@ -158,23 +164,64 @@ def test_large_models_are_cut_and_never_along_the_blocks(name):
     """What stays whole by mistake fills every device's memory; a cut between blocks would make the scan fetch each."""
     config = default_config()
     config.model.update(name=name, num_classes=1000)
-    parameters, mesh = get_parameters(abstract_model(config)), make_mesh(2, 4)
+    model, mesh = abstract_model(config), make_mesh(2, 4)
+    parameters, roles = get_parameters(model), parameter_roles(model)
     for parameter, array in parameters.items():
-        spec = parameter_sharding(mesh, parameter, array.shape).spec
+        spec = parameter_sharding(mesh, roles[parameter], array.shape).spec
         assert '.blocks.' not in parameter or not spec or spec[0] is None
-    assert 0.25 < share_held(mesh, parameters) < 0.28
-    assert share_held(make_mesh(), parameters) == 1
+    assert 0.25 < share_held(mesh, roles, parameters) < 0.28
+    assert share_held(make_mesh(), roles, parameters) == 1
 
 
-@pytest.mark.parametrize('name', list_models())
-def test_every_parameter_of_every_model_has_a_rule(name):
+class Energy(Task):
+    """A task for any backbone: its features shall be small."""
+
+    def loss(self, model, batch, keys):
+        features = model(batch['image'])
+        return Loss(sum(jnp.square(x).mean((1, 2, 3)).sum() for x in features.values()), jnp.float32(len(keys)))
+
+
+def test_a_dilated_backbone_trains_on_a_mesh_as_on_one_device():
+    """Segmentation trains one: its norms need no rules by name, and a kernel that nothing gathers must stay whole."""
     config = default_config()
-    config.model.update(name=name, num_classes=10)
-    mesh = make_mesh(4, 2)
-    for parameter, array in get_parameters(abstract_model(config)).items():
-        parameter_sharding(mesh, parameter, array.shape)
-    with pytest.raises(ValueError, match='no rule of FSDP_RULES covers stem.conv.angle'):
-        parameter_sharding(mesh, 'stem.conv.angle', (2, 2))
+    config.batch_size = 8
+    variant = Variant((1, 1), (64, 128), patch_size=4)
+    model = jax.eval_shape(
+        lambda key: create_backbone(variant, out_features=('stage1', 'stage2'), output_stride=4, key=key),
+        jax.random.key(0),
+    )
+    roles = parameter_roles(model)
+    assert roles['stages.1.downsample.conv.kernel'] == Role(decays=True, fsdp_axis=None)
+    assert roles['stages.1.blocks.pointwise1.kernel'] == Role(decays=True, fsdp_axis=-2)
+    assert roles['norms.stage2.scale'] == Role(decays=False, fsdp_axis=None)
+    optimizer = adamw(
+        layer_factors(list(roles), variant.depths, 'single', 0.9),
+        {name: role.decays for name, role in roles.items()},
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.05,
+        clip_norm=0,
+    )
+    shapes = {name: x.shape for name, x in get_parameters(model).items()}
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(1), len(shapes)), strict=True))
+    parameters = {name: 0.1 * jax.random.normal(keys[name], shape) for name, shape in shapes.items()}
+    batch = {'image': jax.random.normal(jax.random.key(2), (8, 16, 16, 3))}
+
+    def trained(mesh):
+        state = initial_state(parameters, optimizer, ema=True)
+        state = jax.device_put(state, state_sharding(mesh, roles, state))
+        step = jax.jit(make_train_step(Energy(config), model, optimizer, lambda _: 1e-3, config, 10, mesh))
+        for _ in range(2):
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        return state.parameters, float(metrics['loss'])
+
+    whole, loss = trained(make_mesh(devices=jax.devices()[:1]))
+    sharded, other_loss = trained(make_mesh(4, 2))
+    assert 'fsdp' in sharded['stages.1.blocks.pointwise1.kernel'].sharding.spec
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for name, array in whole.items():
+        np.testing.assert_allclose(sharded[name], array, atol=2e-5, err_msg=name)
 
 
 def test_moments_and_moving_average_live_where_their_parameters_do(runs):
@@ -247,7 +294,7 @@ def test_a_device_holds_its_piece_of_the_state(runs):
     state = {name: run.compiled.memory_analysis().argument_size_in_bytes for name, run in runs.items()}
     assert state['8'] == pytest.approx(state['1'], rel=0.01)
     program = runs['4 × 2'].program
-    share = share_held(program.batch_sharding.mesh, program.abstract_state.parameters)
+    share = share_held(program.batch_sharding.mesh, parameter_roles(program.model), program.abstract_state.parameters)
     assert share < 0.55
     assert state['4 × 2'] == pytest.approx(share * state['1'], rel=0.01)
 
@@ -287,10 +334,10 @@ def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path, there, here):
 @pytest.mark.parametrize(('there', 'here'), [((8, 1), (2, 1)), ((8, 1), (1, 2)), ((2, 4), (2, 1)), ((1, 8), (4, 2))])
 def test_a_checkpoint_is_cut_anew(runs, tmp_path, there, here):
     """On fewer devices, from `data` to `fsdp` and back: every piece goes where the new mesh has it."""
-    state = some_of(runs['1'].states[1])
+    state, roles = some_of(runs['1'].states[1]), parameter_roles(runs['1'].program.model)
 
     def sharding(axes):
-        return state_sharding(make_mesh(*axes, jax.devices()[: np.prod(axes)]), state)
+        return state_sharding(make_mesh(*axes, jax.devices()[: np.prod(axes)]), roles, state)
 
     before = jax.device_put(state, sharding(there))
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from convnext_jax.config import default_config
-from convnext_jax.models import get_parameters
+from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import abstract_model, build_model
@@ -36,7 +36,13 @@ def small_config():
 def build(config):
     model = abstract_model(config)
     optimizer = adamw(
-        dict.fromkeys(get_parameters(model), 1.0), beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0
+        dict.fromkeys(get_parameters(model), 1.0),
+        {name: role.decays for name, role in parameter_roles(model).items()},
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.05,
+        clip_norm=0,
     )
     schedule = cosine_schedule(1e-3, 1e-6, 0, 100)
     state = jax.jit(
@@ -53,7 +59,6 @@ def make_batch(images=16):
     return {
         'image': rng.integers(0, 256, (images, 16, 16, 3), dtype=np.uint8),
         'label': rng.integers(0, 10, images, dtype=np.int32),
-        'weight': np.ones(images, np.float32),
     }
 
 

@@ -19,7 +19,7 @@ from convnext_jax.training.checkpoint import saved_steps
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
 from convnext_jax.training.saving import NotSaved
-from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.stop import Stop, Stopped
 from convnext_jax.training.watch import NoBatch
@@ -101,7 +101,7 @@ def make_run(config, checkpoints):
     train_source, eval_source = open_sources(config)
     settle_classes(config, train_source)
     plan = make_plan(config, len(train_source))
-    run = Run(config, plan, make_mesh(), abstract_model(config), train_source, eval_source, checkpoints)
+    run = Run(config, plan, make_mesh(), train_source, eval_source, checkpoints)
     run.train_step = Steps()
     return run
 

@@ -8,9 +8,9 @@ import pytest
 from convnext_jax import create_model, save_pretrained
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
-from convnext_jax.models import get_parameters
+from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.training.evaluate import Protocol, evaluate_weights
-from convnext_jax.training.sharding import make_mesh, parameter_sharding
+from convnext_jax.training.sharding import make_mesh, parameters_sharding
 from convnext_jax.training.weights import _load_run, load_parameters
 
 
@@ -80,9 +80,8 @@ def test_sharded_heads_keep_their_sharding(tmp_path):
     old = create_model('convnextv2_tiny', key=jax.random.key(0), num_classes=64)
     save_pretrained(old, tmp_path / 'out', class_names=[f'old {label}' for label in range(64)])
     mesh = make_mesh(fsdp=8)
-    initial = {
-        name: jax.device_put(x, parameter_sharding(mesh, name, x.shape)) for name, x in get_parameters(old).items()
-    }
+    parameters = get_parameters(old)
+    initial = jax.device_put(parameters, parameters_sharding(mesh, parameter_roles(old), parameters))
     loaded, _ = load_parameters(init(tmp_path / 'out'), initial, ['new', *(f'old {label}' for label in range(63))])
     assert 'fsdp' in loaded['head.kernel'].sharding.spec
     assert {name: x.sharding for name, x in loaded.items()} == {name: x.sharding for name, x in initial.items()}

@@ -40,7 +40,7 @@ def _config(task: Task) -> ConfigDict:
 
 def _training_step(task: Task, config: ConfigDict) -> Callable[[], None]:
     mesh = make_mesh(devices=jax.devices()[:1])
-    program = Program(config, make_plan(config, images=task.batch), mesh, abstract_model(config))
+    program = Program(config, make_plan(config, images=task.batch), mesh)
     images, labels = example_batch(task)
     batch = {
         'image': jnp.asarray(np.clip(128 + 50 * images, 0, 255), jnp.uint8),
