@@ -3,9 +3,9 @@
 from ml_collections import ConfigDict
 
 from convnext_jax.tasks.classification import Classification
-from convnext_jax.tasks.task import Batch, Loss, Task
+from convnext_jax.tasks.task import Batch, Headline, Loss, Task
 
-__all__ = ['Batch', 'Loss', 'Task', 'make_task']
+__all__ = ['Batch', 'Headline', 'Loss', 'Task', 'make_task']
 
 
 def make_task(config: ConfigDict) -> Task:

@@ -7,7 +7,7 @@ import optax
 from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
 from convnext_jax.models import ConvNeXt
-from convnext_jax.tasks.task import Batch, Loss, Task
+from convnext_jax.tasks.task import Batch, Headline, Loss, Task
 
 
 class Classification(Task):
@@ -16,6 +16,8 @@ class Classification(Task):
     A batch holds `image` (N, H, W, C) uint8 and `label` (N,) int32; augmented, `image` is float and normalised, and
     `target` (N, classes) takes the label's place.
     """
+
+    headline = Headline('top1', 'top-1', ' %')
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
         """Augments each image by its key, and mixes images and targets until `config.mix.off_epoch`."""

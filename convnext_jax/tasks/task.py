@@ -1,7 +1,7 @@
 """The contract between a task and the code that trains any task: everything on the device is a pure function."""
 
 import abc
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -27,12 +27,40 @@ class Loss(NamedTuple):
     terms: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it
 
 
+class Headline(NamedTuple):
+    """The metric that stands for an evaluation in the log, the curves and the choice of the best checkpoint.
+
+    Attributes:
+        name: among the metrics of an evaluation, where higher is better: 'top1'.
+        title: in words: 'top-1'.
+        unit: behind its value: ' %', or ''.
+    """
+
+    name: str
+    title: str
+    unit: str = ''
+
+    def describe(self, metrics: dict[str, float | None]) -> str:
+        """Its value in the metrics of an evaluation, and that of the moving average if there is one.
+
+        None, as records hold it, stands for a value that is not finite.
+        """
+
+        def value(name: str) -> str:
+            return 'not finite' if metrics[name] is None else f'{metrics[name]:.2f}{self.unit}'
+
+        average = f'ema_{self.name}'
+        return f'{self.title} {value(self.name)}' + (f', EMA {value(average)}' if average in metrics else '')
+
+
 class Task(abc.ABC):
     """What a run learns.
 
     Args:
         config: of the experiment.
     """
+
+    headline: ClassVar[Headline]
 
     def __init__(self, config: ConfigDict):
         self.config = config

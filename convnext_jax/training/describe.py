@@ -9,6 +9,7 @@ from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
 from convnext_jax.data.sources import Source
 from convnext_jax.models import ConvNeXt, get_parameters, parameter_roles
+from convnext_jax.tasks import Headline
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.optimizer import peak_learning_rate
 from convnext_jax.training.process import describe_settings
@@ -54,11 +55,10 @@ def describe(
     ]
 
 
-def finished(workdir: Path, config: ConfigDict) -> str:
-    """The line at the end of a run: accuracy, curves, what to type next."""
+def finished(workdir: Path, config: ConfigDict, headline: Headline) -> str:
+    """The line at the end of a run: headline metric, curves, what to type next."""
     results = [record for record in read_records(workdir) if record['split'] == config.data.eval_split]
     scores = ''
     if results:
-        ema = f' (EMA {results[-1]["ema_top1"]:.2f} %)' if 'ema_top1' in results[-1] else ''
-        scores = f': top-1 {results[-1]["top1"]:.2f} %{ema} on {results[-1]["images"]:,} images'
+        scores = f': {headline.describe(results[-1])} on {results[-1]["images"]:,} images'
     return f'finished{scores}. Curves: {workdir / CURVES}. Next: python eval.py --workdir={workdir}'

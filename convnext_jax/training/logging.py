@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from convnext_jax.errors import UserError
 from convnext_jax.output import say, to_json
+from convnext_jax.tasks import Headline
 from convnext_jax.training.workdir import CURVES, METRICS, TENSORBOARD, open_to_append, write_whole
 
 
@@ -35,15 +36,17 @@ class RunLog:
         workdir: of the run; records of steps after `start_step`, left by a run that was killed, are dropped.
         start_step: steps done before.
         total_steps: of the whole run.
+        headline: the metric of an evaluation that is printed and drawn.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int):
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, headline: Headline):
         with _without_torch():  # tensorboardX would import it where there is one, which takes seconds
             # Not SummaryWriter: its thread dies of a full disk, and then it blocks.
             from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
         self._total_steps = total_steps
+        self._headline = headline
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
         write_whole(workdir / METRICS, ''.join(to_json(record) + '\n' for record in records).encode())
         self._metrics = open_to_append(workdir / METRICS)
@@ -105,10 +108,9 @@ class RunLog:
     def evaluation(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
         """Records an evaluation, and draws the curves anew."""
         self._record(step, epoch, split, metrics)
-        ema = f', EMA {metrics["ema_top1"]:.2f} %' if 'ema_top1' in metrics else ''
-        self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} top-1 {metrics["top1"]:.2f} %{ema}')
+        self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} {self._headline.describe(metrics)}')
         with self._going_on():
-            draw_curves(self._workdir)
+            draw_curves(self._workdir, self._headline)
 
     def _record(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
         with self._going_on():
@@ -159,15 +161,15 @@ def read_records(workdir: Path) -> list[dict]:
     return records
 
 
-def draw_curves(workdir: Path) -> None:
-    """Draws curves.png: loss, accuracy raw and EMA, learning rate and throughput over the epochs."""
+def draw_curves(workdir: Path, headline: Headline) -> None:
+    """Draws curves.png: loss, headline metric raw and EMA, learning rate and throughput over the epochs."""
     from matplotlib.figure import Figure  # takes a second: not at start
 
     records = read_records(workdir)
     training = [record for record in records if record['split'] == 'train']
     evaluations = [record for record in records if record['split'] != 'train']
     figure = Figure(figsize=(10, 7), layout='constrained')
-    (loss, accuracy), (rate, speed) = figure.subplots(2, 2)
+    (loss, metric), (rate, speed) = figure.subplots(2, 2)
 
     def curve(axes, rows: list[dict], name: str, label: str, marker: str = '') -> None:
         rows = [row for row in rows if row.get(name) is not None]
@@ -177,11 +179,17 @@ def draw_curves(workdir: Path) -> None:
     curve(loss, training, 'loss', 'training')
     curve(loss, evaluations, 'loss', 'evaluation, raw', '.-')
     curve(loss, evaluations, 'ema_loss', 'evaluation, EMA', '.-')
-    curve(accuracy, evaluations, 'top1', 'raw', '.-')
-    curve(accuracy, evaluations, 'ema_top1', 'EMA', '.-')
+    curve(metric, evaluations, headline.name, 'raw', '.-')
+    curve(metric, evaluations, f'ema_{headline.name}', 'EMA', '.-')
     curve(rate, training, 'learning_rate', 'learning rate')
     curve(speed, training, 'images_per_second', 'images/s')
-    titles = {loss: 'loss', accuracy: 'top-1 accuracy (%)', rate: 'learning rate', speed: 'training images per second'}
+    unit = f' ({headline.unit.strip()})' if headline.unit else ''
+    titles = {
+        loss: 'loss',
+        metric: f'{headline.title}{unit}',
+        rate: 'learning rate',
+        speed: 'training images per second',
+    }
     for axes, title in titles.items():
         axes.set_title(title)
         axes.set_xlabel('epoch')

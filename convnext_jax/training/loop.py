@@ -19,6 +19,7 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.output import say
+from convnext_jax.tasks import make_task
 from convnext_jax.training.checkpoint import read_about
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
@@ -74,7 +75,8 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         for line in settle_config(workdir, config) if is_first() else ():
             say(f'changed since the run began: {line}')
-        best, keep = 'ema_top1' if config.ema.decay else 'top1', config.keep_checkpoints
+        headline, keep = make_task(config).headline, config.keep_checkpoints
+        best = f'ema_{headline.name}' if config.ema.decay else headline.name
         with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
             run = Run(config, plan, mesh, train_source, eval_source, checkpoints)
             state = run.restored_state()
@@ -82,7 +84,7 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
                 for line in describe(config, plan, mesh, run.model, train_source, eval_source, workdir):
                     say(line)
                 run.go(state or run.first_state(), workdir, profile)
-        say(finished(workdir, config))
+        say(finished(workdir, config, headline))
 
 
 class NotFinite(UserError):
@@ -159,7 +161,7 @@ class Run(Program):
         """
         step = saved = int(state.step)
         with (
-            RunLog(workdir, step, self.plan.total_steps) if is_first() else Silence() as log,
+            RunLog(workdir, step, self.plan.total_steps, self.task.headline) if is_first() else Silence() as log,
             agreed_stop() if are_several() else stop_signal() as stop,
             contextlib.nullcontext(Pace(self.config, step, stop)) as pace,
             Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, pace.paused, log.say) as trace,

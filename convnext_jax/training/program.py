@@ -18,13 +18,14 @@ class Program:
     """The computation of a run, put together once.
 
     Attributes:
+        task: what is learned.
         model: the network, with shapes instead of arrays.
         abstract_state: the state's shapes, each with where it lives.
         train_step: jitted; gives its first argument's memory to the next state.
     """
 
     def __init__(self, config: ConfigDict, plan: Plan, mesh: jax.sharding.Mesh):
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.task = config, plan, make_task(config)
         self.model = model = abstract_model(config)
         roles = parameter_roles(model)
         peak = peak_learning_rate(config)
@@ -46,7 +47,7 @@ class Program:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
         )
         self.train_step = jax.jit(
-            make_train_step(make_task(config), model, self.optimizer, schedule, config, plan.steps_per_epoch, mesh),
+            make_train_step(self.task, model, self.optimizer, schedule, config, plan.steps_per_epoch, mesh),
             donate_argnums=0,
             out_shardings=(self.state_sharding, None),
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from convnext_jax.errors import UserError
+from convnext_jax.tasks import Headline
 from convnext_jax.training.logging import RunLog, read_records
 
 SPEEDS = {'images_per_second': 10.0, 'step_ms_median': 100.0, 'step_ms_p99': 120.0, 'data_wait_share': 0.0}
@@ -27,7 +28,7 @@ def steps(workdir: Path) -> list[int]:
 
 def test_a_disk_that_is_full_for_a_while_costs_no_record(tmp_path, capsys, limit_files):
     """Nor does it stop the training, or say so at every step."""
-    with RunLog(tmp_path, 0, 8) as log:
+    with RunLog(tmp_path, 0, 8, Headline('top1', 'top-1', ' %')) as log:
         log.train(1, 0.1, METRICS, 1.0)
         limit_files(1)
         for step in (2, 3, 4):
@@ -44,7 +45,7 @@ def test_a_run_whose_records_are_not_on_disk_is_not_done(tmp_path, limit_files):
     """The same command again evaluates and ends it: 'finished' would be said of another step's accuracy."""
 
     def run() -> None:
-        with RunLog(tmp_path, 0, 8) as log:
+        with RunLog(tmp_path, 0, 8, Headline('top1', 'top-1', ' %')) as log:
             limit_files(1)
             log.train(1, 0.1, METRICS, 1.0)
 

@@ -193,7 +193,7 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
     run.eval_step = eval_step
     state = jax.eval_shape(run.fresh_state)
     state.ema = {}
-    with RunLog(tmp_path, 0, run.plan.total_steps) as log:
+    with RunLog(tmp_path, 0, run.plan.total_steps, run.task.headline) as log:
         assert run._evaluate(log, 1, state, stop, no_word) is None
     assert len(batches) == 3
     assert read_records(tmp_path) == []

@@ -9,6 +9,7 @@ from etils import epath
 
 from convnext_jax.config import as_dict, default_config, from_dict, read_config
 from convnext_jax.errors import UserError
+from convnext_jax.tasks import Headline
 from convnext_jax.training import workdir
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.workdir import (
@@ -181,7 +182,7 @@ def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
     assert read_config(run / CONFIG) == default_config()
     speed = dict.fromkeys(('images_per_second', 'step_ms_median', 'step_ms_p99', 'data_wait_share'), 1.0)
     for start in (0, 1):
-        with RunLog(run, start, total_steps=2) as log:
+        with RunLog(run, start, 2, Headline('top1', 'top-1')) as log:
             log.train(start + 1, 0.5, {'loss': 2.0, 'learning_rate': 0.1, **speed}, seconds_left=0)
             log.evaluation(start + 1, 0.5, 'test', {'loss': 2.0, 'top1': 50.0})
     assert [record['step'] for record in read_records(run)] == [1, 1, 2, 2]
