@@ -19,6 +19,7 @@ ALLOWED = {
     'models': {'errors'},
     'data': {'paths', 'output', 'errors'},
     'evaluation': {'models', 'data', 'errors'},
+    'tasks': {'models', 'data', 'errors'},
     'interop': {'models', 'data', 'paths', 'output', 'errors'},
     'config': {'errors'},
     'cpu_settings': set(),
@@ -84,6 +85,14 @@ def test_the_front_gives_all_that_it_names():
     """`import convnext_jax as cx` is how everybody begins."""
     assert [name for name in convnext_jax.__all__ if not hasattr(convnext_jax, name)] == []
     assert convnext_jax.__version__
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / PACKAGE / 'training').rglob('*.py')), ids=module_name)
+def test_training_knows_tasks_by_their_front_alone(path):
+    """A loop that imports one task's file has a branch for it sooner or later."""
+    below = {name for name in imports(path) if name.startswith(f'{PACKAGE}.tasks.')}
+    assert {name.count('.') for name in below} <= {2}, below
+    assert not below & {module_name(file) for file in (ROOT / PACKAGE / 'tasks').glob('*.py')}
 
 
 @pytest.mark.parametrize('path', sorted(BENCHMARK.rglob('*.py')), ids=module_name)
