@@ -109,7 +109,9 @@ def kept_outputs(
     new = [name for name, output in zip(new_names, kept, strict=False) if output < 0]
     if len(new) == len(new_names):
         return kept, 'the head is newly initialised: the weights have none of these classes'
-    rest = f'; newly initialised: {_listed(new)}' if new else ''
+    unnamed = new_outputs - len(new_names)
+    new_parts = [_listed(new)] * bool(new) + [f'{unnamed} outputs without a class'] * bool(unnamed)
+    rest = f'; newly initialised: {", ".join(new_parts)}' if new_parts else ''
     return kept, f'the head keeps {len(new_names) - len(new)} of {len(new_names)} classes by their names{rest}'
 
 

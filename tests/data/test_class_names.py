@@ -109,5 +109,7 @@ def test_a_row_of_the_head_follows_its_name(new, old, kept, note):
 
 
 def test_outputs_beyond_the_names_are_newly_initialised():
-    assert kept_outputs(['ant'], 3, ['ant', 'bee'], 2)[0] == [0, -1, -1]
+    kept, note = kept_outputs(['ant', 'dog'], 4, ['ant', 'bee'], 2)
+    assert kept == [0, -1, -1, -1]
+    assert note == 'the head keeps 1 of 2 classes by their names; newly initialised: dog, 2 outputs without a class'
     assert kept_outputs(['ant', 'bee'], 3, ['ant', 'bee'], 3)[0] == [0, 1, 2]
