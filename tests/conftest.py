@@ -1,6 +1,7 @@
 """Eight simulated devices for the tests in this process, and a way to run the commands as a user does."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -121,7 +122,16 @@ def commands() -> Commands:
 
 @pytest.fixture(scope='session')
 def finished_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a small run that nothing interrupted; tests copy it before they change it."""
-    workdir = tmp_path_factory.mktemp('finished') / 'run'
-    commands.train(workdir)
-    return workdir
+    """The workdir of a small run that nothing interrupted; tests copy it before they change it.
+
+    The first worker of pytest-xdist that asks for it trains it, and the others wait.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent  # the workers have it in common
+    with open(folder / 'finished.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'finished.done').exists():
+            commands.train(folder / 'finished')
+            (folder / 'finished.done').touch()
+    return folder / 'finished'
