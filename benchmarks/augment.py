@@ -52,12 +52,8 @@ def bare_step(config: ConfigDict) -> dict[str, float]:
     parameters = get_parameters(model)
     optimizer = adamw(
         dict.fromkeys(parameters, 1.0),
-        {name: role.decays for name, role in parameter_roles(model).items()},
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
+        parameter_roles(model),
         weight_decay=0.05,
-        clip_norm=0,
     )
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, ema=True), parameters)
     batch = {'image': _images(config), 'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}

@@ -25,8 +25,8 @@ class Prediction:
     Attributes:
         path: of the file.
         best: (label, class name, probability) of the most probable classes, the best first; empty after an error, and
-            where the scores are not finite: NaN has no order. The probabilities of a multi-label head are of each class
-            by itself and need not add up to 1.
+            where the scores are not finite: NaN has no order. The probabilities of a multi-label head are
+            independent and need not add up to 1.
         error: why the file could not be read, or ''.
     """
 

@@ -17,7 +17,7 @@ ROWS = 16
 """Images that a thread decodes before the next is asked for: a signal is answered between them."""
 
 SHOWN = 3
-"""So many unreadable images are named in a message."""
+"""How many unreadable images a message names."""
 
 
 def find_unreadable(

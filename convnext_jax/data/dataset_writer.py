@@ -129,7 +129,7 @@ def _begin(scratch: Path, plan: str) -> None:
             say(f'{scratch} was interrupted: its whole shards are kept')
             return
         if scratch.exists():
-            say(f'{scratch} was interrupted, of other images: it is made anew')
+            say(f'{scratch} holds an interrupted set of other images: it is removed')
             shutil.rmtree(scratch)
         scratch.mkdir()
         (scratch / PLAN).write_text(plan, encoding='utf-8')

@@ -51,7 +51,7 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
 
     Raises:
         UserError: the name is not free or not allowed, a split has a class that the split with the most classes lacks,
-            there is one class alone, or a split is no folder of class folders; or as `write_dataset`.
+            there is only one class, or a split is not a folder of class folders; or as `write_dataset`.
     """
     import tensorflow_datasets as tfds
 
@@ -118,5 +118,5 @@ def _folder_images(root: Path, source: FolderSource, labels: Sequence[int]) -> l
 
 def _is_prepared(directory: Path) -> bool:
     if directory.is_dir():
-        say(f'{describe_dataset(directory)}: nothing is left to do (remove it to prepare it anew)')
+        say(f'{describe_dataset(directory)}: nothing is left to do (remove it to prepare it again)')
     return directory.is_dir()

@@ -41,9 +41,10 @@ class Headline(NamedTuple):
     unit: str = ''
 
     def describe(self, metrics: dict[str, float | None]) -> str:
-        """Its value in the metrics of an evaluation, and that of the moving average if there is one.
+        """Gives the metric's value, and the moving average's value if there is one, in words.
 
-        None, as records hold it, stands for a value that is not finite.
+        Args:
+            metrics: of an evaluation; None, as in records, stands for a value that is not finite.
         """
 
         def value(name: str) -> str:

@@ -7,7 +7,7 @@ import optax
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import Parameters
+from convnext_jax.models import Parameters, Role
 from convnext_jax.models.layers import Tree, apart_on_cpu
 
 
@@ -65,7 +65,7 @@ LAYER_RULES = {'single': _single_layers, 'group': _group_layers}
 
 
 def peak_learning_rate(config: ConfigDict) -> float:
-    """The learning rate after the warm-up: that of the config is for 256 examples, and scales with the batch."""
+    """The learning rate after the warm-up: the config's, which is for 256 examples, scaled with the batch size."""
     return config.optimizer.learning_rate * config.batch_size / 256
 
 
@@ -84,13 +84,13 @@ def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps:
 
 def adamw(
     factors: dict[str, np.ndarray | float],
-    decays: dict[str, bool],
+    roles: dict[str, Role],
     *,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
     weight_decay: float,
-    clip_norm: float,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv:1711.05101) but for the last factor: the training step multiplies by −learning rate itself.
 
@@ -98,7 +98,7 @@ def adamw(
 
     Args:
         factors: of the learning rate, as `layer_factors` gives them for every parameter.
-        decays: whether weight decay falls on each parameter.
+        roles: of the parameters; they say on which of them weight decay falls.
         beta1, beta2, epsilon, weight_decay: as in the paper.
         clip_norm: largest global norm of the gradient; 0 for any.
     """
@@ -110,7 +110,7 @@ def adamw(
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         _scale_by_adam(beta1, beta2, epsilon),
-        optax.add_decayed_weights(weight_decay, mask=decays),
+        optax.add_decayed_weights(weight_decay, mask={name: roles[name].decays for name in factors}),
         optax.stateless(by_layer),
     )
 

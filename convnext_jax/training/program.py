@@ -32,7 +32,7 @@ class Program:
         layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
             layer_factors(list(roles), model.variant.depths, rule, layer_decay),
-            {name: role.decays for name, role in roles.items()},
+            roles,
             beta1=config.optimizer.beta1,
             beta2=config.optimizer.beta2,
             epsilon=config.optimizer.epsilon,

@@ -104,7 +104,7 @@ def test_imagenet_by_the_command(commands, tars, tmp_path):
     assert len(prepared(tmp_path, 'imagenet2012', 'train[:60%]')[1]) == 9
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     again = commands.run('-m', 'convnext_jax', 'prepare', 'imagenet2012', *flags)
-    assert again.stdout == f'{line}: nothing is left to do (remove it to prepare it anew)\n'
+    assert again.stdout == f'{line}: nothing is left to do (remove it to prepare it again)\n'
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
@@ -187,7 +187,7 @@ def test_interrupted_with_other_images_is_made_anew(folder, tmp_path, monkeypatc
     (folder / 'train' / 'żubr' / '3 é.jpg').unlink()
     monkeypatch.setattr(dataset_writer, 'SHARD_BYTES', 1500)
     prepare_folder(folder, tmp_path / 'data', 'my_photos')
-    assert 'was interrupted, of other images: it is made anew' in capsys.readouterr().out
+    assert 'holds an interrupted set of other images: it is removed' in capsys.readouterr().out
     assert len(prepared(tmp_path, 'my_photos', 'train')[1]) == 29
 
 

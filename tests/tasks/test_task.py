@@ -39,12 +39,8 @@ def build(batch_size, accumulation_steps=1, axes=(1, 1)):
     roles, mesh = parameter_roles(model), make_mesh(*axes, jax.devices()[: axes[0] * axes[1]])
     optimizer = adamw(
         dict.fromkeys(roles, 1.0),
-        {name: role.decays for name, role in roles.items()},
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
+        roles,
         weight_decay=0.05,
-        clip_norm=0,
     )
     state = initial_state(get_parameters(model), optimizer, ema=True)
     state = jax.device_put(state, state_sharding(mesh, roles, state))

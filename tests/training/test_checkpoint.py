@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 from convnext_jax.errors import UserError
+from convnext_jax.models import Role
 from convnext_jax.training import saving
 from convnext_jax.training.checkpoint import (
     DamagedCheckpoint,
@@ -35,8 +36,7 @@ def make_state(step: int = 0, width: int = 300) -> TrainState:
         'head.kernel': jnp.asarray(rng.normal(size=(width, 40)), jnp.float32),
         'head.bias': jnp.asarray(rng.normal(size=40), jnp.float32),
     }
-    factors, decays = dict.fromkeys(parameters, 1.0), dict.fromkeys(parameters, False)
-    optimizer = adamw(factors, decays, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
+    optimizer = adamw(dict.fromkeys(parameters, 1.0), dict.fromkeys(parameters, Role()), weight_decay=0)
     state = initial_state(parameters, optimizer, ema=True)
     state.step = jnp.asarray(step, jnp.int32)
     return state

@@ -6,7 +6,7 @@ import pytest
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.layouts import entries
-from convnext_jax.models import create_model, get_parameters, list_models, parameter_roles
+from convnext_jax.models import Role, create_model, get_parameters, list_models, parameter_roles
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, moving_average
 
 
@@ -39,8 +39,8 @@ def test_update_is_adamw_with_decoupled_decay():
     """Two steps against the formula of arXiv:1711.05101 in float64."""
     rng = np.random.default_rng(0)
     weights = {'head.kernel': rng.normal(size=(3, 2)), 'head.bias': rng.normal(size=2)}
-    factors, decays = dict.fromkeys(weights, 1.0), {name: name.endswith('kernel') for name in weights}
-    optimizer = adamw(factors, decays, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
+    factors, roles = dict.fromkeys(weights, 1.0), {name: Role(decays=name.endswith('kernel')) for name in weights}
+    optimizer = adamw(factors, roles, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.05, clip_norm=0)
     ours = {name: value.astype(np.float32) for name, value in weights.items()}
     state = optimizer.init(ours)
     first, second = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
@@ -62,12 +62,12 @@ def test_clipping_bounds_the_global_norm_of_the_gradient():
     """Adam hides the scale of one step, so two steps of very different size tell whether the second was clipped."""
     small, huge = {'head.kernel': np.full((2, 2), 0.1, np.float32)}, {'head.kernel': np.full((2, 2), 1e6, np.float32)}
 
-    factors, decays = {'head.kernel': 1.0}, {'head.kernel': True}
+    factors, roles = {'head.kernel': 1.0}, {'head.kernel': Role(decays=True)}
 
     def second_update(clip_norm):
         optimizer = adamw(
             factors,
-            decays,
+            roles,
             beta1=0.9,
             beta2=0.999,
             epsilon=1e-8,
@@ -78,7 +78,7 @@ def test_clipping_bounds_the_global_norm_of_the_gradient():
         return np.asarray(optimizer.update(huge, state, small, good=True)[0]['head.kernel'])
 
     bounded = {'head.kernel': huge['head.kernel'] / np.float32(2e6)}  # of norm 1
-    optimizer = adamw(factors, decays, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
+    optimizer = adamw(factors, roles, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0, clip_norm=0)
     _, state = optimizer.update(small, optimizer.init(small), small, good=True)
     expected = np.asarray(optimizer.update(bounded, state, small, good=True)[0]['head.kernel'])
     np.testing.assert_allclose(second_update(1.0), expected, rtol=1e-5)
@@ -149,7 +149,7 @@ def test_layer_decay_scales_the_whole_update_of_each_block():
     options = {'beta1': 0.9, 'beta2': 0.999, 'epsilon': 1e-8, 'weight_decay': 0.05, 'clip_norm': 0}
 
     def update(factors):
-        optimizer = adamw(factors, dict.fromkeys(factors, True), **options)
+        optimizer = adamw(factors, dict.fromkeys(factors, Role(decays=True)), **options)
         return optimizer.update(gradient, optimizer.init(weights), weights, good=True)[0]
 
     plain = update(dict.fromkeys(names, 1.0))

@@ -70,12 +70,8 @@ def our_run(parameters, config):
     model = abstract_model(config)
     optimizer = adamw(
         layer_factors(list(parameters), model.variant.depths, 'single', LAYER_DECAY),
-        {name: role.decays for name, role in parameter_roles(model).items()},
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
+        parameter_roles(model),
         weight_decay=DECAY,
-        clip_norm=0,
     )
     schedule, mesh = cosine_schedule(PEAK, MINIMUM, WARMUP, STEPS), make_mesh(devices=jax.devices()[:1])
     step = jax.jit(make_train_step(make_task(config), model, optimizer, schedule, config, STEPS, mesh))

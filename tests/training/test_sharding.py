@@ -196,12 +196,8 @@ def test_a_dilated_backbone_trains_on_a_mesh_as_on_one_device():
     assert roles['norms.stage2.scale'] == Role(decays=False, fsdp_axis=None)
     optimizer = adamw(
         layer_factors(list(roles), variant.depths, 'single', 0.9),
-        {name: role.decays for name, role in roles.items()},
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
+        roles,
         weight_decay=0.05,
-        clip_norm=0,
     )
     shapes = {name: x.shape for name, x in get_parameters(model).items()}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(1), len(shapes)), strict=True))

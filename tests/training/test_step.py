@@ -37,12 +37,8 @@ def build(config):
     model = abstract_model(config)
     optimizer = adamw(
         dict.fromkeys(get_parameters(model), 1.0),
-        {name: role.decays for name, role in parameter_roles(model).items()},
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
+        parameter_roles(model),
         weight_decay=0.05,
-        clip_norm=0,
     )
     schedule = cosine_schedule(1e-3, 1e-6, 0, 100)
     state = jax.jit(
