@@ -323,7 +323,11 @@ def write_folder(
             if isinstance(content, dict):
                 content = f'{to_json(content, indent=2)}\n'.encode()
             (partial / name).write_bytes(content)
-        partial.replace(folder)
+        if folder.exists():  # and stays the folder that it is, which may be somebody's current one
+            for path in sorted(partial.iterdir()):
+                path.replace(folder / path.name)
+        else:
+            partial.replace(folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last
         raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
     finally:

@@ -13,6 +13,7 @@ from random_models import assert_equal, random_model, state_dict
 
 from convnext_jax import load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
+from convnext_jax.interop.files import write_folder
 from convnext_jax.interop.layouts import to_layout
 from convnext_jax.models import get_parameters
 
@@ -355,3 +356,15 @@ def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
     file.with_name('model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(UserError, match='and its files differ in classifier.bias, classifier.weight'):
         load_pretrained(tmp_path / 'out')
+
+
+def test_an_empty_folder_stays_the_folder_that_it_is(tmp_path, monkeypatch):
+    """`convert … .` put another folder in the place of the current one, and the shell saw an empty one."""
+    folder = tmp_path / 'out'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    number = folder.stat().st_ino
+    write_folder(Path('.'), {'x': np.zeros(2, np.float32)}, {'config.json': {}})
+    assert folder.stat().st_ino == number
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
