@@ -21,6 +21,7 @@ from convnext_jax.command_line import (
     define_processes,
     define_stored_config,
     parse,
+    refusals,
     required,
     required_config,
     run,
@@ -70,7 +71,8 @@ def _stored_config(arguments: list[str]) -> ConfigDict | None:
     for name in ('workdir', 'config', 'weights'):
         flags.DEFINE_string(name, None, '', flag_values=given)
     given.set_gnu_getopt(True)  # reads on behind the value of a flag that is not known here
-    given(list(arguments), known_only=True)
+    with refusals():
+        given(list(arguments), known_only=True)
     if given.workdir is None:
         return None
     if given.weights is not None:

@@ -23,6 +23,9 @@ from convnext_jax.training.stop import Stopped
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """A disk that is full, or that may not be written."""
 
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""A path that no file can have, or a link that leads to itself."""
+
 OUTPUT_CLOSED = 141
 """The exit status of a process that SIGPIPE ended, as a shell gives it."""
 
@@ -62,6 +65,8 @@ def _text_and_status(error: BaseException) -> tuple[str, int]:
         return f'error: {error}', 2
     if isinstance(error, OutputClosed):
         return f'error: {error}', OUTPUT_CLOSED
+    if isinstance(error, OSError) and error.errno in NO_PATH:
+        return f'error: {error.filename} cannot be found: {error.strerror}', 2
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = f'{error.filename} cannot be written: ' if error.filename else ''
         return f'error: {where}{error.strerror}', 2
@@ -136,7 +141,7 @@ def define_stored_config(values: flags.FlagValues, arguments: Sequence[str], con
     Raises:
         UserError: an unknown config field.
     """
-    with _refusals():
+    with refusals():
         config_flags.DEFINE_config_dict(
             'config',
             config.copy_and_resolve_references(),
@@ -161,7 +166,7 @@ def parse(
         UserError: an unknown flag, config field or file, or a value of the wrong type.
     """
     flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
-    with _refusals():
+    with refusals():
         left_over = values([_with_home(argument) for argument in arguments])[1:]
     if values.help:
         show(f'{usage}\n{values.get_help()}')
@@ -176,7 +181,7 @@ def parse(
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """Turns what absl and ml_collections raise about flags into one line."""
     try:
         yield

@@ -49,8 +49,9 @@ def find_unreadable(
         index = share.position(local)
         if index < len(source):
             try:
-                sides = _check(source[index].image, channels, source.name(index))
-                eval_sides(sides, image_size, crop_pct, name=source.name(index))
+                example = source[index]
+                sides = _check(example.image, channels, example.name)
+                eval_sides(sides, image_size, crop_pct, name=example.name)
             except UserError as error:
                 errors[index] = str(error)
         return {'index': np.int64(index)}
@@ -90,5 +91,6 @@ def describe_unreadable(errors: dict[int, str], images: int, split: str) -> str:
     more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
     return (
         f'{len(errors)} of the {images} images of {split} cannot be read: {shown}{more}. '
-        'Remove or replace them, and run the same command again'
+        'Remove or replace them (of a prepared data set: in its source, and prepare it again), '
+        'and run the same command again'
     )

@@ -128,6 +128,8 @@ def _trust_positions(names: Sequence[str], others: Sequence[str] | None) -> bool
         return True
     if not _positions(names).keys().isdisjoint(_positions(others)):
         return False
+    if all(map(str.isdecimal, names)) and not _are_placeholders(names):
+        return False  # numbers that are not the positions: with LABEL_3, nobody knows which of the two is meant
     return _are_placeholders(names) or _are_placeholders(others) or _wordnet_and_words(names, others)
 
 

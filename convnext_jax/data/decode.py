@@ -10,7 +10,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
-from convnext_jax.errors import UserError
+from convnext_jax.errors import UserError, first_line
 
 try:
     import cykooz_resizer as fast  # four times as fast as Pillow's filter
@@ -22,6 +22,9 @@ MOST_PIXELS = 10**8  # of a resized image, as Pillow's own bound on what it open
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'JPEG2000', 'AVIF')
 """Pillow's names of the formats that are decoded. The content tells the format, not the suffix. Pillow knows more, but
 would start Ghostscript for a PostScript file."""
+
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, MemoryError)
+"""What Pillow raises for damaged files; RuntimeError comes from AVIF, MemoryError from a damaged size."""
 
 
 def decode(image: bytes, channels: int, name: str) -> Image.Image:
@@ -43,8 +46,8 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
             orientation = _orientation(file)  # after the pixels: a PNG may hold its EXIF data behind them
     except Image.UnidentifiedImageError as error:
         raise UserError(f'{name} cannot be decoded as an image: it is none of {", ".join(FORMATS)}') from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{name} cannot be decoded as an image: {error}') from error
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+        raise UserError(f'{name} cannot be decoded as an image: {first_line(error)}') from error
     return converted if orientation == 1 else Image.fromarray(_turn(np.asarray(converted), orientation))
 
 
@@ -78,11 +81,12 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == 'F':
         if not (pixels.min() >= 0 and pixels.max() <= 1):
             raise UserError('its float pixels are not all from 0 to 1: save it with 8 or 16 bits')
-        return Image.fromarray(np.uint8(np.round(pixels * 255)))
-    if image.mode == 'I' and image.format != 'PPM':  # Pillow reads a deep PGM as I with values up to 65535
+        scaled = np.uint8(np.round(pixels * 255))
+    elif image.mode == 'I' and image.format != 'PPM':  # Pillow reads a deep PGM as I with values up to 65535
         raise UserError('its pixels are integers of unknown range (mode I): save it with 8 or 16 bits')
-    largest = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
-    scaled = np.uint8((pixels.astype(np.uint32).clip(0, largest) * 255 + largest // 2) // largest)
+    else:
+        largest = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+        scaled = np.uint8((pixels.astype(np.uint32).clip(0, largest) * 255 + largest // 2) // largest)
     white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0  # Pillow heeds it for up to 8 bits only
     return Image.fromarray(255 - scaled if white_is_zero else scaled)
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from convnext_jax.data.decode import FORMATS
+from convnext_jax.data.class_names import normalize
+from convnext_jax.data.decode import DECODING_ERRORS, FORMATS
+from convnext_jax.errors import UserError
 
 IMAGE_SUFFIXES = {
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.avif', '.avifs'),
@@ -29,13 +31,21 @@ class FoundImages(NamedTuple):
     left_out: Counter[str]
 
 
-def find_images(folder: Path) -> FoundImages:
+def find_images(folder: Path, split: Path | None = None) -> FoundImages:
     """Finds all images below a folder.
 
     An image is a file with a suffix of `IMAGE_SUFFIXES`, or with another suffix or none and the content of an image.
     (TIFF is the container of camera raw formats too, so there a foreign suffix is believed.) Hidden files, and all
     that is below a hidden folder, are left out. A link to a folder is followed, but no folder is read twice. A link
     that leads nowhere but has an image's suffix counts as an image, so that reading it tells that it is lost.
+
+    Args:
+        folder: where to search.
+        split: for a class folder, the folder of its split: links that lead to other parts of it are left out, since
+            the images there have another class.
+
+    Raises:
+        UserError: a folder cannot be read.
     """
     paths: list[str] = []
     left_out: Counter[str] = Counter()
@@ -44,23 +54,32 @@ def find_images(folder: Path) -> FoundImages:
     links = []  # followed after all that is reached without links
     while folders or links:
         directory = folders.pop() if folders else links.pop()
-        status = os.stat(directory)
+        try:
+            status = os.stat(directory)
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise UserError(f'{directory} cannot be read: {error.strerror}') from error
         if (status.st_dev, status.st_ino) in seen:
             left_out['linked folders that were read already'] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(directory) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
-                if entry.name.startswith('.'):
-                    left_out['hidden folders' if entry.is_dir() else 'hidden files'] += 1
-                elif entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(entry.path)
-                elif _is_image(entry.path):
+        for entry in entries:
+            if entry.name.startswith('.'):
+                left_out['hidden folders' if _is_folder(entry) else 'hidden files'] += 1
+            elif not _is_folder(entry):
+                kind = _kind_of_file(entry)
+                if kind == 'image':
                     paths.append(entry.path)
                 else:
-                    suffix = os.path.splitext(entry.name)[1].lower()
-                    left_out[f'{suffix} files' if suffix else 'files without a suffix'] += 1
-    return FoundImages(sorted(paths, key=lambda path: path.split(os.sep)), left_out)
+                    left_out[kind] += 1
+            elif not entry.is_symlink():
+                folders.append(entry.path)
+            elif split and _leads_to_other_classes(entry.path, folder, split):
+                left_out['links to folders of other classes'] += 1
+            else:
+                links.append(entry.path)
+    return FoundImages(sorted(paths, key=lambda path: normalize(path).split(os.sep)), left_out)
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
@@ -68,14 +87,31 @@ def describe_left_out(left_out: Counter[str]) -> str:
     return 'left out: ' + ', '.join(f'{kind} ({count})' for kind, count in sorted(left_out.items()))
 
 
-def _is_image(path: str) -> bool:
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in IMAGE_SUFFIXES:
-        return True
+def _is_folder(entry: os.DirEntry) -> bool:
     try:
-        with Image.open(path, formats=FORMATS) as image:  # reads the header alone
-            return image.format != 'TIFF' or not suffix
-    except Image.DecompressionBombError:  # too large, which decoding it will say
-        return True
-    except (OSError, SyntaxError, ValueError):
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or through a file
         return False
+
+
+def _kind_of_file(entry: os.DirEntry) -> str:
+    """'image', or the kind under which it is left out."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if os.path.exists(entry.path) and not os.path.isfile(entry.path):
+        return 'pipes, sockets and devices'  # which might never end when they are read
+    if suffix in IMAGE_SUFFIXES:
+        return 'image'
+    try:
+        with Image.open(entry.path, formats=FORMATS) as image:  # reads the header alone
+            if image.format != 'TIFF' or not suffix:
+                return 'image'
+    except Image.DecompressionBombError:  # too large, which decoding it will say
+        return 'image'
+    except DECODING_ERRORS:
+        pass
+    return f'{suffix} files' if suffix else 'files without a suffix'
+
+
+def _leads_to_other_classes(link: str, folder: Path, split: Path) -> bool:
+    target, own, whole = (Path(os.path.realpath(path)) for path in (link, folder, split))
+    return whole.is_relative_to(target) or (target.is_relative_to(whole) and not target.is_relative_to(own))

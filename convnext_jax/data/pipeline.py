@@ -23,6 +23,7 @@ from convnext_jax.errors import UserError
 
 MOST_LABELS = 32  # of one image; ReaL's have a dozen
 REPLACE = 'replace each by a readable file of that name, or delete them and take another workdir'
+REPLACE_IN_EVALUATION = 'replace it by a readable file of that name, and run the same command again'
 ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
 KEPT_BYTES = 2**28  # images that are the same in every epoch are decoded once, where all of them take no more than this
 
@@ -314,7 +315,7 @@ def eval_batches(
             image = decode(example.image, channels, example.name)
             pixels = eval_resize(image, image_size, crop_pct, squash=squash, resample=resample, name=example.name)
         except UserError as error:
-            raise UserError(f'{error}: remove or replace it, and run the same command again') from error
+            raise UserError(f'{error}: {REPLACE_IN_EVALUATION}') from error
         return _eval_row(pixels, example.label, weight=1)
 
     steps = range(-(-len(source) // share.batch_size))

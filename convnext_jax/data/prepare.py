@@ -113,7 +113,10 @@ def _imagenet_validation(path: Path, class_names: Sequence[str]) -> list[Image]:
 
 def _folder_images(root: Path, source: FolderSource, labels: Sequence[int]) -> list[Image]:
     paths = ((Path(path), labels[label]) for path, label in source.files)
-    return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in paths]
+    try:
+        return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in paths]
+    except OSError as error:
+        raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
 
 def _is_prepared(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from convnext_jax.data.class_names import match_names, outputs_of_classes
+from convnext_jax.data.class_names import match_names, normalize, outputs_of_classes
 from convnext_jax.data.image_files import IMAGE_SUFFIXES, describe_left_out, find_images
 from convnext_jax.data.shards import find_shards, open_index, read_bytes
 from convnext_jax.errors import UserError, first_line
@@ -176,7 +177,7 @@ class FolderSource:
                 f'{root} is not a folder: data.dir holds one folder for each split, and in it one for each class. '
                 '--config.data.dir=DIR says where'
             )
-        everything = sorted(root.iterdir())
+        everything = sorted(root.iterdir(), key=lambda path: normalize(path.name))
         entries = [path for path in everything if not path.name.startswith('.')]
         lost = [path.name for path in entries if path.is_symlink() and not path.exists()]
         if lost:
@@ -190,7 +191,7 @@ class FolderSource:
         beside = {'files': len(entries) - len(folders), 'hidden entries': len(everything) - len(entries)}
         left_out = Counter({f'{kind} beside the class folders': count for kind, count in beside.items() if count})
         for label, folder in enumerate(folders):
-            found = find_images(folder)
+            found = find_images(folder, root)
             if not found.paths:
                 left = f'; {describe_left_out(found.left_out)}' if found.left_out else ''
                 raise UserError(f'class folder {folder} holds no images{left}')
@@ -220,7 +221,10 @@ class FolderSource:
             return ''
         shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
         split = f'{self._split}/{folder.name}'
-        return f'. {folder} holds the folders {shown}: if they are the classes, the split is {split}'
+        return (
+            f'. {folder} holds the folders {shown}: if they are the classes, move them up into {folder.parent}, '
+            f'or train with the split {split}'
+        )
 
 
 class WebDatasetSource:
@@ -340,8 +344,10 @@ class TfdsSource:
             record = self._records[index]
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f'{self.name(index)} cannot be read: {first_line(error)}') from error
-        label = record[self._field]
-        return Example(record['image'], tuple(map(int, label)) if self.many_labels else int(label), self.name(index))
+        label, name = record[self._field], self.name(index)
+        if record.get('file_name'):  # as `prepare` stores it
+            name += f' ({os.fsdecode(record["file_name"])})'
+        return Example(record['image'], tuple(map(int, label)) if self.many_labels else int(label), name)
 
 
 def _tfds_builder(name: str, directory: str):

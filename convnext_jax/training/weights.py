@@ -43,7 +43,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     step, parameters = _newest_parameters(workdir, field)
     class_names = read_about(workdir / CHECKPOINTS, step)['data']['class names']
     model = with_parameters(evaluation_model(config), parameters)
-    named = tuple(class_names) if len(class_names) == config.model.num_classes else None
+    named = (*class_names, *(f'class {label}' for label in range(len(class_names), config.model.num_classes)))
     notes = ['--params=ema takes the moving average'] if params == 'raw' and config.ema.decay else []
     origin = f'the {params} weights of {where}, step {step}'
     return Pretrained(model, 'convnext_jax', named, config_processor(config), (), notes, origin=origin)

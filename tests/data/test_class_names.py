@@ -62,6 +62,12 @@ def test_positions_are_trusted_with_a_word_where_there_are_no_names(data, model,
         (['crane'], ['crane', 'heron', 'crane'], 3, 'several classes are called crane'),
         (['ant', 'bee', 'cat'], None, 2, 'the data has 3 classes, and the model 2 outputs'),
         (SYNSETS[1:], WORDS, 3, 'the model lacks these classes: n01443537'),
+        (
+            ['0', '1', '10', '11'],
+            [f'LABEL_{i}' for i in range(4)],
+            4,
+            'the model lacks',
+        ),  # LABEL_10?
         (WORDS, SYNSETS, 3, 'the model lacks'),  # words in the order of the alphabet, perhaps
     ],
 )

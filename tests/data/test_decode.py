@@ -122,6 +122,14 @@ def test_tiffs_of_twelve_bits_and_of_ink():
     np.testing.assert_array_equal(convert_mode(twelve, 1), np.round(values // 16 * (255 / 4095)).astype(np.uint8))
 
 
+def test_a_damaged_avif_is_one_line():
+    """Pillow's AVIF reader raises what no other format does: a traceback in place of the file's name."""
+    data = encoded(photograph(40, 30), 'AVIF')
+    start = data.index(b'mdat') + 4
+    with pytest.raises(UserError, match='^photo.avif cannot be decoded as an image'):
+        decode(data[:start] + bytes(len(data) - start), 3, 'photo.avif')
+
+
 def test_deep_pixels_of_unknown_range_are_refused():
     """Integers of 32 bits may end at 255, at 4095 or at 65535: a guess would be wrong without a word."""
     integers = encoded(Image.fromarray(np.arange(12, dtype=np.int32).reshape(3, 4)), 'TIFF')

@@ -42,6 +42,28 @@ def test_linked_folders_are_followed_once(tmp_path):
     assert find_images(folder).left_out == {'linked folders that were read already': 3}
 
 
+def test_links_to_other_classes_are_left_out(tmp_path):
+    """Their images would train twice, under labels that contradict each other."""
+    write(tmp_path / 'ant/a.jpg')
+    write(tmp_path / 'bee/deep/b.jpg')
+    (tmp_path / 'ant/up').symlink_to('..')
+    (tmp_path / 'ant/other').symlink_to('../bee/deep')
+    found = find_images(tmp_path / 'ant', tmp_path)
+    assert [os.path.relpath(path, tmp_path) for path in found.paths] == ['ant/a.jpg']
+    assert found.left_out == {'links to folders of other classes': 2}
+
+
+def test_links_in_a_circle_and_pipes_do_not_end_the_search(tmp_path):
+    """One odd entry among a million must not cost the run, or make it wait for ever."""
+    write(tmp_path / 'a.jpg')
+    (tmp_path / 'self').symlink_to('self')
+    (tmp_path / 'through').symlink_to('a.jpg/x')
+    os.mkfifo(tmp_path / 'pipe')
+    os.mkfifo(tmp_path / 'pipe.jpg')
+    assert names(tmp_path) == ['a.jpg']
+    assert find_images(tmp_path).left_out == {'files without a suffix': 2, 'pipes, sockets and devices': 2}
+
+
 def test_a_link_that_leads_nowhere_is_an_image_that_is_lost(tmp_path):
     """Images on a disk that is not mounted would vanish unseen."""
     (tmp_path / 'lost.jpg').symlink_to(tmp_path / 'unmounted.jpg')

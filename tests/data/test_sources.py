@@ -262,7 +262,7 @@ def test_a_set_with_one_class_teaches_nothing(folder):
     )
     assert str(error.value).endswith(f'. {hint}')
     assert open_source('folder', str(folder), 'deep/images').class_names == ['ant', 'zebra']  # the hint is true
-    with pytest.raises(UserError, match='if they are the classes, the split is deep/images'):
+    with pytest.raises(UserError, match='or train with the split deep/images'):
         with_classes_of_model(source, ['ant', 'zebra'], 2)
 
 

@@ -33,13 +33,13 @@ def of_size(images, mib, text='ENTRY %main (p: f32[8]) -> f32[8] {\n}'):
 
 
 def test_the_step_that_is_compiled_is_that_of_training(here):
-    """Its reductions carry each parameter's gradient once, and the loss; the state is updated in place."""
+    """Its reductions carry each parameter's gradient once, the loss and its weight; the state is updated in place."""
     config = get_config()
     compiled = compile_step(config, here, images=2)
     config.model.num_classes = 1000
     parameters = sum(array.size for array in get_parameters(abstract_model(config)).values())
     assert collectives(read_program(compiled.text), 8) == {
-        ('all-reduce', 'f32', 8): Collectives(1, 4 * (parameters + 1))
+        ('all-reduce', 'f32', 8): Collectives(1, 4 * (parameters + 2))
     }
     assert compiled.memory.arguments > 4 * 4 * parameters  # parameters, two moments and their moving average
     assert compiled.memory.results < 4 * parameters

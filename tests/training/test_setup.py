@@ -42,7 +42,7 @@ def test_a_class_that_training_lacks_is_refused(tmp_path):
 def test_one_class_is_refused_and_the_message_says_where_the_classes_are(tmp_path):
     write(tmp_path, 'train/images/ant', 'train/images/bee', 'val/images/ant', 'val/images/bee')
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match="^split train has one class, 'images', .* the split is train/images$"):
+    with pytest.raises(UserError, match="^split train has one class, 'images', .* with the split train/images$"):
         open_sources(config)
     config.data.train_split, config.data.eval_split = 'train/images', 'val/images'
     assert open_sources(config)[1].class_names == ['ant', 'bee']
