@@ -257,10 +257,8 @@ def test_a_set_with_one_class_teaches_nothing(folder):
     source = open_source('folder', str(folder), 'deep')
     with pytest.raises(UserError, match='^deep has one class, .images., and a classifier needs two or more') as error:
         check_has_classes(source, 'deep')
-    hint = (
-        f'{folder / "deep" / "images"} holds the folders ant, zebra: if they are the classes, the split is deep/images'
-    )
-    assert str(error.value).endswith(f'. {hint}')
+    hint = f'if they are the classes, move them up into {folder / "deep"}, or train with the split deep/images'
+    assert str(error.value).endswith(f'. {folder / "deep" / "images"} holds the folders ant, zebra: {hint}')
     assert open_source('folder', str(folder), 'deep/images').class_names == ['ant', 'zebra']  # the hint is true
     with pytest.raises(UserError, match='or train with the split deep/images'):
         with_classes_of_model(source, ['ant', 'zebra'], 2)
