@@ -65,7 +65,7 @@ def _stored_config(arguments: list[str]) -> ConfigDict | None:
     """The config of the run whose --workdir is among the arguments; None without --workdir.
 
     Raises:
-        UserError: there is no such run, or flags do not go together.
+        UserError: there is no such run, or two flags contradict each other.
     """
     given = flags.FlagValues()
     for name in ('workdir', 'config', 'weights'):

@@ -123,7 +123,7 @@ def test_tiffs_of_twelve_bits_and_of_ink():
 
 
 def test_a_damaged_avif_is_one_line():
-    """Pillow's AVIF reader raises what no other format does: a traceback in place of the file's name."""
+    """Pillow's AVIF reader raises RuntimeError, and the user saw a traceback that does not name the file."""
     data = encoded(photograph(40, 30), 'AVIF')
     start = data.index(b'mdat') + 4
     with pytest.raises(UserError, match='^photo.avif cannot be decoded as an image'):
