@@ -8,7 +8,6 @@ models                                       the table of architectures
 predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
 convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
 export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that runs without this package
-benchmark --models=NAME,… --mode=train       speed and memory beside timm, transformers, torch.compile, Flax and Keras
 plan --config=FILE --topology=v5e:4x4        memory, communication and cycles of a training step on TPUs that are not
                                              here (--gpu=h100:8: on GPUs), by compiling it
 """
@@ -19,9 +18,6 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from convnext_jax.benchmark.compare import MODES, choose_peers, compare, make_cases
-from convnext_jax.benchmark.process import OURS, PEERS
-from convnext_jax.benchmark.report import as_table, describe_machine, make_folder, write_report
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
@@ -139,38 +135,6 @@ def _as_table(prediction: Prediction) -> str:
     return '\n'.join([f'{prediction.path}', *lines])
 
 
-def benchmark(arguments: list[str]) -> None:
-    """Prints, and writes if asked to, how models fare beside the peers that are installed."""
-    values = flags.FlagValues()
-    flags.DEFINE_list('models', ['convnext_tiny'], 'Their names.', flag_values=values)
-    flags.DEFINE_list('mode', ['train'], f'Of {", ".join(MODES)}: one or more.', flag_values=values)
-    flags.DEFINE_list('peers', list(PEERS), 'The others.', flag_values=values)
-    flags.DEFINE_integer('batch', 8, 'Images to a step; latency is of one.', lower_bound=1, flag_values=values)
-    flags.DEFINE_integer('size', 224, 'Side of the images in pixels.', flag_values=values)
-    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of products.', flag_values=values)
-    flags.DEFINE_integer('rounds', 7, 'Turns of each.', lower_bound=1, flag_values=values)
-    flags.DEFINE_string('output', None, 'Folder for benchmark.json and benchmark.png.', flag_values=values)
-    parse(values, arguments, usage=__doc__)
-    cases = make_cases(values.models, values.mode, values.batch, values.size, values.dtype)
-    peers, missing = choose_peers(values.peers)
-    output = local_path(values.output) if values.output else None
-    if output:
-        make_folder(output)
-    machine, results = describe_machine(), []
-    left_out = [{'contender': name, 'reason': reason} for name, reason in missing.items()]
-    for case in cases:
-        measured, lost = compare(case, peers, values.rounds, say=lambda line: say(line, error=True))
-        results += measured
-        left_out += [{'case': str(case), 'contender': name, 'reason': reason} for name, reason in lost.items()]
-    show(as_table(machine, results))
-    for entry in left_out:
-        show(f'left out: {", ".join(entry.values())}')
-    if output:
-        write_report(output, machine, results, left_out)
-    if any(entry['contender'] == OURS for entry in left_out):
-        sys.exit(1)
-
-
 def plan_step(arguments: list[str]) -> None:
     """Prints what the compiler says of a config's training step on accelerators, without any."""
     values = flags.FlagValues()
@@ -194,7 +158,6 @@ COMMANDS = {
     'predict': predict_photos,
     'convert': convert,
     'export': export,
-    'benchmark': benchmark,
     'plan': plan_step,
 }
 

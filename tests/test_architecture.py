@@ -23,12 +23,12 @@ ALLOWED = {
     'interop': {'models', 'data', 'paths', 'output', 'errors'},
     'config': {'errors'},
     'cpu_settings': set(),
-    'benchmark': {'training', 'models', 'config', 'cpu_settings', 'output', 'errors'},
     'plan': {'training', 'config', 'chips', 'output', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}
-BENCHMARK = ROOT / PACKAGE / 'benchmark'
+COMPARE = ROOT / 'benchmarks' / 'compare'
+NOT_INSTALLED = {'benchmarks', 'tests'}
 
 
 def module_name(path):
@@ -95,14 +95,22 @@ def test_training_knows_tasks_by_their_front_alone(path):
     assert not below & {module_name(file) for file in (ROOT / PACKAGE / 'tasks').glob('*.py')}
 
 
-@pytest.mark.parametrize('path', sorted(BENCHMARK.rglob('*.py')), ids=module_name)
+@pytest.mark.parametrize('path', FILES, ids=module_name)
+def test_the_package_runs_without_the_repository(path):
+    """`pip install` brings the package alone: an import from the folders beside it fails at every user's start."""
+    assert not {name.split('.')[0] for name in imports(path)} & NOT_INSTALLED
+
+
+@pytest.mark.parametrize('path', sorted(COMPARE.rglob('*.py')), ids=module_name)
 def test_a_benchmarked_process_holds_one_library(path):
-    """Two in one process share memory and threads, and neither's figures are its own."""
+    """Two libraries in one process share memory and threads, and the figures of both are wrong."""
     used = {name.split('.')[0] for name in imports(path)}
     if path.name != 'on_torch.py':
         assert not used & {'torch', 'timm', 'transformers'}
-    if path.parent.name == 'contenders' and path.name != 'ours.py':
-        assert PACKAGE not in used
+    if path.parent.name == 'baselines':
+        assert path.name == 'ours.py' or PACKAGE not in used
+        beside = {name for name in imports(path) if name.startswith('benchmarks.')}
+        assert all(name.startswith('benchmarks.compare.baselines.') for name in beside)
 
 
 @pytest.mark.parametrize(

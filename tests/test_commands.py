@@ -403,7 +403,7 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
 
 def test_an_unknown_command_lists_those_there_are(commands):
     assert (
-        '{prepare | models | predict | convert | export | benchmark | plan}'
+        '{prepare | models | predict | convert | export | plan}'
         in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
     )
 

@@ -1,11 +1,12 @@
-"""ConvNeXt as a user of Flax NNX writes it: nnx.Conv for the depthwise convolution too, block after block, nnx.jit."""
+"""ConvNeXt as a user of Flax NNX writes it: nnx.Conv for the depthwise convolution, blocks unrolled, nnx.jit."""
 
 import jax
 import jax.numpy as jnp
 import optax
-from contender import LEARNING_RATE, WEIGHT_DECAY, Contender, Task, example_batch
 from flax import nnx
-from on_jax import device_kind, make_matmul
+
+from benchmarks.compare.baselines.on_jax import device_kind, make_matmul
+from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
 
 
 class GRN(nnx.Module):
@@ -41,25 +42,25 @@ class Block(nnx.Module):
 class ConvNeXt(nnx.Module):
     """(N, H, W, 3) float32 → (N, classes) float32."""
 
-    def __init__(self, task: Task, rngs: nnx.Rngs):
-        widths, patch, dtype = task.variant['widths'], task.variant['patch_size'], jnp.dtype(task.dtype)
+    def __init__(self, workload: Workload, rngs: nnx.Rngs):
+        widths, patch, dtype = workload.variant['widths'], workload.variant['patch_size'], jnp.dtype(workload.dtype)
 
         def norm(channels: int) -> nnx.LayerNorm:
             return nnx.LayerNorm(channels, epsilon=1e-6, dtype=dtype, rngs=rngs)
 
         layers = [nnx.Conv(3, widths[0], (patch, patch), patch, padding='VALID', dtype=dtype, rngs=rngs)]
-        if task.variant['stem_norm']:
+        if workload.variant['stem_norm']:
             layers.append(norm(widths[0]))
-        for stage, (depth, width) in enumerate(zip(task.variant['depths'], widths, strict=True)):
+        for stage, (depth, width) in enumerate(zip(workload.variant['depths'], widths, strict=True)):
             if stage > 0:
                 layers.append(norm(widths[stage - 1]))
                 layers.append(nnx.Conv(widths[stage - 1], width, (2, 2), 2, padding='VALID', dtype=dtype, rngs=rngs))
             for _ in range(depth):
-                scale = task.variant['layer_scale_init']
-                layers.append(Block(width, grn=task.variant['grn'], layer_scale_init=scale, dtype=dtype, rngs=rngs))
+                scale = workload.variant['layer_scale_init']
+                layers.append(Block(width, grn=workload.variant['grn'], layer_scale_init=scale, dtype=dtype, rngs=rngs))
         self.layers = nnx.List(layers)
         self.norm = nnx.LayerNorm(widths[-1], epsilon=1e-6, rngs=rngs)
-        self.head = nnx.Linear(widths[-1], task.classes, rngs=rngs)
+        self.head = nnx.Linear(widths[-1], workload.classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images
@@ -83,18 +84,18 @@ def train_step(model: ConvNeXt, optimizer: nnx.Optimizer, images: jax.Array, lab
     return value
 
 
-def build(task: Task) -> Contender:
-    """Sets it up."""
-    model = ConvNeXt(task, nnx.Rngs(0))
-    images, labels = map(jnp.asarray, example_batch(task))
+def build(workload: Workload) -> Baseline:
+    """Sets up the workload."""
+    model = ConvNeXt(workload, nnx.Rngs(0))
+    images, labels = map(jnp.asarray, example_batch(workload))
     adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY, mask=lambda tree: jax.tree.map(_decays, tree))
-    optimizer = nnx.Optimizer(model, adamw, wrt=nnx.Param) if task.training else None
+    optimizer = nnx.Optimizer(model, adamw, wrt=nnx.Param) if workload.training else None
 
     def step() -> None:
         jax.block_until_ready(train_step(model, optimizer, images, labels) if optimizer else forward(model, images))
 
     parameters = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return Contender(step, make_matmul(task.dtype), parameters, device_kind())
+    return Baseline(step, make_matmul(workload.dtype), parameters, device_kind())
 
 
 def _decays(parameter: jax.Array) -> bool:

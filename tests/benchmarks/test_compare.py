@@ -1,4 +1,4 @@
-"""The benchmark with real contenders on small images, and with contenders that misbehave. No speed is asserted."""
+"""The comparison with real implementations on small images, and with stand-ins that fail. No speed is asserted."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ import pytest
 from conftest import LONGEST
 from PIL import Image
 
-from convnext_jax import __main__ as package_command
-from convnext_jax.benchmark import process
-from convnext_jax.benchmark.compare import make_cases
-from convnext_jax.benchmark.process import CONTENDERS, OURS, PEERS, RUN, Kind
+from benchmarks.compare import __main__ as compare_command
+from benchmarks.compare import process
+from benchmarks.compare.measure import make_cases
+from benchmarks.compare.process import BASELINES, IMPLEMENTATIONS, OURS, ROOT, RUN, Implementation
 from convnext_jax.errors import UserError
 from convnext_jax.models import create_model, get_parameters, get_variant
 
-SMALL = ('-m', 'convnext_jax', 'benchmark', '--models=convnextv2_atto', '--size=32', '--batch=2')
+SMALL = ('-m', 'benchmarks.compare', '--models=convnextv2_atto', '--size=32', '--batch=2')
 
 
 @pytest.mark.parametrize(('mode', 'batch', 'passes'), [('train', 2, 3), ('latency', 1, 1)])
@@ -60,13 +60,13 @@ def test_a_table_numbers_and_a_chart(commands, tmp_path, mode, batch, passes):
         assert chart.convert('L').getextrema()[0] < 128  # not blank
 
 
-CONTENDER = """
+BASELINE = """
 import os, signal, time
-from contender import Contender
+from benchmarks.compare.baselines.workload import Baseline
 
 steps = 0
 
-def build(task):
+def build(workload):
     {at_build}
     def step():
         global steps
@@ -74,44 +74,44 @@ def build(task):
         time.sleep(0.001)
         {at_step}
     print('a library that talks')
-    return Contender(step, lambda: time.sleep(0.001), {parameters}, 'cpu')
+    return Baseline(step, lambda: time.sleep(0.001), {parameters}, 'cpu')
 """
 
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """Puts a contender of a few lines in the place of another, or beside them."""
+    """Replaces or adds an implementation, with one of a few lines."""
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-    monkeypatch.setattr(process, 'TURN_SECONDS', 0.0)  # one step to a turn
+    monkeypatch.setattr(process, 'ROUND_SECONDS', 0.0)  # one step a round
     model = jax.eval_shape(lambda: create_model('convnext_atto', key=jax.random.key(0)))
     right = sum(array.size for array in get_parameters(model).values())
 
-    def put(name: str, at_build: str = '', at_step: str = '', parameters: int = right, needs: tuple[str, ...] = ()):
-        text = CONTENDER.format(at_build=at_build, at_step=at_step, parameters=parameters)
+    def put(name: str, at_build: str = '', at_step: str = '', parameters: int = right, packages: tuple[str, ...] = ()):
+        text = BASELINE.format(at_build=at_build, at_step=at_step, parameters=parameters)
         (tmp_path / f'stand_in_{name}.py').write_text(text)
-        for table in (CONTENDERS,) if name == OURS else (CONTENDERS, PEERS):
-            monkeypatch.setitem(table, name, Kind(f'stand_in_{name}', needs))
+        for table in (IMPLEMENTATIONS,) if name == OURS else (IMPLEMENTATIONS, BASELINES):
+            monkeypatch.setitem(table, name, Implementation(f'stand_in_{name}', packages))
 
     return put
 
 
 def run(*arguments: str) -> None:
-    package_command.main(['convnext_jax', 'benchmark', '--models=convnext_atto', '--rounds=3', *arguments])
+    compare_command.main(['compare', '--models=convnext_atto', '--rounds=3', *arguments])
 
 
-def test_one_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd, tmp_path):
-    """Otherwise one broken peer costs the measurements of all, or a wrong model is measured in silence."""
+def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd, tmp_path):
+    """Otherwise one broken baseline costs all measurements, or a wrong model is measured without notice."""
     stand_in(OURS)
     stand_in('good')
-    stand_in('absent', needs=('json', 'no_such_package'))
+    stand_in('absent', packages=('json', 'no_such_package'))
     stand_in('killed', at_build='os.kill(os.getpid(), signal.SIGKILL)')
     stand_in('broken', at_build="raise ValueError('no such model\\nand much more')")
     stand_in('late', at_step="if steps > 4: raise MemoryError('no more')")
     stand_in('another', parameters=7)
     run('--peers=absent,killed,broken,late,another,good', f'--output={tmp_path}')
     report = json.loads((tmp_path / 'benchmark.json').read_text())
-    assert [(r['contender'], len(r['ratio']['rounds'])) for r in report['results']] == [(OURS, 3), ('good', 3)]
-    reasons = {entry['contender']: entry['reason'] for entry in report['left_out']}
+    assert [(r['implementation'], len(r['ratio']['rounds'])) for r in report['results']] == [(OURS, 3), ('good', 3)]
+    reasons = {entry['implementation']: entry['reason'] for entry in report['left_out']}
     assert reasons == {
         'absent': 'not installed: no_such_package',
         'killed': 'its process ended: SIGKILL',
@@ -119,45 +119,45 @@ def test_one_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd,
         'late': 'MemoryError: no more',
         'another': 'its convnext_atto has 7 parameters, and not 3,695,520',
     }
-    told = capfd.readouterr().out
+    printed = capfd.readouterr().out
     for name, reason in reasons.items():
-        assert re.search(f'^left out: .*{name}, {reason}$', told, re.MULTILINE)
+        assert re.search(f'^left out: .*{name}, {reason}$', printed, re.MULTILINE)
 
 
-def test_the_first_step_of_a_turn_does_not_count(stand_in, tmp_path):
-    """It pays for what the others drove out of caches and memory: the slower the machine, the worse whoever waits."""
+def test_the_first_step_of_a_round_is_not_timed(stand_in, tmp_path):
+    """It refills caches that other processes used: if it counted, a figure would depend on what else is measured."""
     stand_in(OURS)
     stand_in('slow_to_wake', at_step='if steps > 3 and steps % 2 == 0: time.sleep(1)')  # three steps set it up
     run('--peers=slow_to_wake', f'--output={tmp_path}')
-    peer = json.loads((tmp_path / 'benchmark.json').read_text())['results'][1]
-    assert peer['images_per_second']['least'] > 8 / 0.9
+    baseline = json.loads((tmp_path / 'benchmark.json').read_text())['results'][1]
+    assert baseline['images_per_second']['least'] > 8 / 0.9
 
 
 def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd):
-    """A peer with our settings, or ours without, is measured as nobody gets it."""
+    """A baseline with our settings, or ours without, is measured as no user runs it."""
     monkeypatch.setattr(process, 'missing_settings', lambda: {'A_SETTING': '1'})
     stand_in(OURS, at_build="if 'A_SETTING' not in os.environ: raise ValueError('none')")
-    stand_in('peer', at_build="if 'A_SETTING' in os.environ: raise ValueError('one')")
-    run('--peers=peer')
+    stand_in('baseline', at_build="if 'A_SETTING' in os.environ: raise ValueError('one')")
+    run('--peers=baseline')
     assert 'left out' not in capfd.readouterr().out
 
 
-def test_peers_are_measured_without_ours_but_it_is_no_success(stand_in, capfd):
-    """A script that takes exit status 0 for a comparison would compare with nothing."""
+def test_baselines_are_measured_without_ours_but_the_status_is_1(stand_in, capfd):
+    """A script that reads exit status 0 as success would compare with nothing."""
     stand_in(OURS, at_build="raise RuntimeError('a bug')")
     stand_in('good')
     with pytest.raises(SystemExit) as ended:
         run('--peers=good')
     assert ended.value.code == 1
-    told = capfd.readouterr().out
-    assert re.search(r'\| good .*\| –', told)
-    assert 'left out: convnext_atto train, batch 8, convnext_jax, RuntimeError: a bug' in told
+    printed = capfd.readouterr().out
+    assert re.search(r'\| good .*\| –', printed)
+    assert 'left out: convnext_atto train, batch 8, convnext_jax, RuntimeError: a bug' in printed
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='finds the processes in /proc')
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_no_process_outlives_the_command(commands, number, status):
-    """Those that did would slow the machine, and every later measurement, unseen."""
+    """A process that did would slow the machine and every later measurement."""
     command = commands.start(*SMALL, '--mode=latency', '--rounds=10000', '--peers=')
     while 'round 1 of' not in (line := command.stderr.readline()):
         assert line, 'the command ended'
@@ -173,14 +173,14 @@ def test_no_process_outlives_the_command(commands, number, status):
 
 
 def test_a_process_ends_in_the_middle_of_a_step(stand_in):
-    """Compiling takes minutes: a command that was killed must not leave that behind."""
+    """Compiling takes minutes: it must not go on after the command was killed."""
     stand_in('endless', at_step="print('in a step', flush=True); time.sleep(1e6)")
     (case,) = make_cases(['convnext_atto'], ['eval'], batch=1, size=32, dtype='float32')
-    command = [sys.executable, str(RUN), 'stand_in_endless']
+    command = [*RUN, 'stand_in_endless']
     pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
-    with subprocess.Popen(command, text=True, **pipes) as worker:
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as worker:
         try:
-            print(json.dumps(dataclasses.asdict(case.task('endless'))), file=worker.stdin, flush=True)
+            print(json.dumps(dataclasses.asdict(case.workload('endless'))), file=worker.stdin, flush=True)
             while 'in a step' not in (line := worker.stderr.readline()):
                 assert line, 'it ended before'
             worker.stdin.close()
@@ -200,7 +200,7 @@ def is_running(pid: str) -> bool:
     ('arguments', 'line'),
     [
         (('--mode=training',), "there is no mode 'training': train, eval, latency"),
-        (('--peers=tim',), "there is no peer 'tim': timm, transformers, compile, flax, keras"),
+        (('--peers=tim',), "there is no baseline 'tim': timm, transformers, compile, flax, keras"),
         (('--models=convnext_tini',), 'did you mean convnext_tiny'),
         (('--size=31',), '--size=31 is below the total stride 32 of convnext_atto'),
         (('--rounds=0',), 'flag --rounds=0'),

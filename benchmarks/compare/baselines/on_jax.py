@@ -1,10 +1,11 @@
-"""What the contenders on JAX share."""
+"""What the implementations on JAX share."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from contender import MATMUL_SIDE
+
+from benchmarks.compare.baselines.workload import MATMUL_SIDE
 
 
 def device_kind() -> str:
@@ -13,7 +14,7 @@ def device_kind() -> str:
 
 
 def make_matmul(dtype: str) -> Callable[[], None]:
-    """As `Contender.matmul`."""
+    """As `Baseline.matmul`."""
     square = jnp.ones((MATMUL_SIDE, MATMUL_SIDE), dtype)
 
     def matmul() -> None:

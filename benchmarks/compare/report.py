@@ -1,4 +1,4 @@
-"""What the benchmark tells: a table, benchmark.json and benchmark.png."""
+"""The report of the comparison: a table, benchmark.json and benchmark.png."""
 
 import importlib.metadata
 import itertools
@@ -6,24 +6,25 @@ import os
 import platform
 from pathlib import Path
 
-from convnext_jax.benchmark.process import OURS
+from benchmarks.compare.process import OURS
 from convnext_jax.errors import UserError
 from convnext_jax.output import to_json
 
 PACKAGES = ('jax', 'flax', 'torch', 'timm', 'transformers', 'keras')
-COLUMNS = ('model', 'mode', 'batch', 'contender', 'images/s', 'ratio', 'of peak', 'memory', 'compile')
+COLUMNS = ('model', 'mode', 'batch', 'implementation', 'images/s', 'ratio', 'of peak', 'memory', 'compile')
 LEGEND = """\
-Medians of the rounds, with the least and the most.
-ratio: images/s of convnext_jax to those of the contender in the same round.
-of peak: the model's FLOP/s to those of 2048×2048 matrix products in the same process.
-memory: the most that the process held while it was set up and did three steps, imports and compiling included.
+Medians of the rounds, with the minimum and the maximum.
+ratio: images/s of convnext_jax over those of the implementation in the same round.
+of peak: the model's FLOP/s over those of 2048×2048 matrix products in the same process.
+memory: peak over set-up and three steps, imports and compiling included.
 compile: the first step less a warm one.
-settings: convnext_jax runs with those of launch/cpu.sh, the others without.
-training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; a resident batch."""
+settings: convnext_jax runs with the environment variables of launch/cpu.sh, the others without.
+training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; the batch stays on
+the device."""
 
 
 def describe_machine() -> dict:
-    """Processor, system, versions; and the load, the number of processes that run: those of others, before ours."""
+    """Processor, system, versions of libraries, and the system's load average before the comparison."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -47,7 +48,7 @@ def _processor() -> str:
 
 
 def as_table(machine: dict, results: list[dict]) -> str:
-    """The results for people: the machine, a Markdown row for each contender, what the columns mean."""
+    """The results as text: the machine, a Markdown table with a row for each implementation, the meaning of columns."""
     versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
     rows = [COLUMNS, *map(_row, results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -71,9 +72,9 @@ def _row(result: dict) -> tuple[str, ...]:
         result['model'],
         result['mode'],
         str(result['batch']),
-        result['contender'],
+        result['implementation'],
         _with_range(result['images_per_second'], 1),
-        '–' if ratio is None or result['contender'] == OURS else _with_range(ratio, 2),
+        '–' if ratio is None or result['implementation'] == OURS else _with_range(ratio, 2),
         f'{result["share_of_peak"]["median"]:.0%} of {result["matmul_gflops"]["median"]:.0f} GFLOP/s',
         '–' if memory is None else f'{memory:.0f} MB',
         f'{result["compile_seconds"]:.1f} s',
@@ -85,7 +86,7 @@ def _with_range(spread: dict, digits: int) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a report.
+    """Creates the folder of a report.
 
     Raises:
         UserError: it cannot be written.
@@ -99,14 +100,14 @@ def make_folder(folder: Path) -> None:
 
 
 def write_report(folder: Path, machine: dict, results: list[dict], left_out: list[dict]) -> None:
-    """Writes benchmark.json and benchmark.png into a folder that is there."""
+    """Writes benchmark.json and benchmark.png into an existing folder."""
     report = {'machine': machine, 'results': results, 'left_out': left_out}
     (folder / 'benchmark.json').write_text(to_json(report, indent=2) + '\n', encoding='utf-8')
     draw(folder / 'benchmark.png', results)
 
 
 def draw(path: Path, results: list[dict]) -> None:
-    """Draws the images/s as bars, from the least to the most of the rounds: a plot for each model and mode."""
+    """Draws images/s as bars with the range of the rounds, one plot for each model and mode."""
     from matplotlib.figure import Figure  # takes a second: not at start
 
     groups = [list(group) for _, group in itertools.groupby(results, lambda r: (r['model'], r['mode'], r['batch']))]
@@ -114,20 +115,20 @@ def draw(path: Path, results: list[dict]) -> None:
     figure = Figure(figsize=(8, 0.5 + sum(heights)), layout='constrained')
     plots = figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
     for axes, group in zip(plots, groups, strict=True):
-        names = [result['contender'] for result in group]
+        names = [result['implementation'] for result in group]
         speeds = [result['images_per_second'] for result in group]
         medians = [speed['median'] for speed in speeds]
         below = [speed['median'] - speed['least'] for speed in speeds]
         above = [speed['most'] - speed['median'] for speed in speeds]
         colors = ['tab:orange' if name == OURS else 'tab:blue' for name in names]
         axes.barh(names, medians, xerr=[below, above], color=colors, ecolor='0.3', capsize=3)
-        for place, speed in enumerate(speeds):
+        for position, speed in enumerate(speeds):
             axes.annotate(
-                f'{speed["median"]:.1f}', (speed['most'], place), (6, 0), textcoords='offset points', va='center'
+                f'{speed["median"]:.1f}', (speed['most'], position), (6, 0), textcoords='offset points', va='center'
             )
         axes.set_title(f'{group[0]["model"]} {group[0]["mode"]}, batch {group[0]["batch"]}, {group[0]["dtype"]}')
         axes.set_xlim(0, 1.15 * max(speed['most'] for speed in speeds))
         axes.invert_yaxis()
         axes.grid(axis='x', alpha=0.3)
-    plots[-1].set_xlabel('images per second: median, least and most')
+    plots[-1].set_xlabel('images per second: median, minimum and maximum')
     figure.savefig(path, dpi=100)

@@ -1,4 +1,4 @@
-"""Keras's own ConvNeXt on its JAX backend, by the methods that its users call."""
+"""Keras's own ConvNeXt on its JAX backend, through the methods that its users call."""
 
 import os
 
@@ -6,38 +6,39 @@ os.environ['KERAS_BACKEND'] = 'jax'  # Keras reads it when it is imported
 
 import jax.numpy as jnp
 import keras
-from contender import LEARNING_RATE, WEIGHT_DECAY, Contender, Task, example_batch
-from on_jax import device_kind, make_matmul
+
+from benchmarks.compare.baselines.on_jax import device_kind, make_matmul
+from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
 
 SIZES = {'tiny': 'Tiny', 'small': 'Small', 'base': 'Base', 'large': 'Large', 'xlarge': 'XLarge'}
 
 
-def build(task: Task) -> Contender:
-    """Sets it up.
+def build(workload: Workload) -> Baseline:
+    """Sets up the workload.
 
     Raises:
         ValueError: Keras has no such model.
     """
-    version, size = task.model.split('_', 1)
+    version, size = workload.model.split('_', 1)
     if version != 'convnext' or size not in SIZES:
-        raise ValueError(f'keras.applications has no {task.model}')
-    keras.config.set_dtype_policy('mixed_bfloat16' if task.dtype == 'bfloat16' else 'float32')
+        raise ValueError(f'keras.applications has no {workload.model}')
+    keras.config.set_dtype_policy('mixed_bfloat16' if workload.dtype == 'bfloat16' else 'float32')
     model = getattr(keras.applications, f'ConvNeXt{SIZES[size]}')(
         include_preprocessing=False,
         weights=None,
-        input_shape=(task.size, task.size, 3),
-        classes=task.classes,
+        input_shape=(workload.size, workload.size, 3),
+        classes=workload.classes,
         classifier_activation=None,
     )
-    images, labels = map(jnp.asarray, example_batch(task))
+    images, labels = map(jnp.asarray, example_batch(workload))
     optimizer = keras.optimizers.AdamW(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     optimizer.exclude_from_weight_decay(var_list=[weight for weight in model.weights if len(weight.shape) <= 1])
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
     def step() -> None:
-        if task.training:
+        if workload.training:
             model.train_on_batch(images, labels)
         else:
             model.predict_on_batch(images)
 
-    return Contender(step, make_matmul(task.dtype), model.count_params(), device_kind())
+    return Baseline(step, make_matmul(workload.dtype), model.count_params(), device_kind())

@@ -1,10 +1,10 @@
-"""A process of the benchmark: sets up one contender and runs its steps when it is asked to.
+"""A process of the comparison: sets up one implementation and times its steps on request.
 
-    python convnext_jax/benchmark/contenders/run.py MODULE
+    python -m benchmarks.compare.baselines.run MODULE
 
-It is driven over standard input and output, one JSON value a line: the task first, then numbers of steps. It is started
-as a file, and its neighbours here are imported by their bare names, because a module of the package would bring all of
-the package, JAX included, into the process and the memory of every peer.
+It reads standard input and writes standard output, one JSON value a line: it receives the workload, then numbers of
+steps. It imports nothing but MODULE and `workload`: JAX or torch in the process of another library would add to its
+memory and threads.
 """
 
 import importlib
@@ -18,17 +18,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from contender import Task
+from benchmarks.compare.baselines.workload import Workload
 
 WARM_STEPS = 2
 MATMULS = 3
-ROOT = Path(__file__).parents[3]
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), 'w')
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-    sys.path.append(str(ROOT))  # for ours, where it is not installed
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
     questions = queue.SimpleQueue()
     listener = threading.Thread(target=_listen, args=(questions,), daemon=True)
     listener.start()
@@ -45,26 +43,26 @@ def main() -> None:
 def _listen(questions: queue.SimpleQueue) -> None:
     for line in sys.stdin:
         questions.put(json.loads(line))
-    os._exit(0)  # the command has ended, in whatever way, and perhaps in the middle of a step
+    os._exit(0)  # the command has ended, possibly killed, and the main thread may be in the middle of a step
 
 
 def _answers(module: str, questions: queue.SimpleQueue) -> Iterator[dict]:
-    """Seconds, bytes and facts: of the set-up, then of each turn."""
-    contender = importlib.import_module(module).build(Task(**questions.get()))
-    first, *warm = (_seconds(contender.step) for _ in range(1 + WARM_STEPS))
+    """Measurements as JSON objects: first of the set-up, then of each round."""
+    baseline = importlib.import_module(module).build(Workload(**questions.get()))
+    first, *warm = (_seconds(baseline.step) for _ in range(1 + WARM_STEPS))
     yield {
         'first_step': first,
         'warm_step': min(warm),
-        'peak_memory': _peak_memory() if contender.device == 'cpu' else None,
-        'parameters': contender.parameters,
-        'device': contender.device,
+        'peak_memory': _peak_memory() if baseline.device == 'cpu' else None,
+        'parameters': baseline.parameters,
+        'device': baseline.device,
     }
     while True:
         steps = questions.get()
-        contender.step()  # uncounted: it brings back what the others' turns drove out of caches and memory
+        baseline.step()  # untimed: it refills the caches and memory that the other processes have used meanwhile
         yield {
-            'seconds': sum(_seconds(contender.step) for _ in range(steps)),
-            'matmul': min(_seconds(contender.matmul) for _ in range(MATMULS)),
+            'seconds': sum(_seconds(baseline.step) for _ in range(steps)),
+            'matmul': min(_seconds(baseline.matmul) for _ in range(MATMULS)),
         }
 
 
@@ -75,7 +73,7 @@ def _seconds(function: Callable[[], None]) -> float:
 
 
 def _peak_memory() -> int | None:
-    """Of this process's resident memory, in bytes; None where the system does not tell."""
+    """Peak of this process's resident memory in bytes; None where the system does not report it."""
     status = Path('/proc/self/status')
     return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0]) if status.exists() else None
 

@@ -1,22 +1,30 @@
-"""timm, eager and under torch.compile, and transformers; channels_last, as is fastest there."""
+"""timm, eager and under torch.compile, and transformers; channels_last, which is fastest."""
 
 from collections.abc import Callable
 
 import torch
-from contender import LEARNING_RATE, MATMUL_SIDE, WEIGHT_DECAY, Contender, Task, example_batch
+
+from benchmarks.compare.baselines.workload import (
+    LEARNING_RATE,
+    MATMUL_SIDE,
+    WEIGHT_DECAY,
+    Baseline,
+    Workload,
+    example_batch,
+)
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def build(task: Task) -> Contender:
-    """Sets it up."""
+def build(workload: Workload) -> Baseline:
+    """Sets up the workload."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    model, forward = _transformers(task) if task.contender == 'transformers' else _timm(task)
-    model.to(device, memory_format=torch.channels_last).train(task.training)
-    images, labels = (torch.from_numpy(array).to(device) for array in example_batch(task))
+    model, forward = _transformers(workload) if workload.implementation == 'transformers' else _timm(workload)
+    model.to(device, memory_format=torch.channels_last).train(workload.training)
+    images, labels = (torch.from_numpy(array).to(device) for array in example_batch(workload))
     images = images.permute(0, 3, 1, 2)  # NCHW to the eye, NHWC in memory: channels_last
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=task.dtype == 'bfloat16')
-    square = torch.ones(MATMUL_SIDE, MATMUL_SIDE, dtype=getattr(torch, task.dtype), device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=workload.dtype == 'bfloat16')
+    square = torch.ones(MATMUL_SIDE, MATMUL_SIDE, dtype=getattr(torch, workload.dtype), device=device)
     optimizer = _adamw(model)
 
     def train() -> None:
@@ -38,26 +46,26 @@ def build(task: Task) -> Contender:
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = 'cpu' if device.type == 'cpu' else torch.cuda.get_device_name()
-    return Contender(train if task.training else evaluate, matmul, parameters, name)
+    return Baseline(train if workload.training else evaluate, matmul, parameters, name)
 
 
-def _timm(task: Task) -> tuple[torch.nn.Module, Forward]:
+def _timm(workload: Workload) -> tuple[torch.nn.Module, Forward]:
     import timm
 
-    model = timm.create_model(task.model, num_classes=task.classes)
-    return model, torch.compile(model) if task.contender == 'compile' else model
+    model = timm.create_model(workload.model, num_classes=workload.classes)
+    return model, torch.compile(model) if workload.implementation == 'compile' else model
 
 
-def _transformers(task: Task) -> tuple[torch.nn.Module, Forward]:
+def _transformers(workload: Workload) -> tuple[torch.nn.Module, Forward]:
     import transformers
 
-    kind = 'ConvNextV2' if task.variant['grn'] else 'ConvNext'
+    kind = 'ConvNextV2' if workload.variant['grn'] else 'ConvNext'
     config = getattr(transformers, f'{kind}Config')(
-        depths=task.variant['depths'],
-        hidden_sizes=task.variant['widths'],
-        num_stages=len(task.variant['depths']),
-        patch_size=task.variant['patch_size'],
-        num_labels=task.classes,
+        depths=workload.variant['depths'],
+        hidden_sizes=workload.variant['widths'],
+        num_stages=len(workload.variant['depths']),
+        patch_size=workload.variant['patch_size'],
+        num_labels=workload.classes,
     )
     model = getattr(transformers, f'{kind}ForImageClassification')(config)
     return model, lambda images: model(images).logits

@@ -1,14 +1,14 @@
-"""This package: the program of its training runs, and the jitted model."""
+"""convnext_jax: the training step of its runs, and the jitted model."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contender import LEARNING_RATE, WEIGHT_DECAY, Contender, Task, example_batch
 from ml_collections import ConfigDict
-from on_jax import device_kind, make_matmul
 
+from benchmarks.compare.baselines.on_jax import device_kind, make_matmul
+from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters
 from convnext_jax.training.program import Program
@@ -17,31 +17,31 @@ from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.state import init_key
 
 
-def build(task: Task) -> Contender:
-    """Sets it up."""
-    config = _config(task)
-    make_step = _training_step if task.training else _forward_pass
+def build(workload: Workload) -> Baseline:
+    """Sets up the workload."""
+    config = _config(workload)
+    make_step = _training_step if workload.training else _forward_pass
     parameters = sum(array.size for array in get_parameters(abstract_model(config)).values())
-    return Contender(make_step(task, config), make_matmul(task.dtype), parameters, device_kind())
+    return Baseline(make_step(workload, config), make_matmul(workload.dtype), parameters, device_kind())
 
 
-def _config(task: Task) -> ConfigDict:
+def _config(workload: Workload) -> ConfigDict:
     config = default_config()
-    config.model.update(name=task.model, num_classes=task.classes, dtype=task.dtype)
-    config.data.image_size = task.size
+    config.model.update(name=workload.model, num_classes=workload.classes, dtype=workload.dtype)
+    config.data.image_size = workload.size
     config.augment.update(flip=False, policy='', erasing=0.0)
     config.label_smoothing = 0.0
-    config.batch_size = task.batch
+    config.batch_size = workload.batch
     config.optimizer.learning_rate = LEARNING_RATE
     config.optimizer.weight_decay = WEIGHT_DECAY
     config.ema.decay = 0.0
     return config
 
 
-def _training_step(task: Task, config: ConfigDict) -> Callable[[], None]:
+def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], None]:
     mesh = make_mesh(devices=jax.devices()[:1])
-    program = Program(config, make_plan(config, images=task.batch), mesh)
-    images, labels = example_batch(task)
+    program = Program(config, make_plan(config, images=workload.batch), mesh)
+    images, labels = example_batch(workload)
     batch = {
         'image': jnp.asarray(np.clip(128 + 50 * images, 0, 255), jnp.uint8),
         'label': jnp.asarray(labels, jnp.int32),
@@ -58,10 +58,10 @@ def _training_step(task: Task, config: ConfigDict) -> Callable[[], None]:
     return step
 
 
-def _forward_pass(task: Task, config: ConfigDict) -> Callable[[], None]:
+def _forward_pass(workload: Workload, config: ConfigDict) -> Callable[[], None]:
     model = jax.block_until_ready(jax.jit(lambda: build_model(config, init_key(config.seed)))())
     forward = jax.jit(lambda model, images: model(images))
-    images = jnp.asarray(example_batch(task)[0])
+    images = jnp.asarray(example_batch(workload)[0])
 
     def step() -> None:
         jax.block_until_ready(forward(model, images))

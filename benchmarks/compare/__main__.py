@@ -1,0 +1,53 @@
+"""Speed and memory against timm, transformers, torch.compile, plain Flax and Keras.
+
+    python -m benchmarks.compare --models=convnext_tiny,convnextv2_atto --mode=train,eval,latency [--output=DIR]
+
+Each implementation runs in its own process, and all of them take part in every round, so that a busy machine slows all
+alike. Run it on a machine that does nothing else. The exit status is 1 if convnext_jax itself could not be measured.
+"""
+
+import sys
+
+from absl import flags
+
+from benchmarks.compare.measure import MODES, choose_baselines, compare, make_cases
+from benchmarks.compare.process import BASELINES, OURS
+from benchmarks.compare.report import as_table, describe_machine, make_folder, write_report
+from convnext_jax.command_line import parse, run
+from convnext_jax.output import say, show
+from convnext_jax.paths import local_path
+
+
+def main(arguments: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure.', flag_values=values)
+    flags.DEFINE_list('mode', ['train'], f'One or more of {", ".join(MODES)}.', flag_values=values)
+    flags.DEFINE_list('peers', list(BASELINES), 'Implementations to compare with.', flag_values=values)
+    flags.DEFINE_integer('batch', 8, 'Images in a step; latency takes 1.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('size', 224, 'Height and width of the images in pixels.', flag_values=values)
+    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.', flag_values=values)
+    flags.DEFINE_integer('rounds', 7, 'How often each is measured.', lower_bound=1, flag_values=values)
+    flags.DEFINE_string('output', None, 'Folder for benchmark.json and benchmark.png.', flag_values=values)
+    parse(values, arguments, usage=__doc__)
+    cases = make_cases(values.models, values.mode, values.batch, values.size, values.dtype)
+    baselines, missing = choose_baselines(values.peers)
+    output = local_path(values.output) if values.output else None
+    if output:
+        make_folder(output)
+    machine, results = describe_machine(), []
+    left_out = [{'implementation': name, 'reason': reason} for name, reason in missing.items()]
+    for case in cases:
+        measured, failed = compare(case, baselines, values.rounds, say=lambda line: say(line, error=True))
+        results += measured
+        left_out += [{'case': str(case), 'implementation': name, 'reason': reason} for name, reason in failed.items()]
+    show(as_table(machine, results))
+    for entry in left_out:
+        show(f'left out: {", ".join(entry.values())}')
+    if output:
+        write_report(output, machine, results, left_out)
+    if any(entry['implementation'] == OURS for entry in left_out):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    run(main)

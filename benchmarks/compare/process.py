@@ -1,0 +1,133 @@
+"""The processes of the comparison, seen from the command: one for each implementation."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.compare.baselines.workload import MATMUL_SIDE, Workload
+from convnext_jax.cpu_settings import missing_settings
+
+ROOT = Path(__file__).parents[2]
+MODULES = 'benchmarks.compare.baselines'
+RUN = (sys.executable, '-m', f'{MODULES}.run')
+ROUND_SECONDS = 3.0
+# Compile times are those of a first start, and no process takes a device's whole memory for itself.
+ENVIRONMENT = {
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
+    'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1',
+    'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+}
+
+
+class Implementation(NamedTuple):
+    """Attributes: the module whose `build` sets it up, and the packages that must be installed."""
+
+    module: str
+    packages: tuple[str, ...]
+
+
+OURS = 'convnext_jax'
+BASELINES = {
+    'timm': Implementation(f'{MODULES}.on_torch', ('torch', 'timm')),
+    'transformers': Implementation(f'{MODULES}.on_torch', ('torch', 'transformers')),
+    'compile': Implementation(f'{MODULES}.on_torch', ('torch', 'timm')),
+    'flax': Implementation(f'{MODULES}.plain_flax', ('flax',)),
+    'keras': Implementation(f'{MODULES}.with_keras', ('keras',)),
+}
+IMPLEMENTATIONS = {OURS: Implementation(f'{MODULES}.ours', ())} | BASELINES
+
+
+class BaselineFailed(Exception):
+    """An implementation cannot go on; says why in one line."""
+
+
+class BaselineProcess:
+    """One implementation, a baseline or ours, in its own process. Use as a context manager.
+
+    The process ends with this one, however this one ends.
+
+    Attributes:
+        device: 'cpu', or the accelerator's name.
+        compile_seconds: the first step less a warm step.
+        peak_memory: bytes of the process's resident memory, from its start over three steps; None if it is not known.
+        images_per_second: one value a round.
+        matmul_flops: FLOP/s of the best of a few matrix products, one value a round.
+
+    Args:
+        workload: what it computes.
+        parameters: how many its model must have.
+
+    Raises:
+        BaselineFailed: it could not be set up, or its model has another number of parameters.
+    """
+
+    def __init__(self, workload: Workload, parameters: int):
+        self._batch = workload.batch
+        self._process = subprocess.Popen(
+            [*RUN, IMPLEMENTATIONS[workload.implementation].module],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | ENVIRONMENT | (missing_settings() if workload.implementation == OURS else {}),
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the command alone, which then ends this process
+        )
+        self.images_per_second: list[float] = []
+        self.matmul_flops: list[float] = []
+        try:
+            ready = self._ask(dataclasses.asdict(workload))
+            if ready['parameters'] != parameters:
+                raise BaselineFailed(
+                    f'its {workload.model} has {ready["parameters"]:,} parameters, and not {parameters:,}'
+                )
+        except BaseException:
+            self.end()
+            raise
+        self.device: str = ready['device']
+        self.peak_memory: int | None = ready['peak_memory']
+        self.compile_seconds = max(ready['first_step'] - ready['warm_step'], 0.0)
+        self._steps = max(round(ROUND_SECONDS / ready['warm_step']), 1)
+
+    def run_round(self) -> None:
+        """Times as many steps as took ROUND_SECONDS when it was set up, at least one, after one untimed step.
+
+        Raises:
+            BaselineFailed: a step failed, or the process ended.
+        """
+        answer = self._ask(self._steps)
+        self.images_per_second.append(self._steps * self._batch / answer['seconds'])
+        self.matmul_flops.append(2 * MATMUL_SIDE**3 / answer['matmul'])
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> 'BaselineProcess':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def _ask(self, question: dict | int) -> dict:
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ''
+        if not line:
+            raise BaselineFailed(f'its process ended: {_describe_status(self._process.wait())}')
+        answer = json.loads(line)
+        if 'error' in answer:
+            raise BaselineFailed(answer['error'])
+        return answer
+
+
+def _describe_status(status: int) -> str:
+    return f'exit status {status}' if status >= 0 else signal.Signals(-status).name

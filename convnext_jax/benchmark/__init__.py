@@ -1,1 +1,0 @@
-"""Speed and memory beside the other libraries that have these models."""

@@ -1,1 +1,0 @@
-"""What runs in the benchmark's processes, one of them for each contender."""
