@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.compare.baselines.workload import MATMUL_SIDE, Workload
+from benchmarks.compare.baselines.workload import Workload
 from convnext_jax.cpu_settings import missing_settings
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +54,12 @@ class BaselineProcess:
     Attributes:
         device: 'cpu', or the accelerator's name.
         compile_seconds: the first step less a warm step.
-        peak_memory: bytes of the process's resident memory, from its start over three steps; None if it is not known.
+        peak_memory: bytes, over set-up and three steps, of the process's resident memory on CPU, and of the arrays on
+            an accelerator; None if it is not known.
         images_per_second: one value a round.
+        matmul_side: rows and columns of the matrices of the next.
         matmul_flops: FLOP/s of the best of a few matrix products, one value a round.
+        copy_bandwidth: bytes/s, read plus written, of the best of a few large copies, one value a round.
 
     Args:
         workload: what it computes.
@@ -79,7 +82,9 @@ class BaselineProcess:
             start_new_session=True,  # Ctrl-C is for the command alone, which then ends this process
         )
         self.images_per_second: list[float] = []
+        self.matmul_side: int | None = None
         self.matmul_flops: list[float] = []
+        self.copy_bandwidth: list[float] = []
         try:
             ready = self._ask(dataclasses.asdict(workload))
             if ready['parameters'] != parameters:
@@ -102,7 +107,9 @@ class BaselineProcess:
         """
         answer = self._ask(self._steps)
         self.images_per_second.append(self._steps * self._batch / answer['seconds'])
-        self.matmul_flops.append(2 * MATMUL_SIDE**3 / answer['matmul'])
+        self.matmul_side = answer['matmul_side']
+        self.matmul_flops.append(answer['matmul_flops'])
+        self.copy_bandwidth.append(answer['copy_bandwidth'])
 
     def end(self) -> None:
         """Ends the process."""

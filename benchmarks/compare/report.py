@@ -11,16 +11,20 @@ from convnext_jax.errors import UserError
 from convnext_jax.output import to_json
 
 PACKAGES = ('jax', 'flax', 'torch', 'timm', 'transformers', 'keras')
-COLUMNS = ('model', 'mode', 'batch', 'implementation', 'images/s', 'ratio', 'of peak', 'memory', 'compile')
+COLUMNS = ('model', 'mode', 'batch', 'implementation', 'images/s', 'ratio', 'of peak', 'bandwidth', 'memory', 'compile')
 LEGEND = """\
 Medians of the rounds, with the minimum and the maximum.
 ratio: images/s of convnext_jax over those of the implementation in the same round.
-of peak: the model's FLOP/s over those of 2048×2048 matrix products in the same process.
-memory: peak over set-up and three steps, imports and compiling included.
+of peak: the model's FLOP/s over those of matrix products in the same process (side 2048; on an accelerator 8192).
+bandwidth: bytes read plus written in a large copy in the same process.
+memory: peak over set-up and three steps, compiling included: resident, of the process, with its imports; or device, of
+the arrays on the accelerator.
 compile: the first step less a warm one.
 settings: convnext_jax runs with the environment variables of launch/cpu.sh, the others without.
 training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; the batch stays on
-the device."""
+the device.
+waiting: on an accelerator once a round, after the last step; in latency, and on CPU, after every step.
+float32 on a GPU: products in TensorFloat-32."""
 
 
 def describe_machine() -> dict:
@@ -49,6 +53,7 @@ def _processor() -> str:
 
 def as_table(machine: dict, results: list[dict]) -> str:
     """The results as text: the machine, a Markdown table with a row for each implementation, the meaning of columns."""
+    devices = sorted({result['device'] for result in results} - {'cpu'})
     versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
     rows = [COLUMNS, *map(_row, results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -57,6 +62,7 @@ def as_table(machine: dict, results: list[dict]) -> str:
     return '\n'.join(
         [
             f'{machine["processor"]}, {machine["cores"]} cores, {machine["system"]}, load {machine["load"]:.1f} before',
+            *devices,
             versions,
             '',
             *(f'| {line} |' for line in lines),
@@ -76,7 +82,8 @@ def _row(result: dict) -> tuple[str, ...]:
         _with_range(result['images_per_second'], 1),
         '–' if ratio is None or result['implementation'] == OURS else _with_range(ratio, 2),
         f'{result["share_of_peak"]["median"]:.0%} of {result["matmul_gflops"]["median"]:.0f} GFLOP/s',
-        '–' if memory is None else f'{memory:.0f} MB',
+        f'{result["copy_gb_per_second"]["median"]:.1f} GB/s',
+        '–' if memory is None else f'{memory:.0f} MB {result["memory_kind"]}',
         f'{result["compile_seconds"]:.1f} s',
     )
 

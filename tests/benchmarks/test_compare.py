@@ -12,12 +12,17 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from conftest import LONGEST
 from PIL import Image
 
 from benchmarks.compare import __main__ as compare_command
 from benchmarks.compare import process
+from benchmarks.compare.baselines.on_jax import jax_device
+from benchmarks.compare.baselines.on_torch import torch_device
+from benchmarks.compare.baselines.run import time_steps
+from benchmarks.compare.baselines.workload import Baseline, Device
 from benchmarks.compare.measure import make_cases
 from benchmarks.compare.process import BASELINES, IMPLEMENTATIONS, OURS, ROOT, RUN, Implementation
 from convnext_jax.errors import UserError
@@ -53,6 +58,9 @@ def test_a_table_numbers_and_a_chart(commands, tmp_path, mode, batch, passes):
         assert result['compile_seconds'] > 0
         assert (result['device'], result['dtype'], result['size']) == ('cpu', 'float32', 32)
         assert (result['peak_memory_mb'] is None) == (sys.platform != 'linux')
+        assert result['memory_kind'] == 'resident'
+        assert result['matmul_side'] == 2048
+        assert result['copy_gb_per_second']['least'] > 0
         assert row[4].startswith(f'{result["images_per_second"]["median"]:.1f} (')
         assert row[5] == '–' if result is ours else row[5].startswith(f'{result["ratio"]["median"]:.2f} (')
     with Image.open(tmp_path / 'made' / 'benchmark.png') as chart:
@@ -62,9 +70,17 @@ def test_a_table_numbers_and_a_chart(commands, tmp_path, mode, batch, passes):
 
 BASELINE = """
 import os, signal, time
-from benchmarks.compare.baselines.workload import Baseline
+from benchmarks.compare.baselines.workload import Baseline, Device
 
 steps = 0
+
+def seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+def sleep():
+    time.sleep(0.001)
 
 def build(workload):
     {at_build}
@@ -74,7 +90,8 @@ def build(workload):
         time.sleep(0.001)
         {at_step}
     print('a library that talks')
-    return Baseline(step, lambda: time.sleep(0.001), {parameters}, 'cpu')
+    device = Device('{device}', seconds, lambda *_: sleep, lambda _: sleep, lambda: 5 * 10**9)
+    return Baseline(step, {parameters}, device)
 """
 
 
@@ -86,8 +103,9 @@ def stand_in(monkeypatch, tmp_path):
     model = jax.eval_shape(lambda: create_model('convnext_atto', key=jax.random.key(0)))
     right = sum(array.size for array in get_parameters(model).values())
 
-    def put(name: str, at_build: str = '', at_step: str = '', parameters: int = right, packages: tuple[str, ...] = ()):
-        text = BASELINE.format(at_build=at_build, at_step=at_step, parameters=parameters)
+    def put(name: str, packages: tuple[str, ...] = (), **behaviour):
+        code = {'at_build': '', 'at_step': '', 'parameters': right, 'device': 'cpu'} | behaviour
+        text = BASELINE.format(**code)
         (tmp_path / f'stand_in_{name}.py').write_text(text)
         for table in (IMPLEMENTATIONS,) if name == OURS else (IMPLEMENTATIONS, BASELINES):
             monkeypatch.setitem(table, name, Implementation(f'stand_in_{name}', packages))
@@ -131,6 +149,49 @@ def test_the_first_step_of_a_round_is_not_timed(stand_in, tmp_path):
     run('--peers=slow_to_wake', f'--output={tmp_path}')
     baseline = json.loads((tmp_path / 'benchmark.json').read_text())['results'][1]
     assert baseline['images_per_second']['least'] > 8 / 0.9
+
+
+def test_memory_of_an_accelerator_is_that_of_its_arrays(stand_in, capfd, tmp_path):
+    """The process's own memory says nothing about the model there, and looks like a plausible figure."""
+    stand_in(OURS, device='GPU of a test')
+    run('--peers=', f'--output={tmp_path}')
+    (result,) = json.loads((tmp_path / 'benchmark.json').read_text())['results']
+    assert (result['peak_memory_mb'], result['memory_kind'], result['matmul_side']) == (5000, 'device', 8192)
+    table = capfd.readouterr().out
+    assert '| 5000 MB device |' in table
+    assert 'GPU of a test\n' in table
+
+
+@pytest.mark.parametrize(
+    ('name', 'latency', 'expected'), [('a GPU', False, [5]), ('a GPU', True, [1] * 5), ('cpu', False, [1] * 5)]
+)
+def test_an_accelerator_is_waited_for_once_a_round(name, latency, expected):
+    """Waiting after each step leaves it idle while the host dispatches the next, and hides how fast it is."""
+    steps, waits = [], []
+
+    def seconds(function):
+        before = len(steps)
+        function()
+        waits.append(len(steps) - before)
+        return 1.0
+
+    device = Device(name, seconds, None, None, None)
+    time_steps(Baseline(lambda: steps.append(1), 1, device), 5, latency)
+    assert waits == expected
+
+
+@pytest.mark.parametrize('library', ['jax', 'torch'])
+def test_what_a_device_reaches_is_measured_on_random_numbers_and_real_copies(library):
+    """Constants multiply faster, and a copy that the compiler leaves out is infinitely fast."""
+    device = jax_device() if library == 'jax' else torch_device()
+    product = np.asarray(device.make_matmul(16, 'float32')())
+    assert len(np.unique(product)) == 256
+    copy = device.make_copy(64)
+    assert (np.asarray(copy()) == 1).all()
+    assert (np.asarray(copy()) == np.ones(16)).all()
+    assert device.name == 'cpu'
+    assert device.peak_memory() is None
+    assert device.seconds(lambda: time.sleep(0.01)) >= 0.01
 
 
 def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd):

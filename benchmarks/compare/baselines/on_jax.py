@@ -1,23 +1,42 @@
-"""What the implementations on JAX share."""
+"""The device, for the implementations on JAX."""
 
+import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.compare.baselines.workload import MATMUL_SIDE
+from benchmarks.compare.baselines.workload import Device
 
 
-def device_kind() -> str:
-    """'cpu', or the accelerator's name."""
-    return jax.devices()[0].device_kind
+def jax_device() -> Device:
+    """The first device of JAX, where arrays are by default."""
+    return Device(jax.devices()[0].device_kind, _seconds, _make_matmul, _make_copy, _peak_memory)
 
 
-def make_matmul(dtype: str) -> Callable[[], None]:
-    """As `Baseline.matmul`."""
-    square = jnp.ones((MATMUL_SIDE, MATMUL_SIDE), dtype)
+def _seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - began
 
-    def matmul() -> None:
-        jax.block_until_ready(jnp.matmul(square, square))
 
-    return matmul
+def _make_matmul(side: int, dtype: str) -> Callable[[], jax.Array]:
+    left, right = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
+    return lambda: jnp.matmul(left, right)
+
+
+def _make_copy(size: int) -> Callable[[], jax.Array]:
+    # The target is donated: without that, the time to allocate a new array is measured too.
+    copy = jax.jit(lambda source, target: jnp.copy(source), donate_argnames='target', keep_unused=True)
+    source, target = jnp.ones(size // 4), jnp.zeros(size // 4)
+
+    def run() -> jax.Array:
+        nonlocal target
+        target = copy(source, target)
+        return target
+
+    return run
+
+
+def _peak_memory() -> int | None:
+    return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')

@@ -1,52 +1,50 @@
 """timm, eager and under torch.compile, and transformers; channels_last, which is fastest."""
 
+import time
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.compare.baselines.workload import (
     LEARNING_RATE,
-    MATMUL_SIDE,
     WEIGHT_DECAY,
     Baseline,
+    Device,
     Workload,
     example_batch,
 )
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def build(workload: Workload) -> Baseline:
     """Sets up the workload."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if DEVICE.type == 'cuda':
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision('high')  # TensorFloat-32, as JAX multiplies float32 by default
     model, forward = _transformers(workload) if workload.implementation == 'transformers' else _timm(workload)
-    model.to(device, memory_format=torch.channels_last).train(workload.training)
-    images, labels = (torch.from_numpy(array).to(device) for array in example_batch(workload))
-    images = images.permute(0, 3, 1, 2)  # NCHW to the eye, NHWC in memory: channels_last
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=workload.dtype == 'bfloat16')
-    square = torch.ones(MATMUL_SIDE, MATMUL_SIDE, dtype=getattr(torch, workload.dtype), device=device)
+    model.to(DEVICE, memory_format=torch.channels_last).train(workload.training)
+    images, labels = (torch.from_numpy(array).to(DEVICE) for array in example_batch(workload))
+    images = images.permute(0, 3, 1, 2)  # shape NCHW, memory NHWC: channels_last
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=workload.dtype == 'bfloat16')
     optimizer = _adamw(model)
 
-    def train() -> None:
+    def train() -> torch.Tensor:
         optimizer.zero_grad()
         with autocast:
             logits = forward(images)
-        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
         optimizer.step()
-        _wait(device)
+        return loss
 
-    def evaluate() -> None:
+    def evaluate() -> torch.Tensor:
         with torch.inference_mode(), autocast:
-            forward(images)
-        _wait(device)
-
-    def matmul() -> None:
-        square @ square
-        _wait(device)
+            return forward(images)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    name = 'cpu' if device.type == 'cpu' else torch.cuda.get_device_name()
-    return Baseline(train if workload.training else evaluate, matmul, parameters, name)
+    return Baseline(train if workload.training else evaluate, parameters, torch_device())
 
 
 def _timm(workload: Workload) -> tuple[torch.nn.Module, Forward]:
@@ -78,6 +76,35 @@ def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
+def torch_device() -> Device:
+    """The GPU, or else the CPU."""
+    if DEVICE.type == 'cpu':
+        return Device('cpu', _cpu_seconds, _make_matmul, _make_copy, lambda: None)
+    return Device(
+        torch.cuda.get_device_name(), _cuda_seconds, _make_matmul, _make_copy, torch.cuda.max_memory_allocated
+    )
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _cuda_seconds(function: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _make_matmul(side: int, dtype: str) -> Callable[[], torch.Tensor]:
+    left, right = torch.randn(2, side, side, dtype=getattr(torch, dtype), device=DEVICE)
+    return lambda: left @ right
+
+
+def _make_copy(size: int) -> Callable[[], torch.Tensor]:
+    source, target = torch.ones(size // 4, device=DEVICE), torch.zeros(size // 4, device=DEVICE)
+    return lambda: target.copy_(source)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.compare.baselines.on_jax import device_kind, make_matmul
+from benchmarks.compare.baselines.on_jax import jax_device
 from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters
@@ -22,7 +22,7 @@ def build(workload: Workload) -> Baseline:
     config = _config(workload)
     make_step = _training_step if workload.training else _forward_pass
     parameters = sum(array.size for array in get_parameters(abstract_model(config)).values())
-    return Baseline(make_step(workload, config), make_matmul(workload.dtype), parameters, device_kind())
+    return Baseline(make_step(workload, config), parameters, jax_device())
 
 
 def _config(workload: Workload) -> ConfigDict:
@@ -38,7 +38,7 @@ def _config(workload: Workload) -> ConfigDict:
     return config
 
 
-def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], None]:
+def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], object]:
     mesh = make_mesh(devices=jax.devices()[:1])
     program = Program(config, make_plan(config, images=workload.batch), mesh)
     images, labels = example_batch(workload)
@@ -49,21 +49,18 @@ def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], None]
     state = jax.block_until_ready(jax.jit(program.fresh_state, out_shardings=program.state_sharding)())
     train_step = None
 
-    def step() -> None:
+    def step() -> object:
         nonlocal state, train_step
         train_step = train_step or program.compile(state, batch)
         state, _ = train_step(state, batch)
-        jax.block_until_ready(state)
+        return state
 
     return step
 
 
-def _forward_pass(workload: Workload, config: ConfigDict) -> Callable[[], None]:
+def _forward_pass(workload: Workload, config: ConfigDict) -> Callable[[], object]:
     model = jax.block_until_ready(jax.jit(lambda: build_model(config, init_key(config.seed)))())
     forward = jax.jit(lambda model, images: model(images))
     images = jnp.asarray(example_batch(workload)[0])
 
-    def step() -> None:
-        jax.block_until_ready(forward(model, images))
-
-    return step
+    return lambda: forward(model, images)

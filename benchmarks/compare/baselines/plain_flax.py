@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.compare.baselines.on_jax import device_kind, make_matmul
+from benchmarks.compare.baselines.on_jax import jax_device
 from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
 
 
@@ -91,11 +91,11 @@ def build(workload: Workload) -> Baseline:
     adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY, mask=lambda tree: jax.tree.map(_decays, tree))
     optimizer = nnx.Optimizer(model, adamw, wrt=nnx.Param) if workload.training else None
 
-    def step() -> None:
-        jax.block_until_ready(train_step(model, optimizer, images, labels) if optimizer else forward(model, images))
+    def step() -> jax.Array:
+        return train_step(model, optimizer, images, labels) if optimizer else forward(model, images)
 
     parameters = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return Baseline(step, make_matmul(workload.dtype), parameters, device_kind())
+    return Baseline(step, parameters, jax_device())
 
 
 def _decays(parameter: jax.Array) -> bool:

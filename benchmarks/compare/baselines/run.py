@@ -13,15 +13,17 @@ import os
 import queue
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.compare.baselines.workload import Workload
+from benchmarks.compare.baselines.workload import Baseline, Device, Workload
 
 WARM_STEPS = 2
-MATMULS = 3
+PROBES = 3  # the best of these counts
+# An accelerator is measured by larger arrays, and by several calls in a row, which hide the time to dispatch each.
+MATMUL_SIDE, COPY_BYTES, CALLS = 2048, 2**28, 1
+ACCELERATOR_MATMUL_SIDE, ACCELERATOR_COPY_BYTES, ACCELERATOR_CALLS = 8192, 2**30, 10
 
 
 def main() -> None:
@@ -48,31 +50,57 @@ def _listen(questions: queue.SimpleQueue) -> None:
 
 def _answers(module: str, questions: queue.SimpleQueue) -> Iterator[dict]:
     """Measurements as JSON objects: first of the set-up, then of each round."""
-    baseline = importlib.import_module(module).build(Workload(**questions.get()))
-    first, *warm = (_seconds(baseline.step) for _ in range(1 + WARM_STEPS))
+    workload = Workload(**questions.get())
+    baseline = importlib.import_module(module).build(workload)
+    step, device = baseline.step, baseline.device
+    first, *warm = (device.seconds(step) for _ in range(1 + WARM_STEPS))
     yield {
         'first_step': first,
         'warm_step': min(warm),
-        'peak_memory': _peak_memory() if baseline.device == 'cpu' else None,
+        'peak_memory': _peak_resident_memory() if device.name == 'cpu' else device.peak_memory(),
         'parameters': baseline.parameters,
-        'device': baseline.device,
+        'device': device.name,
     }
     while True:
         steps = questions.get()
-        baseline.step()  # untimed: it refills the caches and memory that the other processes have used meanwhile
-        yield {
-            'seconds': sum(_seconds(baseline.step) for _ in range(steps)),
-            'matmul': min(_seconds(baseline.matmul) for _ in range(MATMULS)),
-        }
+        device.seconds(step)  # untimed: it refills the caches and memory that the other processes have used meanwhile
+        yield {'seconds': time_steps(baseline, steps, workload.latency)} | probe(device, workload.dtype)
 
 
-def _seconds(function: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def time_steps(baseline: Baseline, steps: int, latency: bool) -> float:
+    """Seconds of so many steps.
+
+    An accelerator computes while the host dispatches the next step, so it is waited for after the last step alone,
+    except where latency is measured. On CPU each step is waited for.
+    """
+    if latency or baseline.device.name == 'cpu':
+        return sum(baseline.device.seconds(baseline.step) for _ in range(steps))
+    return baseline.device.seconds(lambda: _repeat(baseline.step, steps))
 
 
-def _peak_memory() -> int | None:
+def probe(device: Device, dtype: str) -> dict:
+    """What the device reaches: FLOP/s in a matrix product, and bytes/s, read plus written, in a large copy."""
+    side, size, calls = MATMUL_SIDE, COPY_BYTES, CALLS
+    if device.name != 'cpu':
+        side, size, calls = ACCELERATOR_MATMUL_SIDE, ACCELERATOR_COPY_BYTES, ACCELERATOR_CALLS
+
+    def best(function: Callable[[], object]) -> float:
+        return min(device.seconds(lambda: _repeat(function, calls)) for _ in range(PROBES)) / calls
+
+    return {
+        'matmul_side': side,
+        'matmul_flops': 2 * side**3 / best(device.make_matmul(side, dtype)),
+        'copy_bandwidth': 2 * size / best(device.make_copy(size)),
+    }
+
+
+def _repeat(function: Callable[[], object], times: int) -> object:
+    for _ in range(times):
+        result = function()
+    return result
+
+
+def _peak_resident_memory() -> int | None:
     """Peak of this process's resident memory in bytes; None where the system does not report it."""
     status = Path('/proc/self/status')
     return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0]) if status.exists() else None

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-MATMUL_SIDE = 2048
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05  # of AdamW, the same everywhere
 
 
@@ -20,6 +19,7 @@ class Workload:
         variant: the fields of the model's architecture.
         training: forward, backward and AdamW with weight decay on arrays of two and more axes; if False, the forward
             pass. No augmentation, drop path, label smoothing or moving average.
+        latency: the result of each step is waited for before the next step starts, also on an accelerator.
         batch: images.
         size: height and width of the images in pixels.
         classes: outputs of the head.
@@ -30,26 +30,44 @@ class Workload:
     model: str
     variant: dict
     training: bool
+    latency: bool
     batch: int
     size: int
     classes: int
     dtype: str
 
 
+class Device(NamedTuple):
+    """The device of a process, as the process's library uses it.
+
+    Attributes:
+        name: 'cpu', or the accelerator's name.
+        seconds: calls a function that returns a result, waits until the result is ready, and returns the time of both.
+        make_matmul: side, dtype → a function that multiplies two square matrices of random numbers (products of
+            constants need less power, and an accelerator runs them at a higher clock).
+        make_copy: bytes → a function that copies an array of that size into another one.
+        peak_memory: the maximum of bytes in use on an accelerator so far; None on CPU, or if it is not known.
+    """
+
+    name: str
+    seconds: Callable[[Callable[[], object]], float]
+    make_matmul: Callable[[int, str], Callable[[], object]]
+    make_copy: Callable[[int], Callable[[], object]]
+    peak_memory: Callable[[], int | None]
+
+
 class Baseline(NamedTuple):
     """An implementation, a baseline or ours, that is set up.
 
     Attributes:
-        step: does one step and returns when its result is ready.
-        matmul: multiplies two square matrices of side MATMUL_SIDE and of the workload's dtype; returns likewise.
+        step: starts one step and returns its result, which an accelerator may still be computing.
         parameters: the number of the model's parameters.
-        device: 'cpu', or the accelerator's name.
+        device: where it computes.
     """
 
-    step: Callable[[], None]
-    matmul: Callable[[], None]
+    step: Callable[[], object]
     parameters: int
-    device: str
+    device: Device
 
 
 def example_batch(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
