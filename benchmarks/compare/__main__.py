@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 from benchmarks.compare.measure import MODES, choose_baselines, compare, make_cases
-from benchmarks.compare.process import BASELINES, OURS
+from benchmarks.compare.process import BASELINES, DEFAULT_BASELINES, OURS
 from benchmarks.compare.report import as_table, describe_machine, make_folder, write_report
 from convnext_jax.command_line import parse, run
 from convnext_jax.output import say, show
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure.', flag_values=values)
     flags.DEFINE_list('mode', ['train'], f'One or more of {", ".join(MODES)}.', flag_values=values)
-    flags.DEFINE_list('peers', list(BASELINES), 'Implementations to compare with.', flag_values=values)
+    flags.DEFINE_list('peers', DEFAULT_BASELINES, f'Some of {", ".join(BASELINES)}.', flag_values=values)
     flags.DEFINE_integer('batch', 8, 'Images in a step; latency takes 1.', lower_bound=1, flag_values=values)
     flags.DEFINE_integer('size', 224, 'Height and width of the images in pixels.', flag_values=values)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.', flag_values=values)

@@ -19,8 +19,8 @@ from PIL import Image
 
 from benchmarks.compare import __main__ as compare_command
 from benchmarks.compare import process
+from benchmarks.compare.baselines import on_torch
 from benchmarks.compare.baselines.on_jax import jax_device
-from benchmarks.compare.baselines.on_torch import torch_device
 from benchmarks.compare.baselines.run import time_steps
 from benchmarks.compare.baselines.workload import Baseline, Device
 from benchmarks.compare.measure import make_cases
@@ -183,7 +183,7 @@ def test_an_accelerator_is_waited_for_once_a_round(name, latency, expected):
 @pytest.mark.parametrize('library', ['jax', 'torch'])
 def test_what_a_device_reaches_is_measured_on_random_numbers_and_real_copies(library):
     """Constants multiply faster, and a copy that the compiler leaves out is infinitely fast."""
-    device = jax_device() if library == 'jax' else torch_device()
+    device = jax_device() if library == 'jax' else on_torch.torch_device()
     product = np.asarray(device.make_matmul(16, 'float32')())
     assert len(np.unique(product)) == 256
     copy = device.make_copy(64)
@@ -192,6 +192,19 @@ def test_what_a_device_reaches_is_measured_on_random_numbers_and_real_copies(lib
     assert device.name == 'cpu'
     assert device.peak_memory() is None
     assert device.seconds(lambda: time.sleep(0.01)) >= 0.01
+
+
+@pytest.mark.parametrize(
+    ('implementation', 'modes'), [('timm', []), ('compile', ['default']), ('compile_max', ['max-autotune'])]
+)
+def test_timm_is_compiled_as_the_name_says(implementation, modes, monkeypatch):
+    """Otherwise a row shows the speed of another mode of torch.compile, or of none."""
+    used = []
+    monkeypatch.setattr('torch.compile', lambda model, mode: used.append(mode) or model)
+    (case,) = make_cases(['convnext_atto'], ['train'], batch=2, size=32, dtype='bfloat16')
+    baseline = on_torch.build(case.workload(implementation))
+    assert used == modes
+    assert float(baseline.step()) == pytest.approx(np.log(1000), rel=0.3)
 
 
 def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd):
@@ -261,7 +274,7 @@ def is_running(pid: str) -> bool:
     ('arguments', 'line'),
     [
         (('--mode=training',), "there is no mode 'training': train, eval, latency"),
-        (('--peers=tim',), "there is no baseline 'tim': timm, transformers, compile, flax, keras"),
+        (('--peers=tim',), "there is no baseline 'tim': timm, transformers, compile, compile_max, flax, keras"),
         (('--models=convnext_tini',), 'did you mean convnext_tiny'),
         (('--size=31',), '--size=31 is below the total stride 32 of convnext_atto'),
         (('--rounds=0',), 'flag --rounds=0'),

@@ -15,6 +15,7 @@ from benchmarks.compare.baselines.workload import (
 )
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+COMPILE_MODES = {'compile': 'default', 'compile_max': 'max-autotune'}
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
@@ -51,7 +52,8 @@ def _timm(workload: Workload) -> tuple[torch.nn.Module, Forward]:
     import timm
 
     model = timm.create_model(workload.model, num_classes=workload.classes)
-    return model, torch.compile(model) if workload.implementation == 'compile' else model
+    mode = COMPILE_MODES.get(workload.implementation)
+    return model, torch.compile(model, mode=mode) if mode else model
 
 
 def _transformers(workload: Workload) -> tuple[torch.nn.Module, Forward]:
