@@ -105,7 +105,7 @@ def test_the_package_runs_without_the_repository(path):
 def test_a_benchmarked_process_holds_one_library(path):
     """Two libraries in one process share memory and threads, and the figures of both are wrong."""
     used = {name.split('.')[0] for name in imports(path)}
-    if path.name != 'on_torch.py':
+    if path.name not in ('on_torch.py', 'timm_models.py'):  # the latter only counts, in the command's process
         assert not used & {'torch', 'timm', 'transformers'}
     if path.parent.name == 'baselines':
         assert path.name == 'ours.py' or PACKAGE not in used

@@ -4,13 +4,17 @@
 
 Each implementation runs in its own process, and all of them take part in every round, so that a busy machine slows all
 alike. Run it on a machine that does nothing else. The exit status is 1 if convnext_jax itself could not be measured.
+
+    python -m benchmarks.compare --models=convnext_tiny,timm:resnet50,timm:vit_base_patch16_224 --peers=timm,compile
+
+A model timm:NAME is one of timm, which the baselines timm, compile and compile_max alone run: a table of architectures.
 """
 
 import sys
 
 from absl import flags
 
-from benchmarks.compare.measure import MODES, choose_baselines, compare, make_cases
+from benchmarks.compare.measure import MODES, choose_baselines, choose_implementations, compare, make_cases
 from benchmarks.compare.process import BASELINES, DEFAULT_BASELINES, OURS
 from benchmarks.compare.report import as_table, describe_machine, make_folder, write_report
 from convnext_jax.command_line import parse, run
@@ -20,7 +24,7 @@ from convnext_jax.paths import local_path
 
 def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure.', flag_values=values)
+    flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure; timm:NAME is one of timm.', flag_values=values)
     flags.DEFINE_list('mode', ['train'], f'One or more of {", ".join(MODES)}.', flag_values=values)
     flags.DEFINE_list('peers', DEFAULT_BASELINES, f'Some of {", ".join(BASELINES)}.', flag_values=values)
     flags.DEFINE_integer('batch', 8, 'Images in a step; latency takes 1.', lower_bound=1, flag_values=values)
@@ -31,13 +35,14 @@ def main(arguments: list[str]) -> None:
     parse(values, arguments, usage=__doc__)
     cases = make_cases(values.models, values.mode, values.batch, values.size, values.dtype)
     baselines, missing = choose_baselines(values.peers)
+    runs = [(case, choose_implementations(case, baselines)) for case in cases]
     output = local_path(values.output) if values.output else None
     if output:
         make_folder(output)
     machine, results = describe_machine(), []
     left_out = [{'implementation': name, 'reason': reason} for name, reason in missing.items()]
-    for case in cases:
-        measured, failed = compare(case, baselines, values.rounds, say=lambda line: say(line, error=True))
+    for case, names in runs:
+        measured, failed = compare(case, names, values.rounds, say=lambda line: say(line, error=True))
         results += measured
         left_out += [{'case': str(case), 'implementation': name, 'reason': reason} for name, reason in failed.items()]
     show(as_table(machine, results))

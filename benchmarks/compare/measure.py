@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from benchmarks.compare import timm_models
 from benchmarks.compare.baselines.workload import Workload
 from benchmarks.compare.process import BASELINES, OURS, BaselineFailed, BaselineProcess
 from convnext_jax.errors import UserError
@@ -22,11 +23,13 @@ class Case:
     """What is measured: a model in one mode.
 
     Attributes:
-        model: its name.
+        model: its name; 'timm:NAME' is a model of timm.
         mode: 'train': the training step; 'eval': the forward pass; 'latency': the forward pass of one image.
         batch: images in a step.
         size: height and width of the images in pixels.
         dtype: of matrix products and convolutions.
+        parameters: of the model.
+        multiply_adds: of the forward pass of one image.
     """
 
     model: str
@@ -34,19 +37,26 @@ class Case:
     batch: int
     size: int
     dtype: str
+    parameters: int
+    multiply_adds: int
+
+    @property
+    def of_timm(self) -> bool:
+        """Whether the model is one of timm."""
+        return self.model.startswith(timm_models.PREFIX)
 
     @property
     def flops(self) -> int:
         """FLOPs for one image: two for each multiply-add of the forward pass; training takes three times as many."""
-        forward = 2 * get_variant(self.model).multiply_adds(self.size, CLASSES)
+        forward = 2 * self.multiply_adds
         return 3 * forward if self.mode == 'train' else forward
 
     def workload(self, implementation: str) -> Workload:
         """What the process of an implementation computes."""
         return Workload(
             implementation=implementation,
-            model=self.model,
-            variant=dataclasses.asdict(get_variant(self.model)),
+            model=self.model.removeprefix(timm_models.PREFIX),
+            variant=None if self.of_timm else dataclasses.asdict(get_variant(self.model)),
             training=self.mode == 'train',
             latency=self.mode == 'latency',
             batch=self.batch,
@@ -63,20 +73,30 @@ def make_cases(models: Sequence[str], modes: Sequence[str], batch: int, size: in
     """Every model in every mode.
 
     Raises:
-        UserError: an unknown model or mode, or images that are too small for a model.
+        UserError: an unknown model or mode, or images of a size that a model does not take.
     """
     for mode in modes:
         if mode not in MODES:
             raise UserError(f"there is no mode '{mode}': {', '.join(MODES)}")
+    counts = {}
     for model in models:
-        stride = get_variant(model).total_stride
-        if size < stride:
-            raise UserError(f'--size={size} is below the total stride {stride} of {model}')
+        is_of_timm = model.startswith(timm_models.PREFIX)
+        counts[model] = timm_models.count(model, size, CLASSES) if is_of_timm else _count(model, size)
     return [
-        Case(model, mode, 1 if mode == 'latency' else batch, size, dtype)
-        for model in dict.fromkeys(models)
+        Case(model, mode, 1 if mode == 'latency' else batch, size, dtype, parameters, multiply_adds)
+        for model, (parameters, multiply_adds) in counts.items()
         for mode in dict.fromkeys(modes)
     ]
+
+
+def _count(name: str, size: int) -> tuple[int, int]:
+    """As `timm_models.count`, for a model of convnext_jax."""
+    variant = get_variant(name)
+    if size < variant.total_stride:
+        raise UserError(f'--size={size} is below the total stride {variant.total_stride} of {name}')
+    model = jax.eval_shape(lambda: create_model(name, num_classes=CLASSES, key=jax.random.key(0)))
+    parameters = sum(array.size for array in get_parameters(model).values())
+    return parameters, variant.multiply_adds(size, CLASSES)
 
 
 def choose_baselines(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -97,12 +117,27 @@ def choose_baselines(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return installed, missing
 
 
-def compare(case: Case, baselines: Sequence[str], rounds: int, say: Callable[[str], None]) -> tuple[list[dict], dict]:
-    """Measures ours and the baselines.
+def choose_implementations(case: Case, baselines: Sequence[str]) -> list[str]:
+    """The implementations that run a case: ours and the baselines, or for a model of timm those of timm alone.
+
+    Raises:
+        UserError: no baseline runs the model of timm.
+    """
+    if not case.of_timm:
+        return [OURS, *baselines]
+    able = [name for name, implementation in BASELINES.items() if implementation.runs_timm_models]
+    chosen = [name for name in baselines if name in able]
+    if not chosen:
+        raise UserError(f'{case.model} needs one of {", ".join(able)} in --peers')
+    return chosen
+
+
+def compare(case: Case, names: Sequence[str], rounds: int, say: Callable[[str], None]) -> tuple[list[dict], dict]:
+    """Measures implementations.
 
     Args:
         case: what is measured.
-        baselines: their names.
+        names: of the implementations.
         rounds: how often each is measured.
         say: is called with lines of progress.
 
@@ -111,11 +146,10 @@ def compare(case: Case, baselines: Sequence[str], rounds: int, say: Callable[[st
     """
     running: dict[str, BaselineProcess] = {}
     failed: dict[str, str] = {}
-    parameters = _count_parameters(case.model)
     with contextlib.ExitStack() as stack:
-        for name in (OURS, *baselines):
+        for name in names:
             try:
-                process = stack.enter_context(BaselineProcess(case.workload(name), parameters))
+                process = stack.enter_context(BaselineProcess(case.workload(name), case.parameters))
             except BaselineFailed as error:
                 failed[name] = str(error)
                 say(f'{case}: {name} failed: {error}')
@@ -132,11 +166,6 @@ def compare(case: Case, baselines: Sequence[str], rounds: int, say: Callable[[st
                     say(f'{case}: {name} failed: {error}')
             say(f'{case}: round {number + 1} of {rounds}')
     return [_result(case, name, running[name], running.get(OURS)) for name in running], failed
-
-
-def _count_parameters(name: str) -> int:
-    model = jax.eval_shape(lambda: create_model(name, num_classes=CLASSES, key=jax.random.key(0)))
-    return sum(array.size for array in get_parameters(model).values())
 
 
 def _result(case: Case, name: str, process: BaselineProcess, ours: BaselineProcess | None) -> dict:

@@ -25,18 +25,19 @@ ENVIRONMENT = {
 
 
 class Implementation(NamedTuple):
-    """Attributes: the module whose `build` sets it up, and the packages that must be installed."""
+    """Attributes: the module whose `build` sets it up, the packages it needs, whether it runs the models timm:NAME."""
 
     module: str
     packages: tuple[str, ...]
+    runs_timm_models: bool = False
 
 
 OURS = 'convnext_jax'
 BASELINES = {
-    'timm': Implementation(f'{MODULES}.on_torch', ('torch', 'timm')),
+    'timm': Implementation(f'{MODULES}.on_torch', ('torch', 'timm'), runs_timm_models=True),
     'transformers': Implementation(f'{MODULES}.on_torch', ('torch', 'transformers')),
-    'compile': Implementation(f'{MODULES}.on_torch', ('torch', 'timm')),
-    'compile_max': Implementation(f'{MODULES}.on_torch', ('torch', 'timm')),
+    'compile': Implementation(f'{MODULES}.on_torch', ('torch', 'timm'), runs_timm_models=True),
+    'compile_max': Implementation(f'{MODULES}.on_torch', ('torch', 'timm'), runs_timm_models=True),
     'flax': Implementation(f'{MODULES}.plain_flax', ('flax',)),
     'keras': Implementation(f'{MODULES}.with_keras', ('keras',)),
 }

@@ -11,7 +11,20 @@ from convnext_jax.errors import UserError
 from convnext_jax.output import to_json
 
 PACKAGES = ('jax', 'flax', 'torch', 'timm', 'transformers', 'keras')
-COLUMNS = ('model', 'mode', 'batch', 'implementation', 'images/s', 'ratio', 'of peak', 'bandwidth', 'memory', 'compile')
+COLUMNS = (
+    'model',
+    'mode',
+    'batch',
+    'implementation',
+    'images/s',
+    'ratio',
+    'of peak',
+    'bandwidth',
+    'memory',
+    'compile',
+    'parameters',
+    'multiply-adds',
+)
 LEGEND = """\
 Medians of the rounds, with the minimum and the maximum.
 ratio: images/s of convnext_jax over those of the implementation in the same round.
@@ -20,6 +33,7 @@ bandwidth: bytes read plus written in a large copy in the same process.
 memory: peak over set-up and three steps, compiling included: resident, of the process, with its imports; or device, of
 the arrays on the accelerator.
 compile: the first step less a warm one.
+multiply-adds: of the forward pass of one image, in convolutions and matrix products.
 settings: convnext_jax runs with the environment variables of launch/cpu.sh, the others without.
 training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; the batch stays on
 the device.
@@ -85,6 +99,8 @@ def _row(result: dict) -> tuple[str, ...]:
         f'{result["copy_gb_per_second"]["median"]:.1f} GB/s',
         '–' if memory is None else f'{memory:.0f} MB {result["memory_kind"]}',
         f'{result["compile_seconds"]:.1f} s',
+        f'{result["parameters"] / 1e6:.1f} M',
+        f'{result["multiply_adds"] / 1e9:.2f} G',
     )
 
 

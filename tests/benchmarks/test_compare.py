@@ -18,7 +18,7 @@ from conftest import LONGEST
 from PIL import Image
 
 from benchmarks.compare import __main__ as compare_command
-from benchmarks.compare import process
+from benchmarks.compare import process, timm_models
 from benchmarks.compare.baselines import on_torch
 from benchmarks.compare.baselines.on_jax import jax_device
 from benchmarks.compare.baselines.run import time_steps
@@ -204,7 +204,30 @@ def test_timm_is_compiled_as_the_name_says(implementation, modes, monkeypatch):
     (case,) = make_cases(['convnext_atto'], ['train'], batch=2, size=32, dtype='bfloat16')
     baseline = on_torch.build(case.workload(implementation))
     assert used == modes
-    assert float(baseline.step()) == pytest.approx(np.log(1000), rel=0.3)
+    assert baseline.step().item() == pytest.approx(np.log(1000), rel=0.3)
+
+
+def test_models_of_timm_run_in_timm_alone(stand_in, capfd, tmp_path):
+    """A table of architectures: an error of ours, which has no such model, would hide the figures."""
+    stand_in(OURS)
+    stand_in('another')
+    run('--models=timm:test_vit', '--mode=eval', '--size=160', '--peers=another,timm', f'--output={tmp_path}')
+    report = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert report['left_out'] == []
+    (result,) = report['results']
+    assert (result['model'], result['implementation'], result['ratio']) == ('timm:test_vit', 'timm', None)
+    speed, peak = (result[name]['rounds'][0] for name in ('images_per_second', 'matmul_gflops'))
+    share = 2 * result['multiply_adds'] * speed / (1e9 * peak)
+    assert result['share_of_peak']['rounds'][0] == pytest.approx(share)
+    assert f'{result["parameters"] / 1e6:.1f} M' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
+def test_the_models_of_timm_are_counted_as_ours_are(name):
+    """Otherwise a table of architectures gives ConvNeXt another share of the peak than the rest."""
+    ours, timm = make_cases([name, f'timm:{name}'], ['eval'], batch=1, size=64, dtype='float32')
+    assert (timm.parameters, timm.multiply_adds) == (ours.parameters, ours.multiply_adds)
+    assert timm_models.count('timm:vit_base_patch16_224', 224, 1000) == (86_567_656, 17_563_828_224)  # with attention
 
 
 def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd):
@@ -276,6 +299,12 @@ def is_running(pid: str) -> bool:
         (('--mode=training',), "there is no mode 'training': train, eval, latency"),
         (('--peers=tim',), "there is no baseline 'tim': timm, transformers, compile, compile_max, flax, keras"),
         (('--models=convnext_tini',), 'did you mean convnext_tiny'),
+        (('--models=timm:resnet5O',), "timm has no model 'resnet5O': did you mean resnet50"),
+        (('--models=timm:vit_tiny_patch16_224', '--size=32'), 'timm:vit_tiny_patch16_224 does not run at --size=32: '),
+        (
+            ('--models=timm:resnet18', '--peers=flax'),
+            'timm:resnet18 needs one of timm, compile, compile_max in --peers',
+        ),
         (('--size=31',), '--size=31 is below the total stride 32 of convnext_atto'),
         (('--rounds=0',), 'flag --rounds=0'),
         (('--output=README.md/here', '--peers='), 'README.md/here cannot be written'),

@@ -15,8 +15,8 @@ class Workload:
 
     Attributes:
         implementation: its name.
-        model: its name in convnext_jax.
-        variant: the fields of the model's architecture.
+        model: its name in convnext_jax, or in timm if the variant is None.
+        variant: the fields of the model's architecture in convnext_jax; None for a model that only timm has.
         training: forward, backward and AdamW with weight decay on arrays of two and more axes; if False, the forward
             pass. No augmentation, drop path, label smoothing or moving average.
         latency: the result of each step is waited for before the next step starts, also on an accelerator.
@@ -28,7 +28,7 @@ class Workload:
 
     implementation: str
     model: str
-    variant: dict
+    variant: dict | None
     training: bool
     latency: bool
     batch: int
