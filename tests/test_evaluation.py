@@ -18,17 +18,8 @@ MEAN, STD = (0.4, 0.5), (0.2, 0.3)
 def build(num_classes):
     """A one-block model and two sets of parameters for it."""
     variant = Variant((1,), (4,), layer_scale_init=0)
-    options = {
-        'in_channels': 2,
-        'drop_path_rate': 0.9,
-        'head_init_scale': 1.0,
-        'layer_norm_eps': 1e-6,
-        'remat': 'none',
-        'unroll': False,
-        'pallas': False,
-    }
     model = jax.eval_shape(
-        lambda key: ConvNeXt(variant, num_classes=num_classes, dtype=jnp.float32, key=key, **options),
+        lambda key: ConvNeXt(variant, key=key, num_classes=num_classes, drop_path_rate=0.9, in_channels=2),
         jax.random.key(0),
     )
     rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.files import Tensors
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.recognition import open_weights
-from convnext_jax.models import VARIANTS, Backbone, Variant, get_parameters, get_variant, with_parameters
+from convnext_jax.models import (
+    VARIANTS,
+    Backbone,
+    Execution,
+    ExecutionOptions,
+    Variant,
+    get_parameters,
+    get_variant,
+    with_parameters,
+)
 
 NORM_NAMES = re.compile(r'\w+\.hidden_states_norms\.(\w+)\.\w+')
 
@@ -28,10 +38,7 @@ def create_backbone(
     revision: str | None = None,
     in_channels: int = 3,
     drop_path_rate: float = 0.0,
-    remat: str = 'dots',
-    unroll: bool = False,
-    pallas: bool = False,
-    dtype: jnp.dtype | str = jnp.float32,
+    **options: Unpack[ExecutionOptions],
 ) -> Backbone:
     """Stem and stages that give the chosen feature maps, each through a LayerNorm of its own.
 
@@ -49,12 +56,13 @@ def create_backbone(
         key: random key of a newly initialised one.
         entry, revision: of weights, as `read_pretrained`.
         in_channels: of a newly initialised one.
-        drop_path_rate, remat, unroll, pallas, dtype: as `create_model`.
+        drop_path_rate: as `create_model`.
+        options: how the backbone is computed, as `create_model`: dtype='bfloat16', remat='full' …
 
     Raises:
         UserError: there is no such model or file, it does not fit, or a value is out of its range.
     """
-    options = {'drop_path_rate': drop_path_rate, 'remat': remat, 'unroll': unroll, 'pallas': pallas, 'dtype': dtype}
+    execution = Execution.from_keywords(create_backbone, options)
     if _is_architecture(source):
         variant = get_variant(source)
         if key is None:
@@ -63,24 +71,26 @@ def create_backbone(
             )
         return Backbone(
             variant,
-            out_features=_stages(variant) if out_features is None else out_features,
-            in_channels=in_channels,
-            output_stride=variant.total_stride if output_stride is None else output_stride,
             key=key,
-            **options,
+            out_features=out_features,
+            output_stride=output_stride,
+            in_channels=in_channels,
+            drop_path_rate=drop_path_rate,
+            execution=execution,
         )
     opened = open_weights(str(source), name=None, entry=entry, revision=revision)
     given = {match[1] for name in opened.tensors if (match := NORM_NAMES.fullmatch(name))}
     if out_features is None:
-        out_features = (given and opened.config.get('out_features')) or given or _stages(opened.variant)
+        out_features = (given and opened.config.get('out_features')) or given or None
     model = jax.eval_shape(
         lambda key: Backbone(
             opened.variant,
-            out_features=out_features,
-            in_channels=opened.in_channels,
-            output_stride=opened.variant.total_stride if output_stride is None else output_stride,
             key=key,
-            **options,
+            out_features=out_features,
+            output_stride=output_stride,
+            in_channels=opened.in_channels,
+            drop_path_rate=drop_path_rate,
+            execution=execution,
         ),
         jax.random.key(0),
     )
@@ -109,10 +119,6 @@ def _is_architecture(source: str | Path | Variant) -> bool:
     if isinstance(source, str):
         return source in VARIANTS or bool(re.fullmatch(r'\w{1,64}', source) and not Path(source).exists())
     return isinstance(source, Variant)
-
-
-def _stages(variant: Variant) -> tuple[str, ...]:
-    return tuple(f'stage{stage + 1}' for stage in range(len(variant.depths)))
 
 
 def _without_heads(tensors: Tensors, layout: str, unasked: set[str]) -> Tensors:

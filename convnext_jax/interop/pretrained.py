@@ -4,10 +4,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
-import jax.numpy as jnp
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.backbone import backbone_tensors
@@ -16,7 +15,7 @@ from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.processor import ImageProcessor, processor_for
 from convnext_jax.interop.recognition import Opened, last_epsilon, open_weights
-from convnext_jax.models import Backbone, ConvNeXt, create_model, get_parameters, with_parameters
+from convnext_jax.models import Backbone, ConvNeXt, Execution, ExecutionOptions, get_parameters, with_parameters
 from convnext_jax.paths import local_path
 
 HEAD = ('head.kernel', 'head.bias')
@@ -73,10 +72,7 @@ def read_pretrained(
     key: jax.Array | None = None,
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
-    remat: str = 'dots',
-    unroll: bool = False,
-    pallas: bool = False,
-    dtype: jnp.dtype | str = jnp.float32,
+    **options: Unpack[ExecutionOptions],
 ) -> Pretrained:
     """A model with the weights of another library, and what its folder says about classes and images.
 
@@ -92,12 +88,14 @@ def read_pretrained(
         new_classes: outputs of a newly initialised head where the file has none; as `num_classes`, but a file's head
             stays whatever its size.
         key: random key of a new head.
-        drop_path_rate, head_init_scale, remat, unroll, pallas, dtype: as `create_model`.
+        drop_path_rate, head_init_scale: as `create_model`.
+        options: how the model is computed, as `create_model`: dtype='bfloat16', remat='full' …
 
     Raises:
         UserError: the file cannot be read, is of another model, or has tensors that are missing, unexpected or of
             another shape; these are listed.
     """
+    execution = Execution.from_keywords(read_pretrained, options)
     opened = open_weights(str(where), name=name, entry=entry, revision=revision)
     tensors, layout = opened.tensors, opened.layout
     bias = tensors.get(f'{HEADS[layout][0]}bias')
@@ -106,7 +104,7 @@ def read_pretrained(
     num_classes = sizes[0] if sizes else 1  # without a size, what else does not fit is listed first
 
     def build(key: jax.Array) -> ConvNeXt:
-        return create_model(
+        return ConvNeXt(
             opened.variant,
             key=key,
             num_classes=num_classes,
@@ -114,10 +112,7 @@ def read_pretrained(
             head_init_scale=head_init_scale,
             layer_norm_eps=last_epsilon(opened.config, layout),
             in_channels=opened.in_channels,
-            remat=remat,
-            unroll=unroll,
-            pallas=pallas,
-            dtype=dtype,
+            execution=execution,
         )
 
     model = jax.eval_shape(build, jax.random.key(0))

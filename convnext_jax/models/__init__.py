@@ -2,6 +2,7 @@
 
 from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.convnext import ConvNeXt, create_model
+from convnext_jax.models.execution import Execution, ExecutionOptions
 from convnext_jax.models.parameters import Parameters, Role, get_parameters, parameter_roles, with_parameters
 from convnext_jax.models.variants import VARIANTS, Variant, get_variant, list_models
 
@@ -9,6 +10,8 @@ __all__ = [
     'VARIANTS',
     'Backbone',
     'ConvNeXt',
+    'Execution',
+    'ExecutionOptions',
     'Parameters',
     'Role',
     'Variant',

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from convnext_jax.errors import UserError
+from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import LayerNorm
 from convnext_jax.models.trunk import Trunk
 from convnext_jax.models.variants import Variant
@@ -17,34 +17,33 @@ class Backbone(Trunk):
 
     Attributes:
         norms: name of a feature map → its LayerNorm.
-        out_features: these names, in the order of the data.
+        out_features: these names, in the order of the data; by default all stages.
+
+    Raises:
+        UserError: `out_features` names no feature map, or as `Trunk`.
     """
 
     def __init__(
         self,
         variant: Variant,
         *,
-        out_features: Iterable[str],
-        in_channels: int,
-        drop_path_rate: float,
-        output_stride: int,
-        remat: str,
-        unroll: bool,
-        pallas: bool,
-        dtype: jnp.dtype | str,
         key: jax.Array,
+        out_features: Iterable[str] | None = None,
+        output_stride: int | None = None,
+        in_channels: int = 3,
+        drop_path_rate: float = 0.0,
+        execution: Execution = Execution(),
     ):
         super().__init__(
             variant,
+            key=key,
             in_channels=in_channels,
             drop_path_rate=drop_path_rate,
             output_stride=output_stride,
-            remat=remat,
-            unroll=unroll,
-            pallas=pallas,
-            dtype=dtype,
-            key=key,
+            execution=execution,
         )
+        if out_features is None:
+            out_features = [name for name in self.channels if name != 'stem']
         chosen = tuple(out_features) if isinstance(out_features, Iterable) else ()
         if not chosen or isinstance(out_features, str) or not all(name in tuple(self.channels) for name in chosen):
             raise UserError(f'out_features must be a choice of {tuple(self.channels)}, not {out_features!r}')

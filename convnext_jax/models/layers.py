@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 Tree = TypeVar('Tree')
 
@@ -111,7 +112,7 @@ def _sum_of_outer_on_cpu(x: jax.Array, error: jax.Array, *, dtype: jnp.dtype) ->
 class Linear(nnx.Module):
     """y = x · kernel + bias over the last axis: (..., in_features) → (..., out_features)."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype = jnp.float32, key: jax.Array):
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, key: jax.Array):
         self.kernel = nnx.Param(normal(key, (in_features, out_features)), decays=True, fsdp_axis=INPUTS)
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
@@ -134,7 +135,7 @@ class PatchConv(nnx.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, size: int, *, dtype: jnp.dtype = jnp.float32, key: jax.Array
+        self, in_channels: int, out_channels: int, size: int, *, dtype: DTypeLike = jnp.float32, key: jax.Array
     ):
         shape = (size, size, in_channels, out_channels)
         self.kernel = nnx.Param(normal(key, shape), decays=True, fsdp_axis=INPUTS)
@@ -159,7 +160,7 @@ class SameConv(nnx.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, size: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array
+        self, in_channels: int, out_channels: int, size: int, *, dilation: int, dtype: DTypeLike, key: jax.Array
     ):
         self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.depthwise import depthwise_conv
+from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import (
     GRN,
     STATISTICS,
@@ -25,65 +26,49 @@ from convnext_jax.models.layers import (
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
-REMAT = ('none', 'dots', 'full')
-"""What is computed again in the backward pass: nothing; all but convolutions and matrix products; or whole blocks."""
 
 
 class Depthwise(nnx.Module):
     """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
 
-    def __init__(self, channels: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array, pallas: bool = False):
+    def __init__(self, channels: int, *, dilation: int, execution: Execution, key: jax.Array):
         self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.dilation = dilation
-        self.pallas = pallas
-        self.dtype = dtype
+        self.execution = execution
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = depthwise_conv(x.astype(self.dtype), self.kernel[...], dilation=self.dilation, pallas=self.pallas)
-        return (y + self.bias).astype(self.dtype)
+        dtype, pallas = self.execution.dtype, self.execution.pallas
+        y = depthwise_conv(x.astype(dtype), self.kernel[...], dilation=self.dilation, pallas=pallas)
+        return (y + self.bias).astype(dtype)
 
 
 class Block(nnx.Module):
     """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input.
 
-    Attributes:
-        remat: what it computes again in the backward pass, one of `REMAT`.
-        unroll: whether the block is compiled by itself, and not as the body of a loop over blocks.
+    The parts in brackets exist where `variant` has them. `dilation` is that of the depthwise convolution.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        grn: bool,
-        layer_scale_init: float,
-        dilation: int,
-        remat: str,
-        unroll: bool,
-        pallas: bool,
-        dtype: jnp.dtype,
-        key: jax.Array,
-    ):
+    def __init__(self, channels: int, *, variant: Variant, execution: Execution, dilation: int, key: jax.Array):
         keys = jax.random.split(key, 3)
-        self.depthwise = Depthwise(channels, dilation=dilation, dtype=dtype, key=keys[0], pallas=pallas)
+        scale = variant.layer_scale_init
+        self.depthwise = Depthwise(channels, dilation=dilation, execution=execution, key=keys[0])
         self.norm = LayerNorm(channels)
-        self.pointwise1 = Linear(channels, 4 * channels, dtype=dtype, key=keys[1])
-        self.grn = GRN(4 * channels) if grn else None
-        self.pointwise2 = Linear(4 * channels, channels, dtype=dtype, key=keys[2])
-        self.layer_scale = nnx.Param(jnp.full(channels, layer_scale_init, jnp.float32)) if layer_scale_init else None
-        self.remat = remat
-        self.unroll = unroll
+        self.pointwise1 = Linear(channels, 4 * channels, dtype=execution.dtype, key=keys[1])
+        self.grn = GRN(4 * channels) if variant.grn else None
+        self.pointwise2 = Linear(4 * channels, channels, dtype=execution.dtype, key=keys[2])
+        self.layer_scale = nnx.Param(jnp.full(channels, scale, jnp.float32)) if scale else None
+        self.execution = execution
 
     def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
-        run = self._checkpoint(Block.run) if self.remat == 'full' else Block.run
+        run = self._checkpoint(Block.run) if self.execution.remat == 'full' else Block.run
         return run(self, x, drop_rate, keys)
 
     def run(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         """The same, without what 'full' adds."""
         expand, contract = Block.expand, Block.contract
-        if self.remat == 'dots':
+        if self.execution.remat == 'dots':
             # Each begins at what a convolution or a product gave, and ends with the next product, whose result the
             # backward pass has no need of.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
@@ -95,7 +80,7 @@ class Block(nnx.Module):
 
     def _checkpoint(self, part: Callable, policy: Callable | None = None) -> Callable:
         # In a loop nothing can be merged with the forward pass: no need to keep the compiler from it.
-        return jax.checkpoint(part, policy=policy, prevent_cse=self.unroll)
+        return jax.checkpoint(part, policy=policy, prevent_cse=self.execution.unroll)
 
     def expand(self, x: jax.Array) -> jax.Array:
         """(N, H, W, C) → (N, H, W, 4C)."""
@@ -112,9 +97,10 @@ class Block(nnx.Module):
 class Stem(nnx.Module):
     """Cuts the image into patches: (N, H, W, in) → (N, H / size, W / size, C)."""
 
-    def __init__(self, in_channels: int, channels: int, size: int, *, norm: bool, dtype: jnp.dtype, key: jax.Array):
-        self.conv = PatchConv(in_channels, channels, size, dtype=dtype, key=key)
-        self.norm = LayerNorm(channels) if norm else None
+    def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: jax.Array):
+        channels = variant.widths[0]
+        self.conv = PatchConv(in_channels, channels, variant.patch_size, dtype=execution.dtype, key=key)
+        self.norm = LayerNorm(channels) if variant.stem_norm else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(x)
@@ -127,7 +113,8 @@ class Downsample(nnx.Module):
     Where the stage after it is dilated, the sides stay as they are.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, dilation: int, dtype: jnp.dtype, key: jax.Array):
+    def __init__(self, in_channels: int, out_channels: int, *, dilation: int, execution: Execution, key: jax.Array):
+        dtype = execution.dtype
         self.norm = LayerNorm(in_channels)
         if dilation == 1:
             self.conv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
@@ -148,7 +135,7 @@ class Stage(nnx.Module):
     Attributes:
         drop_rates: the drop rate of each block.
         dilation: of the stage's depthwise convolutions.
-        unroll: whether each block is compiled by itself.
+        execution: how the blocks are computed.
         first_block: number of blocks before this stage in the model; block i draws by its number in the model.
     """
 
@@ -161,35 +148,24 @@ class Stage(nnx.Module):
         dilation: int,
         first_block: int,
         variant: Variant,
-        remat: str,
-        unroll: bool,
-        pallas: bool,
-        dtype: jnp.dtype,
+        execution: Execution,
         key: jax.Array,
     ):
         downsample_key, blocks_key = jax.random.split(key)
         if in_channels is None:
             self.downsample = None
         else:
-            self.downsample = Downsample(in_channels, channels, dilation=dilation, dtype=dtype, key=downsample_key)
+            self.downsample = Downsample(
+                in_channels, channels, dilation=dilation, execution=execution, key=downsample_key
+            )
 
         def block(key: jax.Array) -> Block:
-            return Block(
-                channels,
-                grn=variant.grn,
-                layer_scale_init=variant.layer_scale_init,
-                dilation=dilation,
-                remat=remat,
-                unroll=unroll,
-                pallas=pallas,
-                dtype=dtype,
-                key=key,
-            )
+            return Block(channels, variant=variant, execution=execution, dilation=dilation, key=key)
 
         self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
         self.drop_rates = drop_rates
-        self.unroll = unroll
         self.dilation = dilation
+        self.execution = execution
         self.first_block = first_block
 
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -204,7 +180,7 @@ class Stage(nnx.Module):
 
         numbers = self.first_block + jnp.arange(len(self.drop_rates))
         scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
-        return jax.lax.scan(run, x, scanned, unroll=self.unroll)[0]
+        return jax.lax.scan(run, x, scanned, unroll=self.execution.unroll)[0]
 
 
 class Trunk(nnx.Module):
@@ -213,9 +189,11 @@ class Trunk(nnx.Module):
     Attributes:
         stem, stages: the parts, in the order of the data.
         variant: the architecture.
+        execution: how it is computed.
         in_channels: of the images.
-        drop_path_rate: drop rate of the last block; the rates rise to it linearly from 0 at the first.
-        output_stride: the largest stride; stages that would go beyond it are dilated instead, as in timm.
+        drop_path_rate: drop rate of the last block, in [0, 1); the rates rise to it linearly from 0 at the first block.
+        output_stride: the largest stride, by default the variant's; stages that would exceed it are dilated instead,
+            as in timm.
 
     Raises:
         UserError: a value out of its range, or a `key` that is none of `jax.random.key`.
@@ -225,29 +203,22 @@ class Trunk(nnx.Module):
         self,
         variant: Variant,
         *,
-        in_channels: int,
-        drop_path_rate: float,
-        output_stride: int,
-        remat: str,
-        unroll: bool,
-        pallas: bool,
-        dtype: jnp.dtype | str,
         key: jax.Array,
+        in_channels: int = 3,
+        drop_path_rate: float = 0.0,
+        output_stride: int | None = None,
+        execution: Execution = Execution(),
     ):
         check_key(key, ((),))
+        output_stride = variant.total_stride if output_stride is None else output_stride
         if not 0 <= drop_path_rate < 1:
             raise UserError(f'drop_path_rate must be in [0, 1), not {drop_path_rate}')
         if in_channels < 1:
             raise UserError(f'in_channels must be at least 1, not {in_channels}')
         if not isinstance(output_stride, int) or output_stride not in variant.strides:
             raise UserError(f'output_stride must be one of {variant.strides}, not {output_stride}')
-        if remat not in REMAT:
-            raise UserError(f"remat must be one of {', '.join(REMAT)}, not '{remat}'")
-        dtype = _float_dtype(dtype)
         stem_key, *stage_keys = jax.random.split(key, 1 + len(variant.depths))
-        self.stem = Stem(
-            in_channels, variant.widths[0], variant.patch_size, norm=variant.stem_norm, dtype=dtype, key=stem_key
-        )
+        self.stem = Stem(in_channels, variant=variant, execution=execution, key=stem_key)
         blocks = sum(variant.depths)
         rates = tuple(drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks))
         stages = []
@@ -261,10 +232,7 @@ class Trunk(nnx.Module):
                     dilation=max(variant.strides[stage] // output_stride, 1),
                     first_block=first,
                     variant=variant,
-                    remat=remat,
-                    unroll=unroll,
-                    pallas=pallas,
-                    dtype=dtype,
+                    execution=execution,
                     key=stage_keys[stage],
                 )
             )
@@ -273,6 +241,7 @@ class Trunk(nnx.Module):
         self.drop_path_rate = drop_path_rate
         self.output_stride = output_stride
         self.variant = variant
+        self.execution = execution
 
     @property
     def channels(self) -> dict[str, int]:
@@ -334,14 +303,3 @@ def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:
         raise UserError(f'key must be a key such as jax.random.key(0), not {type(key).__name__}')
     if key.shape not in shapes:
         raise UserError(f'key has shape {key.shape}: pass {" or ".join(map(str, shapes))}')
-
-
-def _float_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
-    names = ('float32', 'bfloat16', 'float16')
-    try:
-        parsed = jnp.dtype(dtype)
-    except TypeError:
-        parsed = None
-    if parsed is None or parsed.name not in names:
-        raise UserError(f"dtype must be one of {', '.join(names)}, not '{dtype}'")
-    return parsed

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from convnext_jax.data.pipeline import steps_per_epoch
 from convnext_jax.data.sources import Source, check_has_classes, open_source, with_classes_of_split
 from convnext_jax.errors import UserError
-from convnext_jax.models import ConvNeXt, Variant, create_model, get_variant
+from convnext_jax.models import ConvNeXt, Execution, Variant, get_variant
 from convnext_jax.paths import local_path, plain_path
 from convnext_jax.training.distributed import is_first
 
@@ -140,8 +140,14 @@ def build_variant(config: ConfigDict) -> Variant:
     )
 
 
-def build_model(config: ConfigDict, key: jax.Array) -> ConvNeXt:
-    """The config's model with fresh weights.
+def build_execution(config: ConfigDict) -> Execution:
+    """How the config's model is computed."""
+    model = config.model
+    return Execution(dtype=model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
+
+
+def build_model(config: ConfigDict, key: jax.Array, execution: Execution | None = None) -> ConvNeXt:
+    """The config's model, newly initialised; `execution` replaces the config's.
 
     Raises:
         UserError: as `create_model`, or the images are too small for it.
@@ -152,29 +158,22 @@ def build_model(config: ConfigDict, key: jax.Array) -> ConvNeXt:
             f'data.image_size={config.data.image_size} is below the total stride {variant.total_stride} of '
             f'{config.model.name}: enlarge it, or lower model.patch_size={variant.patch_size}'
         )
-    return create_model(
-        config.model.name,
+    return ConvNeXt(
+        variant,
         key=key,
         num_classes=config.model.num_classes,
         drop_path_rate=config.model.drop_path_rate,
-        layer_scale_init=variant.layer_scale_init,
         head_init_scale=config.model.head_init_scale,
         in_channels=len(config.data.mean),
-        patch_size=variant.patch_size,
-        remat=config.model.remat,
-        unroll=config.model.unroll,
-        pallas=config.model.pallas,
-        dtype=config.model.dtype,
+        execution=execution or build_execution(config),
     )
 
 
-def abstract_model(config: ConfigDict) -> ConvNeXt:
-    """The config's model with shapes in place of arrays."""
-    return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
+def abstract_model(config: ConfigDict, execution: Execution | None = None) -> ConvNeXt:
+    """The config's model with shapes instead of arrays."""
+    return jax.eval_shape(lambda key: build_model(config, key, execution), jax.random.key(0))
 
 
 def evaluation_model(config: ConfigDict) -> ConvNeXt:
-    """The same without `model.pallas`: `jax.jit` cannot spread our kernel over devices, as it spreads evaluation."""
-    config = config.copy_and_resolve_references()
-    config.model.pallas = False
-    return abstract_model(config)
+    """The abstract model without Pallas kernels: `jax.jit`, which shards evaluation, cannot partition them."""
+    return abstract_model(config, dataclasses.replace(build_execution(config), pallas=False))

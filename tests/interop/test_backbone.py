@@ -249,18 +249,7 @@ def test_fresh_norms_are_float32_as_all_parameters(tmp_path):
 
 def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
     variant = Variant((1, 1), (8, 16), patch_size=2, layer_scale_init=0)
-    backbone = Backbone(
-        variant,
-        out_features=('stage2',),
-        in_channels=1,
-        drop_path_rate=0.0,
-        output_stride=4,
-        remat='none',
-        unroll=False,
-        pallas=False,
-        dtype='float32',
-        key=jax.random.key(0),
-    )
+    backbone = Backbone(variant, key=jax.random.key(0), out_features=('stage2',), in_channels=1)
     save_pretrained(backbone, tmp_path / 'out')
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['num_channels'] == 1
     with warnings.catch_warnings():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
+from convnext_jax.models import Variant, create_model, get_parameters, with_parameters
 
 DEPTHS = (3, 2)
 V1 = Variant(DEPTHS, (8, 16), layer_scale_init=0.5)
@@ -14,18 +14,8 @@ ISOTROPIC = Variant((2,), (8,), patch_size=8, layer_scale_init=0, stem_norm=Fals
 
 def build(variant, **options):
     """A small model; every parameter is random, so that none can be left out unseen."""
-    defaults = {
-        'num_classes': 5,
-        'in_channels': 3,
-        'drop_path_rate': 0.5,
-        'head_init_scale': 1.0,
-        'layer_norm_eps': 1e-6,
-        'remat': 'none',
-        'unroll': False,
-        'pallas': False,
-        'dtype': jnp.float32,
-    }
-    model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, **(defaults | options)), jax.random.key(0))
+    options = {'num_classes': 5, 'drop_path_rate': 0.5, 'remat': 'none'} | options
+    model = jax.eval_shape(lambda key: create_model(variant, key=key, **options), jax.random.key(0))
     rng = np.random.default_rng(0)
     parameters = {
         name: jnp.asarray(name.endswith('scale') + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)

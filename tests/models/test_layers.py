@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from convnext_jax.models import Execution
 from convnext_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, SameConv, drop_path, gelu, matmul, normal
 from convnext_jax.models.trunk import Depthwise
 
@@ -254,7 +255,7 @@ def test_initial_weights_have_std_0_02_untruncated():
         partial(Linear, 3, 2),
         partial(PatchConv, 3, 2, 1),
         partial(SameConv, 3, 2, 2, dilation=1),
-        partial(Depthwise, 3, dilation=1),
+        lambda dtype, key: Depthwise(3, dilation=1, execution=Execution(dtype), key=key),
     ],
     ids=['linear', 'patch', 'same', 'depthwise'],
 )
