@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from einops import rearrange
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import Tensors, printable
@@ -177,8 +178,7 @@ def dense_encoder(tensors: Tensors) -> Tensors:
             side = math.isqrt(len(x)) if x.ndim else 0
             if x.ndim not in (2, 3) or side**2 != len(x) or 0 in x.shape:
                 raise UserError(f'{printable(name)} has shape {x.shape}: no sparse kernel of a square')
-            columns = x.reshape(side, side, *x.shape[1:]) if x.ndim == 3 else x.reshape(side, side, 1, -1)
-            x = columns.transpose(3, 2, 1, 0)
+            x = rearrange(x, '(w h) i o -> o i h w' if x.ndim == 3 else '(w h) c -> c 1 h w', h=side)
             name = name.removesuffix('kernel') + 'weight'
         elif name.endswith('.bias'):
             x = x.reshape(-1)
@@ -222,24 +222,24 @@ def _prefix(module: str, variant: Variant, layout: str) -> str:
 def _outward(array: np.ndarray, ours: str, variant: Variant, layout: str) -> np.ndarray:
     """One of our parameters, a block of it if it is stacked, in their shape."""
     if ours.endswith('depthwise.kernel'):
-        return array.transpose(2, 0, 1)[:, None]
+        return rearrange(array, 'h w c -> c 1 h w')
     if ours.endswith('conv.kernel'):
-        return array.transpose(3, 2, 0, 1)
+        return rearrange(array, 'h w i o -> o i h w')
     if ours.endswith('.kernel'):
         # timm's sizes below tiny run their linear layers as 1×1 convolutions.
         as_convolution = layout == 'timm' and 'pointwise' in ours and variant.widths[0] < 96
-        return array.T[:, :, None, None] if as_convolution else array.T
+        return rearrange(array, 'i o -> o i 1 1' if as_convolution else 'i o -> o i')
     if '.grn.' in ours and layout != 'timm':
-        return array[None, None, None]
+        return rearrange(array, 'c -> 1 1 1 c')
     return array
 
 
 def _inward(tensor: np.ndarray, ours: str, shape: tuple[int, ...]) -> np.ndarray:
     """One of their tensors in our shape."""
     if ours.endswith('depthwise.kernel'):
-        return tensor[:, 0].transpose(1, 2, 0)
+        return rearrange(tensor, 'c 1 h w -> h w c')
     if ours.endswith('conv.kernel'):
-        return tensor.transpose(2, 3, 1, 0)
+        return rearrange(tensor, 'o i h w -> h w i o')
     if ours.endswith('.kernel'):
-        return tensor.reshape(tensor.shape[:2]).T
+        return rearrange(tensor, 'o i ... -> i (o ...)')
     return tensor.reshape(shape)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -149,7 +150,7 @@ class PatchConv(nnx.Module):
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
         # A patch's row moves as one piece; the barrier keeps the reshape's indices out of the loop that copies.
         lines = apart_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
-        patches = lines.swapaxes(2, 3).reshape(n, rows, columns, -1)
+        patches = rearrange(lines, 'n rows y columns line -> n rows columns (y line)')
         return (matmul(patches, self.kernel[...]) + self.bias).astype(self.dtype)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -104,7 +105,7 @@ def _accumulate(
     """Sums and gradient of all examples, computed on one of `steps` equal parts after the other."""
     if steps == 1:
         return value_and_grad(parameters, *examples)
-    parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), examples)
+    parts = jax.tree.map(lambda x: rearrange(x, '(steps n) ... -> steps n ...', steps=steps), examples)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(parameters, *part)), None
