@@ -1,4 +1,4 @@
-"""What the network computes; knows no data, no training, no files."""
+"""The networks and their parameters. Nothing here knows about data, training or files."""
 
 from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.convnext import ConvNeXt, create_model

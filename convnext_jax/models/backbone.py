@@ -1,4 +1,4 @@
-"""ConvNeXt V1 and V2 as backbones: feature maps for detection, segmentation and what else stands on them."""
+"""ConvNeXt V1 and V2 as backbones: feature maps for detection, segmentation and other dense tasks."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ from convnext_jax.models.variants import Variant
 
 
 class Backbone(Trunk):
-    """Stem and stages, and a LayerNorm on each feature map that goes out, as Hugging Face's ConvNextBackbone.
+    """Stem and stages, and a LayerNorm on each feature map it returns, as Hugging Face's ConvNextBackbone.
 
     Attributes:
         norms: name of a feature map → its LayerNorm.

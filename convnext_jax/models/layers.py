@@ -1,7 +1,7 @@
-"""The small parts of a ConvNeXt: linear, patch convolution, LayerNorm, GRN, GELU, drop path.
+"""The layers of a ConvNeXt: linear, patch convolution, LayerNorm, GRN, GELU, drop path.
 
 Parameters are float32. Linear layers and convolutions compute in their `dtype`; norms compute in float32 and return
-the type they were given.
+the dtype of their input.
 """
 
 import functools
@@ -18,56 +18,55 @@ Tree = TypeVar('Tree')
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Weights of standard deviation 0.02, untruncated: the original cuts at ±2 absolute, which cuts nothing."""
+    """Initial weights of standard deviation 0.02, untruncated: the originals truncate at ±2, which has no effect."""
     return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
 def apart_on_cpu(tree: Tree) -> Tree:
-    """The same; on CPU the compiler does not merge the programs before and after it."""
+    """Identity that is a fusion barrier on CPU: the compiler does not merge what comes before it with what follows."""
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
-CUT_AXIS = 'fsdp'
-"""The axis of a mesh, inside `jax.shard_map`, along which kernels may be cut into pieces."""
+FSDP_AXIS = 'fsdp'
+"""The mesh axis along which kernels may be sharded, inside `jax.shard_map`."""
 INPUTS = -2
-"""The axis of a kernel that `matmul` can gather: its input features. It is never the leading axis of stacked blocks,
-which a scan walks, and shards along it fill whole rows of an accelerator's tiles."""
-
+"""The axis of a kernel along which `matmul` can gather shards: its input features. It is never the leading axis of
+stacked blocks, over which a scan runs, and shards along it fill whole rows of an accelerator's tiles."""
 
 STATISTICS = 'norm statistics'
-"""Name, for a policy of `jax.checkpoint`, of the means and standard deviations of norms: two numbers for each place."""
+"""Name, for policies of `jax.checkpoint`, of a norm's mean and inverse standard deviation at each position."""
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x · kernel in x's dtype; the gradient of the kernel comes in its own, and sums over devices do not round.
+    """x · kernel in x's dtype. The kernel's gradient has the kernel's dtype, so that sums over devices lose no bits.
 
-    A kernel with fewer inputs than x is this device's piece of one that is cut along `CUT_AXIS`: it is gathered for
-    the product and again for the gradient, and every device gets the sum of its piece's gradients.
+    A kernel with fewer input features than x is this device's shard along `FSDP_AXIS`. It is all-gathered in the
+    forward pass and again in the backward pass, and its gradient is reduce-scattered.
 
     There is no forward-mode derivative.
 
     Args:
         x: (..., K).
-        kernel: (..., in, out), of K = the product of all but `out` rows, or cut along `in`.
+        kernel: (..., in, out), where the product of all axes but `out` is K; or a shard of it along `in`.
     """
-    # On CPU the compiler would merge the norm before a product with it, into a program that is slower than the two.
+    # On CPU the compiler would fuse a preceding norm into the product, which is slower than the two separately.
     return _matmul(apart_on_cpu(x), kernel)
 
 
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ _whole(x, kernel)
+    return x @ _gathered(x, kernel)
 
 
-def _whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The kernel as (K, out) of x's dtype."""
+def _gathered(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The whole kernel as (K, out) in x's dtype."""
     kernel = kernel.astype(x.dtype)
-    if _is_cut(x, kernel):
-        kernel = jax.lax.all_gather(kernel, CUT_AXIS, axis=kernel.ndim - 2, tiled=True)
+    if _is_sharded(x, kernel):
+        kernel = jax.lax.all_gather(kernel, FSDP_AXIS, axis=kernel.ndim - 2, tiled=True)
     return kernel.reshape(-1, kernel.shape[-1])
 
 
-def _is_cut(x: jax.Array, kernel: jax.Array) -> bool:
+def _is_sharded(x: jax.Array, kernel: jax.Array) -> bool:
     return kernel[..., 0].size < x.shape[-1]
 
 
@@ -75,38 +74,40 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
     return _matmul(x, kernel), (x, kernel)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], error: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     native, on_cpu = (functools.partial(f, dtype=kernel.dtype) for f in (_sum_of_outer, _sum_of_outer_on_cpu))
-    gradient = jax.lax.platform_dependent(x, error, cpu=on_cpu, default=native)
+    gradient = jax.lax.platform_dependent(x, cotangent, cpu=on_cpu, default=native)
     *sides, _, out = kernel.shape
     gradient = gradient.reshape(*sides, -1, out)
-    if _is_cut(x, kernel):
-        gradient = jax.lax.psum_scatter(gradient, CUT_AXIS, scatter_dimension=kernel.ndim - 2, tiled=True)
-    return error @ _whole(x, kernel).T, gradient
+    if _is_sharded(x, kernel):
+        gradient = jax.lax.psum_scatter(gradient, FSDP_AXIS, scatter_dimension=kernel.ndim - 2, tiled=True)
+    return cotangent @ _gathered(x, kernel).T, gradient
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _sum_of_outer(x: jax.Array, error: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """(..., K), (..., out) → (K, out): the outer product at each place, summed over all places."""
-    places = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(x, error, ((places, places), ((), ())), preferred_element_type=dtype)
+def _sum_of_outer(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """(..., K), (..., out) → (K, out): the outer product at each position, summed over all positions."""
+    positions = tuple(range(left.ndim - 1))
+    return jax.lax.dot_general(left, right, ((positions, positions), ((), ())), preferred_element_type=dtype)
 
 
-def _sum_of_outer_on_cpu(x: jax.Array, error: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """As rows, or the compiler copies the transposes; the wider second; and many places as two halves, one for a core.
+def _sum_of_outer_on_cpu(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """`_sum_of_outer` in the form that is fastest on CPU.
 
-    A single product is shared out along its result, which for many places is small.
+    The operands are flattened to two axes, or the compiler copies the transposes, and the wider one comes second. A
+    sum over many positions is computed in two halves, for two cores: the compiler splits a single product along its
+    result alone, which is small then.
     """
-    x, error = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
-    if x.shape[1] > error.shape[1]:
-        return _sum_of_outer_on_cpu(error, x, dtype=dtype).T
-    places, widest = error.shape
-    if places % 2 or places < 4 * widest:
-        return _sum_of_outer(x, error, dtype=dtype)
-    halves = (array.reshape(2, places // 2, -1) for array in (x, error))
+    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    if left.shape[1] > right.shape[1]:
+        return _sum_of_outer_on_cpu(right, left, dtype=dtype).T
+    positions, widest = right.shape
+    if positions % 2 or positions < 4 * widest:
+        return _sum_of_outer(left, right, dtype=dtype)
+    halves = (array.reshape(2, positions // 2, -1) for array in (left, right))
     return jax.lax.dot_general(*halves, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype).sum(0)
 
 
@@ -122,17 +123,17 @@ class Linear(nnx.Module):
         """`scale`, (out_features,), multiplies the result."""
         kernel, bias = self.kernel[...], self.bias
         if scale is not None:
-            # By the weights, of which there are fewer, and nothing of the result is kept for the gradient of the scale.
-            # The barrier: as a part of the product's own program it slows the product down on CPU.
+            # Scale the kernel, not the output: fewer multiplies, and no activation is saved for the scale's gradient.
+            # The barrier keeps the scaling out of the product's program, which it would slow down on CPU.
             kernel, bias = jax.lax.optimization_barrier(kernel * scale), bias * scale
         return (matmul(x.astype(self.dtype), kernel) + bias).astype(self.dtype)
 
 
 class PatchConv(nnx.Module):
-    """A convolution whose stride is its kernel: (N, H, W, in) → (N, H // size, W // size, out).
+    """A convolution whose stride equals its kernel size: (N, H, W, in) → (N, H // size, W // size, out).
 
-    Written as reshape and matrix product, which every platform runs at full speed. Rows and columns beyond the last
-    whole patch are left out, as a convolution without padding does.
+    Written as a rearrangement and a matrix product, which every platform runs at full speed. Rows and columns beyond
+    the last whole patch are ignored, as in a convolution without padding.
     """
 
     def __init__(
@@ -148,16 +149,16 @@ class PatchConv(nnx.Module):
         n, height, width, in_channels = x.shape
         rows, columns = height // size, width // size
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
-        # A patch's row moves as one piece; the barrier keeps the reshape's indices out of the loop that copies.
+        # Each line of a patch is copied as a whole; the barrier keeps the reshape's index arithmetic out of that loop.
         lines = apart_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
         patches = rearrange(lines, 'n rows y columns line -> n rows columns (y line)')
         return (matmul(patches, self.kernel[...]) + self.bias).astype(self.dtype)
 
 
 class SameConv(nnx.Module):
-    """A convolution of stride 1 padded with zeros to keep the sides: (N, H, W, in) → (N, H, W, out).
+    """A convolution of stride 1 with zero padding that keeps H and W: (N, H, W, in) → (N, H, W, out).
 
-    Where the padding is odd, the larger half is below and to the right.
+    If the total padding of a side is odd, the larger part is at the bottom and at the right.
     """
 
     def __init__(
@@ -194,9 +195,9 @@ class LayerNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _normalise(x: jax.Array, epsilon: float) -> jax.Array:
-    """The last axis at mean 0 and variance 1, in float32.
+    """Normalises the last axis to mean 0 and variance 1, in float32.
 
-    Its derivative is written out: the compiler's way from step to step takes two passes over x more.
+    The derivative is written by hand: JAX's takes two more passes over x.
     """
     return _normalise_forward(x, epsilon)[0]
 
@@ -210,13 +211,14 @@ def _normalise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[j
 
 
 def _normalise_backward(
-    epsilon: float, saved: tuple[jax.Array, jax.Array, jax.Array], error: jax.Array
+    epsilon: float, saved: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array]:
     x, mean, inverse = saved
     y = (jnp.asarray(x, jnp.float32) - mean) * inverse
-    # Or the sums of both are merged with what makes them, for which mean and scale are written out at every place.
-    y, error = apart_on_cpu((y, error))
-    gradient = error - error.mean(-1, keepdims=True) - y * (error * y).mean(-1, keepdims=True)
+    # Without the barrier XLA fuses the means with the producers of their inputs and materialises the broadcast `mean`
+    # and `inverse`.
+    y, cotangent = apart_on_cpu((y, cotangent))
+    gradient = cotangent - cotangent.mean(-1, keepdims=True) - y * (cotangent * y).mean(-1, keepdims=True)
     return ((inverse * gradient).astype(x.dtype),)
 
 
@@ -226,7 +228,7 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 class GRN(nnx.Module):
     """Global response normalisation (arXiv:2301.00808, algorithm 1): (N, H, W, C) → (N, H, W, C).
 
-    Each channel of each image is weighed by its norm over H and W against the mean norm of all channels.
+    Each channel of each image is scaled by its norm over H and W, relative to the mean norm of all channels.
     """
 
     def __init__(self, channels: int):
@@ -236,24 +238,25 @@ class GRN(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = jnp.asarray(x, jnp.float32)
         squares = jnp.square(wide).sum((1, 2), keepdims=True)
-        # The square root's derivative at zero is infinite: a dead channel takes a norm, and a gradient, of zero.
+        # The square root has an infinite derivative at zero: the norm and the gradient of a dead channel are set to 0.
         alive = squares > 0
         norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
-        weights = norms / (norms.mean(-1, keepdims=True) + 1e-6)
-        return (self.gamma * (wide * weights) + self.beta + wide).astype(x.dtype)
+        relative = norms / (norms.mean(-1, keepdims=True) + 1e-6)
+        return (self.gamma * (wide * relative) + self.beta + wide).astype(x.dtype)
 
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """x · Φ(x) in its exact form, by erf: cheaper than `jax.nn.gelu(approximate=False)`, which goes by erfc."""
+    """x · Φ(x), exactly, by erf: cheaper than `jax.nn.gelu(approximate=False)`, which uses erfc."""
     return x * _normal_cdf(x)
 
 
 @gelu.defjvp
 def _gelu_and_tangent(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The slope Φ(x) + x · φ(x) as it stands: JAX's derivative of erf computes an exponential in double words.
+    """The derivative Φ(x) + x · φ(x) in closed form: JAX's derivative of erf computes an exponential in double words.
 
-    Φ(x) is 1 − Φ(−x) here, or the compiler would compute the erf of both results by itself, and write it to memory.
+    Φ(x) is written as 1 − Φ(−x): otherwise value and derivative share one erf, which the compiler computes in a pass
+    of its own and writes to memory.
     """
     (x,), (dx,) = primals, tangents
     density = jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
@@ -265,12 +268,12 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array) -> jax.Array:
-    """Drops the whole branch of an image with probability `rate`, and divides what is kept by 1 − rate.
+    """Drops the whole branch of an image with probability `rate`; the branches that stay are divided by 1 − rate.
 
     Args:
         x: (N, H, W, C), a block's branch before it is added to the input.
         rate: probability in [0, 1).
-        keys: (N,), one key for each image, of this block alone.
+        keys: (N,), one key for each image, which no other block uses.
     """
     keep = 1 - jnp.asarray(rate, jnp.float32)
     factors = jnp.where(jax.vmap(jax.random.uniform)(keys) < keep, 1 / keep, 0)

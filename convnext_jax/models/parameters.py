@@ -14,8 +14,8 @@ class Role(NamedTuple):
     """How training treats a parameter. The layer that holds it declares this as metadata of the `nnx.Param`.
 
     Attributes:
-        decays: whether weight decay falls on it: on kernels, never on biases, norms, layer scale or GRN.
-        fsdp_axis: the axis that may be sharded, because its layer gathers it where it is used; None for none.
+        decays: whether weight decay applies to it: to kernels, never to biases, norms, layer scale or GRN.
+        fsdp_axis: the axis that may be sharded, because its layer gathers the shards; None if there is none.
     """
 
     decays: bool = False
@@ -23,7 +23,10 @@ class Role(NamedTuple):
 
 
 def get_parameters(model: nnx.Module) -> Parameters:
-    """Name → array, in the model's order, as in 'stages.2.blocks.depthwise.kernel'; blocks lead with a stacked axis."""
+    """Name → array, such as 'stages.2.blocks.depthwise.kernel', in the model's order.
+
+    The arrays of a stage's blocks are stacked along a leading axis.
+    """
     return {_name(path[:-1]): leaf for path, leaf in tree_flatten_with_path(model)[0]}  # the last part is 'value'
 
 
@@ -38,7 +41,7 @@ def parameter_roles(model: nnx.Module) -> dict[str, Role]:
 
 
 def with_parameters(model: Network, parameters: Parameters) -> Network:
-    """The same architecture with these parameters; `model` may be abstract, as from `jax.eval_shape`."""
+    """A copy of the model with these parameters; `model` may be abstract, as from `jax.eval_shape`."""
     return tree_map_with_path(lambda path, _: parameters[_name(path[:-1])], model)
 
 

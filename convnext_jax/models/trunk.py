@@ -29,7 +29,7 @@ KERNEL_SIZE = 7
 
 
 class Depthwise(nnx.Module):
-    """A 7×7 convolution of each channel by itself, with bias: (N, H, W, C) → (N, H, W, C)."""
+    """A depthwise 7×7 convolution with bias: (N, H, W, C) → (N, H, W, C)."""
 
     def __init__(self, channels: int, *, dilation: int, execution: Execution, key: jax.Array):
         self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)), decays=True)
@@ -46,7 +46,7 @@ class Depthwise(nnx.Module):
 class Block(nnx.Module):
     """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input.
 
-    The parts in brackets exist where `variant` has them. `dilation` is that of the depthwise convolution.
+    `variant` decides whether the parts in brackets exist; `dilation` applies to the depthwise convolution.
     """
 
     def __init__(self, channels: int, *, variant: Variant, execution: Execution, dilation: int, key: jax.Array):
@@ -66,11 +66,11 @@ class Block(nnx.Module):
         return run(self, x, drop_rate, keys)
 
     def run(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """The same, without what 'full' adds."""
+        """The block itself: remat='full' puts a checkpoint around it."""
         expand, contract = Block.expand, Block.contract
         if self.execution.remat == 'dots':
-            # Each begins at what a convolution or a product gave, and ends with the next product, whose result the
-            # backward pass has no need of.
+            # Each part starts from the result of a convolution or product, which is saved, and ends with the next
+            # product. The backward pass recomputes what lies between; it does not need the result of that product.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
             expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
         branch = contract(self, expand(self, self.depthwise(x)))
@@ -79,7 +79,7 @@ class Block(nnx.Module):
         return x + branch
 
     def _checkpoint(self, part: Callable, policy: Callable | None = None) -> Callable:
-        # In a loop nothing can be merged with the forward pass: no need to keep the compiler from it.
+        # In a loop the compiler cannot merge the recomputation with the forward pass: no need to prevent it.
         return jax.checkpoint(part, policy=policy, prevent_cse=self.execution.unroll)
 
     def expand(self, x: jax.Array) -> jax.Array:
@@ -95,7 +95,7 @@ class Block(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Cuts the image into patches: (N, H, W, in) → (N, H / size, W / size, C)."""
+    """Embeds the patches of the images: (N, H, W, in) → (N, H // patch_size, W // patch_size, C)."""
 
     def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: jax.Array):
         channels = variant.widths[0]
@@ -108,9 +108,9 @@ class Stem(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """What lies between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
+    """LayerNorm and 2×2 convolution between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
 
-    Where the stage after it is dilated, the sides stay as they are.
+    Before a dilated stage the convolution has stride 1 and keeps H and W.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, dilation: int, execution: Execution, key: jax.Array):
@@ -119,7 +119,7 @@ class Downsample(nnx.Module):
         if dilation == 1:
             self.conv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
         else:
-            # As timm has it: that of the stage before, and never more than 2.
+            # The dilation of the previous stage, at most 2, as in timm.
             self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,16 +127,17 @@ class Downsample(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A downsampling, if the stage is not the first, and equal blocks that share one program.
+    """A downsampling, except in the first stage, and equal blocks: (N, H, W, in) → (N, H', W', C).
 
-    The blocks' parameters are stacked along a leading axis and run under `lax.scan`, so that 27 blocks compile like
-    one; or, with `unroll`, each by itself, from slices of the same arrays.
+    The blocks' parameters are stacked along a leading axis, and `lax.scan` runs over it, so that 27 blocks compile as
+    fast as one. With `execution.unroll` each block is compiled on its own, from slices of the same arrays.
 
     Attributes:
         drop_rates: the drop rate of each block.
         dilation: of the stage's depthwise convolutions.
         execution: how the blocks are computed.
-        first_block: number of blocks before this stage in the model; block i draws by its number in the model.
+        first_block: number of blocks in the stages before this one. A block folds its index in the whole model into the
+            keys it draws from.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Stage(nnx.Module):
 
 
 class Trunk(nnx.Module):
-    """Stem and stages: what a classifier and a backbone share.
+    """Stem and stages: the common base of the classifier and the backbone.
 
     Attributes:
         stem, stages: the parts, in the order of the data.
@@ -196,7 +197,7 @@ class Trunk(nnx.Module):
             as in timm.
 
     Raises:
-        UserError: a value out of its range, or a `key` that is none of `jax.random.key`.
+        UserError: a value is out of its range, or `key` is not a key of `jax.random.key`.
     """
 
     def __init__(
@@ -259,12 +260,12 @@ class Trunk(nnx.Module):
 
         Args:
             images: (N, H, W, in_channels) float, normalised.
-            key: training: one key, or (N,) keys, one for each image; what an image draws depends on its key alone.
-                None: inference, nothing is dropped.
+            key: in training one key, or (N,) keys, one for each image: what is dropped for an image depends on its own
+                key only. None for inference: nothing is dropped.
 
         Raises:
-            UserError: the images have another rank or channel count, or a side below the largest stride; `key` is no
-                key of `jax.random.key`, or there are neither one nor N.
+            UserError: the images have another rank or channel count, or a side below the largest stride; `key` is not
+                a key of `jax.random.key`, or its shape is neither () nor (N,).
         """
         self._check(images)
         if key is not None:
@@ -294,10 +295,10 @@ class Trunk(nnx.Module):
 
 
 def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Refuses what is no random key of one of these shapes.
+    """Checks that `key` is a random key of one of these shapes.
 
     Raises:
-        UserError: with what to pass.
+        UserError: it is not; the message says what to pass.
     """
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise UserError(f'key must be a key such as jax.random.key(0), not {type(key).__name__}')

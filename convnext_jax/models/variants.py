@@ -1,4 +1,4 @@
-"""The table of architectures: name → depths, widths and what sets the two versions apart.
+"""The table of architectures: name → depths, widths and the options in which V1 and V2 differ.
 
 Sources: ConvNeXt (arXiv:2201.03545, appendix), ConvNeXt V2 (arXiv:2301.00808, table 14), and the model files of
 both original repositories.
@@ -19,7 +19,7 @@ class Variant:
         widths: channels in each stage.
         patch_size: kernel and stride of the stem, in pixels.
         grn: global response normalisation in every block (V2).
-        layer_scale_init: first value of the layer scale; 0 means that the block has none.
+        layer_scale_init: initial value of the layer scale; 0 means that the blocks have none.
         stem_norm: a LayerNorm follows the stem's convolution.
     """
 
@@ -31,10 +31,10 @@ class Variant:
     stem_norm: bool = True
 
     def replace(self, **changes: int | float | None) -> 'Variant':
-        """The same architecture with other values; None leaves a value as it is.
+        """A copy of the architecture with other values; None keeps a value.
 
         Raises:
-            UserError: a patch_size below 1.
+            UserError: `patch_size` is below 1.
         """
         given = {field: value for field, value in changes.items() if value is not None}
         if given.get('patch_size', 1) < 1:
@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def total_stride(self) -> int:
-        """That of the last stage."""
+        """Stride of the last stage."""
         return self.strides[-1]
 
     def multiply_adds(self, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> int:
@@ -100,7 +100,7 @@ def list_models() -> list[str]:
 
 
 def get_variant(name: str | Variant) -> Variant:
-    """The architecture of that name; an architecture stays as it is.
+    """The architecture with this name; a `Variant` is returned as it is.
 
     Raises:
         UserError: no model has this name; the nearest names are suggested.

@@ -16,7 +16,7 @@ from jax.tree_util import DictKey, tree_map_with_path
 
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters, Role
-from convnext_jax.models.layers import CUT_AXIS
+from convnext_jax.models.layers import FSDP_AXIS
 from convnext_jax.training.state import TrainState
 
 Roles = dict[str, Role]
@@ -47,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     else:
         within = (shape[0] // slices, shape[1])
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices, allow_split_physical_axes=True)
-    return Mesh(grid, ('data', CUT_AXIS), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, ('data', FSDP_AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
 def _lengths(data: int, fsdp: int, devices: int) -> tuple[int, int]:
@@ -81,11 +81,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def parameter_sharding(mesh: Mesh, role: Role, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lives, and its moments and moving average: sharded if its role allows it and it is large."""
-    axis, fsdp = role.fsdp_axis, mesh.shape[CUT_AXIS]
+    axis, fsdp = role.fsdp_axis, mesh.shape[FSDP_AXIS]
     if axis is None or fsdp == 1 or np.prod(shape) < SMALL or shape[axis] % fsdp:
         return replicated(mesh)
     axes: list[str | None] = [None] * len(shape)
-    axes[axis] = CUT_AXIS
+    axes[axis] = FSDP_AXIS
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
@@ -137,7 +137,7 @@ def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAn
 
         def on_device(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
             sums, gradient = function(parameters, *examples)
-            shards = {name: g for name, g in gradient.items() if CUT_AXIS in specs[name]}
+            shards = {name: g for name, g in gradient.items() if FSDP_AXIS in specs[name]}
             whole = {name: g for name, g in gradient.items() if name not in shards}
             sums, whole = jax.lax.psum((sums, whole), mesh.axis_names)
             return sums, whole | jax.lax.psum(shards, 'data')
