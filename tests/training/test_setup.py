@@ -1,4 +1,4 @@
-"""What the splits of a data set must have in common before a run starts."""
+"""From a config to the parts of a run: what the splits must have in common, how the models are computed."""
 
 import unicodedata
 
@@ -7,7 +7,8 @@ from PIL import Image
 
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
-from convnext_jax.training.setup import open_sources
+from convnext_jax.models import Execution
+from convnext_jax.training.setup import abstract_model, evaluation_model, open_sources
 
 
 def config_of(directory):
@@ -46,3 +47,11 @@ def test_one_class_is_refused_and_the_message_says_where_the_classes_are(tmp_pat
         open_sources(config)
     config.data.train_split, config.data.eval_split = 'train/images', 'val/images'
     assert open_sources(config)[1].class_names == ['ant', 'bee']
+
+
+def test_the_models_are_computed_as_the_config_says_and_evaluation_never_by_pallas():
+    """A field lost on the way costs memory or speed; evaluation on several devices cannot partition our kernels."""
+    config = default_config()
+    config.model.update(name='convnext_atto', num_classes=2, dtype='bfloat16', remat='full', unroll=True, pallas=True)
+    assert abstract_model(config).execution == Execution('bfloat16', remat='full', unroll=True, pallas=True)
+    assert evaluation_model(config).execution == Execution('bfloat16', remat='full', unroll=True, pallas=False)
