@@ -1,8 +1,8 @@
 """The depthwise convolution, with its derivatives, in the formulation that is fastest where it runs.
 
-On accelerators that is the compiler's own convolution, or, on TPU and where it is asked for, our kernel. On CPU the
-compiler's depthwise convolution is very slow (about 0.5 GFLOP/s, and its gradient slower), so there it is written as
-shifted multiply-adds over the padded image.
+On NVIDIA GPUs that is our kernels in `depthwise_gpu`; on other accelerators the compiler's own convolution, or, on TPU
+and where it is asked for, our kernel in `depthwise_tpu`. On CPU the compiler's depthwise convolution is very slow
+(about 0.5 GFLOP/s, and its gradient slower), so there it is written as shifted multiply-adds over the padded image.
 The platform is chosen when the program is lowered, not by a flag.
 
 Two primitives, each linear in either argument, and each the other's gradient: so that derivatives of any order and
@@ -19,7 +19,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from convnext_jax.models import depthwise_gpu
 from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
+from convnext_jax.models.nvidia import has_kernels
 
 # Of a pass of the convolution on CPU: its weights, 12 KiB in float32 of a first-level cache of 32 or more; but so many
 # places at the least, or the passes over the image cost more than the cache gives.
@@ -201,6 +203,24 @@ _define(
     _kernel_gradient_native,
     _many_kernel_gradients,
 )
+
+
+def _conv_on_gpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
+    if has_kernels() and depthwise_gpu.fits(x, kernel.shape[0], dilation):
+        return depthwise_gpu.depthwise_conv_on_gpu(x, kernel)
+    return _conv_native(x, kernel, dilation=dilation, pallas=pallas)
+
+
+def _kernel_gradient_on_gpu(
+    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
+) -> jax.Array:
+    if has_kernels() and depthwise_gpu.fits(x, size, dilation):
+        return depthwise_gpu.depthwise_kernel_gradient_on_gpu(x, weights, size=size).astype(dtype)
+    return _kernel_gradient_native(x, weights, size=size, dilation=dilation, pallas=pallas, dtype=dtype)
+
+
+for primitive, on_gpu in ((conv_p, _conv_on_gpu), (kernel_gradient_p, _kernel_gradient_on_gpu)):
+    mlir.register_lowering(primitive, mlir.lower_fun(on_gpu, multiple_results=False), platform='cuda')
 ad.defbilinear(
     conv_p,
     lambda y, x, kernel, **options: _mirrored_conv(y, kernel, **options),

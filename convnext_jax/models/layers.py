@@ -14,6 +14,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from convnext_jax.models import norm_gpu
+from convnext_jax.models.activation import response_norm
+from convnext_jax.models.nvidia import on_nvidia_gpu
+
 Tree = TypeVar('Tree')
 
 
@@ -119,6 +123,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x · kernel, without the bias."""
+        return matmul(x.astype(self.dtype), self.kernel[...])
+
     def __call__(self, x: jax.Array, *, scale: jax.Array | None = None) -> jax.Array:
         """`scale`, (out_features,), multiplies the result."""
         kernel, bias = self.kernel[...], self.bias
@@ -190,39 +198,55 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (_normalise(x, self.epsilon) * self.scale + self.bias).astype(x.dtype)
+        return _layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalise(x: jax.Array, epsilon: float) -> jax.Array:
-    """Normalises the last axis to mean 0 and variance 1, in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Layer norm over the last axis, computed in float32.
 
     The derivative is written by hand: JAX's takes two more passes over x.
     """
-    return _normalise_forward(x, epsilon)[0]
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
 
 
-def _normalise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    mean = checkpoint_name(x.mean(-1, keepdims=True, dtype=jnp.float32), STATISTICS)
-    centred = jnp.asarray(x, jnp.float32) - mean
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), STATISTICS)
-    return centred * inverse, (x, mean, inverse)
-
-
-def _normalise_backward(
-    epsilon: float, saved: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array]:
-    x, mean, inverse = saved
+def _layer_norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    native, on_gpu = (functools.partial(f, epsilon=epsilon) for f in (_statistics, norm_gpu.statistics))
+    mean, inverse = on_nvidia_gpu(on_gpu, native, x)
+    mean, inverse = checkpoint_name(mean, STATISTICS), checkpoint_name(inverse, STATISTICS)
     y = (jnp.asarray(x, jnp.float32) - mean) * inverse
+    return (y * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(epsilon: float, saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    return on_nvidia_gpu(norm_gpu.gradients, _gradients, *saved, cotangent)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _statistics(x: jax.Array, *, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Mean and 1 / standard deviation over the last axis: (..., C) → two of (..., 1), float32."""
+    mean = x.mean(-1, keepdims=True, dtype=jnp.float32)
+    variance = jnp.square(jnp.asarray(x, jnp.float32) - mean).mean(-1, keepdims=True)
+    return mean, jax.lax.rsqrt(variance + epsilon)
+
+
+def _gradients(
+    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The cotangents of x, scale and bias."""
+    y = (jnp.asarray(x, jnp.float32) - mean) * inverse
+    cotangent = jnp.asarray(cotangent, jnp.float32)
+    examples = tuple(range(x.ndim - 1))
+    scale_cotangent, bias_cotangent = (cotangent * y).sum(examples), cotangent.sum(examples)
     # Without the barrier XLA fuses the means with the producers of their inputs and materialises the broadcast `mean`
     # and `inverse`.
-    y, cotangent = apart_on_cpu((y, cotangent))
-    gradient = cotangent - cotangent.mean(-1, keepdims=True) - y * (cotangent * y).mean(-1, keepdims=True)
-    return ((inverse * gradient).astype(x.dtype),)
-
-
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+    y, scaled = apart_on_cpu((y, cotangent * scale))
+    gradient = scaled - scaled.mean(-1, keepdims=True) - y * (scaled * y).mean(-1, keepdims=True)
+    return (inverse * gradient).astype(x.dtype), scale_cotangent, bias_cotangent
 
 
 class GRN(nnx.Module):
@@ -236,35 +260,7 @@ class GRN(nnx.Module):
         self.beta = nnx.Param(jnp.zeros(channels, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = jnp.asarray(x, jnp.float32)
-        squares = jnp.square(wide).sum((1, 2), keepdims=True)
-        # The square root has an infinite derivative at zero: the norm and the gradient of a dead channel are set to 0.
-        alive = squares > 0
-        norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
-        relative = norms / (norms.mean(-1, keepdims=True) + 1e-6)
-        return (self.gamma * (wide * relative) + self.beta + wide).astype(x.dtype)
-
-
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """x · Φ(x), exactly, by erf: cheaper than `jax.nn.gelu(approximate=False)`, which uses erfc."""
-    return x * _normal_cdf(x)
-
-
-@gelu.defjvp
-def _gelu_and_tangent(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The derivative Φ(x) + x · φ(x) in closed form: JAX's derivative of erf computes an exponential in double words.
-
-    Φ(x) is written as 1 − Φ(−x): otherwise value and derivative share one erf, which the compiler computes in a pass
-    of its own and writes to memory.
-    """
-    (x,), (dx,) = primals, tangents
-    density = jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
-    return gelu(x), dx * (1 - _normal_cdf(-x) + x * density)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+        return response_norm(x, self.gamma[...], self.beta[...])
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array) -> jax.Array:

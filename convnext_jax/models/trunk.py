@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convnext_jax.errors import UserError
+from convnext_jax.models.activation import gelu, gelu_and_response_norm
 from convnext_jax.models.depthwise import depthwise_conv
 from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import (
@@ -20,7 +21,6 @@ from convnext_jax.models.layers import (
     PatchConv,
     SameConv,
     drop_path,
-    gelu,
     normal,
 )
 from convnext_jax.models.variants import Variant
@@ -83,14 +83,16 @@ class Block(nnx.Module):
         return jax.checkpoint(part, policy=policy, prevent_cse=self.execution.unroll)
 
     def expand(self, x: jax.Array) -> jax.Array:
-        """(N, H, W, C) → (N, H, W, 4C)."""
-        return self.pointwise1(self.norm(x))
+        """(N, H, W, C) → (N, H, W, 4C), without the bias."""
+        return self.pointwise1.product(self.norm(x))
 
     def contract(self, x: jax.Array) -> jax.Array:
         """(N, H, W, 4C) → (N, H, W, C)."""
-        x = gelu(x)
-        if self.grn is not None:
-            x = self.grn(x)
+        bias = self.pointwise1.bias[...]
+        if self.grn is None:
+            x = gelu(x, bias)
+        else:
+            x = gelu_and_response_norm(x, bias, self.grn.gamma[...], self.grn.beta[...])
         return self.pointwise2(x, scale=self.layer_scale)
 
 

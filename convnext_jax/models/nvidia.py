@@ -1,0 +1,33 @@
+"""Where the Pallas kernels for NVIDIA GPUs run, and what runs elsewhere."""
+
+import importlib.util
+import re
+from collections.abc import Callable
+
+import jax
+
+
+def on_nvidia_gpu(kernel: Callable, native: Callable, *arguments: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+    """Calls `kernel` in programs for an NVIDIA GPU that has such kernels, and `native` in all others.
+
+    Args:
+        kernel, native: functions with the same arguments and results.
+        arguments: for them.
+    """
+    if not has_kernels():
+        return native(*arguments)
+    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=native)
+
+
+def has_kernels() -> bool:
+    """Whether a program for an NVIDIA GPU, traced now, can hold Pallas kernels of JAX's Triton backend.
+
+    They need that backend, which a future JAX may not have; and the GPU, or its description in the mesh of the program,
+    of Ampere or newer.
+    """
+    if importlib.util.find_spec('jax.experimental.pallas.triton') is None:
+        return False
+    if jax.default_backend() == 'gpu':
+        return not re.match(r'[1-7]\.', str(getattr(jax.devices()[0], 'compute_capability', '')))
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return described is not None and described.device_kind.startswith('NVIDIA')
