@@ -44,6 +44,12 @@ SMALL_RUN = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m gpu` runs on the GPU, everything else on CPU."""
+    if config.getoption('markexpr') == 'gpu':
+        del os.environ['JAX_PLATFORMS']
+
+
 class Commands:
     """Starts the project's commands in processes of their own, on one device."""
 

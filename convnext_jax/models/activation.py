@@ -4,6 +4,8 @@ Each is one function with a derivative of its own that saves only the first laye
 to compute again than to read. On NVIDIA GPUs the passes over memory are laid out by hand, see `activation_gpu`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -37,7 +39,12 @@ def _gelu_gradients(x: jax.Array, bias: jax.Array, cotangent: jax.Array) -> tupl
 
 
 def _gelu_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return on_nvidia_gpu(activation_gpu.gelu_gradients, _gelu_gradients, *saved, cotangent)
+    return _on_nvidia_gpu(activation_gpu.gelu_gradients, _gelu_gradients, *saved, cotangent)
+
+
+def _on_nvidia_gpu(kernel: Callable, native: Callable, x: jax.Array, *others: jax.Array) -> jax.Array | tuple:
+    """As `on_nvidia_gpu`, for x of 16 bits: the Triton backend has no erf, which float32 needs."""
+    return on_nvidia_gpu(kernel, native, x, *others) if x.dtype.itemsize < 4 else native(x, *others)
 
 
 gelu.defvjp(lambda *arguments: (gelu(*arguments), arguments), _gelu_backward)
@@ -68,7 +75,7 @@ def gelu_and_response_norm(x: jax.Array, bias: jax.Array, gamma: jax.Array, beta
     Returns:
         (N, H, W, C) of x's dtype.
     """
-    return on_nvidia_gpu(activation_gpu.gelu_and_response_norm, _gelu_and_response_norm, x, bias, gamma, beta)
+    return _on_nvidia_gpu(activation_gpu.gelu_and_response_norm, _gelu_and_response_norm, x, bias, gamma, beta)
 
 
 def _gelu_and_response_norm(x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
@@ -82,7 +89,7 @@ def _gelu_and_response_norm_gradients(*saved_and_cotangent: jax.Array) -> tuple[
 
 def _gelu_and_response_norm_backward(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
     on_gpu, native = activation_gpu.gelu_and_response_norm_gradients, _gelu_and_response_norm_gradients
-    return on_nvidia_gpu(on_gpu, native, *saved, cotangent)
+    return _on_nvidia_gpu(on_gpu, native, *saved, cotangent)
 
 
 gelu_and_response_norm.defvjp(

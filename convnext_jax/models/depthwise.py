@@ -206,7 +206,7 @@ _define(
 
 
 def _conv_on_gpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
-    if has_kernels() and depthwise_gpu.fits(x, kernel.shape[0], dilation):
+    if has_kernels(x) and depthwise_gpu.fits(x, kernel.shape[0], dilation):
         return depthwise_gpu.depthwise_conv_on_gpu(x, kernel)
     return _conv_native(x, kernel, dilation=dilation, pallas=pallas)
 
@@ -214,7 +214,7 @@ def _conv_on_gpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
 def _kernel_gradient_on_gpu(
     x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
 ) -> jax.Array:
-    if has_kernels() and depthwise_gpu.fits(x, size, dilation):
+    if has_kernels(x) and depthwise_gpu.fits(x, size, dilation):
         return depthwise_gpu.depthwise_kernel_gradient_on_gpu(x, weights, size=size).astype(dtype)
     return _kernel_gradient_native(x, weights, size=size, dilation=dilation, pallas=pallas, dtype=dtype)
 

@@ -14,18 +14,20 @@ def on_nvidia_gpu(kernel: Callable, native: Callable, *arguments: jax.Array) -> 
         kernel, native: functions with the same arguments and results.
         arguments: for them.
     """
-    if not has_kernels():
+    if not has_kernels(*arguments):
         return native(*arguments)
     return jax.lax.platform_dependent(*arguments, cuda=kernel, default=native)
 
 
-def has_kernels() -> bool:
+def has_kernels(*arguments: jax.Array) -> bool:
     """Whether a program for an NVIDIA GPU, traced now, can hold Pallas kernels of JAX's Triton backend.
 
-    They need that backend, which a future JAX may not have; and the GPU, or its description in the mesh of the program,
-    of Ampere or newer.
+    They need that backend, which a future JAX may not have; the GPU, or its description in the mesh of the program, of
+    Ampere or newer; and sizes that are known: an exported program may leave that of the batch open.
     """
     if importlib.util.find_spec('jax.experimental.pallas.triton') is None:
+        return False
+    if not all(isinstance(size, int) for argument in arguments for size in argument.shape):
         return False
     if jax.default_backend() == 'gpu':
         return not re.match(r'[1-7]\.', str(getattr(jax.devices()[0], 'compute_capability', '')))
