@@ -21,12 +21,13 @@ from ml_collections import ConfigDict
 from configs.imagenet1k import get_config
 from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
+from convnext_jax.data.pipeline import abstract_batch
 from convnext_jax.data.randaugment import parse_randaugment
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.setup import abstract_model
-from convnext_jax.training.sharding import make_mesh
+from convnext_jax.training.sharding import batch_sharding, make_mesh
 from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 
@@ -56,9 +57,9 @@ def bare_step(config: ConfigDict) -> dict[str, float]:
         weight_decay=0.05,
     )
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, ema=True), parameters)
-    batch = {'image': _images(config), 'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
-    schedule, mesh = cosine_schedule(4e-3, 1e-6, 0, 100), make_mesh(devices=jax.devices()[:1])
-    step = make_train_step(make_task(config), model, optimizer, schedule, config, 1, mesh)
+    schedule, mesh, task = cosine_schedule(4e-3, 1e-6, 0, 100), make_mesh(devices=jax.devices()[:1]), make_task(config)
+    batch = abstract_batch(task.features, config.batch_size, batch_sharding(mesh))
+    step = make_train_step(task, model, optimizer, schedule, config, 1, mesh)
     with mock.patch('jax.lax.scan', functools.partial(jax.lax.scan, unroll=True)):
         return _cost(step, state, batch)
 

@@ -25,6 +25,7 @@ import simplejpeg
 
 from convnext_jax.data import loading
 from convnext_jax.data.decode import train_crop
+from convnext_jax.data.labelled_images import TrainImages
 from convnext_jax.data.pipeline import Share, train_batches
 from convnext_jax.data.sources import FolderSource
 
@@ -35,10 +36,9 @@ SCALE = (0.08, 1.0)
 
 def ours(folder: Path, size: int, processes: int, threads: int) -> Iterator[np.ndarray]:
     """The loader with so many processes (0: none), each of so many threads."""
-    source = FolderSource(folder, 'train')
     decoders, loading.decoders = loading.decoders, lambda _: (processes, threads)
-    options = {'image_size': size, 'channels': 3, 'crop_scale': SCALE, 'workers': processes}
-    batches = train_batches(source, Share(BATCH), seed=0, start_step=0, **options)
+    images = TrainImages(FolderSource(folder, 'train'), size, 3, crop_scale=SCALE)
+    batches = train_batches(images, Share(BATCH), seed=0, start_step=0, workers=processes)
     first = next(batches)
     loading.decoders = decoders
     with contextlib.closing(batches):

@@ -21,10 +21,11 @@ import jax
 
 from configs.fashion_mnist import get_config
 from convnext_jax.data import pipeline
+from convnext_jax.tasks import make_task
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.loop import Run
 from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 WARM_UP = 2
@@ -56,14 +57,13 @@ def ratios(rounds: int, steps: int) -> list[float]:
     config.log_every_steps = steps
     config.optimizer.warmup_steps = 1
     config.checkpoint_every_steps = 10**6
-    train_source, eval_source = open_sources(config)
-    config.eval_every_epochs = steps / (len(train_source) // config.batch_size)
-    settle_classes(config, train_source)
-    plan = make_plan(config, len(train_source))
+    train_set, eval_set = make_task(config).open()
+    config.eval_every_epochs = steps / (len(train_set) // config.batch_size)
+    plan = make_plan(config, len(train_set))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         workdir = Path(folder)
         with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:
-            run = Alternating(config, plan, make_mesh(), train_source, eval_source, checkpoints)
+            run = Alternating(config, plan, make_mesh(), train_set, eval_set, checkpoints)
             run.prepare(steps)
             run.go(run.first_state(), workdir)
         inside = [record['images_per_second'] for record in read_records(workdir)]

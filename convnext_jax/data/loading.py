@@ -1,11 +1,10 @@
-"""Rows → batches, by threads or by processes, ahead of need and in order."""
+"""Examples → batches, by threads or by processes, ahead of need and in order."""
 
 import atexit
 import collections
 import contextlib
 import ctypes
 import functools
-import math
 import multiprocessing
 import os
 import pickle
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from convnext_jax.data.dataset import Example, Features
 from convnext_jax.errors import UserError
 
 HELD_BACK = {signal.SIGINT, signal.SIGTERM}
@@ -35,12 +35,12 @@ left to end with this process, or ended."""
 OPEN: weakref.WeakSet[Iterator] = weakref.WeakSet()
 """Of batches: closed at the end of the process, before Python takes itself apart, if nobody did it earlier."""
 
-Row = dict[str, np.ndarray | np.generic]
-"""Of one example: `image`, (H, W, C) uint8, and other fields."""
+Batch = dict[str, np.ndarray]
+"""Examples stacked along a leading axis."""
 
-Waiting = Callable[[float, int], None]
-"""Called again and again while a batch is waited for, with the seconds so far and the number of its first row that is
-not loaded. What it raises ends the waiting."""
+Waiting = Callable[[float, Callable[[], str]], None]
+"""Called again and again while a batch is waited for, with the seconds so far and a function that names the first
+example that is missing. What it raises ends the waiting."""
 
 
 def no_word(_seconds: float, _what: object) -> None:
@@ -64,34 +64,37 @@ def decoders(workers: int) -> tuple[int, int]:
 
 
 def load_batches(
-    load: Callable[[int], Row],
+    load: Callable[[int], Example],
     batches: Iterable[int],
-    rows: int,
-    image_shape: tuple[int, int, int],
+    size: int,
+    features: Features,
     workers: int,
     waiting: Waiting = no_word,
-) -> Iterator[Row]:
-    """Batch b holds rows b · `rows` to (b + 1) · `rows` − 1, stacked; whoever loads them, they come in order.
+    name: Callable[[int], str] = str,
+) -> Iterator[Batch]:
+    """Batch b holds examples b · `size` to (b + 1) · `size` − 1, stacked; whoever loads them, they come in order.
 
     Closing the iterator, or an error, ends threads and processes, a thread that hangs in a read excepted: that one does
     not keep this process from its end.
 
     Args:
-        load: number of a row → its fields. Runs in several threads at once; for processes, it can be pickled.
+        load: number of an example → the example. Runs in several threads at once; for processes, it can be pickled.
         batches: their numbers, in order.
-        rows: of a batch.
-        image_shape: (H, W, C).
+        size: examples of a batch.
+        features: the arrays of an example.
         workers: as in `decoders`.
-        waiting: hears of a batch that is not there yet.
+        waiting: is called while a batch is waited for.
+        name: number of an example → its name, for `waiting`.
 
     Raises:
         UserError: as `load`, or there is too little shared memory, or a process was killed.
+        ValueError: an example does not fit the features.
     """
     processes, threads = decoders(workers)
     if processes:
-        loaded = _by_processes(load, batches, rows, image_shape, processes, threads, waiting)
+        loaded = _by_processes(load, batches, size, features, processes, threads, waiting, name)
     else:
-        loaded = _by_threads(load, batches, rows, threads, waiting)
+        loaded = _by_threads(load, batches, size, features, threads, waiting, name)
     OPEN.add(loaded)
     return loaded
 
@@ -103,20 +106,28 @@ def _close_open() -> None:
 
 
 def _by_threads(
-    load: Callable[[int], Row], batches: Iterable[int], rows: int, threads: int, waiting: Waiting
-) -> Iterator[Row]:
-    def fill(number: int, loaded: list[Row]) -> Row:
-        for row in range(number * rows, (number + 1) * rows):
-            loaded.append(load(row))
-        return _stack(loaded)
+    load: Callable[[int], Example],
+    batches: Iterable[int],
+    size: int,
+    features: Features,
+    threads: int,
+    waiting: Waiting,
+    name: Callable[[int], str],
+) -> Iterator[Batch]:
+    def fill(number: int, batch: Batch, loaded: np.ndarray) -> Batch:
+        for place in range(size):
+            _put(load(number * size + place), batch, place)
+            loaded[place] = True
+        return batch
 
-    def submit(number: int) -> tuple[Future, int, list[Row]]:
-        loaded: list[Row] = []
-        return pool.submit(fill, number, loaded), number, loaded
+    def submit(number: int) -> tuple[Future, int, np.ndarray]:
+        batch = {feature: np.empty((size, *x.shape), x.dtype) for feature, x in features.items()}
+        loaded = np.zeros(size, bool)
+        return pool.submit(fill, number, batch, loaded), number, loaded
 
     with contextlib.closing(_Threads(threads)) as pool:
         for future, number, loaded in _ahead((functools.partial(submit, number) for number in batches), threads + 1):
-            yield _result(future, waiting, lambda: number * rows + len(loaded))  # noqa: B023 - called before the next
+            yield _result(future, waiting, lambda: name(number * size + int(loaded.argmin())))  # noqa: B023
 
 
 class _Threads:
@@ -152,23 +163,25 @@ class _Threads:
 
 
 def _by_processes(
-    load: Callable[[int], Row],
+    load: Callable[[int], Example],
     batches: Iterable[int],
-    rows: int,
-    image_shape: tuple[int, int, int],
+    size: int,
+    features: Features,
     processes: int,
     threads: int,
     waiting: Waiting,
-) -> Iterator[Row]:
-    """Images come through one block of shared memory with a slot for each batch under way, the rest as results."""
+    name: Callable[[int], str],
+) -> Iterator[Batch]:
+    """Each feature has a block of shared memory with a slot for each batch under way."""
     slots = processes + 2
-    size = slots * rows * math.prod(image_shape)
+    sizes = {feature: slots * size * x.size * x.dtype.itemsize for feature, x in features.items()}
+    total = sum(sizes.values())
     free = max(
         shutil.disk_usage(folder).free for folder in ('/dev/shm', tempfile.gettempdir()) if os.path.isdir(folder)
     )
-    if size > free:
+    if total > free:
         raise UserError(
-            f'{processes} processes need {size / 1e9:.1f} GB of shared memory, and {free / 1e9:.1f} are free: '
+            f'{processes} processes need {total / 1e9:.1f} GB of shared memory, and {free / 1e9:.1f} are free: '
             'enlarge /dev/shm, or lower data.workers; with 0 none is needed'
         )
     main = sys.modules['__main__']
@@ -176,12 +189,11 @@ def _by_processes(
         main.__spec__ = None
     spawn = multiprocessing.get_context('spawn')  # a fork would copy JAX's threads half
     # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
-    memory = spawn.RawArray(ctypes.c_uint8, size)
-    images = np.frombuffer(memory, np.uint8).reshape(slots, rows, *image_shape)
-    flags = spawn.RawArray(ctypes.c_bool, slots * rows)  # which images are in their slot
-    loaded = np.frombuffer(flags, bool).reshape(slots, rows)
+    memory = {feature: spawn.RawArray(ctypes.c_uint8, count) for feature, count in sizes.items()}
+    flags = spawn.RawArray(ctypes.c_bool, slots * size)  # which examples are in their slot
+    arrays, loaded = _views(memory, flags, features, slots)
     leash, end = spawn.Pipe(duplex=False)
-    work = (pickle.dumps(load), memory, flags, images.shape, threads, leash)
+    work = (pickle.dumps(load), memory, flags, features, slots, threads, leash)
     with (
         _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work), end) as (pool, busy),
         # A thread of its own begins the processes: a signal would interrupt the main thread halfway through one, and
@@ -197,8 +209,8 @@ def _by_processes(
         numbered = (functools.partial(submit, number, place % slots) for place, number in enumerate(batches))
         try:
             for future, number, slot in _ahead(numbered, slots - 1):
-                row = _result(future, waiting, lambda: number * rows + int(loaded[slot].argmin()))  # noqa: B023
-                yield {**row, 'image': images[slot].copy()}
+                _result(future, waiting, lambda: name(number * size + int(loaded[slot].argmin())))  # noqa: B023
+                yield {feature: array[slot].copy() for feature, array in arrays.items()}
         except BrokenProcessPool as error:
             raise UserError(
                 'a process that decodes images ended: out of memory, or begun by a script that trains without '
@@ -206,11 +218,23 @@ def _by_processes(
             ) from error
 
 
+def _views(
+    memory: dict[str, ctypes.Array], flags: ctypes.Array, features: Features, slots: int
+) -> tuple[Batch, np.ndarray]:
+    """Shared memory as arrays: each feature's (slots, size, …), and (slots, size) bool, which examples are loaded."""
+    loaded = np.frombuffer(flags, bool).reshape(slots, -1)
+    arrays = {
+        feature: np.frombuffer(memory[feature], x.dtype).reshape(*loaded.shape, *x.shape)
+        for feature, x in features.items()
+    }
+    return arrays, loaded
+
+
 class _Worker:
     """What a decoding process holds; in the training process it is not used."""
 
-    load: Callable[[int], Row]
-    images: np.ndarray
+    load: Callable[[int], Example]
+    arrays: Batch
     loaded: np.ndarray
     pool: Executor
 
@@ -218,9 +242,10 @@ class _Worker:
     def begin(
         cls,
         load: bytes,
-        memory: ctypes.Array,
+        memory: dict[str, ctypes.Array],
         flags: ctypes.Array,
-        shape: tuple[int, ...],
+        features: Features,
+        slots: int,
         threads: int,
         leash: Connection,
     ) -> None:
@@ -230,8 +255,7 @@ class _Worker:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         cls.load = staticmethod(pickle.loads(load))
-        cls.images = np.frombuffer(memory, np.uint8).reshape(shape)
-        cls.loaded = np.frombuffer(flags, bool).reshape(shape[:2])
+        cls.arrays, cls.loaded = _views(memory, flags, features, slots)
         cls.pool = ThreadPoolExecutor(threads)
         threading.Thread(target=cls.end_with_parent, args=(leash,), daemon=True).start()
 
@@ -241,32 +265,40 @@ class _Worker:
         os._exit(1)
 
     @classmethod
-    def fill(cls, number: int, slot: int) -> Row:
-        """Puts a batch's images into its slot, and returns its other fields."""
-        images, loaded = cls.images[slot], cls.loaded[slot]
+    def fill(cls, number: int, slot: int) -> None:
+        """Puts the examples of a batch into its slot."""
+        batch, loaded = {feature: array[slot] for feature, array in cls.arrays.items()}, cls.loaded[slot]
 
-        def put(row: int) -> Row:
-            fields = cls.load(number * len(images) + row)
-            images[row] = fields.pop('image')
-            loaded[row] = True
-            return fields
+        def put(place: int) -> None:
+            _put(cls.load(number * len(loaded) + place), batch, place)
+            loaded[place] = True
 
-        return _stack(list(cls.pool.map(put, range(len(images)))))
+        list(cls.pool.map(put, range(len(loaded))))
 
 
-def _result(future: Future, waiting: Waiting, missing: Callable[[], int]) -> Row:
-    """A batch, waited for in short spells: between them signals are answered, and `waiting` is called."""
+def _put(example: Example, batch: Batch, place: int) -> None:
+    """Copies an example into a batch.
+
+    Raises:
+        ValueError: it has other names, shapes or types than the batch.
+    """
+    given = {feature: (np.shape(x), np.asarray(x).dtype) for feature, x in example.items()}
+    wanted = {feature: (array.shape[1:], array.dtype) for feature, array in batch.items()}
+    if given != wanted:
+        raise ValueError(f'an example does not fit the features of its data set: it is {given}, not {wanted}')
+    for feature, x in example.items():
+        batch[feature][place] = x
+
+
+def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> Batch | None:
+    """The future's result, waited for in short spells: between them signals are answered, and `waiting` is called."""
     began = time.monotonic()
     while not future.done():
         seconds = time.monotonic() - began
         wait([future], timeout=min(max(seconds / 20, 0.001), 0.1))
         if not future.done():
-            waiting(time.monotonic() - began, missing())
+            waiting(time.monotonic() - began, missing)
     return future.result()
-
-
-def _stack(rows: list[Row]) -> Row:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _ahead(calls: Iterator[Callable], count: int) -> Iterator:

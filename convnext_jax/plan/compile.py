@@ -4,7 +4,6 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import first_line
@@ -68,7 +67,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     program = Program(config, make_plan(config, IMAGES), mesh)
     began = time.perf_counter()
     try:
-        compiled = program.compile(program.abstract_state, _abstract_batch(config, program), target.options)
+        compiled = program.compile(program.abstract_state, program.abstract_batch, target.options)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -81,11 +80,3 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
         program=stats.generated_code_size_in_bytes,
     )
     return Compiled(images, time.perf_counter() - began, memory, compiled.as_text())
-
-
-def _abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    rows, size, channels = config.batch_size, config.data.image_size, len(config.data.mean)
-    return {
-        'image': jax.ShapeDtypeStruct((rows, size, size, channels), jnp.uint8, sharding=program.batch_sharding),
-        'label': jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=program.batch_sharding),
-    }

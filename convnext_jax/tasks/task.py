@@ -1,11 +1,14 @@
 """The contract between a task and the code that trains any task: everything on the device is a pure function."""
 
 import abc
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
+
+from convnext_jax.data.dataset import Dataset, Features
 
 Batch = dict[str, jax.Array]
 """Examples stacked along the leading axis, by the name of their field."""
@@ -65,6 +68,32 @@ class Task(abc.ABC):
 
     def __init__(self, config: ConfigDict):
         self.config = config
+
+    @property
+    @abc.abstractmethod
+    def features(self) -> Features:
+        """The arrays of a training example. They follow from the config alone: no data is needed."""
+
+    @abc.abstractmethod
+    def open(self) -> tuple[Dataset, Dataset]:
+        """Opens the training and the evaluation split, and sets the config fields that follow from the data.
+
+        Raises:
+            UserError: a split is not there, or the two do not fit each other or the config.
+        """
+
+    @abc.abstractmethod
+    def open_split(self, name: str, split: str, facts: Mapping[str, object]) -> Dataset:
+        """Opens a split to evaluate a trained network on.
+
+        Args:
+            name: of the data set, in the config's `data.dir`.
+            split: of the data set.
+            facts: `Dataset.facts` of the data that the network was trained on; {} if unknown.
+
+        Raises:
+            UserError: the split is not there, or the network does not fit it.
+        """
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
         """Prepares the global batch on the devices for `loss`.

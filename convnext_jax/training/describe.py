@@ -5,9 +5,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
-from convnext_jax.data.sources import Source
 from convnext_jax.models import ConvNeXt, get_parameters, parameter_roles
 from convnext_jax.tasks import Headline
 from convnext_jax.training.logging import read_records
@@ -23,8 +23,8 @@ def describe(
     plan: Plan,
     mesh: jax.sharding.Mesh,
     model: ConvNeXt,
-    train_source: Source,
-    eval_source: Source,
+    train_set: Dataset,
+    eval_set: Dataset,
     workdir: Path,
 ) -> list[str]:
     """The lines at the start of a run: model, devices, steps, data, optimizer, settings, workdir."""
@@ -36,9 +36,9 @@ def describe(
     share = share_held(mesh, parameter_roles(model), parameters)
     held = f', {share:.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
-    kept = is_kept(len(train_source), size, len(data.mean), data.crop_scale)
-    processes, threads = decoders(0 if kept else data.workers)
+    processes, threads = decoders(0 if is_kept(train_set) else data.workers)
     peak = peak_learning_rate(config)
+    about = f'{train_set.about}, ' if train_set.about else ''
     decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'
     return [
         f'model      {config.model.name}: {count:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
@@ -46,8 +46,8 @@ def describe(
         f'devices    {len(devices)} × {devices[0].device_kind}, mesh {describe_mesh(mesh)}{held}, '
         f'{jax.process_count()} process(es)',
         f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
-        f'data       {data.name}: {data.train_split} {len(train_source):,}, {data.eval_split} {len(eval_source):,} '
-        f'images, {len(train_source.class_names)} classes, decoded by {decoding}',
+        f'data       {data.name}: {data.train_split} {len(train_set):,}, {data.eval_split} {len(eval_set):,} images, '
+        f'{about}decoded by {decoding}',
         f'optimizer  AdamW, learning rate {peak:.3g} after {plan.warmup_steps:,} steps of warm-up, cosine to '
         f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
         f'settings   {describe_settings()}',

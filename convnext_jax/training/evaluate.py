@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from convnext_jax.data.labelled_images import EvalImages
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
 from convnext_jax.data.sources import Source, open_source, with_classes_of_model
 from convnext_jax.errors import UserError
@@ -133,16 +134,16 @@ def _evaluate(
     share = Share(batch_size, local_rows(batch_sharding(mesh), batch_size))
     tables = []
     for (name, split), source in zip(splits, sources, strict=True):
-        batches = eval_batches(
+        images = EvalImages(
             source,
-            share,
-            image_size=processor.size,
-            channels=len(processor.mean),
+            processor.size,
+            len(processor.mean),
             crop_pct=processor.crop_pct,
             squash=processor.squash,
             resample=processor.resample,
-            waiting=Patience(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at),
         )
+        patience = Patience(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at)
+        batches = eval_batches(images, share, patience)
         step = jax.jit(
             make_eval_step(model, mean, std, judged=source.judged, flip=protocol.flip), out_shardings=replicated(mesh)
         )

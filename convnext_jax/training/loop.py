@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, check_values
 from convnext_jax.data.check import describe_unreadable, find_unreadable
-from convnext_jax.data.class_names import same_names
-from convnext_jax.data.loading import no_word
-from convnext_jax.data.pipeline import Batch, Share, Unreadable, Waiting, eval_batches, to_devices, train_batches
-from convnext_jax.data.sources import Source
+from convnext_jax.data.dataset import Dataset
+from convnext_jax.data.loading import Waiting, no_word
+from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step
 from convnext_jax.output import say
@@ -31,8 +31,6 @@ from convnext_jax.training.setup import (
     cache_compiled,
     evaluation_model,
     make_plan,
-    open_sources,
-    settle_classes,
     settle_paths,
 )
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
@@ -56,7 +54,7 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
     """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
 
     Args:
-        config: as `default_config`; `model.num_classes` is filled in if it is 0, and paths become absolute.
+        config: as `default_config`; the task sets what follows from the data, and paths become absolute.
         workdir: made if it is not there.
         profile: the steps to trace.
 
@@ -68,20 +66,20 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
     settle_paths(config)
     cache_compiled(config.compilation_cache_dir)
     with locked_by_first(workdir):
-        train_source, eval_source = open_sources(config)
-        settle_classes(config, train_source)
-        plan = make_plan(config, len(train_source))
+        task = make_task(config)
+        train_set, eval_set = task.open()
+        plan = make_plan(config, len(train_set))
         mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         for line in settle_config(workdir, config) if is_first() else ():
             say(f'changed since the run began: {line}')
-        headline, keep = make_task(config).headline, config.keep_checkpoints
+        headline, keep = task.headline, config.keep_checkpoints
         best = f'ema_{headline.name}' if config.ema.decay else headline.name
         with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
-            run = Run(config, plan, mesh, train_source, eval_source, checkpoints)
+            run = Run(config, plan, mesh, train_set, eval_set, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
-                for line in describe(config, plan, mesh, run.model, train_source, eval_source, workdir):
+                for line in describe(config, plan, mesh, run.model, train_set, eval_set, workdir):
                     say(line)
                 run.go(state or run.first_state(), workdir, profile)
         say(finished(workdir, config, headline))
@@ -103,14 +101,14 @@ class Run(Program):
         config: ConfigDict,
         plan: Plan,
         mesh: jax.sharding.Mesh,
-        train_source: Source,
-        eval_source: Source,
+        train_set: Dataset,
+        eval_set: Dataset,
         checkpoints: Checkpoints,
     ):
         super().__init__(config, plan, mesh)
         self.checkpoints = checkpoints
-        self.train_source, self.eval_source = train_source, eval_source
-        self.unreadable = Unreadable(train_source, len(config.data.mean))
+        self.train_set, self.eval_set = train_set, eval_set
+        self.unreadable = Unreadable(train_set)
         self.eval_step = jax.jit(
             make_eval_step(evaluation_model(config), config.data.mean, config.data.std), out_shardings=replicated(mesh)
         )
@@ -135,7 +133,7 @@ class Run(Program):
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        parameters, notes = load_parameters(self.config.init, state.parameters, self.train_source.class_names)
+        parameters, notes = load_parameters(self.config.init, state.parameters, self.train_set.facts['class names'])
         for note in notes:
             say(note)
         restart = jax.jit(
@@ -245,15 +243,11 @@ class Run(Program):
     def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Iterator[Batch]:
         """Global batches on the devices, from a step on; `waiting` hears of one that is not there yet."""
         batches = train_batches(
-            self.train_source,
+            self.train_set,
             self._share(self.config.batch_size),
             seed=self.config.seed,
             start_step=start_step,
-            image_size=self.config.data.image_size,
-            channels=len(self.config.data.mean),
-            crop_scale=self.config.data.crop_scale,
             repeats=self.config.data.repeats,
-            exact=self.config.data.exact,
             unreadable=self.unreadable if self.config.data.on_error == 'replace' else None,
             workers=self.config.data.workers,
             waiting=waiting,
@@ -268,15 +262,9 @@ class Run(Program):
             Stopped: a signal came.
         """
         began = time.perf_counter()
-        source, split = self.eval_source, self.config.data.eval_split
+        split = self.config.data.eval_split
         parts = find_unreadable(
-            source,
-            image_size=self.config.data.image_size,
-            channels=len(self.config.data.mean),
-            crop_pct=self.config.data.crop_pct,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-            waiting=waiting,
+            self.eval_set, process=jax.process_index(), processes=jax.process_count(), waiting=waiting
         )
         with contextlib.closing(parts):
             errors: dict[int, str] = {}
@@ -287,23 +275,17 @@ class Run(Program):
         # Pairs, since the keys of an object in JSON are strings.
         errors = dict(itertools.chain.from_iterable(gathered(list(errors.items()))))
         if errors:
-            raise UserError(describe_unreadable(errors, len(source), split))
+            raise UserError(describe_unreadable(errors, len(self.eval_set), split))
         seconds = time.perf_counter() - began
         if seconds > CHECK_TOLD:
-            log.say(f'all {len(source):,} images of {split} can be read ({seconds:.0f} s)')
+            log.say(f'all {len(self.eval_set):,} images of {split} can be read ({seconds:.0f} s)')
 
     def _evaluate(
         self, log: RunLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
     ) -> dict[str, float] | None:
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
-        batches = eval_batches(
-            self.eval_source,
-            self._share(self.config.batch_size // self.config.accumulation_steps),
-            image_size=self.config.data.image_size,
-            channels=len(self.config.data.mean),
-            crop_pct=self.config.data.crop_pct,
-            waiting=waiting,
-        )
+        share = self._share(self.config.batch_size // self.config.accumulation_steps)
+        batches = eval_batches(self.eval_set, share, waiting)
         weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
         until_stopped = itertools.takewhile(lambda _: not stop.poll(), to_devices(batches, self.batch_sharding))
         results = evaluate(self.eval_step, weights, until_stopped)
@@ -379,29 +361,29 @@ class Run(Program):
             self._save_surely(state, step, None)
 
     def _data_facts(self) -> dict:
-        """What is saved about the data set. When the run resumes, the evaluation images alone may have changed."""
-        return {
-            'training images': len(self.train_source),
-            'evaluation images': len(self.eval_source),
-            'class names': list(self.train_source.class_names),
-        }
+        """What is saved about the data. When the run resumes, the evaluation images alone may have changed."""
+        images = {'training images': len(self.train_set), 'evaluation images': len(self.eval_set)}
+        return images | self.train_set.facts
 
     def _check_same_data(self, step: int) -> None:
         then, now = read_about(self.checkpoints.directory, step)['data'], self._data_facts()
-        lines = {
-            fact: f'{fact} were {then[fact]}, are {now[fact]}'
-            for fact in ('training images', 'evaluation images')
-            if then[fact] != now[fact]
-        }
-        if 'evaluation images' in lines:
-            say(f'changed since the run began: {lines.pop("evaluation images")}')
-        differences = list(lines.values())
-        names = enumerate(itertools.zip_longest(then['class names'], now['class names'], fillvalue=''))
-        differences += [
-            f"class {label} was '{old}', is '{new}'" for label, (old, new) in names if not same_names([old], [new])
-        ]
+        old, new = (facts.pop('evaluation images') for facts in (then, now))
+        if old != new:
+            say(f'changed since the run began: evaluation images were {old}, are {new}')
+        differences = [line for fact in {**then, **now} for line in _differences(fact, then.get(fact), now.get(fact))]
         if differences:
             raise UserError(
                 f'the run began on another data set: {"; ".join(differences[:5])}. '
                 'Bring back the old one, or take another workdir'
             )
+
+
+def _differences(fact: str, old: object, new: object) -> list[str]:
+    """A line for each difference of a fact of the data, whose values are as JSON holds them."""
+    if isinstance(old, list) and isinstance(new, list):
+        pairs = enumerate(itertools.zip_longest(old, new))
+        return [line for place, (a, b) in pairs for line in _differences(f'{fact} [{place}]', a, b)]
+    texts = isinstance(old, str) and isinstance(new, str)
+    # File systems of Macs give 'é' as two characters.
+    same = unicodedata.normalize('NFC', old) == unicodedata.normalize('NFC', new) if texts else old == new
+    return [] if same else [f'{fact}: {old!r} became {new!r}']

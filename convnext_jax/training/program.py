@@ -3,7 +3,7 @@
 import jax
 from ml_collections import ConfigDict
 
-from convnext_jax.data.pipeline import Batch
+from convnext_jax.data.pipeline import Batch, abstract_batch
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, peak_learning_rate
@@ -21,6 +21,7 @@ class Program:
         task: what is learned.
         model: the network, with shapes instead of arrays.
         abstract_state: the state's shapes, each with where it lives.
+        abstract_batch: the shapes of a training batch.
         train_step: jitted; gives its first argument's memory to the next state.
     """
 
@@ -46,6 +47,7 @@ class Program:
         self.abstract_state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
         )
+        self.abstract_batch = abstract_batch(self.task.features, config.batch_size, self.batch_sharding)
         self.train_step = jax.jit(
             make_train_step(self.task, model, self.optimizer, schedule, config, plan.steps_per_epoch, mesh),
             donate_argnums=0,

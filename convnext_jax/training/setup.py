@@ -1,19 +1,16 @@
-"""From a config to the parts of a run: sources, model, plan of steps."""
+"""From a config to the parts of a run: paths, model, plan of steps."""
 
 import dataclasses
 import os
 import tempfile
-import warnings
 
 import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import steps_per_epoch
-from convnext_jax.data.sources import Source, check_has_classes, open_source, with_classes_of_split
 from convnext_jax.errors import UserError
 from convnext_jax.models import ConvNeXt, Execution, Variant, get_variant
 from convnext_jax.paths import local_path, plain_path
-from convnext_jax.training.distributed import is_first
 
 
 def settle_paths(config: ConfigDict) -> None:
@@ -89,47 +86,6 @@ def make_plan(config: ConfigDict, images: int) -> Plan:
             'raise epochs (or steps), or lower optimizer.warmup_epochs (or optimizer.warmup_steps)'
         )
     return plan
-
-
-def open_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation split, with the labels that the training split gives their classes.
-
-    Warns if the evaluation split lacks a class.
-
-    Raises:
-        UserError: as `open_source`, the training split has one class or several labels to an image, or the evaluation
-            split has a class that it lacks.
-    """
-    data = config.data
-    train = open_source(data.name, data.dir, data.train_split)
-    evaluation = open_source(data.name, data.dir, data.eval_split)
-    if train.many_labels:
-        raise UserError(f'{data.name} has images of several labels or none: it is for evaluation')
-    check_has_classes(train, f'split {data.train_split}')
-    missing = len(train.class_names) - len(evaluation.class_names)
-    try:
-        evaluation = with_classes_of_split(evaluation, train, data.train_split)
-    except UserError as error:
-        raise UserError(f'split {data.eval_split} does not fit: {error}') from error
-    if missing and is_first():
-        warnings.warn(f'{missing} of {len(train.class_names)} classes are not in split {data.eval_split}', stacklevel=2)
-    return train, evaluation
-
-
-def settle_classes(config: ConfigDict, source: Source) -> None:
-    """Sets `model.num_classes` to the data set's if it is 0.
-
-    Raises:
-        UserError: it is less than the data set has.
-    """
-    classes = len(source.class_names)
-    if config.model.num_classes == 0:
-        config.model.num_classes = classes
-    elif config.model.num_classes < classes:
-        raise UserError(
-            f'model.num_classes={config.model.num_classes}, but {config.data.name} has {classes} classes: '
-            f'give {classes}, or 0 for as many as there are'
-        )
 
 
 def build_variant(config: ConfigDict) -> Variant:

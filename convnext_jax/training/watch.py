@@ -36,7 +36,7 @@ class NoBatch(Exception):
 
 
 class Patience:
-    """Hears of a batch that is not there, as `pipeline.Waiting`: says where the wait is, again after twice the time.
+    """Hears of a batch that is not there, as `loading.Waiting`: says where the wait is, again after twice the time.
 
     A read that hangs cannot be broken off, and may come back: the wait goes on, unless a signal ends it. Every process
     speaks for itself, on stderr.
@@ -115,7 +115,7 @@ class Pace:
             yield batch
 
     def waiting(self, seconds: float, example: Callable[[], str]) -> None:
-        """Hears of a batch that is not there yet, as `pipeline.Waiting`.
+        """Hears of a batch that is not there yet, as `loading.Waiting`.
 
         Raises:
             NoBatch: a signal came.

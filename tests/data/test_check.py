@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from convnext_jax.data.check import SHOWN, describe_unreadable, find_unreadable
+from convnext_jax.data.labelled_images import EvalImages
 from convnext_jax.data.sources import FolderSource
 
 
@@ -30,19 +31,11 @@ def folder(tmp_path):
 
 
 def unreadable(folder, process=0, processes=1, waiting=lambda seconds, name: None):
-    source = FolderSource(folder, 'val')
+    images = EvalImages(FolderSource(folder, 'val'), 32, 3, crop_pct=0.875)
     found = {}
-    for part in find_unreadable(
-        source,
-        image_size=32,
-        channels=3,
-        crop_pct=0.875,
-        process=process,
-        processes=processes,
-        waiting=waiting,
-    ):
+    for part in find_unreadable(images, process=process, processes=processes, waiting=waiting):
         found |= part
-    return {source.name(index).removeprefix(f'{folder}/val/'): error for index, error in found.items()}
+    return {images.name(index).removeprefix(f'{folder}/val/'): error for index, error in found.items()}
 
 
 def test_every_kind_of_unreadable_image_is_found(folder):

@@ -12,16 +12,19 @@ import textwrap
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from convnext_jax.data import loading
+from convnext_jax.data.labelled_images import TrainImages
 from convnext_jax.data.loading import decoders, load_batches
 from convnext_jax.data.pipeline import Share, Unreadable, train_batches
 from convnext_jax.data.sources import open_source
 from convnext_jax.errors import UserError
 
 SHAPE = (2, 3, 1)
+FEATURES = {'image': jax.ShapeDtypeStruct(SHAPE, np.uint8), 'label': jax.ShapeDtypeStruct((), np.int32)}
 
 
 @dataclasses.dataclass
@@ -47,7 +50,7 @@ class Load:
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_come_in_order_and_whole(workers):
     """A batch that overtakes another, or images of another batch in a slot that was given back too early."""
-    batches = list(itertools.islice(load_batches(Load(), itertools.count(5), 4, SHAPE, workers), 12))
+    batches = list(itertools.islice(load_batches(Load(), itertools.count(5), 4, FEATURES, workers), 12))
     assert [batch['label'].tolist() for batch in batches] == [list(range(4 * b, 4 * b + 4)) for b in range(5, 17)]
     for batch in batches:
         assert (batch['image'] == batch['label'][:, None, None, None]).all()
@@ -55,13 +58,13 @@ def test_batches_come_in_order_and_whole(workers):
             'image': ((4, *SHAPE), 'uint8'),
             'label': ((4,), 'int32'),
         }
-    assert len(list(load_batches(Load(), range(3), 4, SHAPE, workers))) == 3
+    assert len(list(load_batches(Load(), range(3), 4, FEATURES, workers))) == 3
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_error_comes_through(workers):
     """An error in a thread or process must reach the training with its text, not hang it."""
-    batches = load_batches(Load(broken=9), itertools.count(), 4, SHAPE, workers)
+    batches = load_batches(Load(broken=9), itertools.count(), 4, FEATURES, workers)
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(UserError, match='^row 9 is broken$'):
         next(batches)
@@ -72,19 +75,19 @@ def test_a_read_that_hangs_is_heard_of_and_can_be_given_up(workers, tmp_path, mo
     """A file server that is gone must not keep the training from saving and ending."""
     monkeypatch.setattr(loading, 'GRACE', 0.5)
     os.mkfifo(tmp_path / 'pipe')
-    heard = []
+    heard, name = [], 'example {}'.format
 
-    def waiting(seconds, row):
-        heard.append((seconds, row))
-        if row == 9 and seconds > 0.3:
+    def waiting(seconds, example):
+        heard.append((seconds, example()))
+        if example() == 'example 9' and seconds > 0.3:
             raise InterruptedError
 
     load = Load(stuck=9, pipe=str(tmp_path / 'pipe'))
-    batches = load_batches(load, itertools.count(), 4, SHAPE, workers, waiting)
+    batches = load_batches(load, itertools.count(), 4, FEATURES, workers, waiting, name)
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(InterruptedError):
         next(batches)
-    assert [row for _, row in heard if row > 7][-5:] == [9] * 5
+    assert [example for _, example in heard][-5:] == ['example 9'] * 5
     assert 0.3 < heard[-1][0] < 30
     assert multiprocessing.active_children() == []
     with open(os.open(tmp_path / 'pipe', os.O_RDWR | os.O_NONBLOCK), 'w'):
@@ -94,12 +97,12 @@ def test_a_read_that_hangs_is_heard_of_and_can_be_given_up(workers, tmp_path, mo
 def test_a_killed_process_is_told():
     """The kernel kills what takes too much memory: the training must say so instead of waiting for ever."""
     with pytest.raises(UserError, match='a process that decodes images ended: out of memory.*Lower data.workers'):
-        list(load_batches(Load(deadly=9), range(10), 4, SHAPE, workers=2))
+        list(load_batches(Load(deadly=9), range(10), 4, FEATURES, workers=2))
 
 
 def test_a_signal_to_all_processes_stops_no_decoding():
     """Slurm sends SIGTERM to every process of a job: the hosts need batches until they stop, all at the same step."""
-    batches = load_batches(Load(), itertools.count(), 4, SHAPE, workers=2)
+    batches = load_batches(Load(), itertools.count(), 4, FEATURES, workers=2)
     next(batches)
     for process in multiprocessing.active_children():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,11 +115,10 @@ def test_a_signal_to_all_processes_stops_no_decoding():
 
 def test_processes_give_the_batches_of_threads():
     """Another number of workers must not be another run; the sources must reach them."""
-    source = open_source('fashion_mnist_mini', '', 'train')
-    options = {'seed': 0, 'start_step': 3, 'image_size': 28, 'channels': 1, 'crop_scale': (0.3, 1.0)}
-    options |= {'unreadable': Unreadable(source, 1)}
+    images = TrainImages(open_source('fashion_mnist_mini', '', 'train'), 28, 1, crop_scale=(0.3, 1.0))
+    options = {'seed': 0, 'start_step': 3, 'unreadable': Unreadable(images)}
     by_threads, by_processes = (
-        list(itertools.islice(train_batches(source, Share(16), workers=workers, **options), 3)) for workers in (0, 2)
+        list(itertools.islice(train_batches(images, Share(16), workers=workers, **options), 3)) for workers in (0, 2)
     )
     for ours, theirs in zip(by_threads, by_processes, strict=True):
         assert ours.keys() == theirs.keys()
@@ -130,7 +132,7 @@ def test_too_little_shared_memory_is_told_before_it_is_taken(monkeypatch):
     with pytest.raises(
         UserError, match='2 processes need 0.0 GB of shared memory.*enlarge /dev/shm, or lower data.work'
     ):
-        next(load_batches(Load(), range(3), 8, SHAPE, workers=2))
+        next(load_batches(Load(), range(3), 8, FEATURES, workers=2))
 
 
 def test_how_many_decode(monkeypatch):
@@ -145,10 +147,10 @@ def test_how_many_decode(monkeypatch):
 PROGRAM = """
 import itertools, os, sys
 from convnext_jax.data.loading import load_batches
-from tests.data.test_loading import Load, SHAPE
+from tests.data.test_loading import FEATURES, Load
 
 if __name__ == '__main__':
-    batches = load_batches(Load(), itertools.count(), 4, SHAPE, workers=2)
+    batches = load_batches(Load(), itertools.count(), 4, FEATURES, workers=2)
     try:
         print('starting', flush=True)
         next(batches)
@@ -176,7 +178,7 @@ def shared_memory():
 def test_processes_of_a_notebook_s_run(monkeypatch):
     """IPython's %run gives the script's module no `__spec__`, and `multiprocessing` ended with an AttributeError."""
     monkeypatch.delattr(sys.modules['__main__'], '__spec__')
-    (batch,) = load_batches(Load(), [0], 4, SHAPE, workers=1)
+    (batch,) = load_batches(Load(), [0], 4, FEATURES, workers=1)
     assert len(batch['image']) == 4
 
 

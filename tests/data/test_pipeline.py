@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from convnext_jax.data import pipeline
+from convnext_jax.data.labelled_images import EvalImages, TrainImages
 from convnext_jax.data.pipeline import (
     Share,
     Unreadable,
@@ -41,25 +42,24 @@ class Numbered:
         buffer = io.BytesIO()
         pixels = np.random.default_rng(index).integers(0, 256, (6, 6), dtype=np.uint8)
         Image.fromarray(pixels).save(buffer, 'PNG')
-        return Example(buffer.getvalue(), index, f'number {index}')
+        return Example(buffer.getvalue(), index, self.name(index))
+
+    def name(self, index):
+        return f'number {index}'
+
+
+def images(count, broken=(), crop_scale=()):
+    return TrainImages(Numbered(count, broken), 4, 1, crop_scale=crop_scale)
 
 
 def train(count=23, share=None, *, steps, seed=0, start_step=0, crop_scale=(0.3, 1.0), repeats=1):
-    batches = train_batches(
-        Numbered(count),
-        share or Share(4),
-        seed=seed,
-        start_step=start_step,
-        image_size=4,
-        channels=1,
-        crop_scale=crop_scale,
-        repeats=repeats,
-    )
+    dataset = images(count, crop_scale=crop_scale)
+    batches = train_batches(dataset, share or Share(4), seed=seed, start_step=start_step, repeats=repeats)
     return list(itertools.islice(batches, steps))
 
 
 def evaluation(count, share):
-    return list(eval_batches(Numbered(count), share, image_size=4, channels=1, crop_pct=1.0))
+    return list(eval_batches(EvalImages(Numbered(count), 4, 1, crop_pct=1.0), share))
 
 
 def labels(batches):
@@ -261,10 +261,9 @@ def test_bad_crop_scale(crop_scale):
 
 def test_image_that_cannot_be_decoded_is_named():
     """The loading threads must hand the error on, with the image's name, in training and in evaluation."""
-    options = {'image_size': 4, 'channels': 1}
-    source = Numbered(8, broken=(5,))
-    training = train_batches(source, Share(4), seed=0, start_step=0, crop_scale=(), **options)
-    for batches in (training, eval_batches(source, Share(4), crop_pct=1.0, **options)):
+    training = train_batches(images(8, broken=(5,)), Share(4), seed=0, start_step=0)
+    evaluation = eval_batches(EvalImages(Numbered(8, broken=(5,)), 4, 1, crop_pct=1.0), Share(4))
+    for batches in (training, evaluation):
         with pytest.raises(UserError, match='number 5 cannot be decoded as an image'):
             list(itertools.islice(batches, 2))
 
@@ -272,14 +271,14 @@ def test_image_that_cannot_be_decoded_is_named():
 @pytest.mark.parametrize('crop_scale', [(), (0.3, 1.0)])
 def test_an_unreadable_image_is_told_and_the_next_stands_in_for_it(crop_scale):
     """One broken file of a million must not end a run of days; another order of loading must not change the batch."""
-    options = {'seed': 0, 'image_size': 4, 'channels': 1, 'crop_scale': crop_scale}
-    whole = list(itertools.islice(train_batches(Numbered(1000), Share(50), start_step=0, **options), 20))
-    source = Numbered(1000, broken=(5,))
-    unreadable = Unreadable(source, channels=1)
-    batches = train_batches(source, Share(50), start_step=0, unreadable=unreadable, **options)
+    options = {'seed': 0, 'start_step': 0}
+    whole = train(1000, Share(50), steps=20, crop_scale=crop_scale)
+    dataset = images(1000, broken=(5,), crop_scale=crop_scale)
+    unreadable = Unreadable(dataset)
+    batches = train_batches(dataset, Share(50), unreadable=unreadable, **options)
     mended = list(itertools.islice(batches, 20))
     assert_equal([{'label': np.where(batch['label'] == 5, 6, batch['label'])} for batch in whole], labels_of(mended))
-    again = train_batches(source, Share(50), start_step=0, unreadable=Unreadable(source, channels=1), **options)
+    again = train_batches(dataset, Share(50), unreadable=Unreadable(dataset), **options)
     assert_equal(list(itertools.islice(again, 20)), mended)
     assert len(unreadable) == 1
     (line,) = unreadable.news()
@@ -294,16 +293,16 @@ def labels_of(batches):
 
 def test_each_of_several_broken_neighbours_is_told():
     """A damaged shard breaks images in a row: all but the first would stay unnamed and uncounted."""
-    source = Numbered(3000, broken=(5, 6))
-    unreadable = Unreadable(source, channels=1)
-    options = {'seed': 0, 'start_step': 0, 'image_size': 4, 'channels': 1, 'crop_scale': ()}
-    batches = list(itertools.islice(train_batches(source, Share(100), unreadable=unreadable, **options), 30))
+    dataset = images(3000, broken=(5, 6))
+    unreadable = Unreadable(dataset)
+    loaded = train_batches(dataset, Share(100), seed=0, start_step=0, unreadable=unreadable)
+    batches = list(itertools.islice(loaded, 30))
     assert labels(batches).count(7) == 3
     assert sorted(line.split(' cannot')[0] for line in unreadable.news()) == ['number 5', 'number 6']
 
 
 def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
-    unreadable = Unreadable(Numbered(2000, broken=(3, 7, 9)), channels=1)
+    unreadable = Unreadable(images(2000, broken=(3, 7, 9)))
     for index in (3, 3, 7):  # an image counts once, however often it comes
         unreadable.add(index)
     with pytest.raises(
@@ -315,8 +314,8 @@ def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
 
 def test_what_other_processes_could_not_read_counts_and_is_told():
     """Each of 1,000 hosts sees a few broken images: the first alone tells, and all must stop at one in a thousand."""
-    source = Numbered(2000, broken=(3, 7, 9))
-    here, there = Unreadable(source, channels=1), Unreadable(source, channels=1)
+    dataset = images(2000, broken=(3, 7, 9))
+    here, there = Unreadable(dataset), Unreadable(dataset)
     here.add(3)
     there.add(3)
     there.add(7)
@@ -333,14 +332,13 @@ def test_what_other_processes_could_not_read_counts_and_is_told():
 
 def test_a_long_row_of_unreadable_images_ends():
     """Where all is broken there is no next image to stand in: the search for one must not go on for ever."""
-    source = Numbered(50, broken=range(50))
-    options = {'seed': 0, 'start_step': 0, 'image_size': 4, 'channels': 1, 'crop_scale': ()}
+    dataset = images(50, broken=range(50))
     with pytest.raises(UserError, match='number .* cannot be decoded as an image'):
-        next(train_batches(source, Share(4), unreadable=Unreadable(source, channels=1), **options))
+        next(train_batches(dataset, Share(4), seed=0, start_step=0, unreadable=Unreadable(dataset)))
 
 
 def test_an_image_that_can_be_read_again_is_told_so():
     """A file server that was away for a second: the log must not say that the image is broken."""
-    unreadable = Unreadable(Numbered(2000), channels=1)
+    unreadable = Unreadable(images(2000))
     unreadable.add(4)
     assert unreadable.news() == ['number 4 could not be read, and now it can: the next image stands in for it']

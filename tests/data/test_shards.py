@@ -15,6 +15,7 @@ from conftest import LONGEST
 from PIL import Image
 
 from convnext_jax.data import shards
+from convnext_jax.data.labelled_images import TrainImages
 from convnext_jax.data.pipeline import Share, train_batches
 from convnext_jax.data.sources import open_source
 from convnext_jax.errors import UserError
@@ -70,7 +71,7 @@ def test_images_and_labels_of_all_shards(directory):
     assert source[1].image == png(2)
     with pytest.raises(IndexError):
         source[3]
-    batches = train_batches(source, Share(3), seed=0, start_step=0, image_size=4, channels=3, crop_scale=())
+    batches = train_batches(TrainImages(source, 4, 3), Share(3), seed=0, start_step=0)
     assert sorted(next(batches)['label']) == [0, 1, 2]
 
 

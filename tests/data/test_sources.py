@@ -14,7 +14,8 @@ import pytest
 from conftest import LONGEST
 from PIL import Image
 
-from convnext_jax.data.pipeline import MOST_LABELS, Share, eval_batches
+from convnext_jax.data.labelled_images import MAX_LABELS, EvalImages
+from convnext_jax.data.pipeline import Share, eval_batches
 from convnext_jax.data.sources import BUNDLED, check_has_classes, open_source, with_classes_of_model
 from convnext_jax.errors import UserError
 
@@ -205,9 +206,9 @@ def test_images_of_several_labels_or_none(tmp_path):
     imagenet_like(tmp_path, 'imagenet2012_real', '1.0.0', 'validation', 'real_label', [(3,), (), (1, 7, 2)])
     source = open_source('imagenet2012_real', str(tmp_path), 'validation')
     assert [source[index].label for index in range(3)] == [(3,), (), (1, 7, 2)]
-    (batch,) = eval_batches(source, Share(4), image_size=4, channels=3, crop_pct=1.0)
-    assert batch['label'].shape == (4, MOST_LABELS)
-    assert [[label for label in row if label >= 0] for row in batch['label'].tolist()] == [[3], [], [1, 7, 2], []]
+    (batch,) = eval_batches(EvalImages(source, 4, 3, crop_pct=1.0), Share(4))
+    assert batch['label'].shape == (4, MAX_LABELS)
+    assert [[label for label in row if label >= 0] for row in batch['label'].tolist()[:3]] == [[3], [], [1, 7, 2]]
     np.testing.assert_array_equal(batch['weight'], [1, 0, 1, 0])
 
 

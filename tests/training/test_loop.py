@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
@@ -22,14 +20,16 @@ import eval as evaluation
 from configs import image_folder
 from configs.fashion_mnist import get_config
 from convnext_jax.config import read_config
+from convnext_jax.data.pipeline import abstract_batch, eval_features
 from convnext_jax.errors import UserError
+from convnext_jax.tasks import make_task
 from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import read_about, restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.loop import Run, train
 from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import abstract_model, make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import batch_sharding, make_mesh
 from convnext_jax.training.stop import Stopped
 from convnext_jax.training.trace import Window
@@ -107,8 +107,7 @@ def test_a_run_says_who_decodes():
     """Whoever tunes a slow input must see what there is: threads or processes, and how many."""
     config = get_config()
     config.data.workers = 2
-    sources = open_sources(config)
-    settle_classes(config, sources[0])
+    sources = make_task(config).open()
     model, mesh, plan = abstract_model(config), make_mesh(), make_plan(config, len(sources[0]))
 
     def line():
@@ -117,6 +116,7 @@ def test_a_run_says_who_decodes():
 
     assert re.search(r'10 classes, decoded by \d+ thread', line()), 'kept images are decoded once, by threads'
     config.data.crop_scale = (0.5, 1.0)
+    sources = make_task(config).open()
     assert '10 classes, decoded by 2 process(es) of' in line()
 
 
@@ -124,20 +124,12 @@ def test_with_the_kernel_for_tpu_step_and_evaluation_are_programs_for_many_devic
     """`jax.jit` cannot spread the kernel over devices: a job on a pod would end at its first evaluation."""
     config = get_config()
     config.model.pallas = True
-    sources = open_sources(config)
-    settle_classes(config, sources[0])
+    sources = make_task(config).open()
     mesh, plan = make_mesh(), make_plan(config, len(sources[0]))
     run = Run(config, plan, mesh, *sources, checkpoints=None)
-    size, channels = config.data.image_size, len(config.data.mean)
-    shapes = {
-        'image': ((64, size, size, channels), jnp.uint8),
-        'label': ((64,), jnp.int32),
-        'weight': ((64,), jnp.float32),
-    }
-    batch = {name: jax.ShapeDtypeStruct(*of, sharding=batch_sharding(mesh)) for name, of in shapes.items()}
+    batch = abstract_batch(eval_features(sources[1]), 64, batch_sharding(mesh))
     evaluation = run.eval_step.trace(run.abstract_state.parameters, batch).lower(lowering_platforms=('tpu',))
-    del batch['weight']
-    training = run.train_step.trace(run.abstract_state, batch).lower(lowering_platforms=('tpu',))
+    training = run.train_step.trace(run.abstract_state, run.abstract_batch).lower(lowering_platforms=('tpu',))
     assert mesh.size == 8
     assert 'tpu_custom_call' in training.as_text()
     assert 'tpu_custom_call' not in evaluation.as_text()
@@ -147,8 +139,7 @@ def test_a_run_says_its_settings(monkeypatch):
     """A speed that nobody can explain: what the process was started with must stand in its log."""
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=0')
     config = get_config()
-    sources = open_sources(config)
-    settle_classes(config, sources[0])
+    sources = make_task(config).open()
     plan = make_plan(config, len(sources[0]))
     lines = describe(config, plan, make_mesh(), abstract_model(config), *sources, Path('run'))
     (line,) = (line for line in lines if line.startswith('settings'))
@@ -301,7 +292,7 @@ def test_a_folder_of_photographs_trains(commands, tmp_path):
         (tmp_path / 'photos' / split / 'dog').rename(tmp_path / 'photos' / split / 'emu')
     other = commands.run(*arguments, '--config.steps=9', status=2)
     assert 'changed since the run began: evaluation images were 5, are 6' in other.stdout
-    assert "training images were 32, are 33; class 1 was 'dog', is 'emu'" in other.stderr
+    assert "training images: 32 became 33; class names [1]: 'dog' became 'emu'" in other.stderr
 
 
 UNUSUAL = 'a [x] %20 #1 \'q\' "d" é\nnew \\b ' + os.fsdecode(b'\xff')
@@ -377,22 +368,12 @@ def test_a_training_set_with_other_images_is_another_one(finished_run, tmp_path)
     config = read_config(finished_run / CONFIG)
     run = copy_of(finished_run, tmp_path)
     with Checkpoints(run / CHECKPOINTS, keep=2, best_metric='ema_top1') as checkpoints:
-        sources = [Renamed(source, 'T-shirt') for source in open_sources(config)]
-        plan, mesh = make_plan(config, 160), make_mesh()
-        run = Run(config, plan, mesh, *sources, checkpoints)
-        with pytest.raises(UserError, match="began on another data set: class 0 was 'T-shirt/top', is 'T-shirt'"):
+        train_set, eval_set = make_task(config).open()
+        train_set.facts['class names'][0] = 'T-shirt'
+        run = Run(config, make_plan(config, 160), make_mesh(), train_set, eval_set, checkpoints)
+        line = r"began on another data set: class names \[0\]: 'T-shirt/top' became 'T-shirt'"
+        with pytest.raises(UserError, match=line):
             run.restored_state()
-
-
-class Renamed:
-    """A source whose first class has another name."""
-
-    def __init__(self, source, name: str):
-        self._source = source
-        self.class_names = [name, *source.class_names[1:]]
-
-    def __len__(self) -> int:
-        return len(self._source)
 
 
 def test_a_signal_while_the_evaluation_images_are_read(tmp_path, monkeypatch):

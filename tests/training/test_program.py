@@ -20,19 +20,11 @@ def demo():
     return program.Program(config, make_plan(config, images=config.batch_size), mesh)
 
 
-def abstract_batch(program):
-    rows, size = program.config.batch_size, program.config.data.image_size
-    return {
-        'image': jax.ShapeDtypeStruct((rows, size, size, 1), jnp.uint8, sharding=program.batch_sharding),
-        'label': jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=program.batch_sharding),
-    }
-
-
 def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing(demo, monkeypatch):
     """A state held twice, or the compiler's half gigabyte beside it: the largest batch that fits is smaller."""
     released = []
     monkeypatch.setattr(program, 'release_memory', lambda: released.append(True))
-    memory = demo.compile(demo.abstract_state, abstract_batch(demo)).memory_analysis()
+    memory = demo.compile(demo.abstract_state, demo.abstract_batch).memory_analysis()
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(demo.abstract_state))
     assert state > 40_000_000
     assert memory.alias_size_in_bytes >= state
@@ -42,7 +34,7 @@ def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing
 
 def test_no_array_of_the_state_is_copied(demo):
     """A moment that is still read when its successor is there is copied first: two passes more over all parameters."""
-    text = demo.compile(demo.abstract_state, abstract_batch(demo)).as_text()
+    text = demo.compile(demo.abstract_state, demo.abstract_batch).as_text()
     entry = text[text.index('\nENTRY ') :]
     arguments = dict(re.findall(r'%?([\w.]+) = f32\[([\d,]*)\]\S* parameter\(', entry))
     assert len(arguments) == sum(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(demo.abstract_state))

@@ -18,7 +18,7 @@ from convnext_jax.evaluation import make_eval_step
 from convnext_jax.interop import create_backbone
 from convnext_jax.models import Role, Variant, get_parameters, parameter_roles
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
-from convnext_jax.tasks import Loss, Task
+from convnext_jax.tasks import Loss
 from convnext_jax.training.checkpoint import restore, restore_parameters
 from convnext_jax.training.optimizer import adamw, layer_factors
 from convnext_jax.training.program import Program
@@ -63,12 +63,6 @@ def make_program(config, data, fsdp):
     return Program(config, make_plan(config, images=10 * ROWS), mesh)
 
 
-def abstract_batch(program):
-    rows = program.config.batch_size
-    shapes = {'image': ((rows, SIDE, SIDE, 3), jnp.uint8), 'label': ((rows,), jnp.int32)}
-    return {name: jax.ShapeDtypeStruct(*shape, sharding=program.batch_sharding) for name, shape in shapes.items()}
-
-
 def make_batch(program, step):
     rng = np.random.default_rng(step)
     batch = {
@@ -103,7 +97,7 @@ def runs():
     found = {}
     for name, shape in MESHES.items():
         program = make_program(small_config(), *shape)
-        compiled = program.compile(program.abstract_state, abstract_batch(program))
+        compiled = program.compile(program.abstract_state, program.abstract_batch)
         first = jax.jit(program.fresh_state, out_shardings=program.state_sharding)()
         state, losses = jax.tree.map(jnp.copy, first), []
         for step in range(10):
@@ -173,8 +167,11 @@ def test_large_models_are_cut_and_never_along_the_blocks(name):
     assert share_held(make_mesh(), roles, parameters) == 1
 
 
-class Energy(Task):
+class Energy:
     """A task for any backbone: its features shall be small."""
+
+    def augment(self, batch, keys, batch_key, epoch):
+        return batch
 
     def loss(self, model, batch, keys):
         features = model(batch['image'])
@@ -207,7 +204,7 @@ def test_a_dilated_backbone_trains_on_a_mesh_as_on_one_device():
     def trained(mesh):
         state = initial_state(parameters, optimizer, ema=True)
         state = jax.device_put(state, state_sharding(mesh, roles, state))
-        step = jax.jit(make_train_step(Energy(config), model, optimizer, lambda _: 1e-3, config, 10, mesh))
+        step = jax.jit(make_train_step(Energy(), model, optimizer, lambda _: 1e-3, config, 10, mesh))
         for _ in range(2):
             state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
         return state.parameters, float(metrics['loss'])
@@ -300,8 +297,8 @@ def test_evaluation_gathers_kernels_alone(runs):
     run = runs['4 × 2']
     program = run.program
     step = jax.jit(make_eval_step(abstract_model(program.config), program.config.data.mean, program.config.data.std))
-    batch = abstract_batch(program)
-    batch['weight'] = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
+    weight = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
+    batch = program.abstract_batch | {'weight': weight}
     text = step.lower(program.abstract_state.parameters, batch).compile().as_text()
     kernels = sum(4 * program.abstract_state.parameters[name].size for name in cut_names(program))
     found = collectives(read_program(text), 8)
@@ -388,7 +385,7 @@ def print_collectives():
     config = small_config()
     config.batch_size = 2 * 64
     program = make_program(config, 32, 2)
-    text = program.compile(program.abstract_state, abstract_batch(program)).as_text()
+    text = program.compile(program.abstract_state, program.abstract_batch).as_text()
     for (kind, dtype, group), same in collectives(read_program(text), 64).items():
         print(f'{kind} {dtype} {group}: {same.runs} {same.size}')
 

@@ -14,12 +14,13 @@ from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
 from configs.fashion_mnist import get_config
 from convnext_jax.data.loading import no_word
 from convnext_jax.errors import UserError
+from convnext_jax.tasks import make_task
 from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import saved_steps
 from convnext_jax.training.logging import RunLog, read_records
 from convnext_jax.training.loop import Run
 from convnext_jax.training.saving import NotSaved
-from convnext_jax.training.setup import make_plan, open_sources, settle_classes
+from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.stop import Stop, Stopped
 from convnext_jax.training.watch import NoBatch
@@ -98,10 +99,9 @@ class Saves:
 
 
 def make_run(config, checkpoints):
-    train_source, eval_source = open_sources(config)
-    settle_classes(config, train_source)
-    plan = make_plan(config, len(train_source))
-    run = Run(config, plan, make_mesh(), train_source, eval_source, checkpoints)
+    train_set, eval_set = make_task(config).open()
+    plan = make_plan(config, len(train_set))
+    run = Run(config, plan, make_mesh(), train_set, eval_set, checkpoints)
     run.train_step = Steps()
     return run
 

@@ -18,10 +18,9 @@ from PIL import Image
 
 import train as train_command
 from configs import imagenet1k
-from convnext_jax.training import loop
+from convnext_jax.tasks.classification import Classification
 from convnext_jax.training.checkpoint import saved_steps
 from convnext_jax.training.logging import read_records
-from convnext_jax.training.setup import open_sources
 from convnext_jax.training.stop import Stop
 from convnext_jax.training.watch import NoBatch, Patience, stragglers, utilisation
 
@@ -131,12 +130,15 @@ def test_a_slow_source_shows_in_the_share_and_is_told(tmp_path, monkeypatch, fin
     """
     err, sources = Stderr(), []
 
-    def slow_sources(config):
-        train, evaluation = open_sources(config)
-        sources.append(Slow(train, err.told))
-        return sources[0], evaluation
+    opened = Classification.open
 
-    monkeypatch.setattr(loop, 'open_sources', slow_sources)
+    def slow(task):
+        train, evaluation = opened(task)
+        sources.append(Slow(train.source, err.told))
+        train.source = sources[0]
+        return train, evaluation
+
+    monkeypatch.setattr(Classification, 'open', slow)
     monkeypatch.setattr(sys, 'stderr', err)
     run = tmp_path / 'run'
     train_command.main(['train.py', *SMALL_RUN, f'--workdir={run}', '--config.data.patience_seconds=5'])
@@ -201,7 +203,6 @@ PROGRAM = """
 import sys, time
 import jax, jax.numpy as jnp
 from configs.fashion_mnist import get_config
-from convnext_jax.training.setup import open_sources
 from convnext_jax.training.stop import Stop
 from convnext_jax.training.watch import Pace
 

@@ -42,10 +42,8 @@ def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], objec
     mesh = make_mesh(devices=jax.devices()[:1])
     program = Program(config, make_plan(config, images=workload.batch), mesh)
     images, labels = example_batch(workload)
-    batch = {
-        'image': jnp.asarray(np.clip(128 + 50 * images, 0, 255), jnp.uint8),
-        'label': jnp.asarray(labels, jnp.int32),
-    }
+    arrays = {'image': np.clip(128 + 50 * images, 0, 255), 'label': labels}
+    batch = {name: jnp.asarray(arrays[name], x.dtype) for name, x in program.abstract_batch.items()}
     state = jax.block_until_ready(jax.jit(program.fresh_state, out_shardings=program.state_sharding)())
     train_step = None
 
