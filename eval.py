@@ -34,8 +34,6 @@ from convnext_jax.training.distributed import are_several
 from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
 from convnext_jax.training.workdir import CONFIG, workdir_path
 
-HEADER = f'{"data":34}{"images":>9}{"loss":>9}{"top1":>8}{"top5":>8}{"ece":>8}'
-
 
 def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
@@ -46,7 +44,7 @@ def main(arguments: list[str]) -> None:
     flags.DEFINE_list('splits', [], 'NAME@SPLIT of other data sets in data.dir, by commas.', flag_values=values)
     flags.DEFINE_integer('resolution', None, 'Side of the images in pixels.', lower_bound=1, flag_values=values)
     flags.DEFINE_float('crop_pct', None, 'Share of the shorter side in the crop.', flag_values=values)
-    flags.DEFINE_bool('flip', False, 'Average the logits with those of the mirrored image.', flag_values=values)
+    flags.DEFINE_bool('flip', None, 'Average the logits with those of the mirrored image.', flag_values=values)
     flags.DEFINE_string('per_class', None, 'CSV file for the accuracy of each class.', flag_values=values)
     stored = _stored_config(arguments)
     if stored is None:
@@ -96,12 +94,11 @@ def _check_overrides(stored: ConfigDict, config: ConfigDict) -> None:
 
 
 def _evaluate(values: flags.FlagValues) -> None:
+    changes = {'data.image_size': values.resolution, 'data.crop_pct': values.crop_pct, 'eval.flip': values.flip}
     protocol = Protocol(
         splits=tuple(map(_name_and_split, values.splits)),
-        resolution=values.resolution,
-        crop_pct=values.crop_pct,
-        flip=values.flip,
-        per_class=local_path(values.per_class) if values.per_class else None,
+        changes={field: value for field, value in changes.items() if value is not None},
+        table=local_path(values.per_class) if values.per_class else None,
     )
     if are_several():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime has taken it, for runs that save
@@ -113,10 +110,10 @@ def _evaluate(values: flags.FlagValues) -> None:
     else:
         raise UserError('--step chooses a checkpoint of --workdir, and does not go with --weights')
     several = len(protocol.splits) > 1
-    if several:
-        show(HEADER)
     rows = []
     for result in results:
+        if several and not rows:
+            show(f'{"data":34}{"images":>9}' + ''.join(f'{name:>10}' for name in _metrics(result)))
         rows.append(result)
         if several:
             show(_row(result))
@@ -141,8 +138,12 @@ def _not_finite(result: Result) -> list[str]:
     return [f'{name} of {place}' for name, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
 
 
-def _row(result: dict) -> str:
-    numbers = f'{result["loss"]:9.4f}{result["top1"]:8.2f}{result["top5"]:8.2f}{result["ece"]:8.2f}'
+def _metrics(result: Result) -> dict[str, float]:
+    return {name: x for name, x in result.items() if isinstance(x, float)}
+
+
+def _row(result: Result) -> str:
+    numbers = ''.join(f'{value:10.4f}' for value in _metrics(result).values())
     return f'{result["data"] + "@" + result["split"]:34}{result["images"]:9,}{numbers}'
 
 

@@ -53,6 +53,11 @@ def default_config() -> ConfigDict:
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
     config.data.std = (0.229, 0.224, 0.225)
 
+    config.eval = ConfigDict()
+    config.eval.flip = False  # average the outputs with those of the mirrored image
+    config.eval.resize = 'auto'  # 'crop' by data.crop_pct, 'squash' to the square; 'auto': squash from 384 pixels on
+    config.eval.resample = 'bicubic'  # Pillow's name of the filter
+
     config.augment = ConfigDict()  # on the device, by key
     config.augment.flip = True
     config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
@@ -135,6 +140,8 @@ CHOICES = {
     'model.remat': ('none', 'dots', 'full'),
     'init.params': ('raw', 'ema'),
     'init.head': ('match', 'new'),
+    'eval.resize': ('auto', 'crop', 'squash'),
+    'eval.resample': ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'),
     'data.on_error': ('replace', 'raise'),
     'augment.erasing_mode': ('pixel', 'rand', 'const'),
     'mix.mode': ('batch', 'elem'),
@@ -193,7 +200,7 @@ FREE = (
 EVALUATION = (
     *('batch_size', 'accumulation_steps', 'model.dtype'),
     *('data.name', 'data.dir', 'data.eval_split', 'data.image_size', 'data.crop_pct', 'data.mean', 'data.std'),
-    'data.patience_seconds',
+    *('data.patience_seconds', 'eval.flip', 'eval.resize', 'eval.resample'),
 )
 
 

@@ -18,12 +18,12 @@ ALLOWED = {
     'output': {'errors'},
     'models': {'errors'},
     'data': {'paths', 'output', 'errors'},
-    'evaluation': {'models', 'data', 'errors'},
-    'tasks': {'models', 'data', 'errors'},
+    'evaluation': {'models', 'tasks', 'errors'},
+    'tasks': {'models', 'data', 'interop', 'errors'},
     'interop': {'models', 'data', 'paths', 'output', 'errors'},
     'config': {'errors'},
     'cpu_settings': set(),
-    'plan': {'training', 'config', 'chips', 'output', 'errors'},
+    'plan': {'training', 'tasks', 'config', 'chips', 'output', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}
@@ -67,7 +67,7 @@ def test_files_are_found_and_their_imports_are_read():
     by_name = {module_name(path): imports(path) for path in FILES}
     assert {f'{PACKAGE}.models.layers', f'{PACKAGE}.data.pipeline', f'{PACKAGE}.training.loop'} <= by_name.keys()
     assert f'{PACKAGE}.models.with_parameters' in by_name[f'{PACKAGE}.evaluation']
-    assert {part(name) for name in by_name[f'{PACKAGE}.evaluation'] if name.startswith(PACKAGE)} >= {'models', 'data'}
+    assert {part(name) for name in by_name[f'{PACKAGE}.evaluation'] if name.startswith(PACKAGE)} >= {'models', 'tasks'}
     assert part(f'{PACKAGE}.create_model') == 'front'
 
 

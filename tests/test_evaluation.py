@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from convnext_jax.data.augment import normalize
-from convnext_jax.evaluation import add_up, class_accuracies, evaluate, make_eval_step
+from convnext_jax.evaluation import evaluate, make_eval_step, metrics_of
 from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
+from convnext_jax.tasks import Evaluator, Measured
+from convnext_jax.tasks.accuracy import Accuracy
 
 COUNT = 23
 MEAN, STD = (0.4, 0.5), (0.2, 0.3)
+ACCURACY = Accuracy(MEAN, STD)
 
 
 def build(num_classes):
@@ -72,7 +76,7 @@ def ten_classes():
         logits = with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD))
         labels[first::5] = np.asarray(logits).argmax(-1)[first::5]
     expected = {prefix: metrics_in_numpy(model, p, images, labels) for prefix, p in {'': raw, 'ema_': ema}.items()}
-    step = jax.jit(make_eval_step(model, MEAN, STD))
+    step = jax.jit(make_eval_step(ACCURACY, model))
     return step, {'': raw, 'ema_': ema}, images, labels, expected
 
 
@@ -80,7 +84,7 @@ def ten_classes():
 def test_equals_numpy_for_any_batch_size(ten_classes, batch_size):
     """Rows that fill up the last batch must never count, not even as NaN; the rest counts once."""
     step, weights, images, labels, expected = ten_classes
-    metrics = evaluate(step, weights, batches(images, labels, batch_size))
+    metrics = metrics_of(ACCURACY, *evaluate(step, weights, batches(images, labels, batch_size)))
     assert metrics.pop('images') == COUNT
     assert metrics.keys() == {f'{prefix}{name}' for prefix in weights for name in ('loss', 'top1', 'top5', 'ece')}
     for prefix, values in expected.items():
@@ -95,7 +99,7 @@ def test_all_weights_are_evaluated_in_one_pass(ten_classes):
     step, weights, images, labels, expected = ten_classes
     read = []
     once = (read.append(number) or batch for number, batch in enumerate(batches(images, labels, 7)))
-    metrics = evaluate(step, weights, once)
+    metrics = metrics_of(ACCURACY, *evaluate(step, weights, once))
     assert read == [0, 1, 2, 3]
     assert metrics['loss'] == pytest.approx(expected['']['loss'], rel=1e-5)
     assert metrics['ema_loss'] == pytest.approx(expected['ema_']['loss'], rel=1e-5)
@@ -107,7 +111,8 @@ def test_top5_of_fewer_than_five_classes(num_classes):
     """Three classes have no five best: every example is among them, and nothing may fail."""
     model, raw, _ = build(num_classes)
     images, labels = examples(num_classes)
-    metrics = evaluate(jax.jit(make_eval_step(model, MEAN, STD)), {'': raw}, batches(images, labels, 64))
+    step = jax.jit(make_eval_step(ACCURACY, model))
+    metrics = metrics_of(ACCURACY, *evaluate(step, {'': raw}, batches(images, labels, 64)))
     assert metrics['top5'] == 100
     assert metrics['top1'] == pytest.approx(metrics_in_numpy(model, raw, images, labels)['top1'])
 
@@ -119,7 +124,7 @@ def test_sharded_batches_give_the_same_metrics(ten_classes):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ('data',))
     rows, everywhere = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
     sharded = (jax.device_put(batch, rows) for batch in batches(images, labels, 16))
-    metrics = evaluate(step, jax.device_put(weights, everywhere), sharded)
+    metrics = metrics_of(ACCURACY, *evaluate(step, jax.device_put(weights, everywhere), sharded))
     assert metrics['images'] == COUNT
     for prefix, values in expected.items():
         for name, value in values.items():
@@ -129,7 +134,7 @@ def test_sharded_batches_give_the_same_metrics(ten_classes):
 def run(model, parameters, images, labels, **options):
     weights = np.ones(len(images), np.float32)
     batch = {'image': images, 'label': labels, 'weight': weights}
-    return jax.device_get(jax.jit(make_eval_step(model, MEAN, STD, **options))(parameters, batch))
+    return jax.device_get(jax.jit(make_eval_step(Accuracy(MEAN, STD, **options), model))(parameters, batch))[0].sums
 
 
 def logits_of(model, parameters, images):
@@ -180,8 +185,38 @@ def test_accuracy_of_each_class():
     labels = np.where(labels == 3, 2, labels).astype(np.int32)
     labels[:4] = logits_of(model, raw, images[:4]).argmax(-1)
     hits = logits_of(model, raw, images).argmax(-1) == labels
-    sums = add_up(jax.jit(make_eval_step(model, MEAN, STD)), {'': raw}, batches(images, labels, 7))['']
-    accuracies = class_accuracies(sums)
+    evaluator = Accuracy(MEAN, STD, class_names=list('abcdefghij'))
+    _, measured = evaluate(jax.jit(make_eval_step(evaluator, model)), {'': raw}, batches(images, labels, 7))
+    table = evaluator.table(measured[''])
+    assert ''.join(row['class'] for row in table) == 'abcdefghij'
+    accuracies = [row['top1'] for row in table]
     for label in range(10):
         rows = labels == label
         assert accuracies[label] == (pytest.approx(100 * hits[rows].mean()) if rows.any() else None)
+
+
+class Numbers(Evaluator):
+    """Counts to sums beyond float32, and returns the number in each image."""
+
+    def measure(self, model, batch):
+        number = batch['number']
+        return Measured({'large': jnp.where(batch['weight'] > 0, 2**24 + 1, 0).max()}, {'number': number + model.one})
+
+    def summary(self, measured):
+        return {'large': float(measured.sums['large'])}
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_results_of_each_example_come_in_order_without_padding_and_sums_are_exact(devices):
+    """Detections of a row that only fills up a batch are false positives; pixels soon are more than float32 counts."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ('data',))
+    rows, everywhere = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
+    model = nnx.Module()
+    model.one = nnx.Param(jnp.ones((), jnp.int32))
+    step = jax.jit(make_eval_step(Numbers(), model), out_shardings=everywhere)
+    numbers = np.arange(24, dtype=np.int32).reshape(3, 8)
+    batches = ({'number': number, 'weight': np.float32(number < COUNT)} for number in numbers)
+    images, measured = evaluate(step, {'': {'one': np.int32(1)}}, (jax.device_put(batch, rows) for batch in batches))
+    assert images == COUNT
+    np.testing.assert_array_equal(measured[''].examples['number'], np.arange(COUNT) + 1)
+    assert metrics_of(Numbers(), images, measured) == {'images': COUNT, 'large': 3 * (2**24 + 1)}

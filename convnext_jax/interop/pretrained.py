@@ -49,6 +49,11 @@ class Pretrained(NamedTuple):
         """The function from logits to probabilities: 'softmax', 'sigmoid', or None for a regression."""
         return activation(self.problem_type, self.model.head.bias.shape[0])
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What is known of the data the model was trained on, as `data.dataset.Dataset.facts`."""
+        return {} if self.class_names is None else {'class names': list(self.class_names)}
+
 
 def load_pretrained(where: str | Path, **arguments) -> ConvNeXt:
     """A model with the weights of the Hugging Face, timm or original libraries; arguments as `read_pretrained`.

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.errors import first_line
 from convnext_jax.plan.targets import Target
+from convnext_jax.tasks import make_task
 from convnext_jax.training.program import Program
 from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
@@ -58,11 +59,11 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     """Compiles the step for so many images on each chip at once.
 
     Raises:
-        UserError: as `make_plan`, `make_mesh` and `build_model`.
+        UserError: as `make_plan`, `make_mesh` and `Task.build`.
     """
     config = config.copy_and_resolve_references()
     config.batch_size = images * len(target.devices) * config.accumulation_steps
-    config.model.num_classes = config.model.num_classes or 1000
+    make_task(config).assume_data()
     mesh = make_mesh(**config.mesh, devices=target.devices)
     program = Program(config, make_plan(config, IMAGES), mesh)
     began = time.perf_counter()

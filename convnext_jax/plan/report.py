@@ -22,7 +22,7 @@ def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     """Prints memory, collectives and estimated cycles of the training step, and the largest batch that fits.
 
     Args:
-        config: as `default_config`; `model.num_classes` 0 stands for 1,000.
+        config: as `default_config`.
         target: the chips.
         images: on each of them at once; None: as many as the config's batch makes.
 

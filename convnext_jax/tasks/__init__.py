@@ -3,9 +3,9 @@
 from ml_collections import ConfigDict
 
 from convnext_jax.tasks.classification import Classification
-from convnext_jax.tasks.task import Batch, Headline, Loss, Task
+from convnext_jax.tasks.task import Batch, Evaluator, Headline, Loss, Measured, Task, Weights
 
-__all__ = ['Batch', 'Headline', 'Loss', 'Task', 'make_task']
+__all__ = ['Batch', 'Evaluator', 'Headline', 'Loss', 'Measured', 'Task', 'Weights', 'make_task']
 
 
 def make_task(config: ConfigDict) -> Task:

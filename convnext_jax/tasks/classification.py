@@ -1,13 +1,17 @@
 """Image classification: cross-entropy with smoothed labels, mixup and cutmix."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from ml_collections import ConfigDict
+from PIL import Image
 
 from convnext_jax.data.augment import augment
+from convnext_jax.data.class_names import kept_outputs
 from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages, image_features
 from convnext_jax.data.mixing import mix
@@ -19,8 +23,14 @@ from convnext_jax.data.sources import (
     with_classes_of_split,
 )
 from convnext_jax.errors import UserError
-from convnext_jax.models import ConvNeXt
-from convnext_jax.tasks.task import Batch, Headline, Loss, Task
+from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.models import ConvNeXt, Execution, Parameters, Variant, get_variant
+from convnext_jax.tasks.accuracy import Accuracy
+from convnext_jax.tasks.task import Batch, Headline, Loss, Task, Weights
+
+HEAD = ('head.kernel', 'head.bias')
+SQUASH = {'auto': None, 'crop': False, 'squash': True}
+"""`config.eval.resize` as `eval_resize` takes it."""
 
 
 class Classification(Task):
@@ -96,8 +106,106 @@ class Classification(Task):
         return self._eval_images(source)
 
     def _eval_images(self, source: Source) -> EvalImages:
-        data = self.config.data
-        return EvalImages(source, data.image_size, self.channels, crop_pct=data.crop_pct)
+        data, evaluation = self.config.data, self.config.eval
+        return EvalImages(
+            source,
+            data.image_size,
+            self.channels,
+            crop_pct=data.crop_pct,
+            squash=SQUASH[evaluation.resize],
+            resample=Image.Resampling[evaluation.resample.upper()],
+        )
+
+    def evaluator(self, dataset: EvalImages) -> Accuracy:
+        data, source = self.config.data, dataset.source
+        return Accuracy(data.mean, data.std, source.class_names, source.judged, self.config.eval.flip)
+
+    def assume_data(self) -> None:
+        """As many classes as ImageNet-1k, where `model.num_classes` is 0."""
+        self.config.model.num_classes = self.config.model.num_classes or 1000
+
+    def _variant(self) -> Variant:
+        model = self.config.model
+        layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
+        return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
+
+    def build(self, key: jax.Array, *, training: bool = True) -> ConvNeXt:
+        """Builds the network with new parameters; without our kernel for TPU in inference.
+
+        Raises:
+            UserError: as `ConvNeXt`, or the images are too small for it.
+        """
+        model, size, variant = self.config.model, self.config.data.image_size, self._variant()
+        if size < variant.total_stride:
+            raise UserError(
+                f'data.image_size={size} is below the total stride {variant.total_stride} of {model.name}: enlarge it, '
+                f'or lower model.patch_size={variant.patch_size}'
+            )
+        execution = Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas and training)
+        return ConvNeXt(
+            variant,
+            key=key,
+            num_classes=model.num_classes,
+            drop_path_rate=model.drop_path_rate,
+            head_init_scale=model.head_init_scale,
+            in_channels=self.channels,
+            execution=execution,
+        )
+
+    @property
+    def multiply_adds(self) -> int:
+        config = self.config
+        return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
+
+    def adopt(self, initial: Parameters, weights: Weights, facts: Mapping[str, object]) -> tuple[Parameters, list[str]]:
+        """Each output of the head starts from the weights' output for the class of that name, the others are new.
+
+        Where the weights have no head, it is new, and so is the norm before it if they lack that too.
+
+        Raises:
+            UserError: the head would start from one that is not a softmax over classes.
+        """
+        loaded, pretrained = weights.parameters, weights.pretrained
+        if 'head.bias' not in loaded:
+            new = {name: initial[name] for name in ('norm.scale', 'norm.bias', *HEAD) if name not in loaded}
+            return loaded | new, []
+        names = weights.facts.get('class names')
+        head, note = _matched_head(loaded, initial, names, facts['class names'], self.config.init.head)
+        if head and pretrained and pretrained.activation != 'softmax':
+            reason = _describe_head(pretrained, weights.where)
+            raise UserError(f'{reason}. --config.init.head=new starts a new head')
+        return loaded | (head or {name: initial[name] for name in HEAD}), [note] if note else []
+
+    def pretrained(self, model: ConvNeXt, facts: Mapping[str, object]) -> Pretrained:
+        data, names = self.config.data, facts['class names']
+        unnamed = (f'class {label}' for label in range(len(names), model.head.bias.shape[0]))
+        processor = ImageProcessor(
+            data.image_size,
+            data.crop_pct,
+            resample=int(Image.Resampling[self.config.eval.resample.upper()]),
+            squash=SQUASH[self.config.eval.resize],
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+        )
+        return Pretrained(model, 'convnext_jax', (*names, *unnamed), processor, (), [])
+
+    def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
+        """Images are prepared as the weights' folder says; if it says nothing, as the config says.
+
+        Raises:
+            UserError: the head is not a softmax over several classes.
+        """
+        if pretrained.activation != 'softmax':
+            raise UserError(_describe_head(pretrained, where))
+        config = self.config.copy_and_resolve_references()
+        config.model.num_classes = pretrained.model.head.bias.size
+        processor = pretrained.processor
+        if processor:
+            mean, std = processor.mean_and_std_of_255()
+            config.data.update(image_size=processor.size, crop_pct=processor.crop_pct, mean=mean, std=std)
+            config.eval.resize = next(name for name, squash in SQUASH.items() if squash == processor.squash)
+            config.eval.resample = Image.Resampling(processor.resample).name.lower()
+        return config
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
         """Augments each image by its key, and mixes images and targets until `config.mix.off_epoch`."""
@@ -121,6 +229,37 @@ class Classification(Task):
         """The cross-entropy of each example, with weight 1."""
         losses = optax.softmax_cross_entropy(model(batch['image'], key=keys), batch['target'])
         return Loss(losses.sum(), jnp.float32(losses.size))
+
+
+def _matched_head(
+    loaded: Parameters, initial: Parameters, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
+) -> tuple[Parameters, str]:
+    """The head with the outputs that it keeps, {} if it keeps none; and a line for the user, or ''."""
+    if rule == 'new':
+        return {}, 'the head is newly initialised'
+    outputs, old_outputs = initial['head.bias'].size, loaded['head.bias'].size
+    kept, note = kept_outputs(new_names, outputs, old_names, old_outputs)
+    if max(kept) < 0 or loaded['head.kernel'].shape[0] != initial['head.kernel'].shape[0]:
+        return {}, note
+    sources = np.asarray(kept)
+
+    def merge(new: jax.Array, old: np.ndarray) -> jax.Array:
+        return jnp.where(sources >= 0, old[..., np.maximum(sources, 0)], new)
+
+    def merged(name: str) -> jax.Array:
+        return jax.jit(merge, out_shardings=initial[name].sharding)(initial[name], np.asarray(loaded[name]))
+
+    return {name: merged(name) for name in HEAD}, note
+
+
+def _describe_head(pretrained: Pretrained, where: str) -> str:
+    """The reason why a head is neither trained nor evaluated here."""
+    outputs = pretrained.model.head.bias.size
+    kind = pretrained.problem_type or 'a sigmoid of each output'
+    return (
+        f'the head of {where} is for {kind}, with {outputs} output(s): training and evaluation here choose one of '
+        'several classes by a softmax'
+    )
 
 
 def _warn(line: str) -> None:

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from convnext_jax.data.dataset import Dataset, Features
+from convnext_jax.errors import UserError
+from convnext_jax.interop import Pretrained
+from convnext_jax.models import Parameters
 
 Batch = dict[str, jax.Array]
 """Examples stacked along the leading axis, by the name of their field."""
@@ -28,6 +32,56 @@ class Loss(NamedTuple):
     total: jax.Array
     weight: jax.Array
     terms: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it
+
+
+class Weights(NamedTuple):
+    """Trained weights that a run starts from.
+
+    Attributes:
+        parameters: name → array.
+        facts: `Dataset.facts` of the data they were trained on; {} if unknown.
+        where: they are, for messages.
+        pretrained: the file of another library, read; None for a run of this package.
+    """
+
+    parameters: Parameters
+    facts: Mapping[str, object]
+    where: str
+    pretrained: Pretrained | None = None
+
+
+class Measured(NamedTuple):
+    """What an evaluation measures on a batch, or over all batches of a split.
+
+    Attributes:
+        sums: name → array that adds up over batches: counts, a confusion matrix. Over a split they are float64.
+        examples: name → (N, …) results of each example: detections, features. Over a split they are in its order, and
+            rows that only filled up a batch are left out.
+    """
+
+    sums: dict[str, jax.Array | np.ndarray] = {}  # noqa: RUF012 - nobody changes it
+    examples: dict[str, jax.Array | np.ndarray] = {}  # noqa: RUF012
+
+
+class Evaluator(abc.ABC):
+    """How a split is evaluated."""
+
+    @abc.abstractmethod
+    def measure(self, model: nnx.Module, batch: Batch) -> Measured:
+        """Measures a batch on the devices; jitted by the caller.
+
+        Args:
+            model: the network, in inference.
+            batch: as the data pipeline gives it, with `weight`, which is 0 where a row only fills up the batch.
+        """
+
+    @abc.abstractmethod
+    def summary(self, measured: Measured) -> dict[str, float]:
+        """The metrics of a split, on the host; the task's headline among them, and `loss` if there is one."""
+
+    def table(self, measured: Measured) -> list[dict[str, object]]:
+        """The rows of a table with finer results, such as one for each class; all with the same columns."""
+        return []
 
 
 class Headline(NamedTuple):
@@ -105,6 +159,82 @@ class Task(abc.ABC):
             epoch: float32 scalar, passes over the training split so far.
         """
         return batch
+
+    def assume_data(self) -> None:  # noqa: B027 - few tasks need it
+        """Sets the config fields that `open` would set, for a program without data."""
+
+    @abc.abstractmethod
+    def build(self, key: jax.Array, *, training: bool = True) -> nnx.Module:
+        """Builds the network with new parameters. Its `variant` is the architecture of its trunk.
+
+        Args:
+            key: random key of the parameters.
+            training: False for a network in inference, which `jax.jit` spreads over the devices.
+
+        Raises:
+            UserError: the config does not describe a network.
+        """
+
+    @property
+    @abc.abstractmethod
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the network's forward pass on one example."""
+
+    def adopt(self, initial: Parameters, weights: Weights, facts: Mapping[str, object]) -> tuple[Parameters, list[str]]:
+        """Chooses the first parameters of a run that starts from trained weights.
+
+        Args:
+            initial: the new parameters of the network.
+            weights: to start from.
+            facts: `Dataset.facts` of the training split.
+
+        Returns:
+            The parameters, which must have the names and shapes of the initial ones; and lines for the user.
+
+        Raises:
+            UserError: the weights are not for this task.
+        """
+        return weights.parameters, []
+
+    def pretrained(self, model: nnx.Module, facts: Mapping[str, object]) -> Pretrained:
+        """A trained network as the commands that predict, convert and export take it.
+
+        Args:
+            model: the network.
+            facts: `Dataset.facts` of the data it was trained on.
+
+        Raises:
+            UserError: these commands are not for this task.
+        """
+        raise UserError(f'a network of the task {self.config.task} cannot be used here')
+
+    def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
+        """The config with which another library's weights are evaluated.
+
+        Args:
+            pretrained: the weights.
+            where: they are, for messages.
+
+        Raises:
+            UserError: the weights are not for this task.
+        """
+        raise UserError(f'{where} cannot be evaluated by the task {self.config.task}')
+
+    @abc.abstractmethod
+    def evaluator(self, dataset: Dataset) -> Evaluator:
+        """How a split is evaluated that `open` or `open_split` gave."""
+
+    def figures(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
+        """Draws pictures at each evaluation, on the devices; jitted by the caller.
+
+        Args:
+            model: the network, in inference, with the moving average of its parameters if there is one.
+            batch: the first of the evaluation split.
+
+        Returns:
+            Name → (H, W, 3) uint8.
+        """
+        return {}
 
     @abc.abstractmethod
     def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> Loss:

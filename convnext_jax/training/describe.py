@@ -3,17 +3,18 @@
 from pathlib import Path
 
 import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
-from convnext_jax.models import ConvNeXt, get_parameters, parameter_roles
-from convnext_jax.tasks import Headline
+from convnext_jax.models import get_parameters, parameter_roles
+from convnext_jax.tasks import Headline, make_task
 from convnext_jax.training.logging import read_records
 from convnext_jax.training.optimizer import peak_learning_rate
 from convnext_jax.training.process import describe_settings
-from convnext_jax.training.setup import Plan, build_variant
+from convnext_jax.training.setup import Plan
 from convnext_jax.training.sharding import describe_mesh, share_held
 from convnext_jax.training.workdir import CURVES
 
@@ -22,7 +23,7 @@ def describe(
     config: ConfigDict,
     plan: Plan,
     mesh: jax.sharding.Mesh,
-    model: ConvNeXt,
+    model: nnx.Module,
     train_set: Dataset,
     eval_set: Dataset,
     workdir: Path,
@@ -31,7 +32,7 @@ def describe(
     size, data, optimizer = config.data.image_size, config.data, config.optimizer
     parameters = get_parameters(model)
     count = sum(array.size for array in parameters.values())
-    multiply_adds = build_variant(config).multiply_adds(size, config.model.num_classes, len(data.mean))
+    multiply_adds = make_task(config).multiply_adds
     devices, epoch = jax.devices(), plan.steps_per_epoch
     share = share_held(mesh, parameter_roles(model), parameters)
     held = f', {share:.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from convnext_jax.errors import UserError
 from convnext_jax.output import say, to_json
 from convnext_jax.tasks import Headline
-from convnext_jax.training.workdir import CURVES, METRICS, TENSORBOARD, open_to_append, write_whole
+from convnext_jax.training.workdir import CURVES, FIGURES, METRICS, TENSORBOARD, open_to_append, write_whole
 
 
 @contextlib.contextmanager
@@ -112,6 +114,25 @@ class RunLog:
         with self._going_on():
             draw_curves(self._workdir, self._headline)
 
+    def figures(self, step: int, split: str, figures: dict[str, np.ndarray]) -> None:
+        """Writes pictures of an evaluation to TensorBoard, and into the workdir in place of those before.
+
+        Args:
+            step: steps done.
+            split: that was evaluated.
+            figures: name → (H, W, 3) uint8.
+        """
+        from tensorboardX.summary import image
+
+        with self._going_on():
+            for name, pixels in figures.items():
+                (self._workdir / FIGURES).mkdir(exist_ok=True)
+                encoded = io.BytesIO()
+                Image.fromarray(pixels).save(encoded, 'PNG')
+                write_whole(self._workdir / FIGURES / f'{name}.png', encoded.getvalue())
+                self._write_event(step, image(_event_name(f'{split}/{name}'), pixels, dataformats='HWC'))
+            self._events.flush()
+
     def _record(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
         with self._going_on():
             self._metrics.write(to_json({'step': step, 'epoch': round(epoch, 4), 'split': split, **metrics}) + '\n')
@@ -120,13 +141,16 @@ class RunLog:
             self._write_events(step, {f'{split}/{name}': value for name, value in metrics.items()})
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
         for name, value in values.items():
-            name = name.encode(errors='replace').decode()  # the name of a split may be no UTF-8, as events must be
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._write_event(step, scalar(_event_name(name), value))
         self._events.flush()
+
+    def _write_event(self, step: int, summary: object) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _drop_events_from(self, step: int) -> None:
         """Tells TensorBoard to drop what a run that was killed wrote of this step and later ones."""
@@ -134,6 +158,11 @@ class RunLog:
 
         start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+
+
+def _event_name(name: str) -> str:
+    """The name as UTF-8, as events must be: a split's name may be other bytes."""
+    return name.encode(errors='replace').decode()
 
 
 class Silence:

@@ -17,7 +17,8 @@ from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import Waiting, no_word
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
 from convnext_jax.errors import UserError
-from convnext_jax.evaluation import evaluate, make_eval_step
+from convnext_jax.evaluation import evaluate, make_eval_step, metrics_of
+from convnext_jax.models import with_parameters
 from convnext_jax.output import say
 from convnext_jax.tasks import make_task
 from convnext_jax.training.checkpoint import read_about
@@ -28,8 +29,8 @@ from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints, NotSaved
 from convnext_jax.training.setup import (
     Plan,
+    abstract_model,
     cache_compiled,
-    evaluation_model,
     make_plan,
     settle_paths,
 )
@@ -93,7 +94,9 @@ class Run(Program):
     """What a run computes, with the data that it goes over and the place that it is saved in.
 
     Attributes:
+        evaluator: of the evaluation split.
         eval_step: jitted, as `make_eval_step`.
+        figures: jitted, from parameters and the first batch of an evaluation to pictures.
     """
 
     def __init__(
@@ -109,8 +112,11 @@ class Run(Program):
         self.checkpoints = checkpoints
         self.train_set, self.eval_set = train_set, eval_set
         self.unreadable = Unreadable(train_set)
-        self.eval_step = jax.jit(
-            make_eval_step(evaluation_model(config), config.data.mean, config.data.std), out_shardings=replicated(mesh)
+        self.evaluator, network = self.task.evaluator(eval_set), abstract_model(config, training=False)
+        self.eval_step = jax.jit(make_eval_step(self.evaluator, network), out_shardings=replicated(mesh))
+        self.figures = jax.jit(
+            lambda parameters, batch: self.task.figures(with_parameters(network, parameters), batch),
+            out_shardings=replicated(mesh),
         )
 
     def restored_state(self) -> TrainState | None:
@@ -133,7 +139,7 @@ class Run(Program):
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        parameters, notes = load_parameters(self.config.init, state.parameters, self.train_set.facts['class names'])
+        parameters, notes = load_parameters(self.task, state.parameters, self.train_set.facts)
         for note in notes:
             say(note)
         restart = jax.jit(
@@ -288,10 +294,14 @@ class Run(Program):
         batches = eval_batches(self.eval_set, share, waiting)
         weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
         until_stopped = itertools.takewhile(lambda _: not stop.poll(), to_devices(batches, self.batch_sharding))
-        results = evaluate(self.eval_step, weights, until_stopped)
+        first = next(until_stopped, None)
+        batches = until_stopped if first is None else itertools.chain([first], until_stopped)
+        results = metrics_of(self.evaluator, *evaluate(self.eval_step, weights, batches))
         if stop.received:
             return None
-        log.evaluation(step, self.plan.epoch(step), self.config.data.eval_split, results)
+        split = self.config.data.eval_split
+        log.evaluation(step, self.plan.epoch(step), split, results)
+        log.figures(step, split, jax.device_get(self.figures(state.ema or state.parameters, first)))
         return results
 
     def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], pace: Pace) -> None:

@@ -8,7 +8,7 @@ from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, peak_learning_rate
 from convnext_jax.training.process import release_memory
-from convnext_jax.training.setup import Plan, abstract_model, build_model
+from convnext_jax.training.setup import Plan, abstract_model
 from convnext_jax.training.sharding import batch_sharding, state_sharding
 from convnext_jax.training.state import TrainState, init_key, initial_state
 from convnext_jax.training.step import make_train_step
@@ -67,5 +67,5 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         """The state before the first step; to be jitted."""
-        parameters = get_parameters(build_model(self.config, init_key(self.config.seed)))
+        parameters = get_parameters(self.task.build(init_key(self.config.seed)))
         return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)

@@ -5,12 +5,13 @@ import os
 import tempfile
 
 import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import steps_per_epoch
 from convnext_jax.errors import UserError
-from convnext_jax.models import ConvNeXt, Execution, Variant, get_variant
 from convnext_jax.paths import local_path, plain_path
+from convnext_jax.tasks import make_task
 
 
 def settle_paths(config: ConfigDict) -> None:
@@ -88,48 +89,7 @@ def make_plan(config: ConfigDict, images: int) -> Plan:
     return plan
 
 
-def build_variant(config: ConfigDict) -> Variant:
-    """The architecture of the config's model."""
-    layer_scale_init = None if config.model.layer_scale_init < 0 else config.model.layer_scale_init
-    return get_variant(config.model.name).replace(
-        patch_size=config.model.patch_size or None, layer_scale_init=layer_scale_init
-    )
-
-
-def build_execution(config: ConfigDict) -> Execution:
-    """How the config's model is computed."""
-    model = config.model
-    return Execution(dtype=model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
-
-
-def build_model(config: ConfigDict, key: jax.Array, execution: Execution | None = None) -> ConvNeXt:
-    """The config's model, newly initialised; `execution` replaces the config's.
-
-    Raises:
-        UserError: as `create_model`, or the images are too small for it.
-    """
-    variant = build_variant(config)
-    if config.data.image_size < variant.total_stride:
-        raise UserError(
-            f'data.image_size={config.data.image_size} is below the total stride {variant.total_stride} of '
-            f'{config.model.name}: enlarge it, or lower model.patch_size={variant.patch_size}'
-        )
-    return ConvNeXt(
-        variant,
-        key=key,
-        num_classes=config.model.num_classes,
-        drop_path_rate=config.model.drop_path_rate,
-        head_init_scale=config.model.head_init_scale,
-        in_channels=len(config.data.mean),
-        execution=execution or build_execution(config),
-    )
-
-
-def abstract_model(config: ConfigDict, execution: Execution | None = None) -> ConvNeXt:
-    """The config's model with shapes instead of arrays."""
-    return jax.eval_shape(lambda key: build_model(config, key, execution), jax.random.key(0))
-
-
-def evaluation_model(config: ConfigDict) -> ConvNeXt:
-    """The abstract model without Pallas kernels: `jax.jit`, which shards evaluation, cannot partition them."""
-    return abstract_model(config, dataclasses.replace(build_execution(config), pallas=False))
+def abstract_model(config: ConfigDict, *, training: bool = True) -> nnx.Module:
+    """The network of the config's task, with shapes in place of arrays; the argument as of `Task.build`."""
+    task = make_task(config)
+    return jax.eval_shape(lambda key: task.build(key, training=training), jax.random.key(0))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from convnext_jax.chips import find_chip
 from convnext_jax.data.pipeline import Batch
 from convnext_jax.output import say
-from convnext_jax.training.setup import build_variant
+from convnext_jax.tasks import make_task
 from convnext_jax.training.stop import Stop
 
 STEPS_AHEAD = 2
@@ -229,8 +229,7 @@ def utilisation(config: ConfigDict, images_per_second: float, device_kind: str) 
     chip = find_chip(device_kind)
     if chip is None:
         return {}
-    channels = len(config.data.mean)
-    multiply_adds = build_variant(config).multiply_adds(config.data.image_size, config.model.num_classes, channels)
+    multiply_adds = make_task(config).multiply_adds
     return {'mfu': 3 * 2 * multiply_adds * images_per_second / chip.peak(config.model.dtype)}
 
 

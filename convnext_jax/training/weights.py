@@ -1,24 +1,21 @@
 """Weights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from convnext_jax.config import read_config
-from convnext_jax.data.class_names import kept_outputs
 from convnext_jax.errors import UserError
-from convnext_jax.interop import ImageProcessor, Pretrained, read_pretrained
+from convnext_jax.interop import Pretrained, read_pretrained
 from convnext_jax.models import Parameters, get_parameters, with_parameters
+from convnext_jax.tasks import Task, Weights, make_task
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import gathered, spread
-from convnext_jax.training.setup import evaluation_model
+from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, workdir_path
 
-HEAD = ('head.kernel', 'head.bias')
 FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
 
@@ -41,112 +38,61 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)
     step, parameters = _newest_parameters(workdir, field)
-    class_names = read_about(workdir / CHECKPOINTS, step)['data']['class names']
-    model = with_parameters(evaluation_model(config), parameters)
-    named = (*class_names, *(f'class {label}' for label in range(len(class_names), config.model.num_classes)))
+    model = with_parameters(abstract_model(config, training=False), parameters)
+    pretrained = make_task(config).pretrained(model, read_about(workdir / CHECKPOINTS, step)['data'])
     notes = ['--params=ema takes the moving average'] if params == 'raw' and config.ema.decay else []
-    origin = f'the {params} weights of {where}, step {step}'
-    return Pretrained(model, 'convnext_jax', named, config_processor(config), (), notes, origin=origin)
+    return pretrained._replace(notes=notes, origin=f'the {params} weights of {where}, step {step}')
 
 
-def config_processor(config: ConfigDict) -> ImageProcessor:
-    """How a run prepares the images of its evaluations."""
-    data = config.data
-    return ImageProcessor(data.image_size, data.crop_pct, mean=tuple(data.mean), std=tuple(data.std))
-
-
-def load_parameters(init: ConfigDict, initial: Parameters, class_names: Sequence[str]) -> tuple[Parameters, list[str]]:
-    """Loads the first parameters of a run from other weights, and says in lines what was done.
-
-    An output of the head starts from the weights' output for the class of that name; the other outputs keep their
-    initial values. Nothing else may differ.
+def load_parameters(task: Task, initial: Parameters, facts: Mapping[str, object]) -> tuple[Parameters, list[str]]:
+    """Loads the first parameters of a run from the weights in its config's `init` section.
 
     Args:
-        init: the config's `init` section: `weights` and `params` as `read_weights` takes them; `head`, 'match' or
-            'new' for a head that keeps all its initial values.
-        initial: this run's initial parameters; the result has their names, shapes, types and shardings.
-        class_names: of this run's classes.
+        task: says which of the weights the run starts from.
+        initial: this run's new parameters; the result has their names, shapes, types and shardings.
+        facts: `Dataset.facts` of the training split.
+
+    Returns:
+        The parameters, and lines for the user.
 
     Raises:
-        UserError: as `read_weights`; the head would start from one that is not a softmax over classes; or names or
-            shapes differ, and all differences are listed.
+        UserError: as `read_weights` and `Task.adopt`; or names or shapes differ, and all differences are listed.
     """
-    where, params = init.weights, init.params
-    if _is_run(where):
-        step, loaded, names = _load_run(_folder(where), params)
-        notes, new, pretrained = [f'starts from the {params} weights of {where}, step {step}'], (), None
-    else:
-        weights_field(params)
-        classes = initial['head.bias'].size
-        pretrained = read_pretrained(where, entry=_entry(params), new_classes=classes, key=jax.random.key(0))
-        loaded, names, new = get_parameters(pretrained.model), pretrained.class_names, pretrained.fresh
-        notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
-    values = {name: initial[name] for name in new}
-    if 'head.bias' not in new:
-        head, note = _matched_head(loaded, initial, names, class_names, init.head)
-        if note:
-            notes.append(note)
-        if head and pretrained and pretrained.activation != 'softmax':
-            raise UserError(f'{describe_head(pretrained, where)}. --config.init.head=new starts a new head')
-        values |= head or {name: initial[name] for name in HEAD}
+    where, params = task.config.init.weights, task.config.init.params
+    weights, notes = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
+    loaded, more = task.adopt(initial, weights, facts)
     differences = [f'{name} is missing' for name in initial.keys() - loaded.keys()]
     differences += [f'{name} is unexpected' for name in loaded.keys() - initial.keys()]
     differences += [
         f'{name} is {loaded[name].shape}, not {initial[name].shape}'
-        for name in initial.keys() & loaded.keys() - values.keys()
+        for name in initial.keys() & loaded.keys()
         if loaded[name].shape != initial[name].shape
     ]
     if differences:
         raise UserError(f'the weights of {where} do not fit the model: {"; ".join(sorted(differences))}')
-    rest = {name: spread(loaded[name], x.sharding) for name, x in initial.items() if name not in values}
-    return {name: (values | rest)[name] for name in initial}, notes
+    return {name: _placed(loaded[name], x.sharding) for name, x in initial.items()}, [*notes, *more]
 
 
-def _matched_head(
-    loaded: Parameters, initial: Parameters, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
-) -> tuple[Parameters, str]:
-    """The head with the outputs that it keeps, {} if it keeps none; and a line for the user, or ''."""
-    if rule == 'new':
-        return {}, 'the head is newly initialised'
-    outputs, old_outputs = initial['head.bias'].size, loaded['head.bias'].size
-    kept, note = kept_outputs(new_names, outputs, old_names, old_outputs)
-    if max(kept) < 0 or loaded['head.kernel'].shape[0] != initial['head.kernel'].shape[0]:
-        return {}, note
-    sources = np.asarray(kept)
-
-    def merge(new: jax.Array, old: np.ndarray) -> jax.Array:
-        return jnp.where(sources >= 0, old[..., np.maximum(sources, 0)], new)
-
-    def merged(name: str) -> jax.Array:
-        return jax.jit(merge, out_shardings=initial[name].sharding)(initial[name], np.asarray(loaded[name]))
-
-    return {name: merged(name) for name in HEAD}, note
+def _run_weights(where: str, params: str) -> tuple[Weights, list[str]]:
+    """The newest checkpoint of a run."""
+    workdir = _folder(where)
+    step, parameters = _newest_parameters(workdir, weights_field(params))
+    facts = read_about(workdir / CHECKPOINTS, step)['data']
+    return Weights(parameters, facts, where), [f'starts from the {params} weights of {where}, step {step}']
 
 
-def check_single_label(pretrained: Pretrained, where: str) -> None:
-    """Refuses a head that does not choose one of its classes by a softmax, as evaluation here does.
-
-    Raises:
-        UserError: it is multi-label, a regression, or has one output.
-    """
-    if pretrained.activation != 'softmax':
-        raise UserError(describe_head(pretrained, where))
-
-
-def describe_head(pretrained: Pretrained, where: str) -> str:
-    """The reason why a head is neither trained nor evaluated here."""
-    outputs = pretrained.model.head.bias.size
-    kind = pretrained.problem_type or 'a sigmoid of each output'
-    return (
-        f'the head of {where} is for {kind}, with {outputs} output(s): training and evaluation here choose one of '
-        'several classes by a softmax'
-    )
+def _other_weights(where: str, params: str) -> tuple[Weights, list[str]]:
+    """Another library's file, without what it does not hold."""
+    weights_field(params)
+    pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
+    parameters = {name: x for name, x in get_parameters(pretrained.model).items() if name not in pretrained.fresh}
+    notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
+    return Weights(parameters, pretrained.facts, where, pretrained), notes
 
 
-def _load_run(workdir: Path, params: str) -> tuple[int, Parameters, list[str]]:
-    """Step, parameters and class names of the newest checkpoint."""
-    step, loaded = _newest_parameters(workdir, weights_field(params))
-    return step, loaded, read_about(workdir / CHECKPOINTS, step)['data']['class names']
+def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array with a sharding; what has it already may be spread over processes."""
+    return value if getattr(value, 'sharding', None) == sharding else spread(value, sharding)
 
 
 def _newest_parameters(workdir: Path, field: str) -> tuple[int, Parameters]:

@@ -23,6 +23,7 @@ LOCK = '.lock'
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 CURVES = 'curves.png'
+FIGURES = 'figures'
 CHECKPOINTS = 'checkpoints'
 TENSORBOARD = 'tensorboard'
 SHOWN_WITHIN = 10.0

@@ -20,7 +20,7 @@ class MeanColour(Task):
     """Learns the mean colour of an image; an image may weigh more than another, or nothing."""
 
     headline = Headline('accuracy', 'accuracy')
-    features = open = open_split = None
+    features = open = open_split = build = multiply_adds = evaluator = None
 
     def augment(self, batch, keys, batch_key, epoch):
         noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys)

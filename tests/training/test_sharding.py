@@ -19,6 +19,7 @@ from convnext_jax.interop import create_backbone
 from convnext_jax.models import Role, Variant, get_parameters, parameter_roles
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
 from convnext_jax.tasks import Loss
+from convnext_jax.tasks.accuracy import Accuracy
 from convnext_jax.training.checkpoint import restore, restore_parameters
 from convnext_jax.training.optimizer import adamw, layer_factors
 from convnext_jax.training.program import Program
@@ -295,8 +296,8 @@ def test_a_device_holds_its_piece_of_the_state(runs):
 def test_evaluation_gathers_kernels_alone(runs):
     """Images that moved between devices in place of kernels would be the larger part by far."""
     run = runs['4 × 2']
-    program = run.program
-    step = jax.jit(make_eval_step(abstract_model(program.config), program.config.data.mean, program.config.data.std))
+    program, data = run.program, run.program.config.data
+    step = jax.jit(make_eval_step(Accuracy(data.mean, data.std), abstract_model(program.config)))
     weight = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
     batch = program.abstract_batch | {'weight': weight}
     text = step.lower(program.abstract_state.parameters, batch).compile().as_text()

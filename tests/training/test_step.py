@@ -11,7 +11,7 @@ from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
-from convnext_jax.training.setup import abstract_model, build_model
+from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.state import init_key, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
@@ -43,7 +43,7 @@ def build(config):
     schedule = cosine_schedule(1e-3, 1e-6, 0, 100)
     state = jax.jit(
         lambda: initial_state(
-            get_parameters(build_model(config, init_key(config.seed))), optimizer, ema=config.ema.decay > 0
+            get_parameters(make_task(config).build(init_key(config.seed))), optimizer, ema=config.ema.decay > 0
         )
     )()
     mesh = make_mesh(devices=jax.devices()[:1])

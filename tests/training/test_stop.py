@@ -14,7 +14,7 @@ from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
 from configs.fashion_mnist import get_config
 from convnext_jax.data.loading import no_word
 from convnext_jax.errors import UserError
-from convnext_jax.tasks import make_task
+from convnext_jax.tasks import Measured, make_task
 from convnext_jax.training import loop
 from convnext_jax.training.checkpoint import saved_steps
 from convnext_jax.training.logging import RunLog, read_records
@@ -188,7 +188,8 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
     def eval_step(parameters, batch):
         batches.append(batch)
         stop.received = signal.SIGTERM if len(batches) == 3 else None
-        return dict.fromkeys(('count', 'loss', 'top1', 'top5', 'bin_hits', 'bin_confidence'), np.zeros(()))
+        names = ('count', 'loss', 'top1', 'top5', 'bin_hits', 'bin_confidence')
+        return Measured(dict.fromkeys(names, np.zeros(()))), np.ones(8)
 
     run.eval_step = eval_step
     state = jax.eval_shape(run.fresh_state)

@@ -9,15 +9,17 @@ from convnext_jax import create_model, save_pretrained
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, parameter_roles
+from convnext_jax.tasks import make_task
+from convnext_jax.training.checkpoint import read_about, restore_parameters
 from convnext_jax.training.evaluate import Protocol, evaluate_weights
 from convnext_jax.training.sharding import make_mesh, parameters_sharding
-from convnext_jax.training.weights import _load_run, load_parameters
+from convnext_jax.training.weights import load_parameters, newest_checkpoint
 
 
-def init(weights, head='match'):
-    section = default_config().init
-    section.weights, section.head = str(weights), head
-    return section
+def load(weights, initial, names, head='match'):
+    config = default_config()
+    config.init.weights, config.init.head = str(weights), head
+    return load_parameters(make_task(config), initial, {'class names': names})
 
 
 @pytest.mark.parametrize(
@@ -33,15 +35,15 @@ def test_heads_that_are_not_a_softmax_are_not_trained_or_judged_as_one(tmp_path,
     model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=classes)
     save_pretrained(model, tmp_path / 'out', problem_type=kind)
     with pytest.raises(UserError, match=f'the head of .*out is for {called}'):
-        next(evaluate_weights(None, str(tmp_path / 'out'), 'raw', Protocol()))  # before it looks at a config
+        next(evaluate_weights(default_config(), str(tmp_path / 'out'), 'raw', Protocol()))  # before it looks for data
     mine = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=classes))
     with pytest.raises(UserError, match=f'the head of .*out is for {called}.*--config.init.head=new starts a new head'):
-        load_parameters(init(tmp_path / 'out'), mine, list('abc')[:classes])
-    loaded, notes = load_parameters(init(tmp_path / 'out', head='new'), mine, list('abc')[:classes])
+        load(tmp_path / 'out', mine, list('abc')[:classes])
+    loaded, notes = load(tmp_path / 'out', mine, list('abc')[:classes], head='new')
     np.testing.assert_array_equal(loaded['head.kernel'], mine['head.kernel'])
     assert notes[-1] == 'the head is newly initialised'
     other = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=5))
-    loaded, notes = load_parameters(init(tmp_path / 'out'), other, list('abcde'))
+    loaded, notes = load(tmp_path / 'out', other, list('abcde'))
     assert loaded['head.bias'].shape == (5,)
     assert 'the head is newly initialised' in notes[-1]
 
@@ -52,7 +54,7 @@ def test_outputs_of_the_head_follow_their_class_names(tmp_path):
     save_pretrained(old, tmp_path / 'out', class_names=['ant', 'bee', 'cat'])
     initial = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=3))
     initial['head.bias'] += 1
-    loaded, notes = load_parameters(init(tmp_path / 'out'), initial, ['bee', 'cat', 'dog'])
+    loaded, notes = load(tmp_path / 'out', initial, ['bee', 'cat', 'dog'])
     theirs = get_parameters(old)
     for name in ('head.kernel', 'head.bias'):
         np.testing.assert_array_equal(loaded[name][..., :2], theirs[name][..., 1:])
@@ -63,10 +65,12 @@ def test_outputs_of_the_head_follow_their_class_names(tmp_path):
 
 def test_a_run_s_head_is_matched_too(finished_run):
     """Fine-tuning from one's own run is the common case; here its classes come in another order, with a new one."""
-    step, theirs, names = _load_run(finished_run, 'raw')
+    directory, step = newest_checkpoint(finished_run)
+    theirs = restore_parameters(directory, step, 'parameters')
+    names = read_about(directory, step)['data']['class names']
     initial = {name: jnp.zeros_like(x) for name, x in theirs.items()}
     initial |= {name: jnp.zeros((*initial[name].shape[:-1], 11)) for name in ('head.kernel', 'head.bias')}
-    loaded, notes = load_parameters(init(finished_run), initial, ['new', *reversed(names)])
+    loaded, notes = load(finished_run, initial, ['new', *reversed(names)])
     assert notes == [
         f'starts from the raw weights of {finished_run}, step {step}',
         'the head keeps 10 of 11 classes by their names; newly initialised: new',
@@ -82,7 +86,7 @@ def test_sharded_heads_keep_their_sharding(tmp_path):
     mesh = make_mesh(fsdp=8)
     parameters = get_parameters(old)
     initial = jax.device_put(parameters, parameters_sharding(mesh, parameter_roles(old), parameters))
-    loaded, _ = load_parameters(init(tmp_path / 'out'), initial, ['new', *(f'old {label}' for label in range(63))])
+    loaded, _ = load(tmp_path / 'out', initial, ['new', *(f'old {label}' for label in range(63))])
     assert 'fsdp' in loaded['head.kernel'].sharding.spec
     assert {name: x.sharding for name, x in loaded.items()} == {name: x.sharding for name, x in initial.items()}
     np.testing.assert_array_equal(loaded['head.kernel'][:, 1:], get_parameters(old)['head.kernel'][:, :63])

@@ -11,8 +11,9 @@ from benchmarks.compare.baselines.on_jax import jax_device
 from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters
+from convnext_jax.tasks import make_task
 from convnext_jax.training.program import Program
-from convnext_jax.training.setup import abstract_model, build_model, make_plan
+from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.state import init_key
 
@@ -57,7 +58,7 @@ def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], objec
 
 
 def _forward_pass(workload: Workload, config: ConfigDict) -> Callable[[], object]:
-    model = jax.block_until_ready(jax.jit(lambda: build_model(config, init_key(config.seed)))())
+    model = jax.block_until_ready(jax.jit(lambda: make_task(config).build(init_key(config.seed)))())
     forward = jax.jit(lambda model, images: model(images))
     images = jnp.asarray(example_batch(workload)[0])
 

@@ -1,0 +1,99 @@
+"""How classifiers are evaluated: top-1, top-5, cross-entropy and calibration, and the accuracy of each class."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnext_jax.data.augment import normalize
+from convnext_jax.models import ConvNeXt
+from convnext_jax.tasks.task import Batch, Evaluator, Measured
+
+CALIBRATION_BINS = 15  # of equal width, as in arXiv:1706.04599
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy(Evaluator):
+    """Evaluates logits against labels. Of several labels any is right, and the loss is the smallest of theirs.
+
+    Attributes:
+        mean, std: of each channel, of pixels in [0, 1].
+        class_names: of the first outputs.
+        judged: the labels to choose among; None for all.
+        flip: average the logits with those of the mirrored image.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    class_names: Sequence[str] = ()
+    judged: Sequence[int] | None = None
+    flip: bool = False
+
+    def measure(self, model: ConvNeXt, batch: Batch) -> Measured:
+        """Sums over the examples of a batch.
+
+        Returns:
+            `loss`, `top1`, `top5` and `count`; by bins of the confidence `bin_count`, `bin_hits` and `bin_confidence`;
+            by (first) label `label_count` and `label_hits`.
+        """
+        images = normalize(batch['image'], self.mean, self.std)
+        logits = model(images)
+        if self.flip:
+            logits = (logits + model(images[:, :, ::-1])) / 2
+        if self.judged is not None:
+            among = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(self.judged)].set(True)
+            logits = jnp.where(among, logits, -jnp.inf)
+        labels, weights = batch['label'].reshape(len(logits), -1), batch['weight']
+        log_shares = jax.nn.log_softmax(logits)
+        of_labels = jnp.take_along_axis(log_shares, jnp.maximum(labels, 0), -1, mode='clip')
+        losses = -jnp.where(labels >= 0, of_labels, -jnp.inf).max(-1)
+        _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        hits = (best[:, :, None] == labels[:, None]).any(-1)
+        # A row that only fills up the batch may hold anything, so it is left out, not multiplied by its weight of 0.
+        counted = weights > 0
+        ones, top1 = jnp.ones_like(losses), hits[:, 0].astype(jnp.float32)
+        confidence = jnp.exp(log_shares.max(-1))
+        bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
+
+        def total(values: jax.Array) -> jax.Array:
+            return jnp.where(counted, values, 0.0).sum()
+
+        def by(groups: jax.Array, count: int, values: jax.Array) -> jax.Array:
+            members = (groups[:, None] == jnp.arange(count)) & counted[:, None]
+            return jnp.where(members, values[:, None], 0.0).sum(0)
+
+        return Measured(
+            {
+                'loss': total(losses),
+                'top1': total(top1),
+                'top5': total(hits.any(1)),
+                'count': total(ones),
+                'bin_count': by(bins, CALIBRATION_BINS, ones),
+                'bin_hits': by(bins, CALIBRATION_BINS, top1),
+                'bin_confidence': by(bins, CALIBRATION_BINS, confidence),
+                'label_count': by(labels[:, 0], logits.shape[-1], ones),
+                'label_hits': by(labels[:, 0], logits.shape[-1], top1),
+            }
+        )
+
+    def summary(self, measured: Measured) -> dict[str, float]:
+        """Mean cross-entropy `loss`; `top1`, `top5` and expected calibration error `ece` in percent; 0 of no images."""
+        sums = measured.sums
+        count = max(float(sums['count']), 1)
+        gaps = np.abs(sums['bin_hits'] - sums['bin_confidence'])
+        return {
+            'loss': float(sums['loss']) / count,
+            'top1': 100 * float(sums['top1']) / count,
+            'top5': 100 * float(sums['top5']) / count,
+            'ece': 100 * float(gaps.sum()) / count,
+        }
+
+    def table(self, measured: Measured) -> list[dict[str, object]]:
+        """The top-1 of each class in percent; None where there was no image of it."""
+        counts, hits = measured.sums['label_count'], measured.sums['label_hits']
+        return [
+            {'label': label, 'class': name, 'top1': 100 * float(hits[label] / counts[label]) if counts[label] else None}
+            for label, name in enumerate(self.class_names)
+        ]
