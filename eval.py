@@ -26,7 +26,7 @@ from convnext_jax.command_line import (
     required_config,
     run,
 )
-from convnext_jax.config import EVALUATION, as_dict, changed_fields, check_values, read_config
+from convnext_jax.config import as_dict, changed_fields, check_values, evaluation_fields, read_config
 from convnext_jax.errors import UserError
 from convnext_jax.output import show, to_json
 from convnext_jax.paths import local_path
@@ -85,10 +85,11 @@ def _stored_config(arguments: list[str]) -> ConfigDict | None:
 
 def _check_overrides(stored: ConfigDict, config: ConfigDict) -> None:
     changes = changed_fields(as_dict(stored), as_dict(config))
-    unused = [f'--config.{field}' for field in changes if field not in EVALUATION]
+    fields = evaluation_fields(stored.task)
+    unused = [f'--config.{field}' for field in changes if field not in fields]
     if unused:
         raise UserError(
-            f'an evaluation does not read {", ".join(unused)}: of the config of a run it takes {", ".join(EVALUATION)}'
+            f'an evaluation does not read {", ".join(unused)}: of the config of a run it takes {", ".join(fields)}'
         )
     check_values(config)
 

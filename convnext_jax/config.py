@@ -1,4 +1,7 @@
-"""The fields of an experiment, with their defaults and meaning. The files under configs/ set what differs."""
+"""The fields of an experiment, with their defaults and meaning. The files under configs/ set what differs.
+
+Here are the fields that all experiments have; those of one task are in its file under `tasks/`.
+"""
 
 import json
 import math
@@ -7,11 +10,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.fields import Fields
+from convnext_jax.tasks import make_task, task_class
 
 
-def default_config() -> ConfigDict:
-    """ConvNeXt on 224-pixel photographs with the hyperparameters that all published V1 recipes share."""
+def default_config(task: str = 'classification') -> ConfigDict:
+    """The defaults of a task, for 224-pixel photographs, with what all published V1 recipes share.
+
+    Raises:
+        UserError: there is no such task.
+    """
     config = ConfigDict()
+    config.task = task
+    COMMON.defaults(config)
+    task_class(task).fields.defaults(config)
+    return config
+
+
+def _defaults(config: ConfigDict) -> None:
     config.seed = 0
     # Durations: `steps`, unless 0, stands in for `epochs`, and `optimizer.warmup_steps` for `warmup_epochs`.
     config.epochs = 300.0
@@ -22,10 +38,8 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = 'convnext_tiny'  # python -m convnext_jax models
-    config.model.num_classes = 0  # 0: as many as the data set has
     config.model.drop_path_rate = 0.0
     config.model.layer_scale_init = -1.0  # −1: the architecture's own; 0: no layer scale
-    config.model.head_init_scale = 1.0
     config.model.patch_size = 0  # 0: the architecture's own
     config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
     config.model.remat = 'dots'  # recomputed in the backward pass: 'none', all but the 'dots', or the 'full' block
@@ -35,7 +49,6 @@ def default_config() -> ConfigDict:
     config.init = ConfigDict()
     config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library
     config.init.params = 'raw'  # which of its weights: 'raw' or 'ema' ('model' or 'model_ema' of an original .pth)
-    config.init.head = 'match'  # outputs start from those of the classes of the same name; 'new': from new values
 
     config.data = ConfigDict()
     config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or a TFDS name
@@ -43,34 +56,12 @@ def default_config() -> ConfigDict:
     config.data.train_split = 'train'
     config.data.eval_split = 'validation'
     config.data.image_size = 224
-    config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
-    config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
     config.data.repeats = 1  # copies of an image in a batch, each augmented by itself; epochs keep their length
-    config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
     config.data.workers = -1  # processes that decode training images; 0: threads of this one; −1: by the cores
     config.data.on_error = 'replace'  # an unreadable training image by the next, up to 1 in 1,000; or 'raise'
     config.data.patience_seconds = 300.0  # without a batch; then the run says what it waits for, and waits on
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
     config.data.std = (0.229, 0.224, 0.225)
-
-    config.eval = ConfigDict()
-    config.eval.flip = False  # average the outputs with those of the mirrored image
-    config.eval.resize = 'auto'  # 'crop' by data.crop_pct, 'squash' to the square; 'auto': squash from 384 pixels on
-    config.eval.resample = 'bicubic'  # Pillow's name of the filter
-
-    config.augment = ConfigDict()  # on the device, by key
-    config.augment.flip = True
-    config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
-    config.augment.policy = 'rand-m9-mstd0.5-inc1'  # RandAugment in timm's syntax; '3a': three-augment; '': none
-    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share; 0.3 goes with '3a'
-    config.augment.erasing = 0.25  # probability that a rectangle of the image is erased
-    config.augment.erasing_mode = 'pixel'  # noise for each 'pixel', 'rand' for each channel, or 'const' 0
-
-    config.mix = ConfigDict()  # neighbours in the batch
-    config.mix.mixup = 0.0  # α of the Beta distribution that the shares are drawn from; 0: off
-    config.mix.cutmix = 0.0  # the same; where both are on, they take turns at random
-    config.mix.mode = 'batch'  # one draw for the 'batch', or for each image: 'elem'
-    config.mix.off_epoch = 0.0  # from this epoch on no mixing; 0: always
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 2.5e-4  # peak for 256 images: multiplied by batch_size / 256
@@ -84,7 +75,6 @@ def default_config() -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # learning rate of each layer to that of the next; 1: the same for all
     config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block or a 'group' of them
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: off
-    config.label_smoothing = 0.1
 
     config.ema = ConfigDict()
     config.ema.decay = 0.9999  # 0: no moving average
@@ -97,111 +87,68 @@ def default_config() -> ConfigDict:
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0
     config.checkpoint_every_steps = 1000
-    config.keep_checkpoints = 2  # the newest; the best by top-1 is kept besides
+    config.keep_checkpoints = 2  # the newest; the best by the task's metric is kept besides
     config.compilation_cache_dir = ''  # compiled programs for the next start; '': none, or JAX_COMPILATION_CACHE_DIR
-    return config
 
 
-POSITIVE = [
-    'batch_size',
-    'accumulation_steps',
-    'log_every_steps',
-    'eval_every_epochs',
-    'checkpoint_every_steps',
-    'keep_checkpoints',
-    'data.image_size',
-    'data.repeats',
-    'data.crop_pct',
-    'data.patience_seconds',
-    'optimizer.learning_rate',
-    'optimizer.epsilon',
-    'optimizer.layer_decay',
-]
-NOT_NEGATIVE = [
-    'seed',
-    'epochs',
-    'steps',
-    'model.num_classes',
-    'model.patch_size',
-    'augment.crop_padding',
-    'augment.color_jitter',
-    'augment.erasing',
-    'mix.mixup',
-    'mix.cutmix',
-    'mix.off_epoch',
-    'optimizer.min_learning_rate',
-    'optimizer.warmup_epochs',
-    'optimizer.warmup_steps',
-    'optimizer.weight_decay',
-    'optimizer.clip_norm',
-]
-BELOW_ONE = ['optimizer.beta1', 'optimizer.beta2', 'label_smoothing', 'ema.decay', 'model.drop_path_rate']
-CHOICES = {
-    'model.remat': ('none', 'dots', 'full'),
-    'init.params': ('raw', 'ema'),
-    'init.head': ('match', 'new'),
-    'eval.resize': ('auto', 'crop', 'squash'),
-    'eval.resample': ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'),
-    'data.on_error': ('replace', 'raise'),
-    'augment.erasing_mode': ('pixel', 'rand', 'const'),
-    'mix.mode': ('batch', 'elem'),
-    'optimizer.layer_decay_rule': ('single', 'group'),
-}
+COMMON = Fields(
+    _defaults,
+    positive=(
+        *('batch_size', 'accumulation_steps', 'log_every_steps', 'eval_every_epochs', 'checkpoint_every_steps'),
+        *('keep_checkpoints', 'data.image_size', 'data.repeats', 'data.patience_seconds'),
+        *('optimizer.learning_rate', 'optimizer.epsilon', 'optimizer.layer_decay'),
+    ),
+    not_negative=(
+        *('seed', 'epochs', 'steps', 'model.patch_size', 'optimizer.min_learning_rate', 'optimizer.warmup_epochs'),
+        *('optimizer.warmup_steps', 'optimizer.weight_decay', 'optimizer.clip_norm'),
+    ),
+    below_one=('optimizer.beta1', 'optimizer.beta2', 'ema.decay', 'model.drop_path_rate'),
+    at_most_one=('optimizer.layer_decay',),
+    choices={
+        'model.remat': ('none', 'dots', 'full'),
+        'init.params': ('raw', 'ema'),
+        'data.on_error': ('replace', 'raise'),
+        'optimizer.layer_decay_rule': ('single', 'group'),
+    },
+    fixed=('task', 'seed', 'batch_size', 'model', 'data', 'ema'),
+    free=(
+        *('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers', 'data.eval_split'),
+        *('model.dtype', 'model.remat', 'model.unroll', 'model.pallas'),
+    ),
+    evaluation=(
+        *('batch_size', 'accumulation_steps', 'model.dtype'),
+        *('data.name', 'data.dir', 'data.eval_split', 'data.image_size', 'data.mean', 'data.std'),
+        'data.patience_seconds',
+    ),
+)
 
 
 def check_values(config: ConfigDict) -> None:
     """Refuses values out of their range.
 
     Raises:
-        UserError: every such field is listed.
+        UserError: there is no such task, the config has not its fields, or a value is wrong; all of these are listed.
     """
-    values = _flatten(as_dict(config))
-    problems = [f'{field} must be above 0, not {values[field]}' for field in POSITIVE if not values[field] > 0]
-    problems += [f'{field} must not be negative: {values[field]}' for field in NOT_NEGATIVE if not values[field] >= 0]
-    problems += [f'{field} must be in [0, 1), not {values[field]}' for field in BELOW_ONE if not 0 <= values[field] < 1]
+    values, fields = _flatten(as_dict(config)), _flatten(as_dict(default_config(config.task)))
+    if missing := fields.keys() - values.keys():
+        raise UserError(
+            f'the config lacks {", ".join(sorted(missing))} of the task {config.task}: take a config file of this task'
+        )
+    problems = COMMON.problems(values) + task_class(config.task).fields.problems(values) + make_task(config).problems()
     problems += [
         f'{field} must be finite, not {value}'
         for field, value in values.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    scale = values['data.crop_scale']
-    if scale and not (len(scale) == 2 and all(isinstance(value, int | float) for value in scale)):
-        problems.append(f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {scale}')
     mean, std = values['data.mean'], values['data.std']
     if len(mean) not in (1, 3) or len(std) != len(mean) or not all(value > 0 for value in std):
         problems.append(f'data.mean and data.std need one value (grey) or three (RGB), std above 0: {mean}, {std}')
-    problems += [
-        f'{field} must be at most 1, not {values[field]}'
-        for field in ('data.crop_pct', 'optimizer.layer_decay', 'augment.erasing')
-        if values[field] > 1
-    ]
-    problems += [
-        f"{field} must be one of {', '.join(choices)}, not '{values[field]}'"
-        for field, choices in CHOICES.items()
-        if values[field] not in choices
-    ]
     if values['data.workers'] < -1:
         problems.append(f'data.workers must be −1 or a number of processes, not {values["data.workers"]}')
     if values['seed'] >= 2**63:
         problems.append(f'seed must be below 2⁶³: {values["seed"]}')
     if problems:
         raise UserError('; '.join(problems))
-
-
-# What a run may not change when it resumes: the rest of its steps would not be the ones that were started.
-FIXED = ('seed', 'batch_size', 'model', 'data', 'augment', 'mix', 'ema')
-# Parts of these that a run may change: they change no step, or only its rounding (as `accumulation_steps` does).
-FREE = (
-    *('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers'),
-    *('data.eval_split', 'data.crop_pct'),
-    *('model.dtype', 'model.remat', 'model.unroll', 'model.pallas'),
-)
-# The fields that an evaluation of a run's checkpoint reads, and that may therefore differ from the run's own.
-EVALUATION = (
-    *('batch_size', 'accumulation_steps', 'model.dtype'),
-    *('data.name', 'data.dir', 'data.eval_split', 'data.image_size', 'data.crop_pct', 'data.mean', 'data.std'),
-    *('data.patience_seconds', 'eval.flip', 'eval.resize', 'eval.resample'),
-)
 
 
 def changed_fields(old: dict, new: dict) -> dict[str, tuple]:
@@ -215,9 +162,16 @@ def changed_fields(old: dict, new: dict) -> dict[str, tuple]:
     }
 
 
-def is_fixed(field: str) -> bool:
-    """Whether a run that resumes must keep this field's value."""
-    return field not in FREE and any(field == name or field.startswith(f'{name}.') for name in FIXED)
+def is_fixed(field: str, task: str) -> bool:
+    """Whether a run of a task that resumes must keep this field's value."""
+    parts = (COMMON, task_class(task).fields)
+    free, fixed = (name for part in parts for name in part.free), (name for part in parts for name in part.fixed)
+    return field not in free and any(field == name or field.startswith(f'{name}.') for name in fixed)
+
+
+def evaluation_fields(task: str) -> tuple[str, ...]:
+    """The fields that an evaluation of a run's checkpoint reads, and that may therefore differ from the run's own."""
+    return COMMON.evaluation + task_class(task).fields.evaluation
 
 
 def as_dict(config: ConfigDict) -> dict:
@@ -231,9 +185,10 @@ def from_dict(values: dict) -> ConfigDict:
     A field that is missing has its default: an earlier version, which did not have the field, wrote the config.
 
     Raises:
-        UserError: a field is unknown or of another type.
+        UserError: a field is unknown or of another type, or there is no such task.
     """
-    config = default_config()
+    task = values.get('task')
+    config = default_config(task) if isinstance(task, str) else default_config()
     unknown = _flatten(values).keys() - _flatten(as_dict(config)).keys()
     if unknown:
         raise UserError(f'this version of convnext_jax has no config field {", ".join(sorted(unknown))}')

@@ -19,9 +19,10 @@ ALLOWED = {
     'models': {'errors'},
     'data': {'paths', 'output', 'errors'},
     'evaluation': {'models', 'tasks', 'errors'},
-    'tasks': {'models', 'data', 'interop', 'errors'},
+    'tasks': {'models', 'data', 'interop', 'fields', 'errors'},
     'interop': {'models', 'data', 'paths', 'output', 'errors'},
-    'config': {'errors'},
+    'fields': set(),
+    'config': {'tasks', 'fields', 'errors'},
     'cpu_settings': set(),
     'plan': {'training', 'tasks', 'config', 'chips', 'output', 'errors'},
 }

@@ -1,13 +1,34 @@
 """What a run can learn. Training code imports this front and no module below it."""
 
+import importlib
+
 from ml_collections import ConfigDict
 
-from convnext_jax.tasks.classification import Classification
+from convnext_jax.errors import UserError
 from convnext_jax.tasks.task import Batch, Evaluator, Headline, Loss, Measured, Task, Weights
 
-__all__ = ['Batch', 'Evaluator', 'Headline', 'Loss', 'Measured', 'Task', 'Weights', 'make_task']
+__all__ = ['Batch', 'Evaluator', 'Headline', 'Loss', 'Measured', 'Task', 'Weights', 'make_task', 'task_class']
+
+TASKS = {'classification': 'convnext_jax.tasks.classification:Classification'}
+"""Name → module and class, imported when asked for."""
 
 
 def make_task(config: ConfigDict) -> Task:
-    """The task that a config describes."""
-    return Classification(config)
+    """The task that a config describes.
+
+    Raises:
+        UserError: as `task_class`.
+    """
+    return task_class(config.task)(config)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task by the name of it in `config.task`.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if name not in TASKS:
+        raise UserError(f"there is no task '{name}': config.task must be one of {', '.join(TASKS)}")
+    module, _, kind = TASKS[name].partition(':')
+    return getattr(importlib.import_module(module), kind)

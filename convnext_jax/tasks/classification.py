@@ -23,6 +23,7 @@ from convnext_jax.data.sources import (
     with_classes_of_split,
 )
 from convnext_jax.errors import UserError
+from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.models import ConvNeXt, Execution, Parameters, Variant, get_variant
 from convnext_jax.tasks.accuracy import Accuracy
@@ -33,6 +34,34 @@ SQUASH = {'auto': None, 'crop': False, 'squash': True}
 """`config.eval.resize` as `eval_resize` takes it."""
 
 
+def _defaults(config: ConfigDict) -> None:
+    config.model.num_classes = 0  # 0: as many as the data set has
+    config.model.head_init_scale = 1.0
+    config.init.head = 'match'  # outputs start from those of the classes of the same name; 'new': from new values
+    config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
+    config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
+    config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
+    config.eval = ConfigDict()
+    config.eval.flip = False  # average the outputs with those of the mirrored image
+    config.eval.resize = 'auto'  # 'crop' by data.crop_pct, 'squash' to the square; 'auto': squash from 384 pixels on
+    config.eval.resample = 'bicubic'  # Pillow's name of the filter
+
+    config.augment = ConfigDict()  # on the device, by key
+    config.augment.flip = True
+    config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
+    config.augment.policy = 'rand-m9-mstd0.5-inc1'  # RandAugment in timm's syntax; '3a': three-augment; '': none
+    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share; 0.3 goes with '3a'
+    config.augment.erasing = 0.25  # probability that a rectangle of the image is erased
+    config.augment.erasing_mode = 'pixel'  # noise for each 'pixel', 'rand' for each channel, or 'const' 0
+
+    config.mix = ConfigDict()  # neighbours in the batch
+    config.mix.mixup = 0.0  # α of the Beta distribution that the shares are drawn from; 0: off
+    config.mix.cutmix = 0.0  # the same; where both are on, they take turns at random
+    config.mix.mode = 'batch'  # one draw for the 'batch', or for each image: 'elem'
+    config.mix.off_epoch = 0.0  # from this epoch on no mixing; 0: always
+    config.label_smoothing = 0.1
+
+
 class Classification(Task):
     """One label to an image.
 
@@ -41,6 +70,32 @@ class Classification(Task):
     """
 
     headline = Headline('top1', 'top-1', ' %')
+    fields = Fields(
+        _defaults,
+        positive=('data.crop_pct',),
+        not_negative=(
+            *('model.num_classes', 'augment.crop_padding', 'augment.color_jitter', 'augment.erasing'),
+            *('mix.mixup', 'mix.cutmix', 'mix.off_epoch'),
+        ),
+        below_one=('label_smoothing',),
+        at_most_one=('data.crop_pct', 'augment.erasing'),
+        choices={
+            'init.head': ('match', 'new'),
+            'eval.resize': tuple(SQUASH),
+            'eval.resample': tuple(x.name.lower() for x in Image.Resampling),
+            'augment.erasing_mode': ('pixel', 'rand', 'const'),
+            'mix.mode': ('batch', 'elem'),
+        },
+        fixed=('augment', 'mix'),
+        free=('data.crop_pct',),
+        evaluation=('data.crop_pct', 'eval.flip', 'eval.resize', 'eval.resample'),
+    )
+
+    def problems(self) -> list[str]:
+        scale = self.config.data.crop_scale
+        if scale and not (len(scale) == 2 and all(isinstance(value, int | float) for value in scale)):
+            return [f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {scale}']
+        return []
 
     @property
     def channels(self) -> int:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.data.dataset import Dataset, Features
 from convnext_jax.errors import UserError
+from convnext_jax.fields import Fields
 from convnext_jax.interop import Pretrained
 from convnext_jax.models import Parameters
 
@@ -114,14 +115,23 @@ class Headline(NamedTuple):
 class Task(abc.ABC):
     """What a run learns.
 
+    Attributes:
+        headline: the metric that stands for an evaluation.
+        fields: the config fields of the task, besides those that all experiments have.
+
     Args:
         config: of the experiment.
     """
 
     headline: ClassVar[Headline]
+    fields: ClassVar[Fields]
 
     def __init__(self, config: ConfigDict):
         self.config = config
+
+    def problems(self) -> list[str]:
+        """A line for each value of the config that is wrong, besides those that `fields` refuses."""
+        return []
 
     @property
     @abc.abstractmethod

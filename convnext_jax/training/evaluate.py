@@ -48,7 +48,7 @@ def evaluate_run(
 
     Args:
         workdir: of a run of ours, which may be running.
-        config: the run's, or with other values of the fields in `config.EVALUATION`.
+        config: the run's, or with other values of the `config.evaluation_fields`.
         params: 'raw' or 'ema'.
         step: of the checkpoint; None for the newest.
         protocol: what differs from the run's own evaluations.

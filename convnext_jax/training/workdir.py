@@ -114,7 +114,7 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
         changes = changed_fields(as_dict(read_config(path)), as_dict(config))
     lines = {field: f'{field} was {old}, is {new}' for field, (old, new) in changes.items()}
-    refused = [line for field, line in lines.items() if is_fixed(field)]
+    refused = [line for field, line in lines.items() if is_fixed(field, config.task)]
     if refused:
         raise UserError(
             f'{workdir} holds another run: {"; ".join(refused)}. Give the old values, or take another workdir'

@@ -1,42 +1,38 @@
-"""The contract of tasks: what the training step makes of sums, weights and terms, and the headline of an evaluation."""
+"""The contract of tasks: sums, weights and terms in the step, the headline, and the real loop on a task of its own."""
+
+import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
-from convnext_jax import create_model
-from convnext_jax.config import default_config
-from convnext_jax.models import get_parameters, parameter_roles
-from convnext_jax.tasks import Headline, Loss, Task
+import eval as evaluation
+from convnext_jax import tasks
+from convnext_jax.config import as_dict, check_values, default_config, from_dict
+from convnext_jax.errors import UserError
+from convnext_jax.models import get_parameters, parameter_roles, with_parameters
+from convnext_jax.tasks import Headline
+from convnext_jax.training.checkpoint import restore_parameters, saved_steps
+from convnext_jax.training.logging import read_records
+from convnext_jax.training.loop import train
 from convnext_jax.training.optimizer import adamw
 from convnext_jax.training.sharding import batch_sharding, make_mesh, state_sharding
 from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
-
-
-class MeanColour(Task):
-    """Learns the mean colour of an image; an image may weigh more than another, or nothing."""
-
-    headline = Headline('accuracy', 'accuracy')
-    features = open = open_split = build = multiply_adds = evaluator = None
-
-    def augment(self, batch, keys, batch_key, epoch):
-        noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys)
-        return batch | {'image': batch['image'] + 0.1 * noise}
-
-    def loss(self, model, batch, keys):
-        errors = jnp.square(model(batch['image'], key=keys) - batch['image'].mean((1, 2))).sum(-1)
-        weight = batch['weight']
-        return Loss((errors * weight).sum(), weight.sum(), {'first': (errors * weight)[:1].sum()})
+from convnext_jax.training.stop import Stopped
+from tests.tasks.mean_colour import Colours, Errors, MeanColour
 
 
 def build(batch_size, accumulation_steps=1, axes=(1, 1)):
     """A step of the task on a mesh, and its first state."""
     config = default_config()
+    task = MeanColour(config)
     config.batch_size, config.accumulation_steps, config.ema.decay = batch_size, accumulation_steps, 0.5
-    model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=3, patch_size=2, drop_path_rate=0.2)
+    model = task.build(jax.random.key(0))
     roles, mesh = parameter_roles(model), make_mesh(*axes, jax.devices()[: axes[0] * axes[1]])
     optimizer = adamw(
         dict.fromkeys(roles, 1.0),
@@ -45,7 +41,7 @@ def build(batch_size, accumulation_steps=1, axes=(1, 1)):
     )
     state = initial_state(get_parameters(model), optimizer, ema=True)
     state = jax.device_put(state, state_sharding(mesh, roles, state))
-    step = jax.jit(make_train_step(MeanColour(config), model, optimizer, lambda _: 1e-3, config, 10, mesh))
+    step = jax.jit(make_train_step(task, model, optimizer, lambda _: 1e-3, config, 10, mesh))
     return lambda batch: step(state, jax.device_put(batch, batch_sharding(mesh)))
 
 
@@ -99,3 +95,93 @@ def test_the_headline_shows_what_the_records_hold():
     headline = Headline('top1', 'top-1', ' %')
     assert headline.describe({'top1': 50.0, 'loss': 1.0}) == 'top-1 50.00 %'
     assert headline.describe({'top1': 50.0, 'ema_top1': None}) == 'top-1 50.00 %, EMA not finite'
+
+
+@pytest.fixture
+def mean_colour(monkeypatch):
+    """The config of a few steps of the task."""
+    monkeypatch.setitem(tasks.TASKS, 'mean_colour', 'tests.tasks.mean_colour:MeanColour')
+    config = default_config('mean_colour')
+    config.update_from_flattened_dict(
+        {
+            'data.train_split': '64',
+            'data.eval_split': '20',
+            'batch_size': 16,
+            'steps': 12,
+            'optimizer.warmup_steps': 1,
+            'ema.decay': 0.5,
+            'log_every_steps': 1,
+        }
+    )
+    return config
+
+
+def losses(run):
+    return [(record['split'], record['step'], pytest.approx(record['loss'], rel=1e-4)) for record in read_records(run)]
+
+
+def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
+    """A task that needs a change in the loop has a copy of the loop sooner or later.
+
+    Trained, stopped in an evaluation, resumed on another mesh and evaluated: the unbroken run, every example counted
+    once.
+    """
+    unbroken, run = tmp_path / 'unbroken', tmp_path / 'run'
+    train(mean_colour.copy_and_resolve_references(), unbroken)
+    summary, signals = Errors.summary, iter([signal.SIGTERM])
+
+    def stopped(*arguments):
+        for number in signals:
+            signal.raise_signal(number)
+        return summary(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Errors, 'summary', stopped)
+        with pytest.raises(Stopped):
+            train(mean_colour.copy_and_resolve_references(), run)
+    assert saved_steps(run / 'checkpoints') == [4]
+    mean_colour.mesh.data, mean_colour.mesh.fsdp = 4, 2
+    capsys.readouterr()
+    train(mean_colour, run)
+    assert 'resumes at step 4 of 12' in capsys.readouterr().out
+    assert losses(run) == [(split, step, loss.expected) for split, step, loss in losses(unbroken)]
+    assert json.loads((run / 'config.json').read_text())['task'] == 'mean_colour'
+
+    images = [Colours(20).load(index) for index in range(20)]
+    pixels, weights = np.stack([x['image'] for x in images]), np.stack([x['weight'] for x in images])
+    model = MeanColour(mean_colour).build(jax.random.key(0))
+    colours = with_parameters(model, restore_parameters(run / 'checkpoints', 12, 'ema'))(jnp.asarray(pixels))
+    errors = np.square(colours - pixels.mean((1, 2))).sum(-1)
+    evaluation.main(['eval.py', f'--workdir={run}', '--splits=any@20', '--params=ema'])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result['images'] == 16, 'every fifth has no weight'
+    assert result['loss'] == pytest.approx((errors * weights).sum() / weights.sum(), rel=1e-5)
+    assert result['close'] == 50, 'the results of padding are among the examples'
+
+    figure = np.asarray(Image.open(run / 'figures' / 'colours.png')).astype(int)
+    expected = np.clip(128 + 50 * np.asarray(colours[:16]), 0, 255).astype(int)
+    assert np.abs(figure - expected[:, None]).max() <= 1
+    (events, *_) = (run / 'tensorboard').glob('events*')
+    assert b'20/colours' in events.read_bytes()
+
+
+def test_other_data_are_refused_when_a_run_of_any_task_resumes(mean_colour, tmp_path, monkeypatch):
+    """The steps from there on would be those of another run."""
+    mean_colour.steps = 2
+    train(mean_colour, tmp_path)
+    mean_colour.steps = 4
+    monkeypatch.setattr(Colours, 'facts', {'noise': 'uniform'})
+    with pytest.raises(UserError, match="the run began on another data set: noise: 'normal' became 'uniform'"):
+        train(mean_colour, tmp_path)
+
+
+def test_a_config_belongs_to_its_task(mean_colour):
+    """With another task's name it would train with fields that nobody has set."""
+    assert 'mix' not in mean_colour
+    assert from_dict(as_dict(mean_colour)) == mean_colour
+    mean_colour.task = 'classification'
+    with pytest.raises(UserError, match='the config lacks augment.color_jitter, .*take a config file of this task'):
+        check_values(mean_colour)
+    mean_colour.task = 'clasification'
+    with pytest.raises(UserError, match="there is no task 'clasification': config.task must be one of classification"):
+        check_values(mean_colour)

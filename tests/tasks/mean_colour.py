@@ -1,0 +1,78 @@
+"""A task of a few lines: the mean colour of an image, from examples of uneven weight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnext_jax.data.dataset import Dataset
+from convnext_jax.fields import Fields
+from convnext_jax.models import Variant, create_model
+from convnext_jax.tasks import Evaluator, Headline, Loss, Measured, Task
+
+FEATURES = {'image': jax.ShapeDtypeStruct((16, 16, 3), np.float32), 'weight': jax.ShapeDtypeStruct((), np.float32)}
+
+
+class Colours(Dataset):
+    """Images of noise around a colour; every fifth has no weight."""
+
+    features, facts = FEATURES, {'noise': 'normal'}
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def load(self, index, draw=()):
+        rng = np.random.default_rng(index)
+        return {'image': rng.normal(rng.normal(), 1, (16, 16, 3)).astype(np.float32), 'weight': np.float32(index % 5)}
+
+    def name(self, index):
+        return f'colour {index}'
+
+
+class Errors(Evaluator):
+    def measure(self, model, batch):
+        errors = jnp.square(model(batch['image']) - batch['image'].mean((1, 2))).sum(-1)
+        weight = batch['weight']
+        return Measured({'loss': (errors * weight).sum(), 'weight': weight.sum()}, {'error': errors})
+
+    def summary(self, measured):
+        errors = measured.examples['error']
+        loss = float(measured.sums['loss'] / measured.sums['weight'])
+        return {'loss': loss, 'close': 100 * float(np.mean(errors < np.median(errors)))}
+
+
+class MeanColour(Task):
+    """Learns the mean colour of an image; an image may weigh more than another, or nothing."""
+
+    headline = Headline('close', 'close', ' %')
+    fields = Fields(lambda config: None)
+    features, multiply_adds = FEATURES, 1000
+
+    def open(self):
+        return Colours(int(self.config.data.train_split)), Colours(int(self.config.data.eval_split))
+
+    def open_split(self, name, split, facts):
+        assert facts['noise'] == 'normal'
+        return Colours(int(split))
+
+    def build(self, key, *, training=True):
+        variant = Variant((1,), (8,), patch_size=4, layer_scale_init=0)
+        return create_model(variant, key=key, num_classes=3, drop_path_rate=0.2)
+
+    def augment(self, batch, keys, batch_key, epoch):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys)
+        return batch | {'image': batch['image'] + 0.1 * noise}
+
+    def loss(self, model, batch, keys):
+        errors = jnp.square(model(batch['image'], key=keys) - batch['image'].mean((1, 2))).sum(-1)
+        weight = batch['weight']
+        return Loss((errors * weight).sum(), weight.sum(), {'first': (errors * weight)[:1].sum()})
+
+    def evaluator(self, dataset):
+        return Errors()
+
+    def figures(self, model, batch):
+        colours = jnp.clip(128 + 50 * model(batch['image']), 0, 255).astype(jnp.uint8)
+        return {'colours': jnp.broadcast_to(colours[:, None], (len(colours), 4, 3))}
