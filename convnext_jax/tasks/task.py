@@ -89,14 +89,16 @@ class Headline(NamedTuple):
     """The metric that stands for an evaluation in the log, the curves and the choice of the best checkpoint.
 
     Attributes:
-        name: among the metrics of an evaluation, where higher is better: 'top1'.
+        name: among the metrics of an evaluation: 'top1'.
         title: in words: 'top-1'.
         unit: behind its value: ' %', or ''.
+        lowest: whether the lowest value is the best, as of a loss.
     """
 
     name: str
     title: str
     unit: str = ''
+    lowest: bool = False
 
     def describe(self, metrics: dict[str, float | None]) -> str:
         """Gives the metric's value, and the moving average's value if there is one, in words.

@@ -76,7 +76,8 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
             say(f'changed since the run began: {line}')
         headline, keep = task.headline, config.keep_checkpoints
         best = f'ema_{headline.name}' if config.ema.decay else headline.name
-        with Checkpoints(workdir / CHECKPOINTS, keep=keep, best_metric=best, tell=say) as checkpoints:
+        saved = workdir / CHECKPOINTS
+        with Checkpoints(saved, keep=keep, best_metric=best, lowest=headline.lowest, tell=say) as checkpoints:
             run = Run(config, plan, mesh, train_set, eval_set, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):

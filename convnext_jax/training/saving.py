@@ -81,19 +81,28 @@ class Checkpoints:
     Args:
         directory: workdir/checkpoints.
         keep: how many of the newest to keep.
-        best_metric: name of the metric whose highest checkpoint is kept besides.
+        best_metric: name of the metric whose best checkpoint is kept besides.
+        lowest: whether the lowest value of it is the best.
         tell: takes a line about a save that failed.
 
     Attributes:
         failed: step → why it could not be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, best_metric: str, tell: Callable[[str], None] = say):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        best_metric: str,
+        lowest: bool = False,
+        tell: Callable[[str], None] = say,
+    ):
         self._kept = NewestAndBest(keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self.directory = directory
         self.failed: dict[int, str] = {}
-        self._best_metric, self._tell = best_metric, tell
+        self._best_metric, self._sign, self._tell = best_metric, -1 if lowest else 1, tell
         self._under_way: int | None = None
         self._manager = _Manager(checkpoints_for_orbax(directory), options=options)
         for step in self.steps():
@@ -166,8 +175,8 @@ class Checkpoints:
         return f'the last checkpoint is of step {steps[-1]}' if steps else 'there is no checkpoint yet'
 
     def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
-        if metrics:
-            self._kept.scores[step] = metrics[self._best_metric]
+        if metrics and metrics[self._best_metric] is not None:  # None: not finite, as a manifest holds it
+            self._kept.scores[step] = self._sign * metrics[self._best_metric]
 
     def _fail(self, error: Exception) -> None:
         step, self._under_way, self._manager.broken = self._under_way, None, None

@@ -93,15 +93,17 @@ def test_checkpoints_in_a_bucket_are_read_and_set_aside_as_here(tmp_path):
     assert (tmp_path / 'damaged' / '2.0').is_dir()
 
 
-def test_the_best_outlives_newer_ones(tmp_path):
-    with Checkpoints(tmp_path / 'c', keep=2, best_metric='top1') as checkpoints:
+@pytest.mark.parametrize(('lowest', 'best'), [(False, 2), (True, 1)])
+def test_the_best_outlives_newer_ones(tmp_path, lowest, best):
+    """The highest accuracy, or the lowest error of pre-training."""
+    with Checkpoints(tmp_path / 'c', keep=2, best_metric='top1', lowest=lowest) as checkpoints:
         for step, top1 in ((1, 80.0), (2, 90.0), (3, 85.0), (4, None), (5, 85.0), (6, None)):
             checkpoints.save(make_state(step), {}, None if top1 is None else {'top1': top1})
-    assert saved_steps(tmp_path / 'c') == [2, 5, 6]
-    with Checkpoints(tmp_path / 'c', keep=2, best_metric='top1') as resumed:
+    assert saved_steps(tmp_path / 'c') == [best, 5, 6]
+    with Checkpoints(tmp_path / 'c', keep=2, best_metric='top1', lowest=lowest) as resumed:
         for step in (7, 8):
             resumed.save(make_state(step), {}, {'top1': 85.0})
-    assert saved_steps(tmp_path / 'c') == [2, 7, 8]
+    assert saved_steps(tmp_path / 'c') == [best, 7, 8]
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
