@@ -1,6 +1,7 @@
 """The import arrows of the design, held by reading every module's imports."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_training_knows_tasks_by_their_front_alone(path):
 def test_the_package_runs_without_the_repository(path):
     """`pip install` brings the package alone: an import from the folders beside it fails at every user's start."""
     assert not {name.split('.')[0] for name in imports(path)} & NOT_INSTALLED
+
+
+GENERIC = [path for path in FILES if part(module_name(path)) in {'training', 'plan', 'evaluation', 'config', 'fields'}]
+
+
+@pytest.mark.parametrize('path', GENERIC, ids=module_name)
+def test_generic_code_names_nothing_of_classification(path):
+    """A loop that knows of classes is one that no other task can use."""
+    words = re.compile(r"class.?name|num_classes|one_hot|top.?1|['`]label", re.IGNORECASE)
+    assert not words.findall(path.read_text(encoding='utf-8'))
 
 
 @pytest.mark.parametrize('path', sorted(COMPARE.rglob('*.py')), ids=module_name)

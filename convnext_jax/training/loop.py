@@ -27,13 +27,7 @@ from convnext_jax.training.distributed import agreed_stop, are_several, gathered
 from convnext_jax.training.logging import RunLog, Silence, read_records
 from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints, NotSaved
-from convnext_jax.training.setup import (
-    Plan,
-    abstract_model,
-    cache_compiled,
-    make_plan,
-    settle_paths,
-)
+from convnext_jax.training.setup import Plan, abstract_model, cache_compiled, make_plan, settle_paths
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
@@ -46,6 +40,8 @@ from convnext_jax.training.workdir import CHECKPOINTS, TENSORBOARD, locked_by_fi
 SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
 
+LAST = ('learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
+"""Metrics of a step whose last value is recorded; of the loss and the task's terms it is the mean."""
 
 CHECK_TOLD = 3
 """A check of the evaluation images that takes more seconds than this is reported."""
@@ -310,8 +306,9 @@ class Run(Program):
         fetched = jax.device_get(pending)
         self.unreadable.merge(gathered(self.unreadable.errors()))
         newest = fetched[-1]
+        means = [name for name in newest if name not in LAST]
         metrics = {
-            'loss': float(np.mean([metrics['loss'] for metrics in fetched])),
+            **{name: float(np.mean([metrics[name] for metrics in fetched])) for name in means},
             'learning_rate': float(newest['learning_rate']),
             **speeds,
             'grad_norm': float(newest['grad_norm']),

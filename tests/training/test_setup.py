@@ -10,4 +10,6 @@ def test_the_models_are_computed_as_the_config_says_and_evaluation_never_by_pall
     config = default_config()
     config.model.update(name='convnext_atto', num_classes=2, dtype='bfloat16', remat='full', unroll=True, pallas=True)
     assert abstract_model(config).execution == Execution('bfloat16', remat='full', unroll=True, pallas=True)
-    assert abstract_model(config, training=False).execution == Execution('bfloat16', remat='full', unroll=True, pallas=False)
+    assert abstract_model(config, training=False).execution == Execution(
+        'bfloat16', remat='full', unroll=True, pallas=False
+    )
