@@ -71,6 +71,16 @@ def test_an_error_comes_through(workers):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
+def test_an_example_of_another_shape_is_no_example(workers):
+    """A row of a mask that NumPy spreads over all of it trains, and nobody sees why it trains badly."""
+    features = FEATURES | {'image': jax.ShapeDtypeStruct((4, *SHAPE), np.uint8)}
+    with pytest.raises(
+        ValueError, match=r'an example does not fit the features .*image.*\(2, 3, 1\).*not.*\(4, 2, 3, 1\)'
+    ):
+        next(load_batches(Load(), range(3), 4, features, workers))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
 def test_a_read_that_hangs_is_heard_of_and_can_be_given_up(workers, tmp_path, monkeypatch):
     """A file server that is gone must not keep the training from saving and ending."""
     monkeypatch.setattr(loading, 'GRACE', 0.5)

@@ -2,12 +2,17 @@
 
 import unicodedata
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_jax import create_model
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
-from convnext_jax.tasks import make_task
+from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.models import Variant, get_parameters
+from convnext_jax.tasks import Weights, make_task
 
 
 def config_of(directory):
@@ -32,6 +37,7 @@ def test_evaluation_labels_are_those_of_the_training_split(tmp_path):
     assert evaluation.facts == train.facts == {'class names': ['ant', 'bee', 'żubr']}
     assert [evaluation.load(index)['label'] for index in range(2)] == [1, 2]
     assert config.model.num_classes == 3
+    assert train.features == make_task(config).features, 'the step is compiled for others than those that come'
 
 
 def test_a_class_that_training_lacks_is_refused(tmp_path):
@@ -48,3 +54,35 @@ def test_one_class_is_refused_and_the_message_says_where_the_classes_are(tmp_pat
         make_task(config).open()
     config.data.train_split, config.data.eval_split = 'train/images', 'val/images'
     assert make_task(config).open()[1].facts == {'class names': ['ant', 'bee']}
+
+
+def small_model(seed, classes=2):
+    return create_model(Variant((1,), (8,), patch_size=4), key=jax.random.key(seed), num_classes=classes)
+
+
+def test_weights_without_a_head_get_a_new_one():
+    """Pre-training by FCMAE leaves an encoder: without the norm and the head it was refused as another architecture."""
+    initial, trained = (get_parameters(small_model(seed)) for seed in range(2))
+    encoder = {name: x for name, x in trained.items() if not name.startswith(('norm.', 'head.'))}
+    facts = {'class names': ['ant', 'bee']}
+    adopted, notes = make_task(default_config()).adopt(initial, Weights(encoder, {}, 'runs/fcmae'), facts)
+    assert (adopted.keys(), notes) == (initial.keys(), [])
+    for name, x in adopted.items():
+        np.testing.assert_array_equal(x, encoder.get(name, initial[name]))
+
+
+def test_images_are_prepared_as_other_weights_want_them(tmp_path):
+    """A figure of squashed images, or by another filter, is not the published one."""
+    write(tmp_path, 'val/ant', 'val/bee')
+    config = config_of(tmp_path)
+    processor = ImageProcessor(32, 0.9, resample=2, squash=False, rescale_factor=1 / 127.5, mean=(1, 1, 1))
+    pretrained = Pretrained(small_model(0), 'huggingface', ('bee', 'ant'), processor, (), [])
+    config = make_task(config).config_for(pretrained, 'somewhere')
+    config.eval.flip = True
+    task = make_task(config)
+    split = task.open_split('folder', 'val', pretrained.facts)
+    assert (split.size, split.crop_pct, split.squash, split.resample) == (32, 0.9, False, 2)
+    assert [split.load(index)['label'] for index in range(2)] == [1, 0]
+    evaluator = task.evaluator(split)
+    assert (evaluator.flip, evaluator.mean) == (True, pytest.approx((0.5, 0.5, 0.5)))
+    assert list(evaluator.class_names) == ['bee', 'ant']
