@@ -3,7 +3,17 @@
 from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.convnext import ConvNeXt, create_model
 from convnext_jax.models.execution import Execution, ExecutionOptions
-from convnext_jax.models.parameters import Parameters, Role, get_parameters, parameter_roles, with_parameters
+from convnext_jax.models.parameters import (
+    Parameters,
+    Role,
+    Statistics,
+    Weights,
+    get_parameters,
+    get_statistics,
+    get_weights,
+    parameter_roles,
+    with_parameters,
+)
 from convnext_jax.models.variants import VARIANTS, Variant, get_variant, list_models
 
 __all__ = [
@@ -14,10 +24,14 @@ __all__ = [
     'ExecutionOptions',
     'Parameters',
     'Role',
+    'Statistics',
     'Variant',
+    'Weights',
     'create_model',
     'get_parameters',
+    'get_statistics',
     'get_variant',
+    'get_weights',
     'list_models',
     'parameter_roles',
     'with_parameters',

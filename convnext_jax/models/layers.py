@@ -1,10 +1,11 @@
-"""The layers of a ConvNeXt: linear, patch convolution, LayerNorm, GRN, GELU, drop path.
+"""The layers of a ConvNeXt: linear, patch convolution, LayerNorm, BatchNorm, GRN, drop path.
 
 Parameters are float32. Linear layers and convolutions compute in their `dtype`; norms compute in float32 and return
 the dtype of their input.
 """
 
 import functools
+import math
 from typing import TypeVar
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from convnext_jax.errors import UserError
 from convnext_jax.models import norm_gpu
 from convnext_jax.models.activation import response_norm
 from convnext_jax.models.nvidia import on_nvidia_gpu
@@ -247,6 +249,99 @@ def _gradients(
     y, scaled = apart_on_cpu((y, cotangent * scale))
     gradient = scaled - scaled.mean(-1, keepdims=True) - y * (scaled * y).mean(-1, keepdims=True)
     return (inverse * gradient).astype(x.dtype), scale_cotangent, bias_cotangent
+
+
+class BatchNorm(nnx.Module):
+    """Normalises each channel over a batch, then scales and shifts it: (..., C) → (..., C).
+
+    In training the mean and variance are those of the batch: of the global batch, in a step that spreads it over
+    devices by `jax.shard_map`. Each call in training also moves the running mean and variance, which inference uses.
+    `torch.nn.SyncBatchNorm` computes the same, and its `momentum` and `epsilon` have the same meaning and defaults.
+
+    Args:
+        channels: C.
+        momentum: the share of the batch in the new running mean and variance.
+        epsilon: added to the variance.
+    """
+
+    def __init__(self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array, *, training: bool) -> jax.Array:
+        """Returns x's type; the statistics are computed in float32.
+
+        Raises:
+            UserError: in training, the batch has one value for each channel, whose variance is undefined.
+        """
+        if not training:
+            inverse = jax.lax.rsqrt(self.variance[...] + self.epsilon)
+            return ((x - self.mean) * (inverse * self.scale) + self.bias).astype(x.dtype)
+        values = math.prod(x.shape[:-1]) * math.prod(jax.lax.axis_size(axis) for axis in _device_axes())
+        if values == 1:
+            raise UserError('BatchNorm needs more than one value for each channel: raise batch_size')
+        y, mean, variance = _batch_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        self._update(self.mean, mean)
+        self._update(self.variance, variance * (values / (values - 1)))  # the unbiased estimate, as in PyTorch
+        return y
+
+    def _update(self, running: nnx.BatchStat, new: jax.Array) -> None:
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(new)
+
+
+def mean_over_devices(x: jax.Array) -> jax.Array:
+    """The mean of the values of all devices inside `jax.shard_map`, where each has its own; elsewhere x itself."""
+    axes = _device_axes()
+    return jax.lax.pmean(x, axes) if axes else x
+
+
+def _device_axes() -> tuple[str, ...]:
+    """The axes of the mesh of the `jax.shard_map` that is being traced; () outside of any."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The normalised x, and the mean and (biased) variance of the global batch, which are constants to the gradient.
+
+    Its derivative is written out: it keeps x in its own type and nothing else of x's size, and takes one all-reduce.
+    """
+    return _batch_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _batch_norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    axes = tuple(range(x.ndim - 1))
+    wide = jnp.asarray(x, jnp.float32)
+    mean = mean_over_devices(wide.mean(axes))
+    variance = mean_over_devices(jnp.square(wide - mean).mean(axes))
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    y = ((wide - mean) * (inverse * scale) + bias).astype(x.dtype)
+    return (y, mean, variance), (x, scale, mean, inverse)
+
+
+def _batch_norm_backward(
+    epsilon: float, saved: tuple[jax.Array, ...], errors: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, mean, inverse = saved
+    axes = tuple(range(x.ndim - 1))
+    error = jnp.asarray(errors[0], jnp.float32)
+    normalised = (jnp.asarray(x, jnp.float32) - mean) * inverse
+    of_bias, of_scale = error.sum(axes), (error * normalised).sum(axes)  # over this device's examples
+    count = math.prod(x.shape[:-1])
+    mean_error, mean_product = mean_over_devices(jnp.stack([of_bias, of_scale]) / count)
+    of_x = scale * inverse * (error - mean_error - normalised * mean_product)
+    return of_x.astype(x.dtype), of_scale, of_bias
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 class GRN(nnx.Module):

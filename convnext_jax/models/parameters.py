@@ -1,4 +1,8 @@
-"""A model's parameters as a flat dict by name: what optimizers, checkpoints, sharding and converters act on."""
+"""A model's arrays as flat dicts by name: what optimizers, checkpoints, sharding and converters act on.
+
+A parameter is an `nnx.Param`: gradients train it. A statistic is an `nnx.BatchStat`, such as the running mean of a
+`BatchNorm`: the model updates it in training, and no gradient does. The weights are both.
+"""
 
 from typing import NamedTuple, TypeVar
 
@@ -7,6 +11,8 @@ from flax import nnx
 from jax.tree_util import GetAttrKey, KeyPath, tree_flatten_with_path, tree_map_with_path
 
 Parameters = dict[str, jax.Array]
+Statistics = dict[str, jax.Array]
+Weights = dict[str, jax.Array]
 Network = TypeVar('Network', bound=nnx.Module)
 
 
@@ -27,22 +33,44 @@ def get_parameters(model: nnx.Module) -> Parameters:
 
     The arrays of a stage's blocks are stacked along a leading axis.
     """
-    return {_name(path[:-1]): leaf for path, leaf in tree_flatten_with_path(model)[0]}  # the last part is 'value'
+    return {name: variable.get_value() for name, variable in _variables(model, nnx.Param).items()}
+
+
+def get_statistics(model: nnx.Module) -> Statistics:
+    """Name → array of each statistic, in the model's order; {} of a model that has none, such as a ConvNeXt."""
+    return {name: variable.get_value() for name, variable in _variables(model, nnx.BatchStat).items()}
+
+
+def get_weights(model: nnx.Module) -> Weights:
+    """The parameters, then the statistics: what an evaluation, an export or a prediction needs."""
+    return get_parameters(model) | get_statistics(model)
 
 
 def parameter_roles(model: nnx.Module) -> dict[str, Role]:
     """Name → role of each parameter, in the order of `get_parameters`."""
-    variables = tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
-    metadata = {_name(path): variable.get_metadata() for path, variable in variables}
+    metadata = {name: variable.get_metadata() for name, variable in _variables(model, nnx.Param).items()}
     return {
         name: Role(decays=given.get('decays', False), fsdp_axis=given.get('fsdp_axis'))
         for name, given in metadata.items()
     }
 
 
-def with_parameters(model: Network, parameters: Parameters) -> Network:
-    """A copy of the model with these parameters; `model` may be abstract, as from `jax.eval_shape`."""
-    return tree_map_with_path(lambda path, _: parameters[_name(path[:-1])], model)
+def with_parameters(model: Network, weights: Weights) -> Network:
+    """The same architecture with these parameters and, if it has any, statistics.
+
+    Args:
+        model: may be abstract, as from `jax.eval_shape`.
+        weights: name → array of every parameter and statistic.
+
+    Raises:
+        KeyError: one of them is missing.
+    """
+    return tree_map_with_path(lambda path, _: weights[_name(path[:-1])], model)  # the last part of a path is 'value'
+
+
+def _variables(model: nnx.Module, kind: type[nnx.Variable]) -> dict[str, nnx.Variable]:
+    variables = tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
+    return {_name(path): variable for path, variable in variables if isinstance(variable, kind)}
 
 
 def _name(path: KeyPath) -> str:

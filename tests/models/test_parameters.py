@@ -4,8 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from convnext_jax.models import Variant, create_model, get_parameters, with_parameters
+from convnext_jax.models import (
+    Variant,
+    create_model,
+    get_parameters,
+    get_statistics,
+    get_weights,
+    parameter_roles,
+    with_parameters,
+)
+from convnext_jax.models.layers import BatchNorm, Linear
 
 call = jax.jit(lambda model, images: model(images))
 
@@ -77,3 +87,28 @@ def test_a_missing_parameter_is_an_error(model):
     del parameters['head.bias']
     with pytest.raises(KeyError, match='head.bias'):
         with_parameters(model, parameters)
+
+
+class Head(nnx.Module):
+    """A linear layer and its norm, as in heads for segmentation."""
+
+    def __init__(self):
+        self.linear = Linear(4, 3, key=jax.random.key(0))
+        self.norm = BatchNorm(3)
+
+
+def test_statistics_are_apart_from_parameters():
+    """An optimizer that saw a running mean would decay it, and its gradient is zero."""
+    head = jax.eval_shape(Head)
+    assert list(get_parameters(head)) == ['linear.bias', 'linear.kernel', 'norm.bias', 'norm.scale']
+    assert list(get_statistics(head)) == ['norm.mean', 'norm.variance']
+    assert list(parameter_roles(head)) == list(get_parameters(head))
+    assert get_weights(head) == get_parameters(head) | get_statistics(head)
+    weights = {name: jnp.full(x.shape, i, x.dtype) for i, (name, x) in enumerate(get_weights(head).items())}
+    jax.tree.map(np.testing.assert_array_equal, get_weights(with_parameters(head, weights)), weights)
+    with pytest.raises(KeyError, match='norm.mean'):
+        with_parameters(head, get_parameters(with_parameters(head, weights)))
+
+
+def test_a_convnext_has_no_statistics(model):
+    assert get_statistics(model) == {}
