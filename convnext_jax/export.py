@@ -14,7 +14,7 @@ from convnext_jax.interop import Pretrained
 from convnext_jax.interop.configs import check_class_names
 from convnext_jax.interop.files import write_folder
 from convnext_jax.interop.processor import processor_for
-from convnext_jax.models import Parameters, get_parameters, with_parameters
+from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.paths import local_path
 
 DECODING = 'turned upright by the EXIF orientation; transparency dropped; 16-bit grey scaled by 255 / 65535'
@@ -47,10 +47,10 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         check_class_names(pretrained.class_names, model.head.bias.shape[0])
     mean, std = processor.mean_and_std_of_255()
 
-    def logits(weights: Parameters, images: jax.Array) -> jax.Array:
+    def logits(weights: Weights, images: jax.Array) -> jax.Array:
         return with_parameters(model, weights)(normalize(images, mean, std))
 
-    weights = get_parameters(model)
+    weights = get_weights(model)
     (batch,) = symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, processor.size, processor.size, model.in_channels), jnp.uint8)
     program = export(jax.jit(logits), platforms=PLATFORMS)(weights, images)

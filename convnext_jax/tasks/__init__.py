@@ -5,9 +5,9 @@ import importlib
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError
-from convnext_jax.tasks.task import Batch, Evaluator, Headline, Loss, Measured, Task, Weights
+from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
 
-__all__ = ['Batch', 'Evaluator', 'Headline', 'Loss', 'Measured', 'Task', 'Weights', 'make_task', 'task_class']
+__all__ = ['Batch', 'Evaluator', 'Headline', 'LoadedWeights', 'Loss', 'Measured', 'Task', 'make_task', 'task_class']
 
 TASKS = {'classification': 'convnext_jax.tasks.classification:Classification'}
 """Name → module and class, imported when asked for."""

@@ -27,7 +27,7 @@ from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.models import ConvNeXt, Execution, Parameters, Variant, get_variant
 from convnext_jax.tasks.accuracy import Accuracy
-from convnext_jax.tasks.task import Batch, Headline, Loss, Task, Weights
+from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
 
 HEAD = ('head.kernel', 'head.bias')
 SQUASH = {'auto': None, 'crop': False, 'squash': True}
@@ -212,7 +212,9 @@ class Classification(Task):
         config = self.config
         return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
 
-    def adopt(self, initial: Parameters, weights: Weights, facts: Mapping[str, object]) -> tuple[Parameters, list[str]]:
+    def adopt(
+        self, initial: Parameters, weights: LoadedWeights, facts: Mapping[str, object]
+    ) -> tuple[Parameters, list[str]]:
         """Each output of the head starts from the weights' output for the class of that name, the others are new.
 
         Where the weights have no head, it is new, and so is the norm before it if they lack that too.

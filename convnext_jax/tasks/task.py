@@ -35,7 +35,7 @@ class Loss(NamedTuple):
     terms: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it
 
 
-class Weights(NamedTuple):
+class LoadedWeights(NamedTuple):
     """Trained weights that a run starts from.
 
     Attributes:
@@ -192,7 +192,9 @@ class Task(abc.ABC):
     def multiply_adds(self) -> int:
         """Multiply-adds of the network's forward pass on one example."""
 
-    def adopt(self, initial: Parameters, weights: Weights, facts: Mapping[str, object]) -> tuple[Parameters, list[str]]:
+    def adopt(
+        self, initial: Parameters, weights: LoadedWeights, facts: Mapping[str, object]
+    ) -> tuple[Parameters, list[str]]:
         """Chooses the first parameters of a run that starts from trained weights.
 
         Args:
@@ -253,7 +255,8 @@ class Task(abc.ABC):
         """Computes the loss of the examples that one device has.
 
         Args:
-            model: the network with the parameters of this step.
+            model: the network with the parameters and statistics of this step. The mean over the
+                devices of the statistics that it holds afterwards goes into the next step.
             batch: what `augment` returned, this device's examples.
             keys: (N,) random keys, one for each example, for the network.
         """

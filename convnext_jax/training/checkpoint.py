@@ -1,8 +1,10 @@
 """One Orbax checkpoint: what it holds, and how it comes back, checked bit for bit.
 
-A checkpoint has an item for the parameters, the optimizer, the moving average and the counters of `TrainState`, and a
+A checkpoint has an item for the weights, the optimizer, the moving average and the counters of `TrainState`, and a
 manifest: place in the data, config, metrics, for each array its shape, type and a fingerprint of its bits, and a
 checksum of all this. Orbax alone would restore part of a tree, or flipped bits, in silence.
+
+The item of the weights is called `parameters`, and holds the statistics beside them, as the moving average does.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import KeyPath, keystr, tree_flatten_with_path
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import finite
@@ -73,7 +75,8 @@ def restore_parameters(directory: Path, step: int, field: str, like: Arrays | No
         directory: workdir/checkpoints.
         step: which checkpoint.
         field: 'parameters' or 'ema'.
-        like: shapes, types and shardings to insist on; by default what was saved, on the first device.
+        like: shapes, types and shardings to insist on; by default what was saved, on the first device. The statistics
+            are among them.
 
     Raises:
         UserError: as `restore`, or there are no such weights.
@@ -161,11 +164,13 @@ def _checksum(manifest: dict) -> int:
 def _names(state: TrainState) -> tuple[list[tuple[str, str]], jax.tree_util.PyTreeDef]:
     """For each array of the state the item and the name it is saved under, in the state's order."""
     paths, treedef = tree_flatten_with_path(state)
-    names = [
-        (path[0].name, keystr(path[1:], simple=True, separator='/')) if len(path) > 1 else ('counters', path[0].name)
-        for path, _ in paths
-    ]
-    return names, treedef
+    return [_name(path[0].name, path[1:]) for path, _ in paths], treedef
+
+
+def _name(field: str, path: KeyPath) -> tuple[str, str]:
+    if not path:
+        return 'counters', field
+    return 'parameters' if field == 'statistics' else field, keystr(path, simple=True, separator='/')
 
 
 def _items(state: TrainState) -> dict[str, Arrays]:

@@ -13,7 +13,7 @@ from convnext_jax.config import check_values
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
 from convnext_jax.errors import UserError
 from convnext_jax.evaluation import evaluate, make_eval_step, metrics_of
-from convnext_jax.models import Parameters, get_parameters
+from convnext_jax.models import Weights, get_weights
 from convnext_jax.tasks import make_task
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import is_first, local_rows, spread
@@ -66,7 +66,7 @@ def evaluate_run(
     mesh = make_mesh()
     like = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
-        for name, array in get_parameters(model).items()
+        for name, array in get_weights(model).items()
     }
     try:
         parameters = restore_parameters(directory, step, weights_field(params), like)
@@ -92,7 +92,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     pretrained = read_weights(where, params)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)
     mesh = make_mesh()
-    parameters = {name: spread(x, replicated(mesh)) for name, x in get_parameters(pretrained.model).items()}
+    parameters = {name: spread(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}
     about = {'weights': where, 'layout': pretrained.layout, 'params': params}
     for result in _evaluate(config, pretrained.model, parameters, pretrained.facts, mesh, protocol):
         yield about | result
@@ -108,7 +108,7 @@ def _changed(config: ConfigDict, protocol: Protocol) -> ConfigDict:
 def _evaluate(
     config: ConfigDict,
     model: nnx.Module,
-    parameters: Parameters,
+    parameters: Weights,
     facts: Mapping[str, object],
     mesh: jax.sharding.Mesh,
     protocol: Protocol,

@@ -136,14 +136,17 @@ class Run(Program):
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        parameters, notes = load_parameters(self.task, state.parameters, self.train_set.facts)
+        weights, notes = load_parameters(self.task, state.weights, self.train_set.facts)
         for note in notes:
             say(note)
         restart = jax.jit(
-            lambda parameters: initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0),
+            lambda parameters, statistics: initial_state(
+                parameters, self.optimizer, ema=self.config.ema.decay > 0, statistics=statistics
+            ),
             out_shardings=self.state_sharding,
         )
-        return restart(parameters)
+        statistics = {name: weights.pop(name) for name in state.statistics}
+        return restart(weights, statistics)
 
     def is_done(self, step: int, workdir: Path) -> bool:
         """Whether the last step is done and evaluated."""
@@ -289,7 +292,7 @@ class Run(Program):
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
         share = self._share(self.config.batch_size // self.config.accumulation_steps)
         batches = eval_batches(self.eval_set, share, waiting)
-        weights = {'': state.parameters} | ({'ema_': state.ema} if state.ema else {})
+        weights = {'': state.weights} | ({'ema_': state.ema} if state.ema else {})
         until_stopped = itertools.takewhile(lambda _: not stop.poll(), to_devices(batches, self.batch_sharding))
         first = next(until_stopped, None)
         batches = until_stopped if first is None else itertools.chain([first], until_stopped)
@@ -298,7 +301,7 @@ class Run(Program):
             return None
         split = self.config.data.eval_split
         log.evaluation(step, self.plan.epoch(step), split, results)
-        log.figures(step, split, jax.device_get(self.figures(state.ema or state.parameters, first)))
+        log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first)))
         return results
 
     def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], pace: Pace) -> None:

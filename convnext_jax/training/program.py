@@ -4,7 +4,7 @@ import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import Batch, abstract_batch
-from convnext_jax.models import get_parameters, parameter_roles
+from convnext_jax.models import get_parameters, get_statistics, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, peak_learning_rate
 from convnext_jax.training.process import release_memory
@@ -67,5 +67,5 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         """The state before the first step; to be jitted."""
-        parameters = get_parameters(self.task.build(init_key(self.config.seed)))
-        return initial_state(parameters, self.optimizer, ema=self.config.ema.decay > 0)
+        model, ema = self.task.build(init_key(self.config.seed)), self.config.ema.decay > 0
+        return initial_state(get_parameters(model), self.optimizer, ema=ema, statistics=get_statistics(model))

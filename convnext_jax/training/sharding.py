@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, tree_map_with_path
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import Parameters, Role
+from convnext_jax.models import Parameters, Role, Statistics
 from convnext_jax.models.layers import FSDP_AXIS
 from convnext_jax.training.state import TrainState
 
@@ -102,7 +102,10 @@ def share_held(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
 
 
 def state_sharding(mesh: Mesh, roles: Roles, state: TrainState) -> TrainState:
-    """Where each array of the state lives: whatever is kept for a parameter, where the parameter does."""
+    """Where each array of the state lives: what is kept for a parameter, where the parameter does; the rest, whole.
+
+    Statistics are small and are updated by every device alike, so they are replicated, as is their moving average.
+    """
 
     def sharding(path: tuple, array: jax.Array) -> NamedSharding:
         last = path[-1]
@@ -114,41 +117,49 @@ def state_sharding(mesh: Mesh, roles: Roles, state: TrainState) -> TrainState:
 
 Sums = Any
 """A pytree of arrays that add up over examples."""
-SumsAndGradient = Callable[..., tuple[Sums, Parameters]]
+SumsAndGradient = Callable[..., tuple[Sums, Parameters, Statistics]]
 
 
 def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAndGradient:
     """Computes sums over a batch that is sharded over the mesh, and their gradient, sharded as the parameters are.
 
     Each device computes the sums of its own examples with its own shards of the parameters. One all-reduce adds up the
-    sums and the gradients of whole parameters; gradients of shards are added up along `data` alone.
+    sums and the gradients of whole parameters, and averages the statistics; gradients of shards are added up along
+    `data` alone.
 
     Args:
-        function: from parameters and pytrees of examples to sums over these examples and a gradient. The gradient of a
-            shard is already the sum over the devices along `fsdp`, as `models.layers.matmul` gives it.
+        function: from parameters, statistics and pytrees of examples to sums over these examples, a gradient and new
+            statistics. The gradient of a shard is already the sum over the devices along `fsdp`, as
+            `models.layers.matmul` gives it.
         mesh: of the parameters, sharded as `parameter_sharding` says, and of the examples.
         roles: of the parameters.
     """
     if mesh.size == 1:
         return function
 
-    def over_devices(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
+    def over_devices(
+        parameters: Parameters, statistics: Statistics, *examples: Any
+    ) -> tuple[Sums, Parameters, Statistics]:
         specs = {name: sharding.spec for name, sharding in parameters_sharding(mesh, roles, parameters).items()}
 
-        def on_device(parameters: Parameters, *examples: Any) -> tuple[Sums, Parameters]:
-            sums, gradient = function(parameters, *examples)
+        def on_device(
+            parameters: Parameters, statistics: Statistics, *examples: Any
+        ) -> tuple[Sums, Parameters, Statistics]:
+            sums, gradient, statistics = function(parameters, statistics, *examples)
             shards = {name: g for name, g in gradient.items() if FSDP_AXIS in specs[name]}
             whole = {name: g for name, g in gradient.items() if name not in shards}
-            sums, whole = jax.lax.psum((sums, whole), mesh.axis_names)
-            return sums, whole | jax.lax.psum(shards, 'data')
+            sums, whole, statistics = jax.lax.psum((sums, whole, statistics), mesh.axis_names)
+            # Statistics of a global batch are the same on all devices, and so is their mean.
+            statistics = {name: x / mesh.size for name, x in statistics.items()}
+            return sums, whole | jax.lax.psum(shards, 'data'), statistics
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs, *(batch_sharding(mesh).spec,) * len(examples)),
-            out_specs=(PartitionSpec(), specs),
+            in_specs=(specs, PartitionSpec(), *(batch_sharding(mesh).spec,) * len(examples)),
+            out_specs=(PartitionSpec(), specs, PartitionSpec()),
             check_vma=False,  # the check that results are replicated cannot see through custom derivatives
-        )(parameters, *examples)
+        )(parameters, statistics, *examples)
 
     return over_devices
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from convnext_jax.models import Parameters
+from convnext_jax.models import Parameters, Statistics, Weights
 
 
 @jax.tree_util.register_dataclass
@@ -17,27 +17,45 @@ class TrainState:
     Attributes:
         step: int32, steps done; every random key and the place in the data follow from it and the seed.
         parameters: float32 by name.
+        statistics: float32 by name, updated by the model and by no gradient; {} if the model has none.
         optimizer: the state of the optax transformation.
-        ema: moving average of the parameters, or None.
+        ema: moving average of the weights, or None.
         skipped: int32, steps whose update was left out because the loss or the gradient was not finite.
         last_good: int32, steps done when the newest update was made.
     """
 
     step: jax.Array
     parameters: Parameters
+    statistics: Statistics
     optimizer: optax.OptState
-    ema: Parameters | None
+    ema: Weights | None
     skipped: jax.Array
     last_good: jax.Array
 
+    @property
+    def weights(self) -> Weights:
+        """The parameters and the statistics: what a model is evaluated with."""
+        return self.parameters | self.statistics
 
-def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """The state before the first step; the moving average starts at the parameters."""
+
+def initial_state(
+    parameters: Parameters, optimizer: optax.GradientTransformation, *, ema: bool, statistics: Statistics | None = None
+) -> TrainState:
+    """The state before the first step; the moving average starts at the weights.
+
+    Args:
+        parameters: of the model.
+        optimizer: as `adamw` gives it.
+        ema: whether the run keeps a moving average.
+        statistics: of the model; None if it has none.
+    """
+    statistics = statistics or {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
+        statistics=statistics,
         optimizer=optimizer.init(parameters),
-        ema=jax.tree.map(jnp.copy, parameters) if ema else None,
+        ema=jax.tree.map(jnp.copy, parameters | statistics) if ema else None,
         skipped=jnp.zeros((), jnp.int32),
         last_good=jnp.zeros((), jnp.int32),
     )

@@ -10,7 +10,8 @@ from einops import rearrange
 from flax import nnx
 from ml_collections import ConfigDict
 
-from convnext_jax.models import Parameters, parameter_roles, with_parameters
+from convnext_jax.errors import UserError
+from convnext_jax.models import Parameters, Statistics, get_statistics, parameter_roles, with_parameters
 from convnext_jax.models.layers import apart_on_cpu
 from convnext_jax.tasks import Batch, Task
 from convnext_jax.training.optimizer import moving_average, select
@@ -37,43 +38,65 @@ def make_train_step(
 
     Args:
         task: what is learned.
-        model: the architecture; its own parameters are not used.
+        model: the architecture; its own weights are not used. Its statistics after a step are those that `task.loss`
+            leaves in it, unless the step is skipped.
         optimizer: as `adamw` gives it.
         schedule: steps done → learning rate.
         config: of the experiment.
         steps_per_epoch: optimizer steps in a pass over the training split.
         mesh: of the devices.
-    """
 
-    def loss(parameters: Parameters, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Sums]:
-        total, weight, terms = task.loss(with_parameters(model, parameters), batch, keys)
-        return total, (weight, terms)
+    Raises:
+        UserError: gradients are to be accumulated for a model with batch statistics.
+    """
+    if config.accumulation_steps > 1 and get_statistics(model):
+        raise UserError(
+            f'accumulation_steps={config.accumulation_steps}, but the model normalises over the batch, which must then '
+            'be computed at once: set accumulation_steps=1, and lower batch_size or use more devices'
+        )
+
+    def loss(parameters: Parameters, statistics: Statistics, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple]:
+        network = with_parameters(model, parameters | statistics)
+        total, weight, terms = task.loss(network, batch, keys)
+        return total, (weight, terms, get_statistics(network))
 
     @functools.partial(sum_over_mesh, mesh=mesh, roles=parameter_roles(model))
-    def loss_and_gradient(parameters: Parameters, batch: Batch, keys: jax.Array) -> tuple[Sums, Parameters]:
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        return _accumulate(value_and_grad, parameters, (batch, keys), config.accumulation_steps)
+    def loss_and_gradient(
+        parameters: Parameters, statistics: Statistics, batch: Batch, keys: jax.Array
+    ) -> tuple[Sums, Parameters, Statistics]:
+        def value_and_grad(parameters: Parameters, batch: Batch, keys: jax.Array) -> tuple:
+            return jax.value_and_grad(loss, has_aux=True)(parameters, statistics, batch, keys)
+
+        sums, gradient = _accumulate(value_and_grad, parameters, (batch, keys), config.accumulation_steps)
+        total, (weight, terms, new_statistics) = sums  # of several parts there are no statistics
+        return (total, weight, terms), gradient, new_statistics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         examples = len(jax.tree.leaves(batch)[0])
         augment_keys, model_keys, batch_key = _keys(config.seed, state.step, examples)
         batch = task.augment(batch, augment_keys, batch_key, state.step / steps_per_epoch)
-        (total, (weight, terms)), gradient = loss_and_gradient(state.parameters, batch, model_keys)
+        sums, gradient, statistics = loss_and_gradient(state.parameters, state.statistics, batch, model_keys)
+        total, weight, terms = sums
         divisor = jnp.where(weight > 0, weight, 1.0)
         value, terms, gradient = jax.tree.map(lambda x: x / divisor, (total, terms, gradient))
         grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
+        for statistic in statistics.values():
+            good &= jnp.isfinite(statistic).all()  # a variance can overflow where the loss is finite
 
         learning_rate = schedule(state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters, good=good)
         parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state.parameters, updates)
         parameters = apart_on_cpu(select(good, parameters, state.parameters))
-        ema = None if state.ema is None else moving_average(state.ema, parameters, config.ema.decay)
+        statistics = select(good, statistics, state.statistics)
+        weights = parameters | statistics
+        ema = None if state.ema is None else moving_average(state.ema, weights, config.ema.decay)
 
         step = state.step + 1
         new = TrainState(
             step=step,
             parameters=parameters,
+            statistics=statistics,
             optimizer=optimizer_state,
             ema=select(good, ema, state.ema),
             skipped=state.skipped + ~good,

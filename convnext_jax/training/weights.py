@@ -1,4 +1,4 @@
-"""Weights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
+"""LoadedWeights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Pretrained, read_pretrained
-from convnext_jax.models import Parameters, get_parameters, with_parameters
-from convnext_jax.tasks import Task, Weights, make_task
+from convnext_jax.models import Parameters, get_weights, with_parameters
+from convnext_jax.tasks import LoadedWeights, Task, make_task
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import gathered, spread
 from convnext_jax.training.setup import abstract_model
@@ -73,21 +73,21 @@ def load_parameters(task: Task, initial: Parameters, facts: Mapping[str, object]
     return {name: _placed(loaded[name], x.sharding) for name, x in initial.items()}, [*notes, *more]
 
 
-def _run_weights(where: str, params: str) -> tuple[Weights, list[str]]:
+def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
     """The newest checkpoint of a run."""
     workdir = _folder(where)
     step, parameters = _newest_parameters(workdir, weights_field(params))
     facts = read_about(workdir / CHECKPOINTS, step)['data']
-    return Weights(parameters, facts, where), [f'starts from the {params} weights of {where}, step {step}']
+    return LoadedWeights(parameters, facts, where), [f'starts from the {params} weights of {where}, step {step}']
 
 
-def _other_weights(where: str, params: str) -> tuple[Weights, list[str]]:
+def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
     """Another library's file, without what it does not hold."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
-    parameters = {name: x for name, x in get_parameters(pretrained.model).items() if name not in pretrained.fresh}
+    parameters = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
     notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
-    return Weights(parameters, pretrained.facts, where, pretrained), notes
+    return LoadedWeights(parameters, pretrained.facts, where, pretrained), notes
 
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -350,7 +350,7 @@ def some_of(state):
     names = ('stages.2.blocks.pointwise1.kernel', 'head.bias')
 
     def pick(tree):
-        return {name: tree[name] for name in names} if isinstance(tree, dict) else tree
+        return {name: tree[name] for name in names if name in tree} if isinstance(tree, dict) else tree
 
     return jax.tree.map(pick, state, is_leaf=lambda tree: isinstance(tree, dict))
 

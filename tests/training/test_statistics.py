@@ -1,0 +1,309 @@
+"""Statistics that no gradient trains: over the global batch, skipped, averaged, saved and read like parameters."""
+
+import dataclasses
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from configs.fashion_mnist import get_config
+from convnext_jax.config import default_config, read_config
+from convnext_jax.errors import UserError
+from convnext_jax.export import export_stablehlo
+from convnext_jax.models import (
+    ConvNeXt,
+    convnext,
+    get_parameters,
+    get_statistics,
+    get_weights,
+    parameter_roles,
+    with_parameters,
+)
+from convnext_jax.models.layers import BatchNorm, Linear, PatchConv, gelu
+from convnext_jax.tasks import Headline, Loss, Task
+from convnext_jax.training.checkpoint import restore, restore_parameters
+from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights
+from convnext_jax.training.logging import read_records
+from convnext_jax.training.loop import Run, train
+from convnext_jax.training.optimizer import adamw
+from convnext_jax.training.saving import Checkpoints
+from convnext_jax.training.setup import make_plan, open_sources, settle_classes
+from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated, state_sharding, sum_over_mesh
+from convnext_jax.training.state import initial_state
+from convnext_jax.training.step import make_train_step
+from convnext_jax.training.weights import read_weights
+
+ROWS = 16
+ALONE, SPREAD, SHARDED = (1, 1), (8, 1), (4, 2)
+
+
+class Segmenter(nnx.Module):
+    """A class for each patch of an image, with a BatchNorm before and after a kernel that FSDP shards."""
+
+    def __init__(self, key):
+        keys = jax.random.split(key, 3)
+        self.stem = PatchConv(3, 256, 4, key=keys[0])
+        self.first = BatchNorm(256)
+        self.linear = Linear(256, 256, key=keys[1])
+        self.second = BatchNorm(256)
+        self.head = Linear(256, 5, key=keys[2])
+
+    def __call__(self, images, *, key=None):
+        x = gelu(self.first(self.stem(images), training=key is not None))
+        return self.head(gelu(self.second(self.linear(x), training=key is not None)))
+
+
+class Segmentation(Task):
+    headline = Headline('accuracy', 'accuracy')
+
+    def loss(self, model, batch, keys):
+        logits = model(batch['image'], key=keys)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+        return Loss(losses.sum(), jnp.float32(losses.size))
+
+
+class Training:
+    """The training step of a `Segmenter` on a mesh, compiled, and its first state."""
+
+    def __init__(self, axes, **options):
+        self.mesh = make_mesh(*axes, jax.devices()[: axes[0] * axes[1]])
+        config = default_config()
+        config.update(batch_size=ROWS, ema={'decay': 0.75}, **options)
+        model = Segmenter(jax.random.key(0))
+        roles = parameter_roles(model)
+        optimizer = adamw(dict.fromkeys(roles, 1.0), roles, weight_decay=0.05)
+        state = initial_state(get_parameters(model), optimizer, ema=True, statistics=get_statistics(model))
+        self.sharding = state_sharding(self.mesh, roles, state)
+        self.first = jax.device_put(state, self.sharding)
+        train_step = make_train_step(Segmentation(config), model, optimizer, lambda _: 1e-3, config, 10, self.mesh)
+        self._train_step = jax.jit(train_step, out_shardings=(self.sharding, None))
+
+    def step(self, state, batch):
+        return self._train_step(state, jax.device_put(batch, batch_sharding(self.mesh)))
+
+    @property
+    def abstract_state(self):
+        shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(shape, self.first, self.sharding)
+
+
+def make_batch(step=0, scale=1.0):
+    """The mean differs from image to image: of a few images it is far from that of all."""
+    rng = np.random.default_rng(step)
+    images = rng.normal(size=(ROWS, 8, 8, 3)) + rng.normal(size=(ROWS, 1, 1, 3))
+    return {
+        'image': np.asarray(scale * images, np.float32),
+        'label': rng.integers(0, 5, (ROWS, 2, 2), dtype=np.int32),
+    }
+
+
+@pytest.fixture(scope='module')
+def trainings():
+    return {axes: Training(axes) for axes in (ALONE, SPREAD, SHARDED)}
+
+
+@pytest.fixture(scope='module')
+def stepped(trainings):
+    """The state after one step on each mesh, and the step's metrics."""
+    return {axes: training.step(training.first, make_batch()) for axes, training in trainings.items()}
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def first_moment(state):
+    """A tenth of the gradient, after one step."""
+    return jax.device_get(next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState)))
+
+
+@pytest.mark.parametrize('axes', [SPREAD, SHARDED])
+def test_statistics_and_gradients_are_those_of_the_global_batch(stepped, axes):
+    """Two images to a device, as in segmentation: norms of their own would train another network on each mesh."""
+    (alone, metrics), (state, others) = stepped[ALONE], stepped[axes]
+    assert float(others['loss']) == pytest.approx(float(metrics['loss']), rel=1e-5)
+    for name, expected in alone.statistics.items():
+        np.testing.assert_allclose(state.statistics[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    moments = first_moment(alone)
+    scale = max(np.abs(moment).max() for moment in moments.values())
+    for name, moment in first_moment(state).items():
+        np.testing.assert_allclose(moment, moments[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+
+
+def test_statistics_are_replicated(stepped):
+    """Devices whose running means differ by a bit evaluate different networks, and save one of them."""
+    state = stepped[SHARDED][0]
+    assert 'fsdp' in state.parameters['linear.kernel'].sharding.spec
+    for name, statistic in state.statistics.items():
+        for array in (statistic, state.ema[name]):
+            assert array.sharding.is_fully_replicated
+            for shard in array.addressable_shards[1:]:
+                assert_same_bits(shard.data, array.addressable_shards[0].data)
+
+
+def test_what_devices_leave_apart_is_averaged():
+    """A task that forgets the other devices must not leave a state that differs between them."""
+    mesh = make_mesh(4, 2)
+    function = sum_over_mesh(lambda parameters, statistics, x: (x.sum(), {}, {'seen': x.mean()}), mesh, {})
+    _, _, statistics = jax.jit(function)({}, {'seen': jnp.zeros(())}, jnp.arange(16.0))
+    for shard in statistics['seen'].addressable_shards:
+        assert shard.data == 7.5
+
+
+def test_the_first_statistics_have_the_values_of_their_formula(trainings, stepped):
+    parameters = jax.device_get(trainings[ALONE].first.parameters)
+    patches = make_batch()['image'].reshape(ROWS, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(-1, 48).astype(np.float64)
+    x = patches @ parameters['stem.kernel'].reshape(48, 256) + parameters['stem.bias']
+    statistics = stepped[SHARDED][0].statistics
+    np.testing.assert_allclose(statistics['first.mean'], 0.1 * x.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics['first.variance'], 0.9 + 0.1 * x.var(0, ddof=1), rtol=1e-5)
+
+
+def test_the_moving_average_averages_statistics(trainings, stepped):
+    """The average of the weights with the statistics of the newest ones would be a model that never trained."""
+    first, (state, _) = trainings[SHARDED].first, stepped[SHARDED]
+    assert state.ema.keys() == state.parameters.keys() | state.statistics.keys()
+    for name, statistic in state.statistics.items():
+        assert np.abs(statistic - first.statistics[name]).max() > 1e-4
+        expected = 0.75 * first.statistics[name] + 0.25 * statistic
+        np.testing.assert_allclose(state.ema[name], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('scale', [np.nan, 1e25], ids=['loss', 'variance'])
+def test_a_broken_batch_leaves_statistics_as_they_were(trainings, stepped, scale):
+    """One broken image must not end in the running statistics; of 1e25, the loss is finite and the variance is not."""
+    state, _ = stepped[SHARDED]
+    new, metrics = trainings[SHARDED].step(state, make_batch(scale=scale))
+    assert np.isfinite(metrics['loss']) == (scale == 1e25)
+    assert int(metrics['skipped']) == 1
+    for part in ('parameters', 'statistics', 'optimizer', 'ema'):
+        assert_same_bits(getattr(new, part), getattr(state, part))
+
+
+@pytest.mark.parametrize('here', [ALONE, SPREAD])
+def test_saved_they_come_back_on_another_mesh(trainings, stepped, tmp_path, here):
+    state, resumed = stepped[SHARDED][0], trainings[here]
+    with Checkpoints(tmp_path / 'c', keep=1, best_metric='accuracy') as checkpoints:
+        checkpoints.save(state, {}, None)
+    again = restore(tmp_path / 'c', 1, resumed.abstract_state)
+    assert_same_bits(again, state)
+    assert jax.tree.map(lambda x: x.sharding, again) == resumed.sharding
+    losses = [
+        float(training.step(state, make_batch(1))[1]['loss'])
+        for training, state in ((trainings[SHARDED], state), (resumed, again))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(('params', 'field'), [('raw', 'parameters'), ('ema', 'ema')])
+def test_what_is_read_from_a_checkpoint_evaluates_as_the_run_does(stepped, tmp_path, params, field):
+    state, _ = stepped[SHARDED]
+    with Checkpoints(tmp_path / 'c', keep=1, best_metric='accuracy') as checkpoints:
+        checkpoints.save(state, {}, None)
+    model = jax.eval_shape(Segmenter, jax.random.key(0))
+    like = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(make_mesh()))
+        for name, x in get_weights(model).items()
+    }
+    evaluated = state.weights if params == 'raw' else state.ema
+    for weights in (restore_parameters(tmp_path / 'c', 1, field), restore_parameters(tmp_path / 'c', 1, field, like)):
+        assert_same_bits(weights, evaluated)
+        assert with_parameters(model, weights)(make_batch()['image']).shape == (ROWS, 2, 2, 5)
+
+
+def test_a_checkpoint_without_them_is_refused_by_name(trainings, stepped, tmp_path):
+    """Freshly initialised statistics in their place would evaluate to chance, and no line would say why."""
+    state, like = stepped[SHARDED][0], trainings[SHARDED].abstract_state
+    bare = {'statistics': {}, 'ema': dict(state.parameters)}
+    bare_like = {'statistics': {}, 'ema': dict(like.parameters)}
+    for name, saved, wanted, line in (
+        ('without', dataclasses.replace(state, **bare), like, 'first.mean is missing'),
+        ('with', state, dataclasses.replace(like, **bare_like), 'first.mean is unexpected'),
+    ):
+        with Checkpoints(tmp_path / name, keep=1, best_metric='accuracy') as checkpoints:
+            checkpoints.save(saved, {}, None)
+        with pytest.raises(UserError, match=line):
+            restore(tmp_path / name, 1, wanted)
+
+
+def test_accumulation_with_batch_statistics_is_refused():
+    """Norms over a quarter of the batch are another network than the one that was asked for."""
+    with pytest.raises(UserError, match='accumulation_steps=4, but the model normalises over the batch'):
+        Training(ALONE, accumulation_steps=4)
+
+
+class NormedConvNeXt(ConvNeXt):
+    """A narrow classifier that normalises its images over the batch."""
+
+    def __init__(self, variant, *, in_channels, **options):
+        super().__init__(variant.replace(depths=(1, 1), widths=(8, 16)), in_channels=in_channels, **options)
+        self.images_norm = BatchNorm(in_channels)
+
+    def __call__(self, images, *, key=None):
+        return super().__call__(self.images_norm(images, training=key is not None), key=key)
+
+
+def small_run(steps, fsdp):
+    config = get_config()
+    config.data.train_split, config.data.eval_split = 'train[:160]', 'test[:40]'
+    config.update(batch_size=16, steps=steps, eval_every_epochs=10.0, log_every_steps=2)
+    config.optimizer.update(warmup_steps=1, learning_rate=1e-3)
+    config.ema.decay = 0.5
+    config.mesh.fsdp = fsdp
+    return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """The workdir of a run of four steps that was resumed on another mesh for two more, and its log in between."""
+    workdir = tmp_path_factory.mktemp('normed') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convnext, 'ConvNeXt', NormedConvNeXt)
+        for steps, fsdp in ((4, 1), (6, 2)):
+            train(small_run(steps, fsdp), workdir)
+        yield workdir
+
+
+def test_a_run_trains_stops_and_resumes_with_them(finished):
+    first, last = (restore_parameters(finished / 'checkpoints', step, 'parameters') for step in (4, 6))
+    for name, initial in (('images_norm.mean', 0), ('images_norm.variance', 1)):
+        assert first[name] != initial
+        assert last[name] != first[name]
+
+
+@pytest.mark.parametrize(('params', 'prefix'), [('raw', ''), ('ema', 'ema_')])
+def test_evaluation_and_export_read_them(finished, tmp_path, params, prefix):
+    """With the initial mean and variance in their place, eval.py and the exported program would say another class."""
+    record = read_records(finished)[-1]
+    config = read_config(finished / 'config.json')
+    (of_run,) = evaluate_run(finished, config, params, None, Protocol())
+    (of_weights,) = evaluate_weights(config, str(finished), params, Protocol())
+    for result in (of_run, of_weights):
+        assert result['loss'] == pytest.approx(record[f'{prefix}loss'], rel=1e-5)
+    pretrained = read_weights(str(finished), params)
+    export_stablehlo(pretrained, tmp_path / 'out')
+    weights = load_file(tmp_path / 'out' / 'model.safetensors')
+    field = {'raw': 'parameters', 'ema': 'ema'}[params]
+    assert_same_bits(weights, dict(restore_parameters(finished / 'checkpoints', 6, field)))
+    program = jax.export.deserialize(bytearray((tmp_path / 'out' / 'model.stablehlo').read_bytes()))
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
+    expected = pretrained.model(pretrained.processor.normalize(images))
+    np.testing.assert_allclose(program.call(weights, images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_starts_from_those_of_another(finished):
+    """Fine-tuning would begin with the right weights and the wrong statistics."""
+    config = small_run(steps=2, fsdp=2)
+    config.init.weights = str(finished)
+    sources = open_sources(config)
+    settle_classes(config, sources[0])
+    run = Run(config, make_plan(config, len(sources[0])), make_mesh(fsdp=2), *sources, checkpoints=None)
+    state = run.first_state()
+    assert_same_bits(state.weights, restore_parameters(finished / 'checkpoints', 6, 'parameters'))
+    assert_same_bits(state.ema, state.weights)
+    assert state.statistics.keys() == {'images_norm.mean', 'images_norm.variance'}
