@@ -1,9 +1,11 @@
 """Checkpoints come back bit for bit, or not at all."""
 
 import errno
+import json
 import os
 import resource
 import shutil
+import tarfile
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -77,6 +79,19 @@ def test_everything_of_the_state_comes_back(directory):
     assert_equal(state, make_state(3))
     assert notes == []
     assert read_about(directory, 3) == {'config': {'seed': 3}}
+
+
+def test_a_checkpoint_of_an_earlier_version_comes_back_and_is_written_in_the_same_way(tmp_path):
+    """Runs outlive versions. The stored checkpoint is older than statistics, which this state does not have."""
+    with tarfile.open(Path(__file__).parent / 'checkpoint_of_0.1.0.tar.gz') as stored:
+        stored.extractall(tmp_path, filter='data')
+    assert_equal(restore(tmp_path / 'checkpoints', 3, like(make_state(width=2))), make_state(3, width=2))
+    with Checkpoints(tmp_path / 'now', keep=2, best_metric='top1') as checkpoints:
+        checkpoints.save(make_state(3, width=2), {'config': {}}, None)
+    then, now = (json.loads((tmp_path / name / '3/manifest/metadata').read_text()) for name in ('checkpoints', 'now'))
+    assert now == then
+    items = [sorted(path.name for path in (tmp_path / name / '3').iterdir()) for name in ('checkpoints', 'now')]
+    assert items[0] == items[1]
 
 
 def test_checkpoints_in_a_bucket_are_read_and_set_aside_as_here(tmp_path):
