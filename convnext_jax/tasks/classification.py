@@ -25,7 +25,7 @@ from convnext_jax.data.sources import (
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
-from convnext_jax.models import ConvNeXt, Execution, Parameters, Variant, get_variant
+from convnext_jax.models import ConvNeXt, Execution, Variant, Weights, get_variant
 from convnext_jax.tasks.accuracy import Accuracy
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
 
@@ -212,9 +212,7 @@ class Classification(Task):
         config = self.config
         return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
 
-    def adopt(
-        self, initial: Parameters, weights: LoadedWeights, facts: Mapping[str, object]
-    ) -> tuple[Parameters, list[str]]:
+    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, object]) -> tuple[Weights, list[str]]:
         """Each output of the head starts from the weights' output for the class of that name, the others are new.
 
         Where the weights have no head, it is new, and so is the norm before it if they lack that too.
@@ -222,14 +220,14 @@ class Classification(Task):
         Raises:
             UserError: the head would start from one that is not a softmax over classes.
         """
-        loaded, pretrained = weights.parameters, weights.pretrained
+        loaded, pretrained = trained.weights, trained.pretrained
         if 'head.bias' not in loaded:
             new = {name: initial[name] for name in ('norm.scale', 'norm.bias', *HEAD) if name not in loaded}
             return loaded | new, []
-        names = weights.facts.get('class names')
+        names = trained.facts.get('class names')
         head, note = _matched_head(loaded, initial, names, facts['class names'], self.config.init.head)
         if head and pretrained and pretrained.activation != 'softmax':
-            reason = _describe_head(pretrained, weights.where)
+            reason = _describe_head(pretrained, trained.where)
             raise UserError(f'{reason}. --config.init.head=new starts a new head')
         return loaded | (head or {name: initial[name] for name in HEAD}), [note] if note else []
 
@@ -289,8 +287,8 @@ class Classification(Task):
 
 
 def _matched_head(
-    loaded: Parameters, initial: Parameters, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
-) -> tuple[Parameters, str]:
+    loaded: Weights, initial: Weights, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
+) -> tuple[Weights, str]:
     """The head with the outputs that it keeps, {} if it keeps none; and a line for the user, or ''."""
     if rule == 'new':
         return {}, 'the head is newly initialised'

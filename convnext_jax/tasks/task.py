@@ -13,7 +13,7 @@ from convnext_jax.data.dataset import Dataset, Features
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import Pretrained
-from convnext_jax.models import Parameters
+from convnext_jax.models import Weights
 
 Batch = dict[str, jax.Array]
 """Examples stacked along the leading axis, by the name of their field."""
@@ -39,13 +39,13 @@ class LoadedWeights(NamedTuple):
     """Trained weights that a run starts from.
 
     Attributes:
-        parameters: name → array.
+        weights: name → array.
         facts: `Dataset.facts` of the data they were trained on; {} if unknown.
         where: they are, for messages.
         pretrained: the file of another library, read; None for a run of this package.
     """
 
-    parameters: Parameters
+    weights: Weights
     facts: Mapping[str, object]
     where: str
     pretrained: Pretrained | None = None
@@ -192,14 +192,12 @@ class Task(abc.ABC):
     def multiply_adds(self) -> int:
         """Multiply-adds of the network's forward pass on one example."""
 
-    def adopt(
-        self, initial: Parameters, weights: LoadedWeights, facts: Mapping[str, object]
-    ) -> tuple[Parameters, list[str]]:
+    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, object]) -> tuple[Weights, list[str]]:
         """Chooses the first parameters of a run that starts from trained weights.
 
         Args:
-            initial: the new parameters of the network.
-            weights: to start from.
+            initial: the new parameters and statistics of the network.
+            trained: the weights to start from.
             facts: `Dataset.facts` of the training split.
 
         Returns:
@@ -208,7 +206,7 @@ class Task(abc.ABC):
         Raises:
             UserError: the weights are not for this task.
         """
-        return weights.parameters, []
+        return trained.weights, []
 
     def pretrained(self, model: nnx.Module, facts: Mapping[str, object]) -> Pretrained:
         """A trained network as the commands that predict, convert and export take it.

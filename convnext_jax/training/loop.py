@@ -34,7 +34,7 @@ from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.stop import Stop, Stopped, stop_signal
 from convnext_jax.training.trace import Trace, Window
 from convnext_jax.training.watch import NoBatch, Pace
-from convnext_jax.training.weights import load_parameters
+from convnext_jax.training.weights import load_weights
 from convnext_jax.training.workdir import CHECKPOINTS, TENSORBOARD, locked_by_first, settle_config
 
 SAVE_AGAIN = (1, 3, 9)
@@ -136,7 +136,7 @@ class Run(Program):
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        weights, notes = load_parameters(self.task, state.weights, self.train_set.facts)
+        weights, notes = load_weights(self.task, state.weights, self.train_set.facts)
         for note in notes:
             say(note)
         restart = jax.jit(

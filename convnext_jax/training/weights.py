@@ -9,7 +9,7 @@ import numpy as np
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Pretrained, read_pretrained
-from convnext_jax.models import Parameters, get_weights, with_parameters
+from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.tasks import LoadedWeights, Task, make_task
 from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.training.distributed import gathered, spread
@@ -37,30 +37,30 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
         return pretrained._replace(origin=f'the {params} weights of {where} ({pretrained.layout} layout)')
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)
-    step, parameters = _newest_parameters(workdir, field)
-    model = with_parameters(abstract_model(config, training=False), parameters)
+    step, weights = _newest_weights(workdir, field)
+    model = with_parameters(abstract_model(config, training=False), weights)
     pretrained = make_task(config).pretrained(model, read_about(workdir / CHECKPOINTS, step)['data'])
     notes = ['--params=ema takes the moving average'] if params == 'raw' and config.ema.decay else []
     return pretrained._replace(notes=notes, origin=f'the {params} weights of {where}, step {step}')
 
 
-def load_parameters(task: Task, initial: Parameters, facts: Mapping[str, object]) -> tuple[Parameters, list[str]]:
-    """Loads the first parameters of a run from the weights in its config's `init` section.
+def load_weights(task: Task, initial: Weights, facts: Mapping[str, object]) -> tuple[Weights, list[str]]:
+    """Loads the first parameters and statistics of a run from the weights in its config's `init` section.
 
     Args:
         task: says which of the weights the run starts from.
-        initial: this run's new parameters; the result has their names, shapes, types and shardings.
+        initial: this run's new parameters and statistics; the result has their names, shapes, types and shardings.
         facts: `Dataset.facts` of the training split.
 
     Returns:
-        The parameters, and lines for the user.
+        The parameters and statistics, and lines for the user.
 
     Raises:
         UserError: as `read_weights` and `Task.adopt`; or names or shapes differ, and all differences are listed.
     """
     where, params = task.config.init.weights, task.config.init.params
-    weights, notes = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
-    loaded, more = task.adopt(initial, weights, facts)
+    trained, notes = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
+    loaded, more = task.adopt(initial, trained, facts)
     differences = [f'{name} is missing' for name in initial.keys() - loaded.keys()]
     differences += [f'{name} is unexpected' for name in loaded.keys() - initial.keys()]
     differences += [
@@ -76,18 +76,18 @@ def load_parameters(task: Task, initial: Parameters, facts: Mapping[str, object]
 def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
     """The newest checkpoint of a run."""
     workdir = _folder(where)
-    step, parameters = _newest_parameters(workdir, weights_field(params))
+    step, weights = _newest_weights(workdir, weights_field(params))
     facts = read_about(workdir / CHECKPOINTS, step)['data']
-    return LoadedWeights(parameters, facts, where), [f'starts from the {params} weights of {where}, step {step}']
+    return LoadedWeights(weights, facts, where), [f'starts from the {params} weights of {where}, step {step}']
 
 
 def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
     """Another library's file, without what it does not hold."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
-    parameters = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
+    weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
     notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
-    return LoadedWeights(parameters, pretrained.facts, where, pretrained), notes
+    return LoadedWeights(weights, pretrained.facts, where, pretrained), notes
 
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -95,7 +95,7 @@ def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> j
     return value if getattr(value, 'sharding', None) == sharding else spread(value, sharding)
 
 
-def _newest_parameters(workdir: Path, field: str) -> tuple[int, Parameters]:
+def _newest_weights(workdir: Path, field: str) -> tuple[int, Weights]:
     directory, step = newest_checkpoint(workdir)
     try:
         return step, restore_parameters(directory, step, field)

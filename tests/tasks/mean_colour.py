@@ -1,12 +1,14 @@
-"""A task of a few lines: the mean colour of an image, from examples of uneven weight."""
+"""A task of a few lines: the mean colour of an image, from examples of uneven weight, with a running statistic."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.fields import Fields
-from convnext_jax.models import Variant, create_model
+from convnext_jax.models import ConvNeXt, Variant
+from convnext_jax.models.layers import mean_over_devices
 from convnext_jax.tasks import Evaluator, Headline, Loss, Measured, Task
 
 FEATURES = {'image': jax.ShapeDtypeStruct((16, 16, 3), np.float32), 'weight': jax.ShapeDtypeStruct((), np.float32)}
@@ -29,6 +31,20 @@ class Colours(Dataset):
 
     def name(self, index):
         return f'colour {index}'
+
+
+class Network(ConvNeXt):
+    """Learns how far an image's colour is from the colours seen so far, of which it keeps a running mean."""
+
+    def __init__(self, key):
+        variant = Variant((1,), (8,), patch_size=4, layer_scale_init=0)
+        super().__init__(variant, key=key, num_classes=3, drop_path_rate=0.2)
+        self.seen = nnx.BatchStat(jnp.zeros(3))
+
+    def __call__(self, images, *, key=None):
+        if key is not None:
+            self.seen[...] = 0.9 * self.seen[...] + 0.1 * mean_over_devices(images.mean((0, 1, 2)))
+        return super().__call__(images, key=key) + self.seen
 
 
 class Errors(Evaluator):
@@ -58,8 +74,7 @@ class MeanColour(Task):
         return Colours(int(split))
 
     def build(self, key, *, training=True):
-        variant = Variant((1,), (8,), patch_size=4, layer_scale_init=0)
-        return create_model(variant, key=key, num_classes=3, drop_path_rate=0.2)
+        return Network(key)
 
     def augment(self, batch, keys, batch_key, epoch):
         noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys)

@@ -12,7 +12,7 @@ from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.models import Variant, get_parameters
-from convnext_jax.tasks import Weights, make_task
+from convnext_jax.tasks import LoadedWeights, make_task
 
 
 def config_of(directory):
@@ -65,7 +65,7 @@ def test_weights_without_a_head_get_a_new_one():
     initial, trained = (get_parameters(small_model(seed)) for seed in range(2))
     encoder = {name: x for name, x in trained.items() if not name.startswith(('norm.', 'head.'))}
     facts = {'class names': ['ant', 'bee']}
-    adopted, notes = make_task(default_config()).adopt(initial, Weights(encoder, {}, 'runs/fcmae'), facts)
+    adopted, notes = make_task(default_config()).adopt(initial, LoadedWeights(encoder, {}, 'runs/fcmae'), facts)
     assert (adopted.keys(), notes) == (initial.keys(), [])
     for name, x in adopted.items():
         np.testing.assert_array_equal(x, encoder.get(name, initial[name]))
