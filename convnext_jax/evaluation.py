@@ -5,37 +5,80 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from convnext_jax.models import Parameters, with_parameters
-from convnext_jax.tasks import Batch, Evaluator, Measured
+from convnext_jax.models import Weights, with_parameters
+from convnext_jax.tasks import Batch, Evaluator, Measured, Task
 
-EvalStep = Callable[[Parameters, Batch], tuple[Measured, jax.Array]]
+REPLICATED = P()
+DRAWN = 16
+"""Examples of the first batch that a task gets for its pictures."""
+
+EvalStep = Callable[[Weights, Batch], tuple[Measured, jax.Array]]
 
 
-def make_eval_step(evaluator: Evaluator, model: nnx.Module) -> EvalStep:
-    """Builds the step from parameters and a batch to what is measured on it, and the weights of its examples.
+def make_eval_step(
+    evaluator: Evaluator, model: nnx.Module, mesh: Mesh | None = None, specs: dict[str, P] | P = REPLICATED
+) -> EvalStep:
+    """Builds the step from weights and a batch to what is measured on it, and the weights of its examples.
 
-    To be jitted with replicated outputs, so that every process receives the results of all examples.
+    To be jitted with replicated outputs, so that every process receives the results of all examples. Each device
+    measures its own examples, because `jax.jit` cannot partition Pallas kernels.
 
     Args:
         evaluator: of the split.
-        model: the architecture; its own parameters are not used.
+        model: the architecture; its own weights are not used.
+        mesh: of the devices; None for a program that `jax.jit` may partition.
+        specs: how the weights are sharded over it.
     """
 
-    def eval_step(parameters: Parameters, batch: Batch) -> tuple[Measured, jax.Array]:
-        return evaluator.measure(with_parameters(model, parameters), batch), batch['weight']
+    def eval_step(weights: Weights, batch: Batch) -> tuple[Measured, jax.Array]:
+        return evaluator.measure(with_parameters(model, weights), batch), batch['weight']
 
-    return eval_step
+    if mesh is None or mesh.size == 1:
+        return eval_step
+
+    def on_device(weights: Weights, batch: Batch) -> tuple[Measured, jax.Array]:
+        measured, weight = eval_step(weights, batch)
+        return measured._replace(sums=jax.lax.psum(measured.sums, mesh.axis_names)), weight
+
+    examples = P(mesh.axis_names)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs, examples),
+        out_specs=(Measured(REPLICATED, examples), examples),
+        check_vma=False,  # the replication checker cannot see through custom derivatives
+    )
+
+
+def make_figures(task: Task, model: nnx.Module, mesh: Mesh) -> Callable[[Weights, Batch], dict[str, jax.Array]]:
+    """Builds the function from weights and the first batch of an evaluation to pictures of at most `DRAWN` examples.
+
+    Every device draws all of them, from replicated weights: `jax.jit` cannot partition Pallas kernels.
+
+    Args:
+        task: draws them.
+        model: the architecture; its own weights are not used.
+        mesh: of the devices.
+    """
+
+    def draw(weights: Weights, batch: Batch) -> dict[str, jax.Array]:
+        return task.figures(with_parameters(model, weights), batch)
+
+    on_every_device = jax.shard_map(draw, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False)
+    return lambda weights, batch: on_every_device(weights, jax.tree.map(lambda x: x[:DRAWN], batch))
 
 
 def evaluate(
-    eval_step: EvalStep, weights: dict[str, Parameters], batches: Iterable[Batch]
+    eval_step: EvalStep, weights: dict[str, Weights], batches: Iterable[Batch]
 ) -> tuple[int, dict[str, Measured]]:
     """Evaluates several sets of weights in one pass over the data.
 
     Args:
         eval_step: as `make_eval_step` builds it, jitted.
-        weights: name → parameters, as in {'': raw, 'ema_': ema}.
+        weights: name → weights, as in {'': raw, 'ema_': ema}.
         batches: all of the split.
 
     Returns:
@@ -45,7 +88,7 @@ def evaluate(
     images, totals = 0, {name: _Total() for name in weights}
     under_way = None
     for batch in batches:
-        dispatched = {name: eval_step(parameters, batch) for name, parameters in weights.items()}
+        dispatched = {name: eval_step(values, batch) for name, values in weights.items()}
         if under_way:  # fetched while the device works on this batch
             images += _add(totals, under_way)
         under_way = dispatched

@@ -20,6 +20,8 @@ MAX_MEMORY = 48 * 2**20  # bytes of a core's vector memory: three quarters of th
 def fits(x: jax.Array, size: int, dilation: int) -> bool:
     """Whether the kernel supports the shape: N is a multiple of 8, and the maps of 8 images fit into vector memory."""
     n, height, width, channels = x.shape
+    if not isinstance(n, int):
+        return False  # an exported program may leave the size of the batch open
     lanes = CHANNELS if channels % CHANNELS == 0 else -(-channels // CHANNELS) * CHANNELS
     margin = size // 2 * dilation
     padded = (height + 2 * margin) * (width + 2 * margin) * 4

@@ -184,7 +184,7 @@ class Classification(Task):
         layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
         return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
 
-    def build(self, key: jax.Array, *, training: bool = True) -> ConvNeXt:
+    def build(self, key: jax.Array) -> ConvNeXt:
         """Builds the network with new parameters; without our kernel for TPU in inference.
 
         Raises:
@@ -196,7 +196,7 @@ class Classification(Task):
                 f'data.image_size={size} is below the total stride {variant.total_stride} of {model.name}: enlarge it, '
                 f'or lower model.patch_size={variant.patch_size}'
             )
-        execution = Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas and training)
+        execution = Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
         return ConvNeXt(
             variant,
             key=key,

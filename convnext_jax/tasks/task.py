@@ -176,12 +176,11 @@ class Task(abc.ABC):
         """Sets the config fields that `open` would set, for a program without data."""
 
     @abc.abstractmethod
-    def build(self, key: jax.Array, *, training: bool = True) -> nnx.Module:
+    def build(self, key: jax.Array) -> nnx.Module:
         """Builds the network with new parameters. Its `variant` is the architecture of its trunk.
 
         Args:
             key: random key of the parameters.
-            training: False for a network in inference, which `jax.jit` spreads over the devices.
 
         Raises:
             UserError: the config does not describe a network.
@@ -241,7 +240,7 @@ class Task(abc.ABC):
 
         Args:
             model: the network, in inference, with the moving average of its parameters if there is one.
-            batch: the first of the evaluation split.
+            batch: the first examples of the evaluation split.
 
         Returns:
             Name → (H, W, 3) uint8.

@@ -62,7 +62,7 @@ def evaluate_run(
         raise UserError(f'{workdir} has no checkpoint of step {step}, only of {steps}')
     step = newest if step is None else step
     config = _changed(config, protocol)
-    model = abstract_model(config, training=False)
+    model = abstract_model(config)
     mesh = make_mesh()
     like = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
@@ -126,7 +126,7 @@ def _evaluate(
         patience = Patience(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at)
         batches = to_devices(eval_batches(dataset, share, patience), batch_sharding(mesh))
         evaluator = task.evaluator(dataset)
-        step = jax.jit(make_eval_step(evaluator, model), out_shardings=replicated(mesh))
+        step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))
         images, measured = evaluate(step, {'': parameters}, batches)
         rows += [{'data': name, 'split': split, **row} for row in evaluator.table(measured[''])]
         yield {'data': name, 'split': split, **metrics_of(evaluator, images, measured)}

@@ -17,8 +17,7 @@ from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import Waiting, no_word
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
 from convnext_jax.errors import UserError
-from convnext_jax.evaluation import evaluate, make_eval_step, metrics_of
-from convnext_jax.models import with_parameters
+from convnext_jax.evaluation import evaluate, make_eval_step, make_figures, metrics_of
 from convnext_jax.output import say
 from convnext_jax.tasks import make_task
 from convnext_jax.training.checkpoint import read_about
@@ -27,7 +26,7 @@ from convnext_jax.training.distributed import agreed_stop, are_several, gathered
 from convnext_jax.training.logging import RunLog, Silence, read_records
 from convnext_jax.training.program import Program
 from convnext_jax.training.saving import Checkpoints, NotSaved
-from convnext_jax.training.setup import Plan, abstract_model, cache_compiled, make_plan, settle_paths
+from convnext_jax.training.setup import Plan, cache_compiled, make_plan, settle_paths
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
@@ -93,7 +92,7 @@ class Run(Program):
     Attributes:
         evaluator: of the evaluation split.
         eval_step: jitted, as `make_eval_step`.
-        figures: jitted, from parameters and the first batch of an evaluation to pictures.
+        figures: jitted, as `make_figures`.
     """
 
     def __init__(
@@ -109,12 +108,11 @@ class Run(Program):
         self.checkpoints = checkpoints
         self.train_set, self.eval_set = train_set, eval_set
         self.unreadable = Unreadable(train_set)
-        self.evaluator, network = self.task.evaluator(eval_set), abstract_model(config, training=False)
-        self.eval_step = jax.jit(make_eval_step(self.evaluator, network), out_shardings=replicated(mesh))
-        self.figures = jax.jit(
-            lambda parameters, batch: self.task.figures(with_parameters(network, parameters), batch),
-            out_shardings=replicated(mesh),
-        )
+        self.evaluator = self.task.evaluator(eval_set)
+        specs = {name: sharding.spec for name, sharding in self.state_sharding.weights.items()}
+        eval_step = make_eval_step(self.evaluator, self.model, mesh, specs)
+        self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
+        self.figures = jax.jit(make_figures(self.task, self.model, mesh), out_shardings=replicated(mesh))
 
     def restored_state(self) -> TrainState | None:
         """The newest whole checkpoint, or None if there is none.

@@ -89,7 +89,7 @@ def make_plan(config: ConfigDict, images: int) -> Plan:
     return plan
 
 
-def abstract_model(config: ConfigDict, *, training: bool = True) -> nnx.Module:
+def abstract_model(config: ConfigDict) -> nnx.Module:
     """The network of the config's task, with shapes in place of arrays; the argument as of `Task.build`."""
     task = make_task(config)
-    return jax.eval_shape(lambda key: task.build(key, training=training), jax.random.key(0))
+    return jax.eval_shape(lambda key: task.build(key), jax.random.key(0))

@@ -38,7 +38,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)
     step, weights = _newest_weights(workdir, field)
-    model = with_parameters(abstract_model(config, training=False), weights)
+    model = with_parameters(abstract_model(config), weights)
     pretrained = make_task(config).pretrained(model, read_about(workdir / CHECKPOINTS, step)['data'])
     notes = ['--params=ema takes the moving average'] if params == 'raw' and config.ema.decay else []
     return pretrained._replace(notes=notes, origin=f'the {params} weights of {where}, step {step}')

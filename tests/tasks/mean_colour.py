@@ -11,6 +11,7 @@ from convnext_jax.models import ConvNeXt, Variant
 from convnext_jax.models.layers import mean_over_devices
 from convnext_jax.tasks import Evaluator, Headline, Loss, Measured, Task
 
+VARIANT = Variant((1,), (8,), patch_size=4, layer_scale_init=0)
 FEATURES = {'image': jax.ShapeDtypeStruct((16, 16, 3), np.float32), 'weight': jax.ShapeDtypeStruct((), np.float32)}
 
 
@@ -37,8 +38,7 @@ class Network(ConvNeXt):
     """Learns how far an image's colour is from the colours seen so far, of which it keeps a running mean."""
 
     def __init__(self, key):
-        variant = Variant((1,), (8,), patch_size=4, layer_scale_init=0)
-        super().__init__(variant, key=key, num_classes=3, drop_path_rate=0.2)
+        super().__init__(VARIANT, key=key, num_classes=3, drop_path_rate=0.2)
         self.seen = nnx.BatchStat(jnp.zeros(3))
 
     def __call__(self, images, *, key=None):
@@ -73,7 +73,7 @@ class MeanColour(Task):
         assert facts['noise'] == 'normal'
         return Colours(int(split))
 
-    def build(self, key, *, training=True):
+    def build(self, key):
         return Network(key)
 
     def augment(self, batch, keys, batch_key, epoch):

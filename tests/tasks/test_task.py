@@ -14,7 +14,7 @@ import eval as evaluation
 from convnext_jax import tasks
 from convnext_jax.config import as_dict, check_values, default_config, from_dict
 from convnext_jax.errors import UserError
-from convnext_jax.models import get_parameters, get_statistics, parameter_roles, with_parameters
+from convnext_jax.models import ConvNeXt, get_parameters, parameter_roles, with_parameters
 from convnext_jax.tasks import Headline
 from convnext_jax.training.checkpoint import restore_parameters, saved_steps
 from convnext_jax.training.logging import read_records
@@ -24,13 +24,20 @@ from convnext_jax.training.sharding import batch_sharding, make_mesh, state_shar
 from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 from convnext_jax.training.stop import Stopped
-from tests.tasks.mean_colour import Colours, Errors, MeanColour
+from tests.tasks.mean_colour import VARIANT, Colours, Errors, MeanColour
+
+
+class WithoutStatistic(MeanColour):
+    """Its gradients can be accumulated."""
+
+    def build(self, key):
+        return ConvNeXt(VARIANT, key=key, num_classes=3, drop_path_rate=0.2)
 
 
 def build(batch_size, accumulation_steps=1, axes=(1, 1)):
     """A step of the task on a mesh, and its first state."""
     config = default_config()
-    task = MeanColour(config)
+    task = WithoutStatistic(config)
     config.batch_size, config.accumulation_steps, config.ema.decay = batch_size, accumulation_steps, 0.5
     model = task.build(jax.random.key(0))
     roles, mesh = parameter_roles(model), make_mesh(*axes, jax.devices()[: axes[0] * axes[1]])
@@ -39,7 +46,7 @@ def build(batch_size, accumulation_steps=1, axes=(1, 1)):
         roles,
         weight_decay=0.05,
     )
-    state = initial_state(get_parameters(model), optimizer, ema=True, statistics=get_statistics(model))
+    state = initial_state(get_parameters(model), optimizer, ema=True)
     state = jax.device_put(state, state_sharding(mesh, roles, state))
     step = jax.jit(make_train_step(task, model, optimizer, lambda _: 1e-3, config, 10, mesh))
     return lambda batch: step(state, jax.device_put(batch, batch_sharding(mesh)))
@@ -167,8 +174,7 @@ def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
     figure = np.asarray(Image.open(run / 'figures' / 'colours.png')).astype(int)
     expected = np.clip(128 + 50 * np.asarray(colours[:16]), 0, 255).astype(int)
     assert np.abs(figure - expected[:, None]).max() <= 1
-    (events, *_) = (run / 'tensorboard').glob('events*')
-    assert b'20/colours' in events.read_bytes()
+    assert any(b'20/colours' in file.read_bytes() for file in (run / 'tensorboard').glob('events*'))
 
 
 def test_other_data_are_refused_when_a_run_of_any_task_resumes(mean_colour, tmp_path, monkeypatch):

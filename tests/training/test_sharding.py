@@ -30,6 +30,7 @@ from convnext_jax.training.sharding import (
     check_batch_size,
     make_mesh,
     parameter_sharding,
+    replicated,
     share_held,
     state_sharding,
 )
@@ -297,7 +298,9 @@ def test_evaluation_gathers_kernels_alone(runs):
     """Images that moved between devices in place of kernels would be the larger part by far."""
     run = runs['4 × 2']
     program, data = run.program, run.program.config.data
-    step = jax.jit(make_eval_step(Accuracy(data.mean, data.std), abstract_model(program.config)))
+    specs = {name: sharding.spec for name, sharding in program.state_sharding.parameters.items()}
+    evaluator, mesh = Accuracy(data.mean, data.std), program.batch_sharding.mesh
+    step = jax.jit(make_eval_step(evaluator, program.model, mesh, specs), out_shardings=replicated(mesh))
     weight = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
     batch = program.abstract_batch | {'weight': weight}
     text = step.lower(program.abstract_state.parameters, batch).compile().as_text()

@@ -13,13 +13,13 @@ from convnext_jax.tasks import make_task
 from convnext_jax.training.checkpoint import read_about, restore_parameters
 from convnext_jax.training.evaluate import Protocol, evaluate_weights
 from convnext_jax.training.sharding import make_mesh, parameters_sharding
-from convnext_jax.training.weights import load_parameters, newest_checkpoint
+from convnext_jax.training.weights import load_weights, newest_checkpoint
 
 
 def load(weights, initial, names, head='match'):
     config = default_config()
     config.init.weights, config.init.head = str(weights), head
-    return load_parameters(make_task(config), initial, {'class names': names})
+    return load_weights(make_task(config), initial, {'class names': names})
 
 
 @pytest.mark.parametrize(
