@@ -1,14 +1,22 @@
-# make demo: train, evaluate and see the curves. make test: everything that the project promises.
+# make demo: train, evaluate and see the curves. make check: lint and the quick tests. make test: all tests but those of
+# make test-judges, which installs torch, timm and transformers and compares with them.
 PYTHON ?= python3
 VENV = .venv
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint
+.PHONY: demo check test test-judges lint
 
 demo: $(VENV)/runtime
 	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
 
+check: lint
+	$(PYTEST) --ignore tests/judges -m 'not slow'
+
 test: $(VENV)/development
-	$(VENV)/bin/python -m pytest -n 2
+	$(PYTEST) --ignore tests/judges
+
+test-judges: $(VENV)/judges
+	$(PYTEST) tests/judges
 
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .
@@ -24,4 +32,8 @@ $(VENV)/runtime: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/development: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/judges: requirements-judges.txt $(VENV)/development
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-judges.txt
 	touch $@

@@ -2,13 +2,14 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,13 @@ import pytest
 # Most of the tests' time is compiling: with fewer of LLVM's passes, and all processes share a cache.
 DEVICES = '--xla_backend_optimization_level=1 --xla_force_host_platform_device_count='
 ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}1'}
-os.environ |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}8', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5'}
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+os.environ |= {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'{DEVICES}8',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+}
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # pytest-xdist's workers have the environment of their parent
     cache = tempfile.TemporaryDirectory(prefix='compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = cache.name
 
@@ -27,6 +33,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
+
+import jax  # noqa: E402 - reads the environment
+
+import train as train_command  # noqa: E402
+
 STEPS = 24
 LONGEST = 900
 """Seconds that a process may take on a busy machine: more is a hang."""
@@ -48,6 +59,46 @@ def pytest_configure(config: pytest.Config) -> None:
     """`pytest -m gpu` runs on the GPU, everything else on CPU."""
     if config.getoption('markexpr') == 'gpu':
         del os.environ['JAX_PLATFORMS']
+# pytest-xdist gives whole files to its workers in this order: a long one at the end would leave the others waiting.
+LONGEST_FILES = (
+    'test_loop.py',
+    'test_distributed.py',
+    'test_sharding.py',
+    'test_commands.py',
+    'test_stop.py',
+    'test_watch.py',
+    'test_reference.py',
+    'test_benchmark.py',
+    'test_backbone.py',
+    'test_parity.py',
+    'test_loading.py',
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts commands or trains is slow, besides what is marked as slow where it stands."""
+    names = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: names.get(item.path.name, len(names)))
+    for item in items:
+        if {'commands', 'finished_run', 'one_device', 'runs'} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
+MISSING = [name for name in ('torch', 'timm', 'transformers') if importlib.util.find_spec(name) is None]
+
+
+class NotInstalled(pytest.Module):
+    """A file of `tests/judges` that cannot be imported."""
+
+    def collect(self):
+        pytest.skip(f'{", ".join(MISSING)} not installed: make test-judges does it')
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return (
+        NotInstalled.from_parent(parent, path=module_path) if MISSING and module_path.parent.name == 'judges' else None
+    )
 
 
 class Commands:
@@ -124,6 +175,25 @@ def no_process_is_left() -> Iterator[None]:
 @pytest.fixture(scope='session')
 def commands() -> Commands:
     return Commands()
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process's commands see one of its devices, as those do that are started: the same programs and bits."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, 'devices', lambda *_: first)
+
+
+@pytest.fixture
+def train_here(one_device: None, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """`Commands.train` in this process: gives what it printed, and raises its errors."""
+
+    def train(workdir: Path, *overrides: str) -> str:
+        capsys.readouterr()
+        train_command.main(['train.py', *SMALL_RUN, f'--workdir={workdir}', *overrides])
+        return capsys.readouterr().out
+
+    return train
 
 
 @pytest.fixture(scope='session')

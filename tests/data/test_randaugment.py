@@ -1,4 +1,4 @@
-"""RandAugment on the device, with Pillow and timm as judges."""
+"""RandAugment on the device: Pillow's operations, and timm's strengths as `tests/reference` stores them."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from convnext_jax.data.randaugment import (
     rand_augment,
 )
 from convnext_jax.errors import UserError
+from tests import reference
+from tests.reference import cases
 
 FILL = (124, 116, 104)
 TRANSFORM = {'resample': Image.Resampling.BICUBIC, 'fillcolor': FILL}
@@ -59,6 +61,7 @@ ARGUMENTS = {
 ENHANCEMENTS = [0.1, 0.6, 1.0, 1.37, 1.9]
 CASES = [(name, argument) for name in OPERATIONS for argument in ARGUMENTS.get(name, ENHANCEMENTS)]
 
+argument = jax.jit(operation_argument, static_argnums=3)
 apply = jax.jit(lambda images, operation, argument: apply_operations(images, operation, argument, FILL))
 
 
@@ -131,23 +134,15 @@ def test_accelerators_program_equals_the_one_for_cpu(photos, monkeypatch):
 
 
 @pytest.mark.parametrize('increasing', [False, True])
-@pytest.mark.parametrize('level', [0.0, 3.3, 9.0, 10.0])
+@pytest.mark.parametrize('level', cases.LEVELS)
 def test_arguments_are_timm_s(level, increasing):
     """Posterize that grows where the recipe's falls, or a translation of other size, is another strength."""
-    timm = pytest.importorskip('timm.data.auto_augment', reason='timm is a development requirement')
-    names = timm._RAND_INCREASING_TRANSFORMS if increasing else timm._RAND_TRANSFORMS
-    for number, name in enumerate(names):
-        assert name.removesuffix('Increasing').removesuffix('Rel') == OPERATIONS[number]
-        rule = timm.LEVEL_TO_ARG[name]
-        if rule is None:
-            continue
-        ours = {float(operation_argument(jnp.asarray(number), level, negate, increasing)) for negate in (True, False)}
-        try:
-            theirs = {float(np.ravel(rule(level, {}))[0]) for _ in range(40)}  # the sign is drawn
-        except TypeError:  # timm's integer rules give the number in no tuple, and its increasing ones expect one
-            assert name in ('PosterizeIncreasing', 'SolarizeIncreasing')
-            continue
-        np.testing.assert_allclose(sorted(ours), sorted(theirs), rtol=1e-6, err_msg=name)
+    stored = reference.table('randaugment')['increasing' if increasing else 'plain'][str(level)]
+    assert [name.removesuffix('Increasing').removesuffix('Rel') for name, _ in stored] == list(OPERATIONS)
+    for number, (name, theirs) in enumerate(stored):
+        if theirs is not None:
+            ours = {float(argument(number, level, negate, increasing)) for negate in (True, False)}
+            np.testing.assert_allclose(sorted(ours), theirs, rtol=1e-6, err_msg=name)
 
 
 def test_draws_are_even_and_of_the_policy_s_strength():

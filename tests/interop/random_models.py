@@ -1,23 +1,22 @@
-"""Models with random weights, and their tensors, for the tests of files."""
+"""Models with drawn weights, and their tensors, for the tests of files."""
+
+from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
+from safetensors.numpy import save_file
 
 from convnext_jax.interop.layouts import to_layout
 from convnext_jax.models import ConvNeXt, create_model, get_parameters, with_parameters
+from tests.reference import draw_parameters
 
-torch = pytest.importorskip('torch', reason='torch is a development requirement')
 
-
-def random_model(name: str = 'convnextv2_atto', **arguments) -> ConvNeXt:
-    model = create_model(name, key=jax.random.key(0), num_classes=3, **arguments)
-    rng = np.random.default_rng(1)
-    values = {
-        name: rng.normal(name.endswith('norm.scale'), 0.3, x.shape).astype(np.float32) * (0.1 if x.ndim > 2 else 1)
-        for name, x in get_parameters(model).items()
-    }
-    return with_parameters(model, jax.tree.map(jax.numpy.asarray, values))
+def random_model(name: str = 'convnextv2_atto', num_classes: int = 3, **arguments) -> ConvNeXt:
+    model = jax.eval_shape(
+        lambda key: create_model(name, key=key, num_classes=num_classes, **arguments), jax.random.key(0)
+    )
+    drawn = draw_parameters({name: x.shape for name, x in get_parameters(model).items()})
+    return with_parameters(model, jax.tree.map(jax.numpy.asarray, drawn))
 
 
 def assert_equal(a: ConvNeXt, b: ConvNeXt, but: tuple[str, ...] = ()) -> None:
@@ -28,6 +27,35 @@ def assert_equal(a: ConvNeXt, b: ConvNeXt, but: tuple[str, ...] = ()) -> None:
             np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
-def state_dict(model: ConvNeXt, layout: str = 'original') -> dict:
+def state_dict(model: ConvNeXt, layout: str = 'original') -> dict[str, np.ndarray]:
+    """The tensors by the names of a layout, as that library has them in its memory."""
     tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
-    return {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
+    return {name: np.array(x) for name, x in tensors.items()}
+
+
+def fcmae_state_dict(model: ConvNeXt) -> dict[str, np.ndarray]:
+    """The encoder as the original pre-trains it: sparse kernels count their places column by column."""
+    sparse = {}
+    for name, x in state_dict(model).items():
+        if name.startswith(('norm.', 'head.')):
+            continue
+        module, parameter = name.rsplit('.', 1)
+        name = f'encoder.{name}'
+        if module.endswith('dwconv') and parameter == 'weight':
+            sparse[f'encoder.{module}.kernel'] = x[:, 0].transpose(2, 1, 0).reshape(49, -1)
+        elif module.startswith('downsample_layers.') and module[18] != '0' and x.ndim == 4:
+            sparse[f'encoder.{module}.kernel'] = x.transpose(3, 2, 1, 0).reshape(4, x.shape[1], x.shape[0])
+        elif 'pwconv' in module:
+            sparse[f'encoder.{module}.linear.{parameter}'] = x
+        elif module.startswith('stages') and module.endswith('norm'):
+            sparse[f'encoder.{module}.ln.{parameter}'] = x
+        elif 'grn' in module:
+            sparse[name] = x.reshape(1, -1)
+        else:
+            sparse[name] = x
+    sparse['mask_token'] = np.zeros((1, 2, 1, 1), np.float32)
+    return {name: np.ascontiguousarray(x) for name, x in sparse.items()}
+
+
+def save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    save_file(tensors, file, metadata={'format': 'pt'})

@@ -1,4 +1,4 @@
-"""Feature maps as the other libraries' backbones give them, with transformers and timm as judges."""
+"""Feature maps as the backbones of transformers and timm give them: their values are stored in `tests/reference`."""
 
 import json
 import warnings
@@ -13,108 +13,79 @@ from convnext_jax import Backbone, create_backbone, create_model, save_pretraine
 from convnext_jax.errors import UserError
 from convnext_jax.interop.layouts import to_layout
 from convnext_jax.models import Variant, get_parameters, get_variant, with_parameters
-
-torch = pytest.importorskip('torch', reason='torch is a development requirement')
+from tests import reference
+from tests.reference import cases
 
 BOUND = 2e-5  # of the reference's standard deviation, float32
-CHOICE = ('stem', 'stage2', 'stage4')
-
-
-def randomized(model):
-    """Every parameter away from its first value, and of a size that matters."""
-    rng = np.random.default_rng(1)
-    values = {}
-    for name, x in get_parameters(model).items():
-        fan_in = 49 if 'depthwise' in name else np.prod(x.shape['blocks' in name : -1])
-        scale = fan_in**-0.5 if name.endswith('.kernel') else 0.3
-        values[name] = jnp.asarray(rng.normal(name.endswith('.scale'), scale, x.shape), jnp.float32)
-    return with_parameters(model, values)
 
 
 def random_backbone(name='convnextv2_atto', **arguments):
-    return randomized(create_backbone(name, key=jax.random.key(0), **arguments))
+    """Every parameter away from its first value, and of a size that matters."""
+    return randomized(jax.eval_shape(lambda key: create_backbone(name, key=key, **arguments), jax.random.key(0)))
+
+
+def randomized(model):
+    drawn = reference.draw_parameters({name: x.shape for name, x in get_parameters(model).items()})
+    return with_parameters(model, jax.tree.map(jnp.asarray, drawn))
 
 
 def images(height, width):
-    return np.random.default_rng(2).normal(size=(2, height, width, 3)).astype(np.float32)
+    return cases.images((height, width))
 
 
-def nchw(x):
-    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-
-
-def largest_differences(ours, theirs):
-    """Feature → largest difference, in standard deviations of the reference."""
-    references = {name: x.detach().numpy().transpose(0, 2, 3, 1) for name, x in theirs.items()}
-    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in references.items()}
-    return {name: float(np.abs(ours[name] - x).max() / x.std()) for name, x in references.items()}
+def largest_difference(maps, case):
+    """In standard deviations of the stored value, over all features of a case."""
+    arrays = reference.arrays('backbones')
+    stored = {key.rpartition('/')[2]: x for key, x in arrays.items() if key.rpartition('/')[0] == case}
+    assert set(maps) == set(stored) - {'strides', 'channels'}
+    differences = {feature: reference.difference(x, stored[feature]) for feature, x in maps.items()}
+    print(case, differences)
+    return max(differences.values())
 
 
 call = jax.jit(lambda backbone, x: backbone(x))
 
 
-@pytest.mark.parametrize('size', [(224, 224), (100, 143)])
-@pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_atto'])
-def test_equals_the_backbone_of_transformers_that_loads_it(tmp_path, name, size):
+@pytest.mark.parametrize('name', cases.BACKBONES)
+def test_equals_the_backbone_of_transformers(name):
     """Detectors that were trained on Hugging Face's maps would see others; 100×143 is no multiple of any stride."""
-    transformers = pytest.importorskip('transformers')
-    backbone = random_backbone(name, out_features=CHOICE)
-    save_pretrained(backbone, tmp_path / 'ours')
-    kind = transformers.ConvNextV2Backbone if 'v2' in name else transformers.ConvNextBackbone
-    theirs, info = kind.from_pretrained(tmp_path / 'ours', output_loading_info=True)
-    assert not any(info[problem] for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
-    assert tuple(theirs.out_features) == CHOICE
-    assert theirs.channels == [backbone.channels[feature] for feature in CHOICE]
-    x = images(*size)
-    with torch.no_grad():
-        maps = dict(zip(CHOICE, theirs.eval()(nchw(x)).feature_maps, strict=True))
-    differences = largest_differences(call(backbone, x), maps)
-    print(name, size, 'ConvNextBackbone', differences)
-    assert max(differences.values()) < BOUND
-
-    theirs.save_pretrained(tmp_path / 'theirs')
-    again = create_backbone(tmp_path / 'theirs')
-    assert again.out_features == CHOICE
-    jax.tree.map(np.testing.assert_array_equal, get_parameters(again), get_parameters(backbone))
+    backbone = random_backbone(name, out_features=cases.BACKBONE_FEATURES)
+    assert largest_difference(call(backbone, cases.images(cases.ODD_SIZE)), name) < BOUND
 
 
-@pytest.mark.parametrize(
-    ('name', 'patch_size', 'output_stride'),
-    [
-        ('convnext_tiny', 4, 8),
-        ('convnext_tiny', 4, 16),
-        ('convnextv2_atto', 4, 8),
-        ('convnextv2_atto', 4, 16),
-        ('convnextv2_atto', 8, 8),
-    ],
-)
+def test_a_backbone_s_folder_of_transformers_loads(tmp_path):
+    """With the features that its config chooses, and nothing newly initialised."""
+    from safetensors.numpy import save_file
+
+    stored = reference.table('hugging_face_folders')['backbone']
+    for name, content in stored['files'].items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tensors = {name: cases.foreign_tensor(name, tuple(shape)) for name, shape in stored['shapes'].items()}
+    save_file(tensors, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    backbone = create_backbone(tmp_path)
+    assert backbone.out_features == cases.BACKBONE_FEATURES
+    back = to_layout(jax.device_get(get_parameters(backbone)), backbone.variant, 'huggingface')
+    back = {name.removeprefix('convnextv2.'): x for name, x in back.items()}  # a backbone is not part of a classifier
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(('name', 'patch_size', 'output_stride'), cases.DILATED)
 def test_dilated_stages_equal_timm(name, patch_size, output_stride):
     """Segmentation keeps the resolution: a dilation or padding that is off by one moves every mask."""
-    timm = pytest.importorskip('timm')
     variant = get_variant(name).replace(patch_size=patch_size)
     backbone = random_backbone(variant, output_stride=output_stride)
-    arguments = {'output_stride': output_stride, 'patch_size': patch_size}
-    reference = timm.create_model(name, features_only=True, **arguments).eval()
-    trunk = {feature: x for feature, x in get_parameters(backbone).items() if not feature.startswith('norms.')}
-    # Of another patch size the names are the same, and the layout of a whole timm model is another network.
-    tensors = to_layout(trunk, get_variant(name), 'timm')
-    # features_only flattens the names: stem.0 → stem_0, stages.1 → stages_1
-    state = {t.replace('stem.', 'stem_').replace('stages.', 'stages_', 1): x for t, x in tensors.items()}
-    reference.load_state_dict({t: torch.from_numpy(np.array(x)) for t, x in state.items()}, strict=True)
-    x = images(100, 143)
-    names = [f'stage{stage}' for stage in range(1, 5)]
-    with torch.no_grad():
-        maps = dict(zip(names, reference(nchw(x)), strict=True))
-    ours = jax.jit(lambda backbone, x: backbone.features(x))(backbone, x)
-    ours.pop('stem')
-    differences = largest_differences(ours, maps)
-    print(name, output_stride, 'timm', differences)
-    assert max(differences.values()) < BOUND
-    assert [backbone.strides[feature] for feature in names] == reference.feature_info.reduction()
-    assert [backbone.channels[feature] for feature in names] == reference.feature_info.channels()
+    maps = jax.jit(lambda backbone, x: backbone.features(x))(backbone, cases.images(cases.ODD_SIZE))
+    maps.pop('stem')
+    case = f'{name}/{patch_size}/{output_stride}'
+    assert largest_difference(maps, case) < BOUND
+    stored = reference.arrays('backbones')
+    assert [backbone.strides[feature] for feature in maps] == stored[f'{case}/strides'].tolist()
+    assert [backbone.channels[feature] for feature in maps] == stored[f'{case}/channels'].tolist()
 
 
-@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
+@pytest.mark.parametrize('layout', ['huggingface', 'timm'])
 def test_a_classifier_s_folder_gives_its_trunk_and_says_that_the_norms_are_fresh(tmp_path, layout):
     model = randomized(create_model('convnext_atto', key=jax.random.key(0), num_classes=3))
     save_pretrained(model, tmp_path / 'out', layout=layout)
@@ -165,7 +136,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
 
 
 def test_gradients_reach_every_parameter_and_keys_drop_paths():
-    backbone = random_backbone(output_stride=8, drop_path_rate=0.5)
+    backbone = random_backbone(Variant((2, 2), (8, 16), grn=True), output_stride=4, drop_path_rate=0.5)
     x = images(32, 32)
 
     def loss(backbone, key):
@@ -257,6 +228,4 @@ def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
         again = create_backbone(tmp_path / 'out')
     assert again.variant == variant
     assert again(jnp.ones((1, 9, 5, 1)))['stage2'].shape == (1, 2, 1, 16)
-    transformers = pytest.importorskip('transformers')
-    theirs = transformers.ConvNextBackbone.from_pretrained(tmp_path / 'out')
-    assert theirs.config.layer_scale_init_value == 0
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['layer_scale_init_value'] == 0

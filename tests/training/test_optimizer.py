@@ -8,6 +8,8 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.layouts import entries
 from convnext_jax.models import Role, create_model, get_parameters, list_models, parameter_roles
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, moving_average
+from tests import reference
+from tests.reference import cases
 
 
 def published_schedule(peak, minimum, warmup, total):
@@ -92,17 +94,9 @@ def layers_of(name, rule, decay=0.5):
     return {parameter: (np.log(factor) / np.log(decay)).round(9).tolist() for parameter, factor in factors.items()}
 
 
-@pytest.mark.parametrize('name', ['convnext_tiny', 'convnext_base', 'convnextv2_large', 'convnextv2_atto'])
+@pytest.mark.parametrize('name', cases.LAYERED)
 def test_single_layer_decay_equals_timm_s_parameter_groups(name):
-    timm = pytest.importorskip('timm', reason='timm is a development requirement')
-    torch = pytest.importorskip('torch')
-    from timm.optim import param_groups_layer_decay
-
-    with torch.device('meta'):
-        reference = timm.create_model(name)
-    names = {parameter: name for name, parameter in reference.named_parameters()}
-    groups = param_groups_layer_decay(reference, weight_decay=0.05, layer_decay=0.5)
-    theirs = {names[parameter]: -np.log2(group['lr_scale']) for group in groups for parameter in group['params']}
+    theirs = reference.table('layers')[name]
     model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
     shapes = {parameter: x.shape for parameter, x in get_parameters(model).items()}
     ours = layers_of(name, 'single')

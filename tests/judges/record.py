@@ -1,0 +1,401 @@
+"""Computes what the tests without torch compare with, by transformers, timm and torch, and stores it.
+
+    python -m tests.judges.record          # needs requirements-judges.txt
+
+writes `tests/reference/*.npz` and `tables.json.gz`. `test_recorded.py` computes the same and compares.
+"""
+
+import contextlib
+import gzip
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import timm
+import torch
+import transformers
+from timm.data import auto_augment
+from timm.optim import param_groups_layer_decay
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
+from convnext_jax import Backbone, ConvNeXt, create_backbone, create_model
+from convnext_jax.interop.layouts import to_layout
+from convnext_jax.models import Variant, get_parameters, get_variant, list_models
+from tests import reference
+from tests.reference import cases
+
+VERSIONS = {name: importlib.metadata.version(name) for name in ('torch', 'timm', 'transformers', 'pillow', 'numpy')}
+
+
+def nchw(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def nhwc(tensor: torch.Tensor) -> np.ndarray:
+    array = tensor.detach().numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def load(module: torch.nn.Module, tensors: dict[str, np.ndarray]) -> torch.nn.Module:
+    """The module in evaluation mode, with these values for all of its parameters."""
+    module.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, strict=True)
+    return module.eval()
+
+
+def shapes_of(model: ConvNeXt | Backbone) -> dict[str, tuple[int, ...]]:
+    return {name: x.shape for name, x in get_parameters(model).items()}
+
+
+def model_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    return shapes_of(
+        jax.eval_shape(lambda key: create_model(name, key=key, num_classes=cases.CLASSES), jax.random.key(0))
+    )
+
+
+def hugging_face(name: str, epsilon: float = 1e-12) -> torch.nn.Module:
+    """The classifier of transformers by the name that a variant has here."""
+    variant = get_variant(name)
+    kind = 'ConvNextV2' if name.startswith('convnextv2') else 'ConvNext'
+    config = getattr(transformers, f'{kind}Config')(
+        depths=variant.depths, hidden_sizes=variant.widths, num_labels=cases.CLASSES, layer_norm_eps=epsilon
+    )
+    return getattr(transformers, f'{kind}ForImageClassification')(config)
+
+
+def isotropic_in_torch(variant: Variant) -> torch.nn.Module:
+    """The paper's isotropic network in plain torch, as neither transformers nor timm has it."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.dwconv = torch.nn.Conv2d(width, width, 7, padding=3, groups=width)
+            self.norm = torch.nn.LayerNorm(width, eps=1e-6)
+            self.pwconv1 = torch.nn.Linear(width, 4 * width)
+            self.pwconv2 = torch.nn.Linear(4 * width, width)
+
+        def forward(self, x):
+            branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+            branch = self.pwconv2(torch.nn.functional.gelu(self.pwconv1(branch)))
+            return x + branch.permute(0, 3, 1, 2)
+
+    class Isotropic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            width = variant.widths[0]
+            self.stem = torch.nn.Conv2d(3, width, 16, stride=16)
+            self.blocks = torch.nn.Sequential(*(Block(width) for _ in range(variant.depths[0])))
+            self.norm = torch.nn.LayerNorm(width, eps=1e-6)
+            self.head = torch.nn.Linear(width, cases.CLASSES)
+
+        def forward(self, x):
+            return self.head(self.norm(self.blocks(self.stem(x)).mean((2, 3))))
+
+    return Isotropic()
+
+
+@torch.no_grad()
+def model_outputs(judge: str, name: str, epsilon: float, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Logits and feature maps of a classifier: feature → array as ours.
+
+    Args:
+        judge: 'transformers', 'timm', or 'torch' for an isotropic one.
+        name: of the variant.
+        epsilon: of the last norm, which transformers alone lets choose.
+        size: height and width of the images.
+    """
+    variant, parameters = get_variant(name), reference.draw_parameters(model_shapes(name))
+    x = nchw(cases.images(size))
+    if judge == 'transformers':
+        module = load(hugging_face(name, epsilon), to_layout(parameters, variant, 'huggingface'))
+        out = module(x, output_hidden_states=True)
+        found = {'logits': out.logits} | dict(zip(cases.FEATURES, out.hidden_states, strict=True))
+    elif judge == 'timm':
+        module = timm.create_model(name, num_classes=cases.CLASSES)
+        load(module, to_layout(parameters, variant, 'timm'))
+        maps = module.forward_intermediates(x, intermediates_only=True)[-4:]
+        found = {'logits': module(x)} | dict(zip(cases.FEATURES[1:], maps, strict=True))
+    else:
+        module = load(isotropic_in_torch(variant), to_layout(parameters, variant, 'original'))
+        stem = module.stem(x)
+        found = {'logits': module(x), 'stem': stem, 'stage1': module.blocks(stem)}
+    return {feature: nhwc(x) for feature, x in found.items()}
+
+
+def models() -> dict[str, np.ndarray]:
+    return {
+        f'{judge}/{name}/{feature}': reference.sketch(x)
+        for judge, name, epsilon in cases.MODELS
+        for feature, x in model_outputs(judge, name, epsilon, cases.SIZE).items()
+    }
+
+
+@torch.no_grad()
+def backbone_maps(name: str, size: tuple[int, int], patch_size: int, output_stride: int) -> dict[str, np.ndarray]:
+    """The feature maps of timm, not normalised, of a trunk of some patch size and output stride."""
+    variant = get_variant(name).replace(patch_size=patch_size)
+    backbone = jax.eval_shape(
+        lambda key: create_backbone(variant, key=key, output_stride=output_stride), jax.random.key(0)
+    )
+    drawn = reference.draw_parameters(shapes_of(backbone))
+    trunk = {feature: x for feature, x in drawn.items() if not feature.startswith('norms.')}
+    arguments = {'output_stride': output_stride, 'patch_size': patch_size}
+    module = timm.create_model(name, features_only=True, **arguments)
+    # Of another patch size the names are the same, and the layout of a whole timm model is another network.
+    tensors = to_layout(trunk, get_variant(name), 'timm')
+    # features_only flattens the names: stem.0 → stem_0, stages.1 → stages_1
+    load(module, {t.replace('stem.', 'stem_').replace('stages.', 'stages_', 1): x for t, x in tensors.items()})
+    names = [f'stage{stage}' for stage in range(1, 5)]
+    strides = {'strides': np.asarray(module.feature_info.reduction())}
+    channels = {'channels': np.asarray(module.feature_info.channels())}
+    return {f: nhwc(x) for f, x in zip(names, module(nchw(cases.images(size))), strict=True)} | strides | channels
+
+
+@torch.no_grad()
+def hugging_face_backbone(name: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The normalised maps of transformers' backbone."""
+    variant = get_variant(name)
+    kind = 'ConvNextV2' if name.startswith('convnextv2') else 'ConvNext'
+    config = getattr(transformers, f'{kind}Config')(
+        depths=list(variant.depths), hidden_sizes=list(variant.widths), out_features=list(cases.BACKBONE_FEATURES)
+    )
+    module = getattr(transformers, f'{kind}Backbone')(config)
+    backbone = jax.eval_shape(
+        lambda key: create_backbone(name, key=key, out_features=cases.BACKBONE_FEATURES), jax.random.key(0)
+    )
+    tensors = to_layout(reference.draw_parameters(shapes_of(backbone)), variant, 'huggingface')
+    load(module, {name.removeprefix(f'{kind.lower()}.'): x for name, x in tensors.items()})
+    maps = module(nchw(cases.images(size))).feature_maps
+    return {feature: nhwc(x) for feature, x in zip(cases.BACKBONE_FEATURES, maps, strict=True)}
+
+
+def backbones() -> dict[str, np.ndarray]:
+    found = {}
+    for name in cases.BACKBONES:
+        found |= {f'{name}/{f}': reference.sketch(x) for f, x in hugging_face_backbone(name, cases.ODD_SIZE).items()}
+    for case in cases.DILATED:
+        maps = backbone_maps(*case[:1], cases.ODD_SIZE, *case[1:])
+        found |= {f'{"/".join(map(str, case))}/{f}': reference.sketch(x) for f, x in maps.items()}
+    return found
+
+
+def training_run(name: str) -> tuple[list[float], dict[str, dict[str, np.ndarray]]]:
+    """Thirty steps in torch: the losses; the first gradient, and the last parameters and average, by timm's names."""
+    run = cases.Training
+    module = timm.create_model(name, num_classes=run.CLASSES).train()
+    model = jax.eval_shape(lambda key: create_model(name, key=key, num_classes=run.CLASSES), jax.random.key(0))
+    start = to_layout(reference.draw_parameters(shapes_of(model)), get_variant(name), 'timm')
+    load(module, start).train()
+    groups = param_groups_layer_decay(module, weight_decay=run.DECAY, layer_decay=run.LAYER_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=run.PEAK, betas=(0.9, 0.999), eps=1e-8)
+    average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    losses, gradient = [], {}
+    for step, batch in enumerate(run.batches()):
+        for group in optimizer.param_groups:
+            group['lr'] = run.learning_rate(step) * group['lr_scale']
+        pixels = (batch['image'] / np.float32(255) - np.float32(run.MEAN)) / np.float32(run.STD)
+        labels = torch.from_numpy(batch['label'].astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(module(nchw(pixels)), labels, label_smoothing=run.SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = gradient or {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                average[name] = run.EMA * average[name] + (1 - run.EMA) * parameter
+    found = {'gradient': gradient, 'parameters': dict(module.named_parameters()), 'average': average}
+    return losses, {kind: {name: x.detach().numpy() for name, x in tensors.items()} for kind, tensors in found.items()}
+
+
+def training() -> dict[str, np.ndarray]:
+    found = {}
+    for name in cases.TRAINED:
+        losses, tensors = training_run(name)
+        found[f'{name}/losses'] = np.asarray(losses)
+        found |= {f'{name}/{kind}': cases.sketch_tensors(those) for kind, those in tensors.items()}
+    return found
+
+
+def pixels(processor: ConvNextImageProcessorPil, image: object) -> np.ndarray:
+    return processor(image, return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
+
+
+def processors() -> dict[str, np.ndarray]:
+    """Images as the processors of transformers and timm prepare them."""
+    found = {}
+    for number, config in enumerate(cases.PROCESSORS):
+        for size in cases.PICTURES:
+            image = pixels(ConvNextImageProcessorPil(**config), cases.picture(*size))
+            found[f'{number}/{size[0]}x{size[1]}'] = reference.sketch(image)
+    small = ConvNextImageProcessorPil(size={'shortest_edge': 64})
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in cases.write_pictures(Path(folder)).items():
+            found[f'file/{name}'] = reference.sketch(pixels(small, transformers.image_utils.load_image(str(path))))
+    floats = small(cases.float_picture(), do_rescale=False, return_tensors='np')['pixel_values'][0]
+    found['floats'] = reference.sketch(floats.transpose(1, 2, 0))
+    for number, images in enumerate(cases.TIMM_PROCESSORS):
+        values = {**images, 'input_size': tuple(images['input_size'])}
+        transform = timm.data.create_transform(**values, mean=cases.Training.MEAN, std=cases.Training.STD)
+        found[f'timm/{number}'] = reference.sketch(transform(cases.picture(400, 500)).numpy().transpose(1, 2, 0))
+    return found
+
+
+def names_and_shapes() -> dict:
+    """Variant → layout → tensor → shape, of every variant that the libraries have."""
+    found = {}
+    for name in list_models():
+        if 'isotropic' not in name:
+            with torch.device('meta'):
+                modules = {
+                    'huggingface': hugging_face(name),
+                    'timm': timm.create_model(name, num_classes=cases.CLASSES),
+                }
+            found[name] = {
+                layout: {tensor: list(x.shape) for tensor, x in module.state_dict().items()}
+                for layout, module in modules.items()
+            }
+    return found
+
+
+def layers() -> dict:
+    """Variant → timm's name of a parameter → the layers between it and the head, as layer decay counts them."""
+    found = {}
+    for name in cases.LAYERED:
+        with torch.device('meta'):
+            module = timm.create_model(name)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        groups = param_groups_layer_decay(module, weight_decay=0.05, layer_decay=0.5)
+        found[name] = {names[p]: float(-np.log2(group['lr_scale'])) for group in groups for p in group['params']}
+    return found
+
+
+def randaugment() -> dict:
+    """'increasing' or 'plain' → level → the operations in their order, each with the arguments that may be drawn."""
+    found = {}
+    for kind in ('plain', 'increasing'):
+        names = auto_augment._RAND_INCREASING_TRANSFORMS if kind == 'increasing' else auto_augment._RAND_TRANSFORMS
+        found[kind] = {str(level): [[name, _arguments(name, level)] for name in names] for level in cases.LEVELS}
+    return found
+
+
+def _arguments(name: str, level: float) -> list[float] | None:
+    """None where there is no argument, or where timm's own rule fails."""
+    rule = auto_augment.LEVEL_TO_ARG[name]
+    if rule is None:
+        return None
+    try:
+        return sorted({float(np.ravel(rule(level, {}))[0]) for _ in range(40)})  # the sign is drawn
+    except TypeError:  # timm's integer rules give the number in no tuple, and its increasing ones expect one
+        assert name in ('PosterizeIncreasing', 'SolarizeIncreasing')
+        return None
+
+
+@contextlib.contextmanager
+def timm_folder(name: str, arguments: dict) -> Iterator[tuple[torch.nn.Module, Path]]:
+    """A model of timm with drawn values, and the folder that timm saves it in."""
+    module = timm.create_model(name, num_classes=3, **arguments).eval()
+    with torch.no_grad():
+        for tensor, x in module.named_parameters():
+            x.copy_(torch.from_numpy(cases.foreign_tensor(tensor, tuple(x.shape))))
+    with tempfile.TemporaryDirectory() as folder:
+        config = {'label_names': list(cases.NAMES)}
+        timm.models.save_for_hf(module, folder, model_config=config, safe_serialization=True)
+        yield module, Path(folder)
+
+
+def timm_folders() -> dict:
+    """For each of the cases: the config.json that timm writes, and names and shapes of the tensors beside it."""
+    found = []
+    for name, arguments in cases.TIMM_FOLDERS:
+        with timm_folder(name, arguments) as (module, folder):
+            shapes = {tensor: list(x.shape) for tensor, x in module.state_dict().items()}
+            found.append({'config': json.loads((folder / 'config.json').read_text()), 'shapes': shapes})
+    return found
+
+
+def timm_folder_logits() -> dict[str, np.ndarray]:
+    found = {}
+    for number, (name, arguments) in enumerate(cases.TIMM_FOLDERS):
+        with timm_folder(name, arguments) as (module, _), torch.no_grad():
+            found[str(number)] = reference.sketch(module(nchw(cases.images((64, 96)))).numpy())
+    return found
+
+
+def hugging_face_folders() -> dict:
+    """Kind of model → what transformers writes beside the weights, and names and shapes of the tensors."""
+    names = dict(enumerate(cases.NAMES))
+    arguments = {'depths': [2, 2, 6, 2], 'hidden_sizes': [40, 80, 160, 320]}
+    labels = {'id2label': names, 'label2id': {name: number for number, name in names.items()}}
+    v2 = transformers.ConvNextV2Config
+    modules = {
+        'convnext_atto': transformers.ConvNextForImageClassification(
+            transformers.ConvNextConfig(**arguments, **labels, layer_norm_eps=1e-12)
+        ),
+        'convnextv2_atto': transformers.ConvNextV2ForImageClassification(v2(**arguments, **labels)),
+        'without head': transformers.ConvNextV2Model(v2(**arguments)),
+        'backbone': transformers.ConvNextV2Backbone(v2(**arguments, out_features=list(cases.BACKBONE_FEATURES))),
+    }
+    processor = ConvNextImageProcessorPil(
+        size={'shortest_edge': 288}, crop_pct=0.9, resample=2, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
+    found = {}
+    for kind, module in modules.items():
+        with tempfile.TemporaryDirectory() as folder:
+            module.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            files = {path.name: json.loads(path.read_text()) for path in sorted(Path(folder).glob('*.json'))}
+        found[kind] = {'files': files, 'shapes': {name: list(x.shape) for name, x in module.state_dict().items()}}
+    return found
+
+
+def predictions() -> dict[str, np.ndarray]:
+    """Probabilities of the classes in their order, for each of the photographs, by the pipeline of transformers."""
+    found = {}
+    for number, (names, kind) in enumerate(cases.PREDICTED):
+        with tempfile.TemporaryDirectory() as folder:
+            cases.save_predictor(Path(folder) / 'out', names, kind)
+            pipeline = transformers.pipeline(
+                'image-classification',
+                model=f'{folder}/out',
+                image_processor=ConvNextImageProcessorPil.from_pretrained(f'{folder}/out'),
+            )
+            scores = [pipeline(str(path)) for path in cases.write_photos(Path(folder))]
+        by_name = [{score['label']: score['score'] for score in photo} for photo in scores]
+        found[str(number)] = np.asarray([[photo[name] for name in names] for photo in by_name])
+    return found
+
+
+ARRAYS = {
+    'models': models,
+    'backbones': backbones,
+    'training': training,
+    'processors': processors,
+    'timm_folders': timm_folder_logits,
+    'predictions': predictions,
+}
+"""File → what computes its arrays."""
+TABLES = {
+    'names_and_shapes': names_and_shapes,
+    'layers': layers,
+    'randaugment': randaugment,
+    'timm_folders': timm_folders,
+    'hugging_face_folders': hugging_face_folders,
+}
+
+
+def main() -> None:
+    about = {'versions': VERSIONS, 'written by': 'python -m tests.judges.record'}
+    for name, compute in ARRAYS.items():
+        arrays = {key: np.asarray(x, np.float32) for key, x in compute().items()}
+        np.savez_compressed(reference.FOLDER / f'{name}.npz', about=json.dumps(about), **arrays)
+        print(f'{name}.npz: {len(arrays)} arrays')
+    text = json.dumps({'about': about} | {name: compute() for name, compute in TABLES.items()})
+    (reference.FOLDER / 'tables.json.gz').write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+if __name__ == '__main__':
+    main()

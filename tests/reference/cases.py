@@ -1,0 +1,170 @@
+"""What the stored values are of: models, images, files, the training run. Needs none of the other libraries."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from convnext_jax import ImageProcessor, create_model, save_pretrained
+from convnext_jax.models import get_parameters, with_parameters
+from tests.reference import draw, draw_bytes, draw_parameters, sketch
+
+CLASSES = 50
+NAMES = ('cat', 'dog', 'emu')
+FEATURES = ('stem', 'stage1', 'stage2', 'stage3', 'stage4')
+SIZE = (96, 160)
+ODD_SIZE = (100, 143)
+"""No multiple of any stride."""
+
+MODELS = (
+    ('transformers', 'convnext_tiny', 1e-6),
+    ('transformers', 'convnextv2_atto', 1e-12),
+    ('transformers', 'convnextv2_tiny', 1e-6),
+    ('timm', 'convnext_atto', 1e-6),
+    ('timm', 'convnext_tiny', 1e-6),
+    ('timm', 'convnextv2_atto', 1e-6),
+    ('timm', 'convnextv2_tiny', 1e-6),
+    ('torch', 'convnext_isotropic_small', 1e-6),
+)
+"""Judge, variant, epsilon of the last norm."""
+BACKBONES = ('convnext_tiny', 'convnextv2_atto')
+BACKBONE_FEATURES = ('stem', 'stage2', 'stage4')
+DILATED = (
+    ('convnext_tiny', 4, 8),
+    ('convnext_tiny', 4, 16),
+    ('convnextv2_atto', 4, 8),
+    ('convnextv2_atto', 4, 16),
+    ('convnextv2_atto', 8, 8),
+)
+"""Variant, patch size, output stride."""
+LAYERED = ('convnext_tiny', 'convnext_base', 'convnextv2_large', 'convnextv2_atto')
+LEVELS = (0.0, 3.3, 9.0, 10.0)
+TRAINED = ('convnext_atto', 'convnextv2_atto')
+
+
+def images(size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    return draw(f'images {size}', (2, *size, channels))
+
+
+class Training:
+    """A run of thirty steps: the recipe without augmentation and drop path, whose draws differ between libraries."""
+
+    STEPS, WARMUP, IMAGES, SIZE, CLASSES = 30, 5, 8, 64, 10
+    PEAK, MINIMUM, DECAY, LAYER_DECAY, EMA, SMOOTHING = 1e-3, 1e-6, 0.05, 0.8, 0.99, 0.1
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    @classmethod
+    def batches(cls) -> Iterator[dict[str, np.ndarray]]:
+        for step in range(cls.STEPS):
+            label = draw_bytes(f'labels {step}', (cls.IMAGES,), cls.CLASSES)
+            image = draw_bytes(f'batch {step}', (cls.IMAGES, cls.SIZE, cls.SIZE, 3), 128)
+            image[:, :, :, 0] += (12 * label)[:, None, None]  # something to learn
+            yield {'image': image, 'label': label.astype(np.int32)}
+
+    @classmethod
+    def learning_rate(cls, step: int) -> float:
+        """`cosine_scheduler` of the original's utils.py."""
+        if step < cls.WARMUP:
+            return cls.PEAK * step / (cls.WARMUP - 1)
+        share = (step - cls.WARMUP) / (cls.STEPS - cls.WARMUP)
+        return cls.MINIMUM + 0.5 * (cls.PEAK - cls.MINIMUM) * (1 + np.cos(np.pi * share))
+
+
+def sketch_tensors(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Short sketches of many tensors, one after the other in the order of their names."""
+    return np.concatenate([sketch(tensors[name], 16) for name in sorted(tensors)])
+
+
+# Images and their processors.
+
+PICTURES = ((500, 375), (333, 501), (60, 45), (224, 224), (1021, 300))
+"""Width and height."""
+PROCESSORS = (
+    {'size': {'shortest_edge': 224}},
+    {'size': {'shortest_edge': 224}, 'resample': 2, 'image_mean': [0.485, 0.456, 0.406], 'image_std': [0.2, 0.3, 0.4]},
+    {'size': {'shortest_edge': 288}, 'crop_pct': 0.95, 'do_normalize': False},
+    {'size': {'shortest_edge': 383}, 'crop_pct': 1.0},
+    {'size': {'shortest_edge': 384}, 'do_rescale': False},
+)
+TIMM_PROCESSORS = (
+    {'input_size': [3, 224, 224], 'crop_pct': 0.875, 'interpolation': 'bicubic'},
+    {'input_size': [3, 384, 384], 'crop_pct': 1.0, 'interpolation': 'bicubic', 'crop_mode': 'squash'},
+    {'input_size': [3, 384, 384], 'crop_pct': 1.0, 'interpolation': 'bilinear'},
+)
+MODES = ('L', 'RGBA', 'P', 'CMYK', 'LA', '1')
+
+
+def picture(width: int, height: int, mode: str = 'RGB') -> Image.Image:
+    """Smooth shades with a little noise, as in a photograph."""
+    coarse = Image.fromarray(draw_bytes(f'coarse {width}', (6, 8, 4)), 'RGBA').resize((width, height))
+    noise = draw_bytes(f'noise {width}', (height, width, 4), 19).astype(int) - 9
+    return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8), 'RGBA').convert(mode)
+
+
+def write_pictures(folder: Path) -> dict[str, Path]:
+    """A file of each mode: mode → its path."""
+    paths = {mode: folder / (f'{mode}.tif' if mode == 'CMYK' else f'{mode}.png') for mode in MODES}
+    for mode, path in paths.items():
+        picture(90, 70, 'RGB' if mode in ('P', 'CMYK', '1') else mode).convert(mode).save(path)
+    return paths
+
+
+def float_picture() -> np.ndarray:
+    return draw_bytes('floats', (70, 90, 3)) / np.float32(255)
+
+
+# Probabilities.
+
+PREDICTED = (
+    (('rust', 'crack', 'dent'), 'multi_label_classification'),
+    (('rust', 'crack', 'dent'), 'single_label_classification'),
+    (('rust', 'crack', 'dent'), None),
+    (('rust',), 'multi_label_classification'),
+    (('rust',), None),
+)
+"""Class names, kind of problem."""
+
+
+def save_predictor(folder: Path, names: tuple[str, ...], kind: str | None) -> None:
+    """A model that tells the photographs apart, as Hugging Face keeps it."""
+    model = jax.eval_shape(
+        lambda key: create_model('convnextv2_atto', key=key, num_classes=len(names), layer_norm_eps=1e-12),
+        jax.random.key(0),
+    )
+    drawn = draw_parameters({name: x.shape for name, x in get_parameters(model).items()})
+    drawn['head.bias'] = np.asarray([1.0, 0.5, -1.0][: len(names)], np.float32)
+    processor = ImageProcessor(size=64)
+    save_pretrained(with_parameters(model, drawn), folder, class_names=names, processor=processor, problem_type=kind)
+
+
+def write_photos(folder: Path) -> list[Path]:
+    """Three that look different."""
+    paths = []
+    for number, size in enumerate(((40, 50), (96, 64), (70, 70))):
+        coarse = Image.fromarray(draw_bytes(f'photo {number}', (5, 5, 3)))
+        paths.append(folder / f'{number}.png')
+        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+# Folders that the other libraries save.
+
+TIMM_FOLDERS = (
+    ('convnext_nano', {}),
+    ('convnext_tiny', {'patch_size': 7, 'drop_path_rate': 0.1, 'ls_init_value': 1e-5, 'norm_eps': 1e-6}),
+    ('convnext_atto', {'conv_mlp': False, 'global_pool': 'fast', 'output_stride': 32, 'kernel_sizes': (7,) * 4}),
+    ('convnext_pico', {'depths': (1, 1, 2, 1), 'dims': (24, 48, 96, 192), 'head_init_scale': 0.1}),
+    ('convnextv2_atto', {'drop_rate': 0.2, 'act_layer': 'gelu', 'norm_layer': 'layernorm2d'}),
+    ('convnextv2_tiny', {'depths': (1, 1, 1, 1), 'conv_mlp': True, 'ls_init_value': 1e-6}),
+    ('convnext_femto', {'use_grn': True}),
+)
+"""Name in timm, arguments; most of them change nothing."""
+
+
+def foreign_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A value of a tensor of another library that matters in the output."""
+    mean = float('norm' in name and name.endswith('weight'))
+    scale = 0.3 if len(shape) < 2 else float(np.prod(shape[1:])) ** -0.5
+    return np.float32(mean) + np.float32(scale) * draw(name, shape)
