@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 import jax  # noqa: E402 - reads the environment
 
 import train as train_command  # noqa: E402
+from convnext_jax.models.variants import VARIANTS, Variant  # noqa: E402
 
 STEPS = 24
 LONGEST = 900
@@ -99,6 +100,15 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return (
         NotInstalled.from_parent(parent, path=module_path) if MISSING and module_path.parent.name == 'judges' else None
     )
+
+
+# A run that starts from another one: with two outputs more, at another resolution, at rates that leave the weights.
+FINE_TUNING = (
+    '--config.model.num_classes=12',
+    '--config.data.image_size=36',
+    '--config.optimizer.learning_rate=1e-12',
+    '--config.optimizer.min_learning_rate=1e-12',
+)
 
 
 class Commands:
@@ -182,6 +192,13 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process's commands see one of its devices, as those do that are started: the same programs and bits."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, 'devices', lambda *_: first)
+
+
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process the atto models have two stages of one block: a step that takes a third as long to compile."""
+    for name, has in (('convnext_atto', {}), ('convnextv2_atto', {'grn': True, 'layer_scale_init': 0})):
+        monkeypatch.setitem(VARIANTS, name, Variant((1, 1), (8, 16), **has))
 
 
 @pytest.fixture

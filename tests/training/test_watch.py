@@ -123,11 +123,8 @@ class Slow:
         return self._source[index]
 
 
-def test_a_slow_source_shows_in_the_share_and_is_told(tmp_path, monkeypatch, finished_run):
-    """Of a run at a third of its speed one must see that it is the data, and where, without a profiler.
-
-    In this process, which has eight devices: the losses are those of one, to what summing in another order rounds.
-    """
+def test_a_slow_source_shows_in_the_share_and_is_told(one_device, tmp_path, monkeypatch, finished_run):
+    """Of a run at a third of its speed one must see that it is the data, and where, without a profiler."""
     err, sources = Stderr(), []
 
     opened = Classification.open
@@ -180,6 +177,7 @@ def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path,
         '--config.optimizer.warmup_steps=1',
         '--config.eval_every_epochs=1000',
         '--config.log_every_steps=2',
+        '--config.augment.policy=',  # RandAugment takes long to compile
         f'--workdir={run}',
     )
     while process.poll() is None and not read_records(run):
@@ -219,6 +217,7 @@ print(lines, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_straggling_process_is_named_to_all(tmp_path):
     """By a real collective of two processes: each knows its own times alone. What goes on is told once."""
     with socket.socket() as free:
