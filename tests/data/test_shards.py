@@ -125,15 +125,15 @@ def test_folder_that_cannot_be_written(directory, tmp_path_factory, monkeypatch)
 
 def test_source_goes_to_other_processes_and_threads(directory):
     """Loaders copy it: a copy that holds the index costs gigabytes, one that holds a file's position mixes up reads."""
-    write_tar(directory / 'big-0.tar', [member for i in range(5000) for member in sample(f'{i:04}', i % 256, i % 10)])
+    write_tar(directory / 'big-0.tar', [member for i in range(600) for member in sample(f'{i:04}', i % 256, i % 10)])
     source = open_source('webdataset', str(directory), 'big')
     pickled = cloudpickle.dumps(source)
     assert len(pickled) < 2000
-    code = 'import pickle, sys; s = pickle.load(sys.stdin.buffer); print(len(s), s[4321].label, s[4321].name)'
+    code = 'import pickle, sys; s = pickle.load(sys.stdin.buffer); print(len(s), s[321].label, s[321].name)'
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, '-c', code], input=pickled, cwd=root, capture_output=True, timeout=LONGEST)
-    assert result.stdout.decode().split() == ['5000', '1', f'{directory / "big-0.tar"},', '4321.png'], result.stderr
-    order = np.random.default_rng(0).permutation(5000)
+    assert result.stdout.decode().split() == ['600', '1', f'{directory / "big-0.tar"},', '0321.png'], result.stderr
+    order = np.random.default_rng(0).permutation(600)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda i: source[int(i)].image, order))
     assert read == [png(i % 256) for i in order]
@@ -148,8 +148,8 @@ source = open_source('webdataset', {str(directory)!r}, 'train')
 print(len(source), source[2].label)
 """
     command = [sys.executable, '-c', code]
-    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=LONGEST)[0] for process in processes] == ['3 1\n'] * 4
+    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=LONGEST)[0] for process in processes] == ['3 1\n'] * 2
     assert len(list(directory.glob('*npy*'))) == 1
 
 
