@@ -52,6 +52,7 @@ def randomized(model):
     return with_parameters(model, jax.tree.map(jax.numpy.asarray, values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
 def test_runs_in_a_process_without_this_package(tmp_path, name):
     """Who deploys has uint8 images, jax and the folder, and wants the model's own logits at any batch size."""

@@ -32,6 +32,7 @@ def of_size(images, mib, text='ENTRY %main (p: f32[8]) -> f32[8] {\n}'):
     return Compiled(images, 1.0, Memory(arguments=MIB, results=0, temporaries=(mib - 1) * MIB, program=0), text)
 
 
+@pytest.mark.slow
 def test_the_step_that_is_compiled_is_that_of_training(here):
     """Its reductions carry each parameter's gradient once, the loss and its weight; the state is updated in place."""
     config = get_config()
