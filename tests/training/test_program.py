@@ -11,8 +11,10 @@ from convnext_jax.training import program
 from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture
+
+@pytest.fixture(scope='module')
 def demo():
     config = get_config()
     config.model.num_classes = 10
@@ -20,11 +22,19 @@ def demo():
     return program.Program(config, make_plan(config, images=config.batch_size), mesh)
 
 
-def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing(demo, monkeypatch):
-    """A state held twice, or the compiler's half gigabyte beside it: the largest batch that fits is smaller."""
+@pytest.fixture(scope='module')
+def compiled(demo):
+    """The step, and whether compiling gave its memory back."""
     released = []
-    monkeypatch.setattr(program, 'release_memory', lambda: released.append(True))
-    memory = demo.compile(demo.abstract_state, demo.abstract_batch).memory_analysis()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, 'release_memory', lambda: released.append(True))
+        return demo.compile(demo.abstract_state, demo.abstract_batch), released
+
+
+def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing(demo, compiled):
+    """A state held twice, or the compiler's half gigabyte beside it: the largest batch that fits is smaller."""
+    step, released = compiled
+    memory = step.memory_analysis()
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(demo.abstract_state))
     assert state > 40_000_000
     assert memory.alias_size_in_bytes >= state
@@ -32,9 +42,9 @@ def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing
     assert released
 
 
-def test_no_array_of_the_state_is_copied(demo):
+def test_no_array_of_the_state_is_copied(demo, compiled):
     """A moment that is still read when its successor is there is copied first: two passes more over all parameters."""
-    text = demo.compile(demo.abstract_state, demo.abstract_batch).as_text()
+    text = compiled[0].as_text()
     entry = text[text.index('\nENTRY ') :]
     arguments = dict(re.findall(r'%?([\w.]+) = f32\[([\d,]*)\]\S* parameter\(', entry))
     assert len(arguments) == sum(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(demo.abstract_state))
