@@ -102,8 +102,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     )
 
 
-# A run that starts from another one: with two outputs more, at another resolution, at rates that leave the weights.
+# A short run that starts from another one: two outputs more, another resolution, rates that leave the weights alone.
+FINE_TUNING_STEPS = 8
 FINE_TUNING = (
+    f'--config.steps={FINE_TUNING_STEPS}',
     '--config.model.num_classes=12',
     '--config.data.image_size=36',
     '--config.optimizer.learning_rate=1e-12',

@@ -16,10 +16,13 @@ from convnext_jax.training.sharding import make_mesh
 from convnext_jax.training.state import init_key, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 def small_config():
-    """ConvNeXt V2 atto on 16-pixel images, with every random part switched on."""
+    """ConvNeXt V2 atto on 16-pixel images, with every random part switched on but for RandAugment, slow to compile."""
     config = default_config()
+    config.augment.policy = ''
     config.model.name = 'convnextv2_atto'
     config.model.num_classes = 10
     config.model.patch_size = 2
@@ -74,9 +77,9 @@ def first_moment(state):
     return next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
 
 
-def test_accumulation_equals_the_large_batch_with_drop_path_and_augmentation(plain):
+def test_accumulation_equals_the_large_batch_with_drop_path_and_augmentation(small_models):
     """A user with fewer devices gets the published run, draws included."""
-    train_step, state = plain
+    train_step, state = build(small_config())
     config = small_config()
     config.accumulation_steps = 4
     accumulated_step, _ = build(config)
