@@ -60,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """`pytest -m gpu` runs on the GPU, everything else on CPU."""
     if config.getoption('markexpr') == 'gpu':
         del os.environ['JAX_PLATFORMS']
+
+
 # pytest-xdist gives whole files to its workers in this order: a long one at the end would leave the others waiting.
 LONGEST_FILES = (
     'test_loop.py',

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN, STEPS, strict_json
+from conftest import FINE_TUNING, ROOT, SMALL_RUN, STEPS, strict_json
 from PIL import Image
 
 import convnext_jax as cx
@@ -30,15 +30,37 @@ from convnext_jax.models import create_model, get_parameters, list_models, with_
 from convnext_jax.prediction import find_photos
 
 
-def evaluate(commands, *arguments) -> dict:
-    return json.loads(commands.run('eval.py', *arguments).stdout.splitlines()[-1])
+@pytest.fixture
+def evaluate(one_device, capsys):
+    """The result that eval.py prints, in this process."""
+
+    def evaluate(*arguments) -> dict:
+        capsys.readouterr()
+        eval_command.main(['eval.py', *arguments])
+        return strict_json(capsys.readouterr().out.splitlines()[-1])
+
+    return evaluate
 
 
-def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, finished_run):
+@pytest.fixture
+def package(one_device, capsys):
+    """What `python -m convnext_jax …` prints on stdout, in this process."""
+
+    def package(*arguments) -> str:
+        capsys.readouterr()
+        package_command.main(['convnext_jax', *map(str, arguments)])
+        return capsys.readouterr().out
+
+    return package
+
+
+def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, evaluate, finished_run):
+    """By the command itself, whose last line is for scripts."""
     records = [json.loads(line) for line in (finished_run / 'metrics.jsonl').read_text().splitlines()]
     last = [record for record in records if record['split'] != 'train'][-1]
-    raw = evaluate(commands, f'--workdir={finished_run}')  # as predict, convert and export
-    ema = evaluate(commands, f'--workdir={finished_run}', '--params=ema')
+    out = commands.run('eval.py', f'--workdir={finished_run}').stdout
+    raw = strict_json(out.splitlines()[-1])  # raw as predict, convert and export
+    ema = evaluate(f'--workdir={finished_run}', '--params=ema')
     assert (ema['params'], ema['step'], ema['images']) == ('ema', 24, 40)
     assert ema['top1'] == last['ema_top1']
     assert ema['loss'] == pytest.approx(last['ema_loss'], rel=1e-6)
@@ -46,12 +68,13 @@ def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, finished_run):
     assert raw['loss'] == pytest.approx(last['loss'], rel=1e-6)
 
 
-def test_eval_of_several_splits_by_another_protocol(commands, finished_run, tmp_path):
+def test_eval_of_several_splits_by_another_protocol(evaluate, finished_run, tmp_path, capsys):
     """A table for people, one JSON object for scripts, and a file for those who ask which class it is."""
     file = tmp_path / 'classes.csv'
     splits = '--splits=fashion_mnist_mini@test[:40],fashion_mnist_mini@test[40:60]'
     arguments = (f'--workdir={finished_run}', splits, '--flip', '--resolution=32', f'--per_class={file}')
-    lines = commands.run('eval.py', *arguments).stdout.splitlines()
+    eval_command.main(['eval.py', *arguments])
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-4:-1]] == [
         'data',
         'fashion_mnist_mini@test[:40]',
@@ -59,7 +82,7 @@ def test_eval_of_several_splits_by_another_protocol(commands, finished_run, tmp_
     ]
     results = json.loads(lines[-1])['splits']
     assert [result['images'] for result in results] == [40, 20]
-    assert results[0]['loss'] != evaluate(commands, f'--workdir={finished_run}')['loss']
+    assert results[0]['loss'] != evaluate(f'--workdir={finished_run}')['loss']
     rows = [line.split(',') for line in file.read_text().splitlines()]
     assert rows[0] == ['data', 'split', 'label', 'class', 'top1']
     assert len(rows) == 21
@@ -101,8 +124,8 @@ def test_eval_and_predict_agree_on_a_folder_that_lacks_classes(finished_run, tmp
         eval_command.main(['eval.py', *arguments])
 
 
-def test_eval_of_an_earlier_step(commands, finished_run):
-    assert evaluate(commands, f'--workdir={finished_run}', '--step=20')['step'] == 20
+def test_eval_of_an_earlier_step(evaluate, finished_run):
+    assert evaluate(f'--workdir={finished_run}', '--step=20')['step'] == 20
 
 
 @pytest.mark.parametrize(
@@ -233,36 +256,28 @@ def test_a_warning_of_ours_is_one_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == f'{left_out}error: --weights is missing; --help says more\n'
 
 
-def test_models_lists_every_name_with_its_parameters(commands):
-    table = commands.run('-m', 'convnext_jax', 'models').stdout.splitlines()[1:]
+def test_models_lists_every_name_with_its_parameters(package):
+    table = package('models').splitlines()[1:]
     assert [line.split()[0] for line in table] == list_models()
     assert table[list_models().index('convnext_tiny')].split()[1:] == ['28,589,128', '4.46', 'G']
 
 
-def test_weights_leave_a_run_and_come_back(commands, finished_run, tmp_path):
-    """Through Hugging Face's and the original layout: the same accuracy, and a run that starts from them."""
-    out = commands.run('-m', 'convnext_jax', 'convert', finished_run, tmp_path / 'hf', '--params=ema').stdout
-    assert out == (
+def test_weights_leave_a_run_and_come_back(package, evaluate, train_here, finished_run, tmp_path):
+    """In the layout of Hugging Face: the same accuracy, and a run that starts from them."""
+    assert package('convert', finished_run, tmp_path / 'hf', '--params=ema') == (
         f'{tmp_path / "hf"} holds the ema weights of {finished_run}, step {STEPS}, in the huggingface layout\n'
     )
-    arguments = ('convert', tmp_path / 'hf', tmp_path / 'original', '--layout=original')
-    out = commands.run('-m', 'convnext_jax', *arguments).stdout
-    assert f'holds the raw weights of {tmp_path / "hf"} (huggingface layout), in the original layout' in out
     config = ('--config=configs/fashion_mnist.py', '--config.data.eval_split=test[:40]', '--config.batch_size=16')
-    run = evaluate(commands, f'--workdir={finished_run}', '--params=ema')
-    for weights in (tmp_path / 'hf', tmp_path / 'original' / 'model.pth'):
-        theirs = evaluate(commands, *config, f'--weights={weights}')
-        assert (theirs['top1'], theirs['images'], theirs['params']) == (run['top1'], 40, 'raw')
-        assert theirs['loss'] == pytest.approx(run['loss'], rel=1e-5)
-    started = commands.train(
-        tmp_path / 'tuned',
-        f'--config.init.weights={tmp_path / "hf"}',
-        '--config.model.num_classes=12',
-        '--config.data.image_size=36',  # fine-tuning at another resolution needs nothing
-    )
-    assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started.stdout
+    run = evaluate(f'--workdir={finished_run}', '--params=ema')
+    theirs = evaluate(*config, f'--weights={tmp_path / "hf"}')
+    assert (theirs['top1'], theirs['images'], theirs['params']) == (run['top1'], 40, 'raw')
+    assert theirs['loss'] == pytest.approx(run['loss'], rel=1e-5)
+    with pytest.raises(UserError, match='timm builds a ConvNeXt of patch_size=2 otherwise'):
+        package('convert', tmp_path / 'hf', tmp_path / 'timm', '--layout=timm')
+    started = train_here(tmp_path / 'tuned', f'--config.init.weights={tmp_path / "hf"}', *FINE_TUNING)
+    assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started
     kept = 'the head keeps 10 of 10 classes by their names; newly initialised: 2 outputs without a class'
-    assert kept in started.stdout
+    assert kept in started
 
 
 @pytest.mark.parametrize(
@@ -294,9 +309,9 @@ def photos(tmp_path):
     return folder
 
 
-def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, finished_run, photos):
-    arguments = ('-m', 'convnext_jax', 'predict', photos, f'--weights={finished_run}', '--top=3', '--batch=2')
-    done = commands.run(*arguments, '--json', status=2)
+def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, package, finished_run, photos):
+    options = (f'--weights={finished_run}', '--top=3', '--batch=2')
+    done = commands.run('-m', 'convnext_jax', 'predict', photos, *options, '--json', status=2)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line['file'] for line in lines] == [str(photos / 'b.jpg'), str(photos / 'deep' / 'a.PNG')]
     for line in lines:
@@ -310,7 +325,7 @@ def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, fin
     assert first == f'predicts with {weights}'
     assert second.startswith('skipped: ')
     assert done.stderr.splitlines()[-1] == 'error: 1 of 3 files could not be read'
-    table = commands.run(*arguments[:3], photos / 'b.jpg', photos / 'deep' / '*.PNG', *arguments[4:]).stdout
+    table = package('predict', photos / 'b.jpg', photos / 'deep' / '*.PNG', *options)
     assert [line for line in table.splitlines() if not line.startswith(' ')] == [line['file'] for line in lines]
     assert f'{100 * lines[0]["best"][0]["probability"]:.2f} %  {lines[0]["best"][0]["name"]}' in table
 
@@ -358,7 +373,7 @@ class NotebookStream(io.StringIO):
     reconfigure = property()
 
 
-def test_the_scripts_run_inside_another_program(tmp_path, monkeypatch):
+def test_the_scripts_run_inside_another_program(one_device, tmp_path, monkeypatch):
     """A notebook's `%run train.py …`: in its process and event loop, several times; its signals stay its own."""
     monkeypatch.chdir(ROOT)
     for stream in ('stdout', 'stderr'):
@@ -371,10 +386,10 @@ def test_the_scripts_run_inside_another_program(tmp_path, monkeypatch):
         runpy.run_path(script, run_name='__main__')
 
     for _ in range(2):  # the second time there is nothing left to do
-        asyncio.run(cell('train.py', *SMALL_RUN, '--config.steps=5'))
+        asyncio.run(cell('train.py', *SMALL_RUN))
         assert sys.stdout.getvalue().splitlines()[-1].startswith('finished: top-1')
     asyncio.run(cell('eval.py'))
-    assert strict_json(sys.stdout.getvalue().splitlines()[-1])['step'] == 5
+    assert strict_json(sys.stdout.getvalue().splitlines()[-1])['step'] == STEPS
     assert sys.stdout.getvalue().count('compiled in') == 1
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
@@ -401,11 +416,9 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
         eval_command.main(['eval.py', f'--workdir={finished_run}', '--weights=x'])
 
 
-def test_an_unknown_command_lists_those_there_are(commands):
-    assert (
-        '{prepare | models | predict | convert | export | plan}'
-        in commands.run('-m', 'convnext_jax', 'modles', status=2).stderr
-    )
+def test_an_unknown_command_lists_those_there_are():
+    with pytest.raises(UserError, match=re.escape('{prepare | models | predict | convert | export | plan}')):
+        package_command.main(['convnext_jax', 'modles'])
 
 
 def test_what_a_failed_restore_leaves_behind_is_not_shown_and_other_errors_are(monkeypatch, capsys):
