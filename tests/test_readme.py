@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_the_python_examples_run():
     blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     assert blocks

@@ -14,7 +14,7 @@ import eval as evaluation
 from convnext_jax import tasks
 from convnext_jax.config import as_dict, check_values, default_config, from_dict
 from convnext_jax.errors import UserError
-from convnext_jax.models import ConvNeXt, get_parameters, parameter_roles, with_parameters
+from convnext_jax.models import ConvNeXt, Variant, get_parameters, parameter_roles, with_parameters
 from convnext_jax.tasks import Headline
 from convnext_jax.training.checkpoint import restore_parameters, saved_steps
 from convnext_jax.training.logging import read_records
@@ -24,14 +24,15 @@ from convnext_jax.training.sharding import batch_sharding, make_mesh, state_shar
 from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 from convnext_jax.training.stop import Stopped
-from tests.tasks.mean_colour import VARIANT, Colours, Errors, MeanColour
+from tests.tasks.mean_colour import Colours, Errors, MeanColour
 
 
 class WithoutStatistic(MeanColour):
-    """Its gradients can be accumulated."""
+    """Its gradients can be accumulated, and some of its kernels are sharded."""
 
     def build(self, key):
-        return ConvNeXt(VARIANT, key=key, num_classes=3, drop_path_rate=0.2)
+        variant = Variant((1, 1), (64, 128), patch_size=2, grn=True, layer_scale_init=0)
+        return ConvNeXt(variant, key=key, num_classes=3, drop_path_rate=0.2)
 
 
 def build(batch_size, accumulation_steps=1, axes=(1, 1)):
@@ -74,6 +75,7 @@ def alone():
     return first_moment(state), jax.device_get(metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('parts', 'axes'), [(4, (1, 1)), (1, (4, 2)), (2, (2, 2))])
 def test_uneven_weights_combine_exactly_over_parts_and_devices(alone, parts, axes):
     """A device whose pixels are mostly unlabelled must not count as much as the others."""
