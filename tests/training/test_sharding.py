@@ -38,6 +38,7 @@ from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 
 ROWS, SIDE = 32, 16
+STEPS = 4
 MESHES = {'1': (1, 1), '8': (8, 1), '4 × 2': (4, 2)}
 
 
@@ -55,7 +56,7 @@ def small_config():
     config.mix.cutmix = 1.0
     config.ema.decay = 0.9
     config.epochs = 10
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 0.2
     config.optimizer.learning_rate = 4e-3
     return config
 
@@ -95,14 +96,14 @@ class Run:
 
 @pytest.fixture(scope='module')
 def runs():
-    """Ten steps of the same config on each mesh."""
+    """Some steps of the same config on each mesh."""
     found = {}
     for name, shape in MESHES.items():
         program = make_program(small_config(), *shape)
         compiled = program.compile(program.abstract_state, program.abstract_batch)
         first = jax.jit(program.fresh_state, out_shardings=program.state_sharding)()
         state, losses = jax.tree.map(jnp.copy, first), []
-        for step in range(10):
+        for step in range(STEPS):
             state, metrics = compiled(state, make_batch(program, step))
             losses.append(float(metrics['loss']))
         found[name] = Run(program, compiled, (first, state), losses)
@@ -180,6 +181,7 @@ class Energy:
         return Loss(sum(jnp.square(x).mean((1, 2, 3)).sum() for x in features.values()), jnp.float32(len(keys)))
 
 
+@pytest.mark.slow
 def test_a_dilated_backbone_trains_on_a_mesh_as_on_one_device():
     """Segmentation trains one: its norms need no rules by name, and a kernel that nothing gathers must stay whole."""
     config = default_config()
@@ -232,7 +234,8 @@ def test_moments_and_moving_average_live_where_their_parameters_do(runs):
 def test_the_losses_are_the_same_on_every_mesh(runs):
     """Drop path, erasing, mixup and cutmix on: a run is the same run wherever it is."""
     alone, spread, cut = (np.asarray(runs[name].losses) for name in MESHES)
-    assert np.ptp(alone) > 0.05, 'the parameters move'
+    first, last = (np.asarray(state.parameters['head.kernel']) for state in runs['1'].states)
+    assert np.abs(last - first).max() > 5e-4, 'the parameters move'
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
     np.testing.assert_allclose(cut, alone, rtol=2e-5)
 
@@ -316,13 +319,13 @@ def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path, there, here):
     saved, resumed = runs[there], runs[here]
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
         checkpoints.save(saved.states[1], {}, None)
-    state = restore(tmp_path / 'c', 10, resumed.program.abstract_state)
+    state = restore(tmp_path / 'c', STEPS, resumed.program.abstract_state)
     for array, other in zip(jax.tree.leaves(state), jax.tree.leaves(saved.states[1]), strict=True):
         np.testing.assert_array_equal(array, other)
     sharding = jax.tree.map(lambda x: x.sharding, state)
     assert sharding == resumed.program.state_sharding
     losses = [
-        float(run.compiled(jax.tree.map(jnp.copy, state), make_batch(run.program, 10))[1]['loss'])
+        float(run.compiled(jax.tree.map(jnp.copy, state), make_batch(run.program, STEPS))[1]['loss'])
         for run, state in ((saved, saved.states[1]), (resumed, state))
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -340,11 +343,11 @@ def test_a_checkpoint_is_cut_anew(runs, tmp_path, there, here):
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
         checkpoints.save(before, {}, None)
     like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, sharding(here))
-    after = restore(tmp_path / 'c', 10, like)
+    after = restore(tmp_path / 'c', STEPS, like)
     assert jax.tree.map(lambda x: x.sharding, after) == sharding(here)
     for array, other in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(array, other)
-    whole = restore_parameters(tmp_path / 'c', 10, 'ema')  # what eval.py, convert and predict read
+    whole = restore_parameters(tmp_path / 'c', STEPS, 'ema')  # what eval.py, convert and predict read
     np.testing.assert_array_equal(whole['head.bias'], state.ema['head.bias'])
 
 
@@ -358,12 +361,13 @@ def some_of(state):
     return jax.tree.map(pick, state, is_leaf=lambda tree: isinstance(tree, dict))
 
 
-def test_sixty_four_devices_send_what_eight_do(runs):
+def test_sixteen_devices_send_what_eight_do(runs):
     """What a device sends does not grow with the pod: the same sums over more devices."""
+    flags = '--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0'
     out = subprocess.run(
         [sys.executable, __file__],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=64', 'PYTHONPATH': '.'},
+        env=os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': '.'},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -372,7 +376,7 @@ def test_sixty_four_devices_send_what_eight_do(runs):
     found = dict(line.split(': ') for line in out.splitlines())
     eight = runs['4 × 2'].collectives
     for (kind, dtype, group), same in eight.items():
-        over = {2: 2, 4: 32, 8: 64}[group]
+        over = {2: 2, 4: 8, 8: 16}[group]
         assert found.pop(f'{kind} {dtype} {over}') == f'{same.runs} {same.size}'
     assert not found
 
@@ -385,12 +389,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do():
 
 
 def print_collectives():
-    """In a process of 64 devices: the collectives of the step on 32 × 2 of them."""
+    """In a process of 16 devices: the collectives of the step on 8 × 2 of them."""
     config = small_config()
-    config.batch_size = 2 * 64
-    program = make_program(config, 32, 2)
+    config.batch_size = 4 * 16
+    program = make_program(config, 8, 2)
     text = program.compile(program.abstract_state, program.abstract_batch).as_text()
-    for (kind, dtype, group), same in collectives(read_program(text), 64).items():
+    for (kind, dtype, group), same in collectives(read_program(text), 16).items():
         print(f'{kind} {dtype} {group}: {same.runs} {same.size}')
 
 
