@@ -62,17 +62,21 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ['JAX_PLATFORMS']
 
 
-# pytest-xdist gives whole files to its workers in this order: a long one at the end would leave the others waiting.
+# pytest-xdist gives whole files to its workers in this order: a long one at the end would leave a worker waiting, as
+# would two at the beginning that need the finished run.
 LONGEST_FILES = (
-    'test_loop.py',
     'test_distributed.py',
     'test_sharding.py',
+    'test_loop.py',
     'test_commands.py',
-    'test_stop.py',
+    'test_compare.py',
     'test_watch.py',
+    'test_step.py',
+    'test_stop.py',
+    'test_task.py',
     'test_reference.py',
-    'test_benchmark.py',
     'test_backbone.py',
+    'test_pretrained.py',
     'test_parity.py',
     'test_loading.py',
 )
