@@ -15,6 +15,7 @@ import signal
 from absl import flags
 from ml_collections import ConfigDict
 
+from convnext_jax.checkpoints.workdir import CONFIG, workdir_path
 from convnext_jax.command_line import (
     all_processes,
     define_config,
@@ -30,9 +31,8 @@ from convnext_jax.config import as_dict, changed_fields, check_values, evaluatio
 from convnext_jax.errors import UserError
 from convnext_jax.output import show, to_json
 from convnext_jax.paths import local_path
-from convnext_jax.training.distributed import are_several
-from convnext_jax.training.evaluate import Protocol, Result, evaluate_run, evaluate_weights
-from convnext_jax.training.workdir import CONFIG, workdir_path
+from convnext_jax.runtime.processes import are_several
+from convnext_jax.training.standalone_evaluation import Protocol, Result, evaluate_run, evaluate_weights
 
 
 def main(arguments: list[str]) -> None:

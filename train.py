@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from convnext_jax.checkpoints.workdir import workdir_path
 from convnext_jax.command_line import (
     all_processes,
     define_config,
@@ -11,9 +12,8 @@ from convnext_jax.command_line import (
     required_config,
     run,
 )
+from convnext_jax.monitoring.trace import Window
 from convnext_jax.training.loop import train
-from convnext_jax.training.trace import Window
-from convnext_jax.training.workdir import workdir_path
 
 
 def main(arguments: list[str]) -> None:

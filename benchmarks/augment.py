@@ -19,16 +19,15 @@ import optax
 from ml_collections import ConfigDict
 
 from configs.imagenet1k import get_config
+from convnext_jax.checkpoints.state import initial_state
 from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
 from convnext_jax.data.pipeline import abstract_batch
 from convnext_jax.data.randaugment import parse_randaugment
 from convnext_jax.models import get_parameters, parameter_roles
-from convnext_jax.tasks import make_task
+from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
-from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import batch_sharding, make_mesh
-from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 
 POLICIES = {'rand-m9-mstd0.5-inc1': 0.0, '3a': 0.3}  # each with its colour jitter

@@ -20,12 +20,12 @@ from pathlib import Path
 import jax
 
 from configs.fashion_mnist import get_config
+from convnext_jax.checkpoints.manager import Checkpoints
 from convnext_jax.data import pipeline
+from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import make_task
-from convnext_jax.training.logging import read_records
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run
-from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 WARM_UP = 2
@@ -59,11 +59,11 @@ def ratios(rounds: int, steps: int) -> list[float]:
     config.checkpoint_every_steps = 10**6
     train_set, eval_set = make_task(config).open()
     config.eval_every_epochs = steps / (len(train_set) // config.batch_size)
-    plan = make_plan(config, len(train_set))
+    durations = make_durations(config, len(train_set))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         workdir = Path(folder)
         with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:
-            run = Alternating(config, plan, make_mesh(), train_set, eval_set, checkpoints)
+            run = Alternating(config, durations, make_mesh(), train_set, eval_set, checkpoints)
             run.prepare(steps)
             run.go(run.first_state(), workdir)
         inside = [record['images_per_second'] for record in read_records(workdir)]

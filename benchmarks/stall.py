@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.fashion_mnist import get_config
+from convnext_jax.checkpoints.manager import Checkpoints
 from convnext_jax.tasks import make_task
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run
-from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 WARM_UP = 2  # pairs of windows: the first epoch decodes
@@ -57,13 +57,13 @@ def measure(rounds: int, window: int) -> tuple[list[float], list[float], list[fl
     config.eval_every_epochs = 10**6
     config.optimizer.warmup_steps = 1
     train_set, eval_set = make_task(config).open()
-    plan = make_plan(config, len(train_set))
+    durations = make_durations(config, len(train_set))
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         Checkpoints(Path(folder) / 'checkpoints', keep=config.keep_checkpoints, best_metric='top1') as checkpoints,
     ):
-        run = Timed(config, plan, make_mesh(-1), train_set, eval_set, checkpoints)
+        run = Timed(config, durations, make_mesh(-1), train_set, eval_set, checkpoints)
         run.go(run.first_state(), Path(folder))
         assert not checkpoints.failed, checkpoints.failed
     # The save after step 2 · window lies between the begins of that step and the next.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convnext_jax.training.logging import read_records
+from convnext_jax.monitoring.records import read_records
 
 SETTINGS = (
     '--config=configs/fashion_mnist.py',

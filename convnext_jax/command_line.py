@@ -17,8 +17,8 @@ from ml_collections import ConfigDict, config_flags
 from convnext_jax.errors import UserError
 from convnext_jax.output import OutputClosed, drop_unwritten, open_streams, say, show
 from convnext_jax.paths import local_path
-from convnext_jax.training import distributed
-from convnext_jax.training.stop import Stopped
+from convnext_jax.runtime import processes
+from convnext_jax.runtime.stop import Stopped
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """A disk that is full, or that may not be written."""
@@ -94,10 +94,10 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
     Raises:
         UserError: the flags of `define_processes` do not fit one another.
     """
-    if not distributed.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
+    if not processes.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
         yield
         return
-    guard = distributed.Guard(values.process_timeout)
+    guard = processes.Guard(values.process_timeout)
     try:
         yield
     except Stopped:

@@ -5,12 +5,14 @@ Here are the fields that all experiments have; those of one task are in its file
 
 import json
 import math
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.fields import Fields
+from convnext_jax.paths import local_path
 from convnext_jax.tasks import make_task, task_class
 
 
@@ -231,3 +233,21 @@ def _flatten(values: dict, prefix: str = '') -> dict:
     for name, value in values.items():
         flat |= _flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value}
     return flat
+
+
+def resolve_paths(config: ConfigDict) -> None:
+    """Makes the paths of this machine in a config absolute, so that they mean the same from any folder.
+
+    A bucket, a hub id and '' stay as they are.
+
+    Raises:
+        UserError: a `~` cannot be expanded.
+    """
+    if config.data.dir:
+        config.data.dir = str(local_path(config.data.dir).absolute())
+    weights = config.init.weights
+    if weights and os.path.exists(local_path(weights)):  # False of a name that no file can have
+        config.init.weights = str(local_path(weights).absolute())
+    cache = config.compilation_cache_dir
+    if cache and '://' not in cache:
+        config.compilation_cache_dir = str(local_path(cache).absolute())

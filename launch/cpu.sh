@@ -1,5 +1,5 @@
 #!/bin/sh
-# Starts a Python command with the environment variables that make JAX faster on CPU (convnext_jax/cpu_settings.py
+# Starts a Python command with the environment variables that make JAX faster on CPU (convnext_jax/runtime/cpu_settings.py
 # explains each). Variables that you have set keep their values.
 #
 #   launch/cpu.sh .venv/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
@@ -12,6 +12,6 @@ python*) ;;
     exit 2
     ;;
 esac
-settings=$("$1" "$(dirname "$0")/../convnext_jax/cpu_settings.py") || exit
+settings=$("$1" "$(dirname "$0")/../convnext_jax/runtime/cpu_settings.py") || exit
 # Unquoted: each line of $settings is one NAME=VALUE without spaces.
 exec env $settings "$@"

@@ -15,17 +15,21 @@ PACKAGE = 'convnext_jax'
 ALLOWED = {
     'errors': set(),
     'paths': {'errors'},
-    'chips': set(),
     'output': {'errors'},
     'models': {'errors'},
     'data': {'paths', 'output', 'errors'},
-    'evaluation': {'models', 'tasks', 'errors'},
     'tasks': {'models', 'data', 'interop', 'fields', 'errors'},
     'interop': {'models', 'data', 'paths', 'output', 'errors'},
     'fields': set(),
-    'config': {'tasks', 'fields', 'errors'},
-    'cpu_settings': set(),
-    'plan': {'training', 'tasks', 'config', 'chips', 'output', 'errors'},
+    'config': {'tasks', 'fields', 'paths', 'errors'},
+    'runtime': {'paths', 'output', 'errors'},
+    'checkpoints': {'runtime', 'models', 'config', 'paths', 'output', 'errors'},
+    'monitoring': {'runtime', 'checkpoints', 'tasks', 'data', 'paths', 'output', 'errors'},
+    'training': {
+        *('runtime', 'checkpoints', 'monitoring', 'tasks', 'models', 'data', 'interop', 'config'),
+        *('paths', 'output', 'errors'),
+    },
+    'plan': {'training', 'tasks', 'config', 'runtime', 'output', 'errors'},
 }
 COMMANDS = {'command_line', '__main__'}
 SCRIPTS = {'train', 'eval'}
@@ -68,8 +72,11 @@ def test_files_are_found_and_their_imports_are_read():
     """If this reads nothing, the tests below hold nothing."""
     by_name = {module_name(path): imports(path) for path in FILES}
     assert {f'{PACKAGE}.models.layers', f'{PACKAGE}.data.pipeline', f'{PACKAGE}.training.loop'} <= by_name.keys()
-    assert f'{PACKAGE}.models.with_parameters' in by_name[f'{PACKAGE}.evaluation']
-    assert {part(name) for name in by_name[f'{PACKAGE}.evaluation'] if name.startswith(PACKAGE)} >= {'models', 'tasks'}
+    assert f'{PACKAGE}.models.with_parameters' in by_name[f'{PACKAGE}.training.evaluation']
+    assert {part(name) for name in by_name[f'{PACKAGE}.training.evaluation'] if name.startswith(PACKAGE)} >= {
+        'models',
+        'tasks',
+    }
     assert part(f'{PACKAGE}.create_model') == 'front'
 
 
@@ -103,7 +110,11 @@ def test_the_package_runs_without_the_repository(path):
     assert not {name.split('.')[0] for name in imports(path)} & NOT_INSTALLED
 
 
-GENERIC = [path for path in FILES if part(module_name(path)) in {'training', 'plan', 'evaluation', 'config', 'fields'}]
+GENERIC = [
+    path
+    for path in FILES
+    if part(module_name(path)) in {'training', 'runtime', 'checkpoints', 'monitoring', 'plan', 'config', 'fields'}
+]
 
 
 @pytest.mark.parametrize('path', GENERIC, ids=module_name)

@@ -15,7 +15,7 @@ from configs import finetune, imagenet22k, isotropic, v2_finetune
 from convnext_jax.config import as_dict, changed_fields, check_values, default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, list_models
-from convnext_jax.training.setup import abstract_model
+from convnext_jax.tasks import abstract_model
 
 GOLDEN = Path(__file__).parent / 'golden'
 VARIANTS = {

@@ -16,7 +16,7 @@ from convnext_jax.data.augment import augment
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import Pretrained
 from convnext_jax.models import get_parameters, with_parameters
-from convnext_jax.training.logging import read_records
+from convnext_jax.monitoring.records import read_records
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.compare.baselines.workload import Workload
-from convnext_jax.cpu_settings import missing_settings
+from convnext_jax.runtime.cpu_settings import missing_settings
 
 ROOT = Path(__file__).parents[2]
 MODULES = 'benchmarks.compare.baselines'

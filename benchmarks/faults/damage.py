@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.faults.runs import LAST, Case, Lab, intact, whole
-from convnext_jax.training.workdir import METRICS
+from convnext_jax.checkpoints.workdir import METRICS
 
 DAMAGES = ('cut short', 'a bit flipped', 'gone')
 FOLDERS = ('', 'parameters', 'optimizer/ocdbt.process_0', 'ema/d', 'counters', 'manifest')

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.faults.runs import WORKERS, Case, Lab, Running, intact, unfinished, whole
-from convnext_jax.training.checkpoint import saved_steps
-from convnext_jax.training.logging import read_records
+from convnext_jax.checkpoints.checkpoint import saved_steps
+from convnext_jax.monitoring.records import read_records
 
 KILLS_OF_A_RUN = 5
 MOMENTS = ('step', 'save', 'restore', 'step', 'save', 'start', 'step of a run with workers', 'worker')

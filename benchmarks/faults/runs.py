@@ -17,14 +17,14 @@ from typing import TextIO
 
 import jax
 
+from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, restore, saved_steps
+from convnext_jax.checkpoints.manager import UNFINISHED
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
+from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import make_task
-from convnext_jax.training.checkpoint import DamagedCheckpoint, restore, saved_steps
-from convnext_jax.training.logging import read_records
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.program import Program
-from convnext_jax.training.saving import UNFINISHED
-from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
@@ -275,7 +275,7 @@ def _like_of(config: str) -> object:
     path = Path(config)
     values = read_config(path)
     mesh = make_mesh(1)
-    return Program(values, make_plan(values, len(make_task(values).open()[0])), mesh).abstract_state
+    return Program(values, make_durations(values, len(make_task(values).open()[0])), mesh).abstract_state
 
 
 def _like(workdir: Path) -> object:

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from convnext_jax.data import pillow
+from convnext_jax.data import pillow_arithmetic
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 GREY, SOLARIZED, BLURRED = range(3)
 SOLARIZE_THRESHOLD = 128
-BLUR_RADIUS = (0.1, pillow.LARGEST_BLUR)  # as DeiT (`augment.py`) and timm's policy '3a' draw it
+BLUR_RADIUS = (0.1, pillow_arithmetic.LARGEST_BLUR)  # as DeiT (`augment.py`) and timm's policy '3a' draw it
 
 
 def jitter_colors(images: jax.Array, keys: jax.Array, strength: float) -> jax.Array:
@@ -38,9 +38,9 @@ def _draw_jitter(key: jax.Array, strength: float) -> tuple[jax.Array, jax.Array]
 def adjust(images: jax.Array, kind: jax.Array, factor: jax.Array) -> jax.Array:
     """`ImageEnhance` of each image: its `kind`, one of the three, by its `factor`. (N, H, W, C) uint8, (N,), (N,)."""
     kind = kind[:, None, None, None]
-    start = jnp.where(kind == CONTRAST, pillow.mean_grey(images), pillow.grey(images))
+    start = jnp.where(kind == CONTRAST, pillow_arithmetic.mean_grey(images), pillow_arithmetic.grey(images))
     start = jnp.where(kind == BRIGHTNESS, 0, start)
-    return pillow.blend(start, images, factor)
+    return pillow_arithmetic.blend(start, images, factor)
 
 
 def three_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
@@ -56,8 +56,8 @@ def three_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
     choice, radius = jax.vmap(_draw_three)(keys)
     choice = choice[:, None, None, None]
     solarized = jnp.where(images < SOLARIZE_THRESHOLD, images, 255 - images)
-    changed = jnp.where(choice == GREY, pillow.grey(images), solarized)
-    return jnp.where(choice == BLURRED, pillow.gaussian_blur(images, radius), changed)
+    changed = jnp.where(choice == GREY, pillow_arithmetic.grey(images), solarized)
+    return jnp.where(choice == BLURRED, pillow_arithmetic.gaussian_blur(images, radius), changed)
 
 
 def _draw_three(key: jax.Array) -> tuple[jax.Array, jax.Array]:

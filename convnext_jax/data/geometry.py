@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convnext_jax.data.pillow import grey_level
+from convnext_jax.data.pillow_arithmetic import grey_level
 
 # The largest that timm's RandAugment draws (`auto_augment.py`): they bound the shifts.
 MOST_DEGREES = 30.0

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convnext_jax.data import pillow
+from convnext_jax.data import pillow_arithmetic
 from convnext_jax.data.geometry import MOST_DEGREES, MOST_SHEAR, MOST_TRANSLATION, move
 from convnext_jax.errors import UserError
 
@@ -115,7 +115,7 @@ def apply_operations(images: jax.Array, operation: jax.Array, argument: jax.Arra
     def where(name: str, otherwise: float) -> jax.Array:
         return jnp.where(operation == OPERATIONS.index(name), argument, otherwise)
 
-    images = pillow.look_up(images, _tables(images, operation, argument))
+    images = pillow_arithmetic.look_up(images, _tables(images, operation, argument))
     images = _enhance(images, operation, argument)
     return move(
         images,
@@ -169,11 +169,11 @@ def _tables(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax
     level = jnp.arange(256)[None, None]
     operation, argument = operation[:, None, None], argument[:, None, None]
     threshold = argument.astype(jnp.int32)
-    counts = pillow.histogram(images)
+    counts = pillow_arithmetic.histogram(images)
     step_of_bits = jnp.left_shift(1, jnp.clip(8 - threshold, 0, 8))
     by_name = {
-        'AutoContrast': pillow.stretched(counts),
-        'Equalize': pillow.equalized(counts),
+        'AutoContrast': pillow_arithmetic.stretched(counts),
+        'Equalize': pillow_arithmetic.equalized(counts),
         'Invert': 255 - level,
         'Posterize': level // step_of_bits * step_of_bits,
         'Solarize': jnp.where(level < threshold, level, 255 - level),
@@ -191,11 +191,11 @@ def _enhance(images: jax.Array, operation: jax.Array, argument: jax.Array) -> ja
     """The images that drew one of `ImageEnhance`'s four, blended; the others as they are."""
     degenerate = {
         'Brightness': jnp.uint8(0),
-        'Contrast': pillow.mean_grey(images),
-        'Color': pillow.grey(images),
-        'Sharpness': pillow.smooth(images),
+        'Contrast': pillow_arithmetic.mean_grey(images),
+        'Color': pillow_arithmetic.grey(images),
+        'Sharpness': pillow_arithmetic.smooth(images),
     }
     start = images
     for name, other in degenerate.items():
         start = jnp.where((operation == OPERATIONS.index(name))[:, None, None, None], other, start)
-    return pillow.blend(start, images, argument)
+    return pillow_arithmetic.blend(start, images, argument)

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from convnext_jax.errors import first_line
 from convnext_jax.plan.targets import Target
 from convnext_jax.tasks import make_task
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.program import Program
-from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
 
 IMAGES = 1_281_167
@@ -59,13 +59,13 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     """Compiles the step for so many images on each chip at once.
 
     Raises:
-        UserError: as `make_plan`, `make_mesh` and `Task.build`.
+        UserError: as `make_durations`, `make_mesh` and `Task.build`.
     """
     config = config.copy_and_resolve_references()
     config.batch_size = images * len(target.devices) * config.accumulation_steps
     make_task(config).assume_data()
     mesh = make_mesh(**config.mesh, devices=target.devices)
-    program = Program(config, make_plan(config, IMAGES), mesh)
+    program = Program(config, make_durations(config, IMAGES), mesh)
     began = time.perf_counter()
     try:
         compiled = program.compile(program.abstract_state, program.abstract_batch, target.options)

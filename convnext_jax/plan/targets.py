@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from convnext_jax.chips import CHIPS, Chip
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.runtime.chips import CHIPS, Chip
 
 H100 = Path(__file__).with_name('h100.txtpb')
 

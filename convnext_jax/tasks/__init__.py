@@ -2,12 +2,25 @@
 
 import importlib
 
+import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError
 from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
 
-__all__ = ['Batch', 'Evaluator', 'Headline', 'LoadedWeights', 'Loss', 'Measured', 'Task', 'make_task', 'task_class']
+__all__ = [
+    'Batch',
+    'Evaluator',
+    'Headline',
+    'LoadedWeights',
+    'Loss',
+    'Measured',
+    'Task',
+    'abstract_model',
+    'make_task',
+    'task_class',
+]
 
 TASKS = {'classification': 'convnext_jax.tasks.classification:Classification'}
 """Name → module and class, imported when asked for."""
@@ -32,3 +45,8 @@ def task_class(name: str) -> type[Task]:
         raise UserError(f"there is no task '{name}': config.task must be one of {', '.join(TASKS)}")
     module, _, kind = TASKS[name].partition(':')
     return getattr(importlib.import_module(module), kind)
+
+
+def abstract_model(config: ConfigDict) -> nnx.Module:
+    """The network of the config's task, with shapes instead of arrays."""
+    return jax.eval_shape(make_task(config).build, jax.random.key(0))

@@ -6,22 +6,22 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from convnext_jax.checkpoints.workdir import CURVES
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import decoders
 from convnext_jax.data.pipeline import is_kept
 from convnext_jax.models import get_parameters, parameter_roles
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.runtime.process import describe_settings
 from convnext_jax.tasks import Headline, make_task
-from convnext_jax.training.logging import read_records
+from convnext_jax.training.durations import Durations
 from convnext_jax.training.optimizer import peak_learning_rate
-from convnext_jax.training.process import describe_settings
-from convnext_jax.training.setup import Plan
 from convnext_jax.training.sharding import describe_mesh, share_held
-from convnext_jax.training.workdir import CURVES
 
 
 def describe(
     config: ConfigDict,
-    plan: Plan,
+    durations: Durations,
     mesh: jax.sharding.Mesh,
     model: nnx.Module,
     train_set: Dataset,
@@ -33,7 +33,7 @@ def describe(
     parameters = get_parameters(model)
     count = sum(array.size for array in parameters.values())
     multiply_adds = make_task(config).multiply_adds
-    devices, epoch = jax.devices(), plan.steps_per_epoch
+    devices, epoch = jax.devices(), durations.steps_per_epoch
     share = share_held(mesh, parameter_roles(model), parameters)
     held = f', {share:.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
@@ -46,10 +46,10 @@ def describe(
         f'{size}×{size}, {config.model.dtype}',
         f'devices    {len(devices)} × {devices[0].device_kind}, mesh {describe_mesh(mesh)}{held}, '
         f'{jax.process_count()} process(es)',
-        f'steps      {plan.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
+        f'steps      {durations.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
         f'data       {data.name}: {data.train_split} {len(train_set):,}, {data.eval_split} {len(eval_set):,} images, '
         f'{about}decoded by {decoding}',
-        f'optimizer  AdamW, learning rate {peak:.3g} after {plan.warmup_steps:,} steps of warm-up, cosine to '
+        f'optimizer  AdamW, learning rate {peak:.3g} after {durations.warmup_steps:,} steps of warm-up, cosine to '
         f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
         f'settings   {describe_settings()}',
         f'workdir    {workdir}',

@@ -11,30 +11,33 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from convnext_jax.config import as_dict, check_values
+from convnext_jax.checkpoints.checkpoint import read_about
+from convnext_jax.checkpoints.manager import Checkpoints, NotSaved
+from convnext_jax.checkpoints.state import TrainState, initial_state
+from convnext_jax.checkpoints.workdir import CHECKPOINTS, TENSORBOARD, locked_by_first, settle_config
+from convnext_jax.config import as_dict, check_values, resolve_paths
 from convnext_jax.data.check import describe_unreadable, find_unreadable
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import Waiting, no_word
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
 from convnext_jax.errors import UserError
-from convnext_jax.evaluation import evaluate, make_eval_step, make_figures, metrics_of
+from convnext_jax.monitoring.logging import RunLog, Silence
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.monitoring.stalls import NoBatch
+from convnext_jax.monitoring.throughput import Pace
+from convnext_jax.monitoring.trace import Trace, Window
 from convnext_jax.output import say
+from convnext_jax.runtime.compilation_cache import cache_compiled
+from convnext_jax.runtime.processes import agreed_stop, are_several, gathered, is_first, local_rows
+from convnext_jax.runtime.stop import Stop, Stopped, stop_signal
 from convnext_jax.tasks import make_task
-from convnext_jax.training.checkpoint import read_about
 from convnext_jax.training.describe import describe, finished
-from convnext_jax.training.distributed import agreed_stop, are_several, gathered, is_first, local_rows
-from convnext_jax.training.logging import RunLog, Silence, read_records
+from convnext_jax.training.durations import Durations, make_durations
+from convnext_jax.training.evaluation import evaluate, make_eval_step, make_figures, metrics_of
 from convnext_jax.training.program import Program
-from convnext_jax.training.saving import Checkpoints, NotSaved
-from convnext_jax.training.setup import Plan, cache_compiled, make_plan, settle_paths
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
-from convnext_jax.training.state import TrainState, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW
-from convnext_jax.training.stop import Stop, Stopped, stop_signal
-from convnext_jax.training.trace import Trace, Window
-from convnext_jax.training.watch import NoBatch, Pace
 from convnext_jax.training.weights import load_weights
-from convnext_jax.training.workdir import CHECKPOINTS, TENSORBOARD, locked_by_first, settle_config
 
 SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
@@ -59,12 +62,12 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         Stopped: SIGTERM or Ctrl-C came, and the run is saved.
     """
     check_values(config)
-    settle_paths(config)
+    resolve_paths(config)
     cache_compiled(config.compilation_cache_dir)
     with locked_by_first(workdir):
         task = make_task(config)
         train_set, eval_set = task.open()
-        plan = make_plan(config, len(train_set))
+        durations = make_durations(config, len(train_set))
         mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         for line in settle_config(workdir, config) if is_first() else ():
@@ -73,10 +76,10 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         best = f'ema_{headline.name}' if config.ema.decay else headline.name
         saved = workdir / CHECKPOINTS
         with Checkpoints(saved, keep=keep, best_metric=best, lowest=headline.lowest, tell=say) as checkpoints:
-            run = Run(config, plan, mesh, train_set, eval_set, checkpoints)
+            run = Run(config, durations, mesh, train_set, eval_set, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
-                for line in describe(config, plan, mesh, run.model, train_set, eval_set, workdir):
+                for line in describe(config, durations, mesh, run.model, train_set, eval_set, workdir):
                     say(line)
                 run.go(state or run.first_state(), workdir, profile)
         say(finished(workdir, config, headline))
@@ -98,13 +101,13 @@ class Run(Program):
     def __init__(
         self,
         config: ConfigDict,
-        plan: Plan,
+        durations: Durations,
         mesh: jax.sharding.Mesh,
         train_set: Dataset,
         eval_set: Dataset,
         checkpoints: Checkpoints,
     ):
-        super().__init__(config, plan, mesh)
+        super().__init__(config, durations, mesh)
         self.checkpoints = checkpoints
         self.train_set, self.eval_set = train_set, eval_set
         self.unreadable = Unreadable(train_set)
@@ -148,7 +151,7 @@ class Run(Program):
 
     def is_done(self, step: int, workdir: Path) -> bool:
         """Whether the last step is done and evaluated."""
-        return step >= self.plan.total_steps and self._evaluated(step, workdir)
+        return step >= self.durations.total_steps and self._evaluated(step, workdir)
 
     def _evaluated(self, step: int, workdir: Path) -> bool:
         split = self.config.data.eval_split
@@ -163,19 +166,19 @@ class Run(Program):
         """
         step = saved = int(state.step)
         with (
-            RunLog(workdir, step, self.plan.total_steps, self.task.headline) if is_first() else Silence() as log,
+            RunLog(workdir, step, self.durations.total_steps, self.task.headline) if is_first() else Silence() as log,
             agreed_stop() if are_several() else stop_signal() as stop,
             contextlib.nullcontext(Pace(self.config, step, stop)) as pace,
-            Trace(profile, workdir / TENSORBOARD, self.plan.total_steps - step, pace.paused, log.say) as trace,
+            Trace(profile, workdir / TENSORBOARD, self.durations.total_steps - step, pace.paused, log.say) as trace,
             contextlib.closing(self.train_batches(step, pace.waiting)) as batches,
         ):
             pending: list[dict[str, jax.Array]] = []
             patience = pace.patience(self.config.data.eval_split)
             try:
                 if step:
-                    log.say(f'resumes at step {step} of {self.plan.total_steps}')
-                    last = step >= self.plan.total_steps
-                    if (last or step % self.plan.eval_every_steps == 0) and not self._evaluated(step, workdir):
+                    log.say(f'resumes at step {step} of {self.durations.total_steps}')
+                    last = step >= self.durations.total_steps
+                    if (last or step % self.durations.eval_every_steps == 0) and not self._evaluated(step, workdir):
                         # A signal or an error cut it short.
                         self._evaluate(log, step, state, Stop() if last else stop, patience)
                     if last:
@@ -198,12 +201,12 @@ class Run(Program):
                     log.advance()
                     stop.poll()
                     self.checkpoints.check()
-                    last = step == self.plan.total_steps
+                    last = step == self.durations.total_steps
                     if step % self.config.log_every_steps == 0 or last:
                         self._log(log, step, pending, pace)
                         pending = []
                     results = None
-                    if step % self.plan.eval_every_steps == 0 or last:
+                    if step % self.durations.eval_every_steps == 0 or last:
                         with pace.paused():
                             self._check_finite(step, metrics)
                             # The last evaluation takes its time: a checkpoint of the last step says that all is done.
@@ -298,7 +301,7 @@ class Run(Program):
         if stop.received:
             return None
         split = self.config.data.eval_split
-        log.evaluation(step, self.plan.epoch(step), split, results)
+        log.evaluation(step, self.durations.epoch(step), split, results)
         log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first)))
         return results
 
@@ -317,8 +320,8 @@ class Run(Program):
             'skipped': int(newest['skipped']),
             'unreadable': len(self.unreadable),
         }
-        left = (self.plan.total_steps - step) * self.config.batch_size / metrics['images_per_second']
-        log.train(step, self.plan.epoch(step), metrics, left)
+        left = (self.durations.total_steps - step) * self.config.batch_size / metrics['images_per_second']
+        log.train(step, self.durations.epoch(step), metrics, left)
         for line in [*self.unreadable.news(), *stragglers]:
             log.say(line)
         skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
@@ -337,7 +340,7 @@ class Run(Program):
             )
 
     def _save(self, state: TrainState, step: int, results: dict[str, float] | None) -> None:
-        epoch, batch = divmod(step, self.plan.steps_per_epoch)
+        epoch, batch = divmod(step, self.durations.steps_per_epoch)
         about = {
             'config': as_dict(self.config),
             'position': {'epoch': epoch, 'batch': batch},

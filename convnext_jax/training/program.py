@@ -3,14 +3,14 @@
 import jax
 from ml_collections import ConfigDict
 
+from convnext_jax.checkpoints.state import TrainState, init_key, initial_state
 from convnext_jax.data.pipeline import Batch, abstract_batch
 from convnext_jax.models import get_parameters, get_statistics, parameter_roles
-from convnext_jax.tasks import make_task
+from convnext_jax.runtime.process import release_memory
+from convnext_jax.tasks import abstract_model, make_task
+from convnext_jax.training.durations import Durations
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, peak_learning_rate
-from convnext_jax.training.process import release_memory
-from convnext_jax.training.setup import Plan, abstract_model
 from convnext_jax.training.sharding import batch_sharding, state_sharding
-from convnext_jax.training.state import TrainState, init_key, initial_state
 from convnext_jax.training.step import make_train_step
 
 
@@ -25,8 +25,8 @@ class Program:
         train_step: jitted; gives its first argument's memory to the next state.
     """
 
-    def __init__(self, config: ConfigDict, plan: Plan, mesh: jax.sharding.Mesh):
-        self.config, self.plan, self.task = config, plan, make_task(config)
+    def __init__(self, config: ConfigDict, durations: Durations, mesh: jax.sharding.Mesh):
+        self.config, self.durations, self.task = config, durations, make_task(config)
         self.model = model = abstract_model(config)
         roles = parameter_roles(model)
         peak = peak_learning_rate(config)
@@ -40,7 +40,9 @@ class Program:
             weight_decay=config.optimizer.weight_decay,
             clip_norm=config.optimizer.clip_norm,
         )
-        schedule = cosine_schedule(peak, config.optimizer.min_learning_rate, plan.warmup_steps, plan.total_steps)
+        schedule = cosine_schedule(
+            peak, config.optimizer.min_learning_rate, durations.warmup_steps, durations.total_steps
+        )
         self.batch_sharding = batch_sharding(mesh)
         state = jax.eval_shape(self.fresh_state)
         self.state_sharding = state_sharding(mesh, roles, state)
@@ -49,7 +51,7 @@ class Program:
         )
         self.abstract_batch = abstract_batch(self.task.features, config.batch_size, self.batch_sharding)
         self.train_step = jax.jit(
-            make_train_step(self.task, model, self.optimizer, schedule, config, plan.steps_per_epoch, mesh),
+            make_train_step(self.task, model, self.optimizer, schedule, config, durations.steps_per_epoch, mesh),
             donate_argnums=0,
             out_shardings=(self.state_sharding, None),
         )

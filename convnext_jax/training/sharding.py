@@ -14,10 +14,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, tree_map_with_path
 
+from convnext_jax.checkpoints.state import TrainState
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters, Role, Statistics
 from convnext_jax.models.layers import FSDP_AXIS
-from convnext_jax.training.state import TrainState
 
 Roles = dict[str, Role]
 SMALL = 2**15

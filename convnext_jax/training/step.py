@@ -10,13 +10,13 @@ from einops import rearrange
 from flax import nnx
 from ml_collections import ConfigDict
 
+from convnext_jax.checkpoints.state import TrainState, step_key
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters, Statistics, get_statistics, parameter_roles, with_parameters
 from convnext_jax.models.layers import apart_on_cpu
 from convnext_jax.tasks import Batch, Task
 from convnext_jax.training.optimizer import moving_average, select
 from convnext_jax.training.sharding import Sums, sum_over_mesh
-from convnext_jax.training.state import TrainState, step_key
 
 SKIPS_IN_A_ROW = 10
 """After so many steps without a finite loss the state stands still, for the loop to stop the run."""

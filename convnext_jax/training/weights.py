@@ -6,15 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
+from convnext_jax.checkpoints.workdir import CHECKPOINTS, CONFIG, workdir_path
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Pretrained, read_pretrained
 from convnext_jax.models import Weights, get_weights, with_parameters
-from convnext_jax.tasks import LoadedWeights, Task, make_task
-from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
-from convnext_jax.training.distributed import gathered, spread
-from convnext_jax.training.setup import abstract_model
-from convnext_jax.training.workdir import CHECKPOINTS, CONFIG, workdir_path
+from convnext_jax.runtime.processes import gathered, spread
+from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
 
 FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 

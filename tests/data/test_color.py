@@ -18,7 +18,7 @@ from convnext_jax.data.color import (
     jitter_colors,
     three_augment,
 )
-from convnext_jax.data.pillow import gaussian_blur
+from convnext_jax.data.pillow_arithmetic import gaussian_blur
 from tests.data.test_randaugment import photos  # noqa: F401 - a fixture
 
 ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]  # by number of the kind

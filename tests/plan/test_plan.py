@@ -8,7 +8,6 @@ import pytest
 
 from configs.fashion_mnist import get_config
 from convnext_jax import __main__ as package_command
-from convnext_jax.chips import CHIPS
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters
 from convnext_jax.plan import plan, report, targets
@@ -16,7 +15,8 @@ from convnext_jax.plan.compile import Compiled, Memory, compile_step
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
 from convnext_jax.plan.report import describe, largest_batch
 from convnext_jax.plan.targets import Target
-from convnext_jax.training.setup import abstract_model
+from convnext_jax.runtime.chips import CHIPS
+from convnext_jax.tasks import abstract_model
 
 CHIP = CHIPS['v5e']
 MIB = 2**20

@@ -12,18 +12,18 @@ from PIL import Image
 
 import eval as evaluation
 from convnext_jax import tasks
+from convnext_jax.checkpoints.checkpoint import restore_parameters, saved_steps
+from convnext_jax.checkpoints.state import initial_state
 from convnext_jax.config import as_dict, check_values, default_config, from_dict
 from convnext_jax.errors import UserError
 from convnext_jax.models import ConvNeXt, Variant, get_parameters, parameter_roles, with_parameters
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.runtime.stop import Stopped
 from convnext_jax.tasks import Headline
-from convnext_jax.training.checkpoint import restore_parameters, saved_steps
-from convnext_jax.training.logging import read_records
 from convnext_jax.training.loop import train
 from convnext_jax.training.optimizer import adamw
 from convnext_jax.training.sharding import batch_sharding, make_mesh, state_sharding
-from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
-from convnext_jax.training.stop import Stopped
 from tests.tasks.mean_colour import Colours, Errors, MeanColour
 
 

@@ -20,21 +20,21 @@ import eval as evaluation
 import train as train_command
 from configs import image_folder
 from configs.fashion_mnist import get_config
+from convnext_jax.checkpoints.checkpoint import read_about, restore_parameters, saved_steps
+from convnext_jax.checkpoints.manager import Checkpoints
+from convnext_jax.checkpoints.workdir import CHECKPOINTS, CONFIG
 from convnext_jax.config import read_config
 from convnext_jax.data.pipeline import abstract_batch, eval_features
 from convnext_jax.errors import UserError
-from convnext_jax.tasks import make_task
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.monitoring.trace import Window
+from convnext_jax.runtime.stop import Stopped
+from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training import loop
-from convnext_jax.training.checkpoint import read_about, restore_parameters, saved_steps
 from convnext_jax.training.describe import describe
-from convnext_jax.training.logging import read_records
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run, train
-from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import batch_sharding, make_mesh
-from convnext_jax.training.stop import Stopped
-from convnext_jax.training.trace import Window
-from convnext_jax.training.workdir import CHECKPOINTS, CONFIG
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -117,10 +117,10 @@ def test_a_run_says_who_decodes():
     config = get_config()
     config.data.workers = 2
     sources = make_task(config).open()
-    model, mesh, plan = abstract_model(config), make_mesh(), make_plan(config, len(sources[0]))
+    model, mesh, durations = abstract_model(config), make_mesh(), make_durations(config, len(sources[0]))
 
     def line():
-        lines = describe(config, plan, mesh, model, *sources, Path('run'))
+        lines = describe(config, durations, mesh, model, *sources, Path('run'))
         return next(line for line in lines if line.startswith('data'))
 
     assert re.search(r'10 classes, decoded by \d+ thread', line()), 'kept images are decoded once, by threads'
@@ -134,8 +134,8 @@ def test_with_the_kernel_for_tpu_step_and_evaluation_are_programs_for_many_devic
     config = get_config()
     config.model.pallas = True
     sources = make_task(config).open()
-    mesh, plan = make_mesh(), make_plan(config, len(sources[0]))
-    run = Run(config, plan, mesh, *sources, checkpoints=None)
+    mesh, durations = make_mesh(), make_durations(config, len(sources[0]))
+    run = Run(config, durations, mesh, *sources, checkpoints=None)
     batch = abstract_batch(eval_features(sources[1]), 64, batch_sharding(mesh))
     evaluation = run.eval_step.trace(run.abstract_state.weights, batch).lower(lowering_platforms=('tpu',))
     training = run.train_step.trace(run.abstract_state, run.abstract_batch).lower(lowering_platforms=('tpu',))
@@ -149,8 +149,8 @@ def test_a_run_says_its_settings(monkeypatch):
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=0')
     config = get_config()
     sources = make_task(config).open()
-    plan = make_plan(config, len(sources[0]))
-    lines = describe(config, plan, make_mesh(), abstract_model(config), *sources, Path('run'))
+    durations = make_durations(config, len(sources[0]))
+    lines = describe(config, durations, make_mesh(), abstract_model(config), *sources, Path('run'))
     (line,) = (line for line in lines if line.startswith('settings'))
     assert 'GLIBC_TUNABLES=glibc.malloc.hugetlb=0' in line
 
@@ -372,7 +372,7 @@ def test_a_training_set_with_other_images_is_another_one(finished_run, tmp_path)
     with Checkpoints(run / CHECKPOINTS, keep=2, best_metric='ema_top1') as checkpoints:
         train_set, eval_set = make_task(config).open()
         train_set.facts['class names'][0] = 'T-shirt'
-        run = Run(config, make_plan(config, 160), make_mesh(), train_set, eval_set, checkpoints)
+        run = Run(config, make_durations(config, 160), make_mesh(), train_set, eval_set, checkpoints)
         line = r"began on another data set: class names \[0\]: 'T-shirt/top' became 'T-shirt'"
         with pytest.raises(UserError, match=line):
             run.restored_state()

@@ -8,7 +8,7 @@ import pytest
 
 from configs.fashion_mnist import get_config
 from convnext_jax.training import program
-from convnext_jax.training.setup import make_plan
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ def demo():
     config = get_config()
     config.model.num_classes = 10
     mesh = make_mesh(devices=jax.devices()[:1])
-    return program.Program(config, make_plan(config, images=config.batch_size), mesh)
+    return program.Program(config, make_durations(config, images=config.batch_size), mesh)
 
 
 @pytest.fixture(scope='module')

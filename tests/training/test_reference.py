@@ -9,14 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from convnext_jax.checkpoints.state import initial_state
 from convnext_jax.config import default_config
 from convnext_jax.interop.layouts import to_layout
 from convnext_jax.models import get_parameters, get_variant, parameter_roles
-from convnext_jax.tasks import make_task
+from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors
-from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import make_mesh
-from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 from tests import reference
 from tests.reference import cases

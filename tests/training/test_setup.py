@@ -2,7 +2,7 @@
 
 from convnext_jax.config import default_config
 from convnext_jax.models import Execution
-from convnext_jax.training.setup import abstract_model
+from convnext_jax.tasks import abstract_model
 
 
 def test_the_model_is_computed_as_the_config_says():

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from convnext_jax.checkpoints.checkpoint import restore, restore_parameters
+from convnext_jax.checkpoints.manager import Checkpoints
+from convnext_jax.checkpoints.state import initial_state
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
-from convnext_jax.evaluation import make_eval_step
 from convnext_jax.interop import create_backbone
 from convnext_jax.models import Role, Variant, get_parameters, parameter_roles
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
-from convnext_jax.tasks import Loss
+from convnext_jax.tasks import Loss, abstract_model
 from convnext_jax.tasks.accuracy import Accuracy
-from convnext_jax.training.checkpoint import restore, restore_parameters
+from convnext_jax.training.durations import make_durations
+from convnext_jax.training.evaluation import make_eval_step
 from convnext_jax.training.optimizer import adamw, layer_factors
 from convnext_jax.training.program import Program
-from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
@@ -34,7 +35,6 @@ from convnext_jax.training.sharding import (
     share_held,
     state_sharding,
 )
-from convnext_jax.training.state import initial_state
 from convnext_jax.training.step import make_train_step
 
 ROWS, SIDE = 32, 16
@@ -63,7 +63,7 @@ def small_config():
 
 def make_program(config, data, fsdp):
     mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-    return Program(config, make_plan(config, images=10 * ROWS), mesh)
+    return Program(config, make_durations(config, images=10 * ROWS), mesh)
 
 
 def make_batch(program, step):

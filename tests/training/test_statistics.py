@@ -12,31 +12,31 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from configs.fashion_mnist import get_config
+from convnext_jax.checkpoints.checkpoint import restore, restore_parameters
+from convnext_jax.checkpoints.manager import Checkpoints
+from convnext_jax.checkpoints.state import initial_state
 from convnext_jax.config import default_config, read_config
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.models import (
     ConvNeXt,
-    convnext,
     get_parameters,
     get_statistics,
     get_weights,
     parameter_roles,
     with_parameters,
 )
-from convnext_jax.models.layers import BatchNorm, Linear, PatchConv, gelu
-from convnext_jax.tasks import Headline, Loss, Task
-from convnext_jax.training.checkpoint import restore, restore_parameters
-from convnext_jax.training.evaluate import Protocol, evaluate_run, evaluate_weights
-from convnext_jax.training.logging import read_records
+from convnext_jax.models.layers import BatchNorm, Linear, PatchConv
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.tasks import Loss, classification, make_task
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run, train
 from convnext_jax.training.optimizer import adamw
-from convnext_jax.training.saving import Checkpoints
-from convnext_jax.training.setup import make_plan, open_sources, settle_classes
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated, state_sharding, sum_over_mesh
-from convnext_jax.training.state import initial_state
+from convnext_jax.training.standalone_evaluation import Protocol, evaluate_run, evaluate_weights
 from convnext_jax.training.step import make_train_step
 from convnext_jax.training.weights import read_weights
+from tests.tasks.mean_colour import MeanColour
 
 ROWS = 16
 ALONE, SPREAD, SHARDED = (1, 1), (8, 1), (4, 2)
@@ -54,12 +54,15 @@ class Segmenter(nnx.Module):
         self.head = Linear(256, 5, key=keys[2])
 
     def __call__(self, images, *, key=None):
-        x = gelu(self.first(self.stem(images), training=key is not None))
-        return self.head(gelu(self.second(self.linear(x), training=key is not None)))
+        x = jax.nn.gelu(self.first(self.stem(images), training=key is not None))
+        return self.head(jax.nn.gelu(self.second(self.linear(x), training=key is not None)))
 
 
-class Segmentation(Task):
-    headline = Headline('accuracy', 'accuracy')
+class Segmentation(MeanColour):
+    """Of the task, the step needs the loss alone."""
+
+    def augment(self, batch, keys, batch_key, epoch):
+        return batch
 
     def loss(self, model, batch, keys):
         logits = model(batch['image'], key=keys)
@@ -263,7 +266,7 @@ def finished(tmp_path_factory):
     """The workdir of a run of four steps that was resumed on another mesh for two more, and its log in between."""
     workdir = tmp_path_factory.mktemp('normed') / 'run'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convnext, 'ConvNeXt', NormedConvNeXt)
+        patch.setattr(classification, 'ConvNeXt', NormedConvNeXt)
         for steps, fsdp in ((4, 1), (6, 2)):
             train(small_run(steps, fsdp), workdir)
         yield workdir
@@ -300,9 +303,8 @@ def test_a_run_starts_from_those_of_another(finished):
     """Fine-tuning would begin with the right weights and the wrong statistics."""
     config = small_run(steps=2, fsdp=2)
     config.init.weights = str(finished)
-    sources = open_sources(config)
-    settle_classes(config, sources[0])
-    run = Run(config, make_plan(config, len(sources[0])), make_mesh(fsdp=2), *sources, checkpoints=None)
+    sources = make_task(config).open()
+    run = Run(config, make_durations(config, len(sources[0])), make_mesh(fsdp=2), *sources, checkpoints=None)
     state = run.first_state()
     assert_same_bits(state.weights, restore_parameters(finished / 'checkpoints', 6, 'parameters'))
     assert_same_bits(state.ema, state.weights)

@@ -7,13 +7,12 @@ import numpy as np
 import optax
 import pytest
 
+from convnext_jax.checkpoints.state import init_key, initial_state
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters, parameter_roles
-from convnext_jax.tasks import make_task
+from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
-from convnext_jax.training.setup import abstract_model
 from convnext_jax.training.sharding import make_mesh
-from convnext_jax.training.state import init_key, initial_state
 from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
 
 pytestmark = pytest.mark.slow

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from convnext_jax import create_model, save_pretrained
+from convnext_jax.checkpoints.checkpoint import read_about, restore_parameters
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
-from convnext_jax.training.checkpoint import read_about, restore_parameters
-from convnext_jax.training.evaluate import Protocol, evaluate_weights
 from convnext_jax.training.sharding import make_mesh, parameters_sharding
+from convnext_jax.training.standalone_evaluation import Protocol, evaluate_weights
 from convnext_jax.training.weights import load_weights, newest_checkpoint
 
 

@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 
 from benchmarks.compare.baselines.on_jax import jax_device
 from benchmarks.compare.baselines.workload import LEARNING_RATE, WEIGHT_DECAY, Baseline, Workload, example_batch
+from convnext_jax.checkpoints.state import init_key
 from convnext_jax.config import default_config
 from convnext_jax.models import get_parameters
-from convnext_jax.tasks import make_task
+from convnext_jax.tasks import abstract_model, make_task
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.program import Program
-from convnext_jax.training.setup import abstract_model, make_plan
 from convnext_jax.training.sharding import make_mesh
-from convnext_jax.training.state import init_key
 
 
 def build(workload: Workload) -> Baseline:
@@ -41,7 +41,7 @@ def _config(workload: Workload) -> ConfigDict:
 
 def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], object]:
     mesh = make_mesh(devices=jax.devices()[:1])
-    program = Program(config, make_plan(config, images=workload.batch), mesh)
+    program = Program(config, make_durations(config, images=workload.batch), mesh)
     images, labels = example_batch(workload)
     arrays = {'image': np.clip(128 + 50 * images, 0, 255), 'label': labels}
     batch = {name: jnp.asarray(arrays[name], x.dtype) for name, x in program.abstract_batch.items()}

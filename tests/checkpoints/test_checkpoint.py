@@ -16,20 +16,14 @@ import numpy as np
 import pytest
 from etils import epath
 
+from convnext_jax.checkpoints import manager
+from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, restore, restore_parameters, saved_steps
+from convnext_jax.checkpoints.manager import Checkpoints
+from convnext_jax.checkpoints.state import TrainState, initial_state
 from convnext_jax.errors import UserError
 from convnext_jax.models import Role
-from convnext_jax.training import saving
-from convnext_jax.training.checkpoint import (
-    DamagedCheckpoint,
-    read_about,
-    restore,
-    restore_parameters,
-    saved_steps,
-)
 from convnext_jax.training.optimizer import adamw
-from convnext_jax.training.saving import Checkpoints
 from convnext_jax.training.sharding import make_mesh, replicated
-from convnext_jax.training.state import TrainState, initial_state
 
 
 def make_state(step: int = 0, width: int = 300) -> TrainState:
@@ -216,8 +210,8 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
     told = []
     with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
         with monkeypatch.context() as of_two:
-            of_two.setattr(saving, 'are_several', lambda: True)
-            of_two.setattr(saving, 'gathered', lambda own: [own, 'the other disk is full'])
+            of_two.setattr(manager, 'are_several', lambda: True)
+            of_two.setattr(manager, 'gathered', lambda own: [own, 'the other disk is full'])
             checkpoints.save(make_state(4), {}, None)
         assert told == ['step 4 could not be saved: the other disk is full; the last checkpoint is of step 3']
         checkpoints.save(make_state(5), {}, None)
@@ -233,8 +227,8 @@ def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
 
     with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
         with monkeypatch.context() as of_two:
-            of_two.setattr(saving, 'are_several', lambda: True)
-            of_two.setattr(saving, 'gathered', gathered)
+            of_two.setattr(manager, 'are_several', lambda: True)
+            of_two.setattr(manager, 'gathered', gathered)
             with pytest.raises(jax.errors.JaxRuntimeError, match='coordination service'):
                 checkpoints.save(make_state(4), {}, None)
         assert not checkpoints.failed

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from conftest import LONGEST, SMALL_RUN
 
+from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.errors import UserError
-from convnext_jax.training.checkpoint import saved_steps
-from convnext_jax.training.logging import read_records
-from convnext_jax.training.trace import Trace, Window
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.monitoring.trace import Trace, Window
 
 
 def traced_steps(folder):

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.tree_util import KeyPath, keystr, tree_flatten_with_path
 
+from convnext_jax.checkpoints.state import TrainState
+from convnext_jax.checkpoints.workdir import checkpoints_for_orbax, is_local
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import finite
-from convnext_jax.training.distributed import gathered
-from convnext_jax.training.state import TrainState
-from convnext_jax.training.workdir import checkpoints_for_orbax, is_local
+from convnext_jax.runtime.processes import gathered
 
 Arrays = dict[str, jax.Array]
 

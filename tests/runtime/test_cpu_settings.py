@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 from conftest import LONGEST
 
-from convnext_jax import cpu_settings
-from convnext_jax.cpu_settings import ALLOCATOR, EIGEN_PRODUCTS, WIDE_VECTORS, flag_for, jaxlib_knows, missing_settings
+from convnext_jax.runtime import cpu_settings
+from convnext_jax.runtime.cpu_settings import (
+    ALLOCATOR,
+    EIGEN_PRODUCTS,
+    WIDE_VECTORS,
+    flag_for,
+    jaxlib_knows,
+    missing_settings,
+)
 
 ROOT = Path(__file__).parent.parent
 AVX2 = 'flags : fpu sse4_2 avx avx2 fma\n'

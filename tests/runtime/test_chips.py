@@ -2,7 +2,7 @@
 
 import pytest
 
-from convnext_jax.chips import find_chip
+from convnext_jax.runtime.chips import find_chip
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convnext_jax.training.process import describe_settings
+from convnext_jax.runtime.process import describe_settings
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from convnext_jax.data.augment import normalize
-from convnext_jax.evaluation import evaluate, make_eval_step, metrics_of
 from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
 from convnext_jax.tasks import Evaluator, Measured
 from convnext_jax.tasks.accuracy import Accuracy
+from convnext_jax.training.evaluation import evaluate, make_eval_step, metrics_of
 
 COUNT = 23
 MEAN, STD = (0.4, 0.5), (0.2, 0.3)

@@ -16,10 +16,10 @@ import pytest
 from conftest import LONGEST, SMALL_RUN, STEPS
 
 import eval as eval_command
+from convnext_jax.checkpoints.checkpoint import restore_parameters, saved_steps
 from convnext_jax.errors import UserError
-from convnext_jax.training import distributed
-from convnext_jax.training.checkpoint import restore_parameters, saved_steps
-from convnext_jax.training.logging import read_records
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.runtime import processes
 from convnext_jax.training.sharding import batch_sharding, make_mesh
 from launch import local
 
@@ -190,27 +190,27 @@ def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, t
 )
 def test_flags_that_do_not_fit_are_refused_at_once(flags, problem):
     with pytest.raises(UserError, match=problem):
-        distributed.start(*flags, timeout=60)
+        processes.start(*flags, timeout=60)
 
 
 def test_each_process_loads_the_rows_of_its_own_devices():
     """A mesh whose devices of one host are not neighbours must not change which example is in which row."""
     mesh = make_mesh(-1)
-    assert list(distributed.local_rows(batch_sharding(mesh), 16)) == list(range(16))
+    assert list(processes.local_rows(batch_sharding(mesh), 16)) == list(range(16))
 
     class Scattered:
         def addressable_devices_indices_map(self, shape):
             return {0: (slice(8, 12),), 1: (slice(None, 4),)}
 
-    assert distributed.local_rows(Scattered(), 16) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert processes.local_rows(Scattered(), 16) == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
 def test_one_process_is_a_job_of_its_own():
     """A laptop must not wait for anybody, nor lose its output."""
-    assert distributed.gathered({'a': 1}) == [{'a': 1}]
-    assert distributed.is_first()
-    assert not distributed.are_several()
-    np.testing.assert_array_equal(distributed.spread(np.arange(3), jax.devices()[0]), [0, 1, 2])
+    assert processes.gathered({'a': 1}) == [{'a': 1}]
+    assert processes.is_first()
+    assert not processes.are_several()
+    np.testing.assert_array_equal(processes.spread(np.arange(3), jax.devices()[0]), [0, 1, 2])
 
 
 def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, contents, read_manifest, restore
+from convnext_jax.checkpoints.state import TrainState
+from convnext_jax.checkpoints.workdir import checkpoints_for_orbax, is_local
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import say
-from convnext_jax.training.checkpoint import DamagedCheckpoint, contents, read_manifest, restore
-from convnext_jax.training.distributed import are_several, gathered, is_first
-from convnext_jax.training.state import TrainState
-from convnext_jax.training.workdir import checkpoints_for_orbax, is_local
+from convnext_jax.runtime.processes import are_several, gathered, is_first
 
 UNFINISHED = '.orbax-checkpoint-tmp'
 """Orbax has this in the name of a folder until all of the checkpoint is written; then the name is the step alone."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +11,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from convnext_jax.checkpoints.workdir import FIGURES, METRICS, TENSORBOARD, open_to_append, write_whole
 from convnext_jax.errors import UserError
+from convnext_jax.monitoring.curves import draw_curves
+from convnext_jax.monitoring.records import read_records
 from convnext_jax.output import say, to_json
 from convnext_jax.tasks import Headline
-from convnext_jax.training.workdir import CURVES, FIGURES, METRICS, TENSORBOARD, open_to_append, write_whole
 
 
 @contextlib.contextmanager
@@ -176,56 +177,3 @@ class Silence:
 
     def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *_, **__: None
-
-
-def read_records(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for those that a kill cut short or a disk altered."""
-    path = workdir / METRICS
-    records = []
-    for line in path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            record = json.loads(line)
-            record['step'], record['epoch'], record['split']
-            records.append(record)
-    return records
-
-
-def draw_curves(workdir: Path, headline: Headline) -> None:
-    """Draws curves.png: loss, headline metric raw and EMA, learning rate and throughput over the epochs."""
-    from matplotlib.figure import Figure  # takes a second: not at start
-
-    records = read_records(workdir)
-    training = [record for record in records if record['split'] == 'train']
-    evaluations = [record for record in records if record['split'] != 'train']
-    figure = Figure(figsize=(10, 7), layout='constrained')
-    (loss, metric), (rate, speed) = figure.subplots(2, 2)
-
-    def curve(axes, rows: list[dict], name: str, label: str, marker: str = '') -> None:
-        rows = [row for row in rows if row.get(name) is not None]
-        if rows:
-            axes.plot([row['epoch'] for row in rows], [row[name] for row in rows], marker, label=label)
-
-    curve(loss, training, 'loss', 'training')
-    curve(loss, evaluations, 'loss', 'evaluation, raw', '.-')
-    curve(loss, evaluations, 'ema_loss', 'evaluation, EMA', '.-')
-    curve(metric, evaluations, headline.name, 'raw', '.-')
-    curve(metric, evaluations, f'ema_{headline.name}', 'EMA', '.-')
-    curve(rate, training, 'learning_rate', 'learning rate')
-    curve(speed, training, 'images_per_second', 'images/s')
-    unit = f' ({headline.unit.strip()})' if headline.unit else ''
-    titles = {
-        loss: 'loss',
-        metric: f'{headline.title}{unit}',
-        rate: 'learning rate',
-        speed: 'training images per second',
-    }
-    for axes, title in titles.items():
-        axes.set_title(title)
-        axes.set_xlabel('epoch')
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    speed.set_ylim(0, 1.1 * max((row['images_per_second'] for row in training), default=1))
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=100)
-    write_whole(workdir / CURVES, image.getvalue())

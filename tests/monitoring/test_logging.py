@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from convnext_jax.errors import UserError
+from convnext_jax.monitoring.logging import RunLog
+from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import Headline
-from convnext_jax.training.logging import RunLog, read_records
 
 SPEEDS = {'images_per_second': 10.0, 'step_ms_median': 100.0, 'step_ms_p99': 120.0, 'data_wait_share': 0.0}
 METRICS = {'loss': 1.0, 'learning_rate': 0.1, **SPEEDS}

@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from convnext_jax.config import as_dict, default_config, from_dict, read_config
-from convnext_jax.errors import UserError
-from convnext_jax.tasks import Headline
-from convnext_jax.training import workdir
-from convnext_jax.training.logging import RunLog, read_records
-from convnext_jax.training.workdir import (
+from convnext_jax.checkpoints import workdir
+from convnext_jax.checkpoints.workdir import (
     CHECKPOINTS,
     CONFIG,
     LOCK,
@@ -21,6 +17,11 @@ from convnext_jax.training.workdir import (
     settle_config,
     workdir_path,
 )
+from convnext_jax.config import as_dict, default_config, from_dict, read_config
+from convnext_jax.errors import UserError
+from convnext_jax.monitoring.logging import RunLog
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.tasks import Headline
 
 STORED = Path(__file__).parent / 'config_of_0.1.0.json'
 """The config.json of a run of the demo by version 0.1.0. A later version leaves it as it is, and reads it."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
+from convnext_jax.checkpoints.workdir import is_local
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.paths import plain_path
-from convnext_jax.training.workdir import is_local
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from convnext_jax.config import as_dict, changed_fields, is_fixed, read_config
 from convnext_jax.errors import UserError
 from convnext_jax.output import to_json
 from convnext_jax.paths import local_path, plain_path
-from convnext_jax.training.distributed import gathered, is_first
+from convnext_jax.runtime.processes import gathered, is_first
 
 LOCK = '.lock'
 CONFIG = 'config.json'

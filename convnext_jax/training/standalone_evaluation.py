@@ -9,18 +9,17 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.config import check_values
 from convnext_jax.data.pipeline import Share, eval_batches, to_devices
 from convnext_jax.errors import UserError
-from convnext_jax.evaluation import evaluate, make_eval_step, metrics_of
 from convnext_jax.models import Weights, get_weights
-from convnext_jax.tasks import make_task
-from convnext_jax.training.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
-from convnext_jax.training.distributed import is_first, local_rows, spread
-from convnext_jax.training.setup import abstract_model
+from convnext_jax.monitoring.stalls import Patience
+from convnext_jax.runtime.processes import is_first, local_rows, spread
+from convnext_jax.runtime.stop import Stop
+from convnext_jax.tasks import abstract_model, make_task
+from convnext_jax.training.evaluation import evaluate, make_eval_step, metrics_of
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
-from convnext_jax.training.stop import Stop
-from convnext_jax.training.watch import Patience
 from convnext_jax.training.weights import newest_checkpoint, read_weights, weights_field
 
 Result = dict[str, float | int | str]

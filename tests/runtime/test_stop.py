@@ -14,18 +14,19 @@ import pytest
 from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
 
 from configs.fashion_mnist import get_config
+from convnext_jax.checkpoints.checkpoint import saved_steps
+from convnext_jax.checkpoints.manager import NotSaved
 from convnext_jax.data.loading import no_word
 from convnext_jax.errors import UserError
+from convnext_jax.monitoring.logging import RunLog
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.monitoring.stalls import NoBatch
+from convnext_jax.runtime.stop import Stop, Stopped
 from convnext_jax.tasks import Measured, make_task
 from convnext_jax.training import loop
-from convnext_jax.training.checkpoint import saved_steps
-from convnext_jax.training.logging import RunLog, read_records
+from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run
-from convnext_jax.training.saving import NotSaved
-from convnext_jax.training.setup import make_plan
 from convnext_jax.training.sharding import make_mesh
-from convnext_jax.training.stop import Stop, Stopped
-from convnext_jax.training.watch import NoBatch
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -117,8 +118,8 @@ class Saves:
 
 def make_run(config, checkpoints):
     train_set, eval_set = make_task(config).open()
-    plan = make_plan(config, len(train_set))
-    run = Run(config, plan, make_mesh(), train_set, eval_set, checkpoints)
+    durations = make_durations(config, len(train_set))
+    run = Run(config, durations, make_mesh(), train_set, eval_set, checkpoints)
     run.train_step = Steps()
     return run
 
@@ -182,7 +183,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, c
 def test_a_signal_in_an_evaluation_made_up_for_stops_at_once(tmp_path, monkeypatch):
     """Compiling and one more step could take longer than the notice of a preemption."""
     run, stop, evaluated = make_run(get_config(), saves := Saves()), Stop(), []
-    step = run.plan.eval_every_steps
+    step = run.durations.eval_every_steps
 
     def evaluate(log, at, state, stop, waiting):
         evaluated.append(at)
@@ -211,7 +212,7 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
     run.eval_step = eval_step
     state = jax.eval_shape(run.fresh_state)
     state.ema = {}
-    with RunLog(tmp_path, 0, run.plan.total_steps, run.task.headline) as log:
+    with RunLog(tmp_path, 0, run.durations.total_steps, run.task.headline) as log:
         assert run._evaluate(log, 1, state, stop, no_word) is None
     assert len(batches) == 3
     assert read_records(tmp_path) == []

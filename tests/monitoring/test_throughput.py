@@ -18,11 +18,12 @@ from PIL import Image
 
 import train as train_command
 from configs import imagenet1k
+from convnext_jax.checkpoints.checkpoint import saved_steps
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.monitoring.stalls import NoBatch, Patience
+from convnext_jax.monitoring.throughput import stragglers, utilisation
+from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks.classification import Classification
-from convnext_jax.training.checkpoint import saved_steps
-from convnext_jax.training.logging import read_records
-from convnext_jax.training.stop import Stop
-from convnext_jax.training.watch import NoBatch, Patience, stragglers, utilisation
 
 
 def test_the_figures_of_a_run_are_those_of_its_steps(finished_run):

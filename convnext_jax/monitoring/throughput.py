@@ -1,4 +1,4 @@
-"""What is watched while a run trains: the time of its steps, the wait for data, FLOPs, memory, straggling hosts."""
+"""What is measured while a run trains: the time of its steps, the wait for data, FLOPs, memory, straggling hosts."""
 
 import collections
 import contextlib
@@ -13,11 +13,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from convnext_jax.chips import find_chip
 from convnext_jax.data.pipeline import Batch
-from convnext_jax.output import say
+from convnext_jax.monitoring.stalls import Patience
+from convnext_jax.runtime.chips import find_chip
+from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks import make_task
-from convnext_jax.training.stop import Stop
 
 STEPS_AHEAD = 2
 """So many steps are under way at once: the device never waits for the host, and the host does not run away."""
@@ -25,45 +25,8 @@ STEPS_AHEAD = 2
 STRAGGLES = 0.1
 """A host is named if it takes this share of a step more than the median host to wait for data, or for its own work."""
 
-GIVES_UP = 5.0
-"""After a signal a batch is waited for no longer than so many seconds in all."""
 
 MEMORY = Path('/proc/self/statm')
-
-
-class NoBatch(Exception):
-    """A signal came while the run waited for data in vain."""
-
-
-class Patience:
-    """Hears of a batch that is not there, as `loading.Waiting`: says where the wait is, again after twice the time.
-
-    A read that hangs cannot be broken off, and may come back: the wait goes on, unless a signal ends it. Every process
-    speaks for itself, on stderr.
-
-    Args:
-        seconds: before the first word.
-        stop: the signal, if one came.
-        at: says what the batch is for.
-
-    Raises:
-        NoBatch: when called, of a signal.
-    """
-
-    def __init__(self, seconds: float, stop: Stop, at: Callable[[], str]):
-        self._seconds, self._stop, self._at = seconds, stop, at
-        self._next = seconds
-
-    def __call__(self, seconds: float, example: Callable[[], str]) -> None:
-        if seconds < self._seconds:
-            self._next = self._seconds
-        elif seconds >= self._next:
-            self._next = 2 * seconds
-            host = f'process {jax.process_index()}: ' if jax.process_count() > 1 else ''
-            line = f'{host}{self._at()}: no batch for {seconds:.0f} s, still waiting for {example()}'
-            say(line, error=True)
-        if self._stop.received and seconds >= GIVES_UP:
-            raise NoBatch
 
 
 class Pace:

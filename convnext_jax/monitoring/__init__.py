@@ -1,0 +1,1 @@
+"""What a run reports: records, curves, throughput, stalls and profiles."""

@@ -1,0 +1,49 @@
+"""The curves of a run, drawn from its records."""
+
+import io
+from pathlib import Path
+
+from convnext_jax.checkpoints.workdir import CURVES, write_whole
+from convnext_jax.monitoring.records import read_records
+from convnext_jax.tasks import Headline
+
+
+def draw_curves(workdir: Path, headline: Headline) -> None:
+    """Draws curves.png: loss, headline metric raw and EMA, learning rate and throughput over the epochs."""
+    from matplotlib.figure import Figure  # takes a second: not at start
+
+    records = read_records(workdir)
+    training = [record for record in records if record['split'] == 'train']
+    evaluations = [record for record in records if record['split'] != 'train']
+    figure = Figure(figsize=(10, 7), layout='constrained')
+    (loss, metric), (rate, speed) = figure.subplots(2, 2)
+
+    def curve(axes, rows: list[dict], name: str, label: str, marker: str = '') -> None:
+        rows = [row for row in rows if row.get(name) is not None]
+        if rows:
+            axes.plot([row['epoch'] for row in rows], [row[name] for row in rows], marker, label=label)
+
+    curve(loss, training, 'loss', 'training')
+    curve(loss, evaluations, 'loss', 'evaluation, raw', '.-')
+    curve(loss, evaluations, 'ema_loss', 'evaluation, EMA', '.-')
+    curve(metric, evaluations, headline.name, 'raw', '.-')
+    curve(metric, evaluations, f'ema_{headline.name}', 'EMA', '.-')
+    curve(rate, training, 'learning_rate', 'learning rate')
+    curve(speed, training, 'images_per_second', 'images/s')
+    unit = f' ({headline.unit.strip()})' if headline.unit else ''
+    titles = {
+        loss: 'loss',
+        metric: f'{headline.title}{unit}',
+        rate: 'learning rate',
+        speed: 'training images per second',
+    }
+    for axes, title in titles.items():
+        axes.set_title(title)
+        axes.set_xlabel('epoch')
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    speed.set_ylim(0, 1.1 * max((row['images_per_second'] for row in training), default=1))
+    image = io.BytesIO()
+    figure.savefig(image, format='png', dpi=100)
+    write_whole(workdir / CURVES, image.getvalue())
