@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import jax
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import first_line
@@ -68,7 +69,9 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     program = Program(config, make_durations(config, IMAGES), mesh)
     began = time.perf_counter()
     try:
-        compiled = program.compile(program.abstract_state, program.abstract_batch, target.options)
+        # Pallas kernels are lowered for the GPU that the mesh around them describes: there is none here.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)):
+            compiled = program.compile(program.abstract_state, program.abstract_batch, target.options)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise

@@ -71,13 +71,15 @@ def gpu_target(name: str) -> Target:
     kind, _, count = name.partition(':')
     if kind != 'h100' or not re.fullmatch(r'[1-9]\d*', count):
         raise UserError(f"--gpu is so many H100 of one machine, as h100:8, not '{name}'")
-    if not importlib.util.find_spec('jax_cuda12_plugin'):
-        packages = f'jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}'
+    plugins = [name for name in ('jax_cuda13_plugin', 'jax_cuda12_plugin') if importlib.util.find_spec(name)]
+    if not plugins:
+        packages = f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}'
         raise UserError(f"--gpu needs the GPU's compiler, and no GPU: pip install --no-deps {packages}")
     devices = topologies.get_topology_desc(
         platform='cuda', topology=f'1x1x{count}', target_config=H100.read_text(encoding='utf-8')
     ).devices
-    compiler = f'jax-cuda12-plugin {importlib.metadata.version("jax-cuda12-plugin")}'
+    plugin = plugins[0].replace('_', '-')
+    compiler = f'{plugin} {importlib.metadata.version(plugin)}'
     # On a GPU each matrix product is tried with Triton and with cuBLAS. Where nothing can be tried the compiler takes
     # Triton, with tiles that it then refuses for some shapes.
     return Target(name, CHIPS[kind], devices, compiler, {'xla_gpu_enable_triton_gemm': False})

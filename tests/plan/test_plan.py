@@ -109,7 +109,7 @@ def test_a_compiler_that_is_missing_is_named_with_its_version(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match=re.escape(f"no TPU: pip install 'jax[tpu]=={jax.__version__}'")):
         targets.tpu_target('v5e:2x2')
-    with pytest.raises(UserError, match=f'no GPU: pip install --no-deps jax-cuda12-plugin=={jax.__version__}'):
+    with pytest.raises(UserError, match=f'no GPU: pip install --no-deps jax-cuda13-plugin=={jax.__version__}'):
         targets.gpu_target('h100:8')
 
 
@@ -133,7 +133,7 @@ def test_plan_for_a_tpu_slice(commands):
 
 
 @pytest.mark.skipif(
-    not importlib.util.find_spec('jax_cuda12_plugin'), reason='jax-cuda12-plugin, the compiler for GPUs, is missing'
+    not importlib.util.find_spec('jax_cuda13_plugin'), reason='jax-cuda13-plugin, the compiler for GPUs, is missing'
 )
 def test_plan_for_gpus(commands):
     small = ('--config=configs/fashion_mnist.py', '--gpu=h100:8', '--batch=1')
