@@ -31,7 +31,7 @@ from convnext_jax.config import as_dict, changed_fields, check_values, evaluatio
 from convnext_jax.errors import UserError
 from convnext_jax.output import show, to_json
 from convnext_jax.paths import local_path
-from convnext_jax.runtime.processes import are_several
+from convnext_jax.runtime.processes import is_multiprocess
 from convnext_jax.training.standalone_evaluation import Protocol, Result, evaluate_run, evaluate_weights
 
 
@@ -101,7 +101,7 @@ def _evaluate(values: flags.FlagValues) -> None:
         changes={field: value for field, value in changes.items() if value is not None},
         table=local_path(values.per_class) if values.per_class else None,
     )
-    if are_several():
+    if is_multiprocess():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime has taken it, for runs that save
     if values.weights is None:
         workdir, config = workdir_path(required(values, 'workdir')), values['config'].value

@@ -77,7 +77,7 @@ def main() -> None:
     options = arguments.parse_args()
     for images in ('kept', 'decoded'):
         if images == 'decoded':
-            pipeline.KEPT_BYTES = 0
+            pipeline.CACHE_BYTES = 0
         values = ratios(options.rounds, options.steps)
         median, spread = statistics.median(values), f'from {min(values):.3f} to {max(values):.3f}'
         print(f'images {images}: median ratio {median:.3f}, {spread}', flush=True)

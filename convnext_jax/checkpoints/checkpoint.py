@@ -22,7 +22,7 @@ from convnext_jax.checkpoints.state import TrainState
 from convnext_jax.checkpoints.workdir import checkpoints_for_orbax, is_local
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import finite
-from convnext_jax.runtime.processes import gathered
+from convnext_jax.runtime.processes import all_gather_objects
 
 Arrays = dict[str, jax.Array]
 
@@ -124,7 +124,7 @@ def _damage_to_any() -> Iterator[None]:
         yield
     except DamagedCheckpoint as error:
         damage = error
-    for text in gathered(damage and str(damage)):
+    for text in all_gather_objects(damage and str(damage)):
         if text:
             raise DamagedCheckpoint(text) from damage
 

@@ -17,7 +17,7 @@ from convnext_jax.checkpoints.state import TrainState
 from convnext_jax.checkpoints.workdir import checkpoints_for_orbax, is_local
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import say
-from convnext_jax.runtime.processes import are_several, gathered, is_first
+from convnext_jax.runtime.processes import all_gather_objects, is_main_process, is_multiprocess
 
 UNFINISHED = '.orbax-checkpoint-tmp'
 """Orbax has this in the name of a folder until all of the checkpoint is written; then the name is the step alone."""
@@ -113,7 +113,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind and are_several():
+        if kind and is_multiprocess():
             return  # the save under way waits for processes that may never come
         self.wait()
         try:
@@ -124,7 +124,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first; where there are several processes, as the first sees them."""
-        return gathered(sorted(map(int, self._manager.all_steps())))[0]
+        return all_gather_objects(sorted(map(int, self._manager.all_steps())))[0]
 
     def save(self, state: TrainState, about: dict, metrics: dict[str, float] | None) -> None:
         """Starts to save; returns when the state's buffers may be donated.
@@ -159,7 +159,7 @@ class Checkpoints:
         """Returns when the save under way, if there is one, is on disk or has failed."""
         if self._under_way is None:
             return
-        while are_several() and self._manager.is_saving_in_progress():
+        while is_multiprocess() and self._manager.is_saving_in_progress():
             if self._manager.broken:
                 self._fail(self._manager.broken)
             time.sleep(0.02)
@@ -180,9 +180,9 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         step, self._under_way, self._manager.broken = self._under_way, None, None
-        if are_several() and isinstance(error, jax.errors.JaxRuntimeError):
+        if is_multiprocess() and isinstance(error, jax.errors.JaxRuntimeError):
             raise error  # another process is gone, or ended with an error of its own
-        if are_several() and not isinstance(error, NoPlace):  # the others wait for this one's part: all end
+        if is_multiprocess() and not isinstance(error, NoPlace):  # the others wait for this one's part: all end
             raise NotSaved(f'step {step} could not be saved to {self.directory}: {_reason(error)}') from error
         self.failed[step] = _reason(error)
         self._kept.scores.pop(step, None)
@@ -191,12 +191,12 @@ class Checkpoints:
         self._tell(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
 
     def _remove_unfinished(self) -> None:
-        if is_first():
+        if is_main_process():
             for folder in self.directory.glob(f'*{UNFINISHED}*'):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _check_place(self, needed: int) -> None:
-        problem = next(filter(None, gathered(self._problem(needed))), None)
+        problem = next(filter(None, all_gather_objects(self._problem(needed))), None)
         if problem:
             raise NoPlace(problem)
 
@@ -240,10 +240,10 @@ class Checkpoints:
     def _set_aside(self, step: int, error: DamagedCheckpoint) -> str:
         folder = self.directory.parent / 'damaged'
         target = next(path for number in itertools.count() if not (path := folder / f'{step}.{number}').exists())
-        if is_first():
+        if is_main_process():
             folder.mkdir(exist_ok=True)
             (self.directory / str(step)).rename(target)
-        gathered(None)  # the others read the directory after it was moved
+        all_gather_objects(None)  # the others read the directory after it was moved
         self._manager.reload()
         return f'checkpoint {step} is damaged ({error}): moved to {target}'
 

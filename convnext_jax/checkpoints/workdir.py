@@ -17,7 +17,7 @@ from convnext_jax.config import as_dict, changed_fields, is_fixed, read_config
 from convnext_jax.errors import UserError
 from convnext_jax.output import to_json
 from convnext_jax.paths import local_path, plain_path
-from convnext_jax.runtime.processes import gathered, is_first
+from convnext_jax.runtime.processes import all_gather_objects, is_main_process
 
 LOCK = '.lock'
 CONFIG = 'config.json'
@@ -82,9 +82,11 @@ def locked_by_first(workdir: Path) -> Iterator[None]:
     Raises:
         UserError: as `locked`, or a process sees another folder.
     """
-    with locked(workdir) if is_first() else contextlib.nullcontext():
+    with locked(workdir) if is_main_process() else contextlib.nullcontext():
         lock = workdir / LOCK
-        content = gathered(lock.read_text(encoding='utf-8') if is_first() and is_local(workdir) else None)[0]
+        content = all_gather_objects(
+            lock.read_text(encoding='utf-8') if is_main_process() and is_local(workdir) else None
+        )[0]
         if is_local(workdir) and not _comes_to_hold(lock, content):
             raise UserError(f'workdir {workdir} is not the one that process 0 has: all hosts must share a file system')
         yield

@@ -22,7 +22,7 @@ from convnext_jax.errors import UserError
 REPLACE = 'replace each by a readable file of that name, or delete them and take another workdir'
 REPLACE_IN_EVALUATION = 'replace it by a readable file of that name, and run the same command again'
 ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
-KEPT_BYTES = 2**28  # a split whose examples are the same in every epoch stays in memory if it takes no more than this
+CACHE_BYTES = 2**28  # a split whose examples are the same in every epoch stays in memory if it takes no more than this
 
 Batch = dict[str, np.ndarray | jax.Array]
 """Examples stacked along a leading axis, by the name of the feature. In evaluation also `weight` (N,) float32: 0 where
@@ -169,10 +169,10 @@ def train_batches(
     return _report(batches, unreadable)
 
 
-def is_kept(dataset: Dataset) -> bool:
+def fits_in_cache(dataset: Dataset) -> bool:
     """Whether the examples stay in memory once they are loaded: each epoch has the same, and they are small."""
     size = sum(x.size * x.dtype.itemsize for x in dataset.features.values())
-    return not dataset.random and len(dataset) * size <= KEPT_BYTES
+    return not dataset.random and len(dataset) * size <= CACHE_BYTES
 
 
 class TrainExamples:
@@ -187,7 +187,7 @@ class TrainExamples:
         self._distinct = share.batch_size // repeats
         self._steps = steps_per_epoch(len(dataset), share.batch_size)
         self._tries = len(dataset) // 1000 + 2 if replace else 1  # more in a row are too many anyway
-        self.kept: dict[int, Example] | None = {} if is_kept(dataset) else None
+        self.kept: dict[int, Example] | None = {} if fits_in_cache(dataset) else None
 
     def index(self, local: int) -> tuple[int, int, int]:
         """The index in the split, the epoch, and which copy of the example in its batch it is."""
@@ -286,7 +286,7 @@ def abstract_batch(features: Features, size: int, sharding: jax.sharding.Shardin
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharding) for name, x in features.items()}
 
 
-def to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2) -> Iterator[Batch]:
+def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2) -> Iterator[Batch]:
     """Puts each process's rows on its devices as one global batch, `ahead` batches before they are asked for."""
 
     def put(batch: Batch) -> Batch:

@@ -19,7 +19,7 @@ from convnext_jax.models import Parameters, Variant
 
 LAYOUTS = ('huggingface', 'timm', 'original')
 TIMM_STRIDE = 32  # its `output_stride` by default
-MOST_LISTED = 50
+MAX_LISTED = 50
 
 # Module names: ours → theirs, in the order of LAYOUTS. S stands for the stage, B for the block.
 TRUNK = {
@@ -144,8 +144,8 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
         if theirs in tensors and tensors[theirs].shape not in allowed:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
     if problems:
-        more = f'; and {len(problems) - MOST_LISTED} more' if len(problems) > MOST_LISTED else ''
-        listed = '; '.join(sorted(problems)[:MOST_LISTED])
+        more = f'; and {len(problems) - MAX_LISTED} more' if len(problems) > MAX_LISTED else ''
+        listed = '; '.join(sorted(problems)[:MAX_LISTED])
         raise UserError(f'the {layout} weights do not fit the model: {listed}{more}')
     sources = collections.defaultdict(list)
     for theirs, ours, block in wanted:

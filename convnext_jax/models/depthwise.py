@@ -25,8 +25,8 @@ from convnext_jax.models.nvidia import has_kernels
 
 # Of a pass of the convolution on CPU: its weights, 12 KiB in float32 of a first-level cache of 32 or more; but so many
 # places at the least, or the passes over the image cost more than the cache gives.
-PASS_WEIGHTS, LEAST_PLACES = 3072, 5
-MOST_ROWS = 7  # in a step of the kernel's gradient on CPU
+PASS_WEIGHTS, MIN_POSITIONS = 3072, 5
+MAX_ROWS = 7  # in a step of the kernel's gradient on CPU
 
 
 @functools.partial(jax.jit, static_argnames=('dilation', 'pallas'), inline=True)
@@ -92,7 +92,7 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
     height, width = x.shape[1:3]
     padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel.astype(x.dtype)))
     places = list(itertools.product(range(size), repeat=2))
-    per_pass = min(max(PASS_WEIGHTS // max(x.shape[-1], 1), LEAST_PLACES), 2 * size)
+    per_pass = min(max(PASS_WEIGHTS // max(x.shape[-1], 1), MIN_POSITIONS), 2 * size)
     total = None
     for first in range(0, len(places), per_pass):
         for row, column in places[first : first + per_pass]:
@@ -113,7 +113,7 @@ def _kernel_gradient_on_cpu(
     """
     n, height, width, channels = x.shape
     padded, weights = _pad(_wide(x), size // 2 * dilation), _wide(weights)
-    rows = max(rows for rows in range(1, MOST_ROWS + 1) if height % rows == 0)
+    rows = max(rows for rows in range(1, MAX_ROWS + 1) if height % rows == 0)
     groups = height // rows
     reach = 1 + dilation * (size - 1)
 

@@ -95,7 +95,7 @@ class RunLog:
         self._bar.update()
 
     def train(self, step: int, epoch: float, metrics: dict[str, float], seconds_left: float) -> None:
-        """Records the training since the last record: `loss`, `learning_rate`, and what `Pace.lap` gives."""
+        """Records the training since the last record: `loss`, `learning_rate`, and what `StepTimer.lap` gives."""
         self._record(step, epoch, 'train', metrics)
         speed = f'{metrics["images_per_second"]:.0f} images/s  step {metrics["step_ms_median"]:.0f} ms'
         speed += f' (99 %: {metrics["step_ms_p99"]:.0f})  waits for data {metrics["data_wait_share"]:.0%}'
@@ -166,10 +166,10 @@ def _event_name(name: str) -> str:
     return name.encode(errors='replace').decode()
 
 
-class Silence:
+class NullLog:
     """Stands in for `RunLog` on the processes that write nothing."""
 
-    def __enter__(self) -> 'Silence':
+    def __enter__(self) -> 'NullLog':
         return self
 
     def __exit__(self, *_: object) -> None:

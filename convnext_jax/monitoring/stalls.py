@@ -11,11 +11,11 @@ GIVES_UP = 5.0
 """After a signal a batch is waited for no longer than so many seconds in all."""
 
 
-class NoBatch(Exception):
+class DataStalled(Exception):
     """A signal came while the run waited for data in vain."""
 
 
-class Patience:
+class StallMonitor:
     """Hears of a batch that is not there, as `loading.Waiting`: says where the wait is, again after twice the time.
 
     A read that hangs cannot be broken off, and may come back: the wait goes on, unless a signal ends it. Every process
@@ -27,7 +27,7 @@ class Patience:
         at: says what the batch is for.
 
     Raises:
-        NoBatch: when called, of a signal.
+        DataStalled: when called, of a signal.
     """
 
     def __init__(self, seconds: float, stop: Stop, at: Callable[[], str]):
@@ -43,4 +43,4 @@ class Patience:
             line = f'{host}{self._at()}: no batch for {seconds:.0f} s, still waiting for {example()}'
             say(line, error=True)
         if self._stop.received and seconds >= GIVES_UP:
-            raise NoBatch
+            raise DataStalled

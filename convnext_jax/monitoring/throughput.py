@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from convnext_jax.data.pipeline import Batch
-from convnext_jax.monitoring.stalls import Patience
+from convnext_jax.monitoring.stalls import StallMonitor
 from convnext_jax.runtime.chips import find_chip
 from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks import make_task
@@ -29,7 +29,7 @@ STRAGGLES = 0.1
 MEMORY = Path('/proc/self/statm')
 
 
-class Pace:
+class StepTimer:
     """Keeps the host `STEPS_AHEAD` ahead of the device, and measures. Pauses do not count.
 
     A step's time is from the completion of the one before to its own, as the host sees them; the time in which the host
@@ -50,10 +50,10 @@ class Pace:
         self._last = 0.0  # when the step before was done
         self._restart()
 
-    def patience(self, split: str) -> Patience:
+    def patience(self, split: str) -> StallMonitor:
         """For the batches of a split."""
         seconds = self._config.data.patience_seconds
-        return Patience(seconds, self._stop, lambda: f'{split} after step {self._step}')
+        return StallMonitor(seconds, self._stop, lambda: f'{split} after step {self._step}')
 
     def _restart(self) -> None:
         self._seconds: list[float] = []  # of each step
@@ -81,7 +81,7 @@ class Pace:
         """Hears of a batch that is not there yet, as `loading.Waiting`.
 
         Raises:
-            NoBatch: a signal came.
+            DataStalled: a signal came.
         """
         if self._idle_since is None and all(x.is_ready() for x in jax.tree.leaves(list(self._under_way))):
             self._idle_since = time.perf_counter()

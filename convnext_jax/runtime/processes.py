@@ -72,7 +72,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
         ) from error
     finally:
         clock.cancel()
-    if several and not is_first():
+    if several and not is_main_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return several
 
@@ -98,23 +98,23 @@ def _give_up(coordinator: str | None, process_count: int | None, process_id: int
     leave(f'error: {problem} within {timeout} s: do all hosts run the same command, and reach process 0?', 1)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes logs and files: process 0, or the only one."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def are_several() -> bool:
+def is_multiprocess() -> bool:
     """Whether there are other processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def gathered(value: object) -> list:
+def all_gather_objects(value: object) -> list:
     """What each process has given, in their order. All must call it in the same place.
 
     Args:
         value: what JSON can hold.
     """
-    if not are_several():
+    if not is_multiprocess():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
@@ -122,15 +122,15 @@ def gathered(value: object) -> list:
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
-def local_rows(sharding: Sharding, batch_size: int) -> Sequence[int]:
+def local_batch_indices(sharding: Sharding, batch_size: int) -> Sequence[int]:
     """The rows of a global batch that live on this process's devices, in order."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})
 
 
-def spread(value: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
+def make_global_array(value: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
     """An array that every process has whole, as one global array."""
-    if not are_several():
+    if not is_multiprocess():
         return jax.device_put(value, sharding)
     return jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__)
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from convnext_jax.checkpoints.workdir import CURVES
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import decoders
-from convnext_jax.data.pipeline import is_kept
+from convnext_jax.data.pipeline import fits_in_cache
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.runtime.process import describe_settings
@@ -37,7 +37,7 @@ def describe(
     share = share_held(mesh, parameter_roles(model), parameters)
     held = f', {share:.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
     accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
-    processes, threads = decoders(0 if is_kept(train_set) else data.workers)
+    processes, threads = decoders(0 if fits_in_cache(train_set) else data.workers)
     peak = peak_learning_rate(config)
     about = f'{train_set.about}, ' if train_set.about else ''
     decoding = (f'{processes} process(es) of ' if processes else '') + f'{threads} thread(s)'

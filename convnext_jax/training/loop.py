@@ -19,16 +19,22 @@ from convnext_jax.config import as_dict, check_values, resolve_paths
 from convnext_jax.data.check import describe_unreadable, find_unreadable
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import Waiting, no_word
-from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, to_devices, train_batches
+from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, prefetch_to_device, train_batches
 from convnext_jax.errors import UserError
-from convnext_jax.monitoring.logging import RunLog, Silence
+from convnext_jax.monitoring.logging import NullLog, RunLog
 from convnext_jax.monitoring.records import read_records
-from convnext_jax.monitoring.stalls import NoBatch
-from convnext_jax.monitoring.throughput import Pace
+from convnext_jax.monitoring.stalls import DataStalled
+from convnext_jax.monitoring.throughput import StepTimer
 from convnext_jax.monitoring.trace import Trace, Window
 from convnext_jax.output import say
 from convnext_jax.runtime.compilation_cache import cache_compiled
-from convnext_jax.runtime.processes import agreed_stop, are_several, gathered, is_first, local_rows
+from convnext_jax.runtime.processes import (
+    agreed_stop,
+    all_gather_objects,
+    is_main_process,
+    is_multiprocess,
+    local_batch_indices,
+)
 from convnext_jax.runtime.stop import Stop, Stopped, stop_signal
 from convnext_jax.tasks import make_task
 from convnext_jax.training.describe import describe, finished
@@ -70,7 +76,7 @@ def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> N
         durations = make_durations(config, len(train_set))
         mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-        for line in settle_config(workdir, config) if is_first() else ():
+        for line in settle_config(workdir, config) if is_main_process() else ():
             say(f'changed since the run began: {line}')
         headline, keep = task.headline, config.keep_checkpoints
         best = f'ema_{headline.name}' if config.ema.decay else headline.name
@@ -155,8 +161,8 @@ class Run(Program):
 
     def _evaluated(self, step: int, workdir: Path) -> bool:
         split = self.config.data.eval_split
-        records = read_records(workdir) if is_first() else []
-        return gathered(any((record['step'], record['split']) == (step, split) for record in records))[0]
+        records = read_records(workdir) if is_main_process() else []
+        return all_gather_objects(any((record['step'], record['split']) == (step, split) for record in records))[0]
 
     def go(self, state: TrainState, workdir: Path, profile: Window | None = None) -> None:
         """From a state to the last step; the arguments as of `train`.
@@ -166,9 +172,11 @@ class Run(Program):
         """
         step = saved = int(state.step)
         with (
-            RunLog(workdir, step, self.durations.total_steps, self.task.headline) if is_first() else Silence() as log,
-            agreed_stop() if are_several() else stop_signal() as stop,
-            contextlib.nullcontext(Pace(self.config, step, stop)) as pace,
+            RunLog(workdir, step, self.durations.total_steps, self.task.headline)
+            if is_main_process()
+            else NullLog() as log,
+            agreed_stop() if is_multiprocess() else stop_signal() as stop,
+            contextlib.nullcontext(StepTimer(self.config, step, stop)) as pace,
             Trace(profile, workdir / TENSORBOARD, self.durations.total_steps - step, pace.paused, log.say) as trace,
             contextlib.closing(self.train_batches(step, pace.waiting)) as batches,
         ):
@@ -224,15 +232,15 @@ class Run(Program):
                         break
             except (NotFinite, NotSaved):
                 raise
-            except NoBatch:
-                if are_several():  # the others cannot end the step they are in
+            except DataStalled:
+                if is_multiprocess():  # the others cannot end the step they are in
                     self.checkpoints.wait()
                 else:
                     self._save_rest(state, step, saved)
                     saved = step
                 raise Stopped(stop.received, saved) from None
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
-                if not are_several():  # else the others may be at another step
+                if not is_multiprocess():  # else the others may be at another step
                     try:
                         self._save_rest(state, step, saved)
                     except NotSaved as unsaved:
@@ -245,7 +253,7 @@ class Run(Program):
                 log.say(f'saving failed for a time, at step {steps}; step {step} is saved')
 
     def _share(self, batch_size: int) -> Share:
-        return Share(batch_size, local_rows(self.batch_sharding, batch_size))
+        return Share(batch_size, local_batch_indices(self.batch_sharding, batch_size))
 
     def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Iterator[Batch]:
         """Global batches on the devices, from a step on; `waiting` hears of one that is not there yet."""
@@ -259,7 +267,7 @@ class Run(Program):
             workers=self.config.data.workers,
             waiting=waiting,
         )
-        return to_devices(batches, self.batch_sharding)
+        return prefetch_to_device(batches, self.batch_sharding)
 
     def _check_evaluation_images(self, log: RunLog, stop: Stop, waiting: Waiting) -> None:
         """Decodes the evaluation split before the first step: an unreadable image would end the run after an epoch.
@@ -280,7 +288,7 @@ class Run(Program):
         if stop.received:
             raise Stopped(stop.received, 0)
         # Pairs, since the keys of an object in JSON are strings.
-        errors = dict(itertools.chain.from_iterable(gathered(list(errors.items()))))
+        errors = dict(itertools.chain.from_iterable(all_gather_objects(list(errors.items()))))
         if errors:
             raise UserError(describe_unreadable(errors, len(self.eval_set), split))
         seconds = time.perf_counter() - began
@@ -294,7 +302,7 @@ class Run(Program):
         share = self._share(self.config.batch_size // self.config.accumulation_steps)
         batches = eval_batches(self.eval_set, share, waiting)
         weights = {'': state.weights} | ({'ema_': state.ema} if state.ema else {})
-        until_stopped = itertools.takewhile(lambda _: not stop.poll(), to_devices(batches, self.batch_sharding))
+        until_stopped = itertools.takewhile(lambda _: not stop.poll(), prefetch_to_device(batches, self.batch_sharding))
         first = next(until_stopped, None)
         batches = until_stopped if first is None else itertools.chain([first], until_stopped)
         results = metrics_of(self.evaluator, *evaluate(self.eval_step, weights, batches))
@@ -305,10 +313,10 @@ class Run(Program):
         log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first)))
         return results
 
-    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], pace: Pace) -> None:
+    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], pace: StepTimer) -> None:
         speeds, stragglers = pace.lap()
         fetched = jax.device_get(pending)
-        self.unreadable.merge(gathered(self.unreadable.errors()))
+        self.unreadable.merge(all_gather_objects(self.unreadable.errors()))
         newest = fetched[-1]
         means = [name for name in newest if name not in LAST]
         metrics = {

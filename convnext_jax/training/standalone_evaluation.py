@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.config import check_values
-from convnext_jax.data.pipeline import Share, eval_batches, to_devices
+from convnext_jax.data.pipeline import Share, eval_batches, prefetch_to_device
 from convnext_jax.errors import UserError
 from convnext_jax.models import Weights, get_weights
-from convnext_jax.monitoring.stalls import Patience
-from convnext_jax.runtime.processes import is_first, local_rows, spread
+from convnext_jax.monitoring.stalls import StallMonitor
+from convnext_jax.runtime.processes import is_main_process, local_batch_indices, make_global_array
 from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.evaluation import evaluate, make_eval_step, metrics_of
@@ -91,7 +91,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     pretrained = read_weights(where, params)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)
     mesh = make_mesh()
-    parameters = {name: spread(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}
+    parameters = {name: make_global_array(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}
     about = {'weights': where, 'layout': pretrained.layout, 'params': params}
     for result in _evaluate(config, pretrained.model, parameters, pretrained.facts, mesh, protocol):
         yield about | result
@@ -119,11 +119,11 @@ def _evaluate(
     datasets = [task.open_split(name, split, facts) for name, split in splits]
     per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
     batch_size = per_device * mesh.size
-    share = Share(batch_size, local_rows(batch_sharding(mesh), batch_size))
+    share = Share(batch_size, local_batch_indices(batch_sharding(mesh), batch_size))
     rows = []
     for (name, split), dataset in zip(splits, datasets, strict=True):
-        patience = Patience(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at)
-        batches = to_devices(eval_batches(dataset, share, patience), batch_sharding(mesh))
+        patience = StallMonitor(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at)
+        batches = prefetch_to_device(eval_batches(dataset, share, patience), batch_sharding(mesh))
         evaluator = task.evaluator(dataset)
         step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))
         images, measured = evaluate(step, {'': parameters}, batches)
@@ -136,7 +136,7 @@ def _evaluate(
 
 
 def _write_table(path: Path, rows: list[dict[str, object]]) -> None:
-    if not is_first():
+    if not is_main_process():
         return
     try:
         # Names come from folders: their bytes, UTF-8 or not, are written as they are.

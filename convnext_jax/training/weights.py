@@ -12,7 +12,7 @@ from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Pretrained, read_pretrained
 from convnext_jax.models import Weights, get_weights, with_parameters
-from convnext_jax.runtime.processes import gathered, spread
+from convnext_jax.runtime.processes import all_gather_objects, make_global_array
 from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
 
 FIELDS = {'raw': 'parameters', 'ema': 'ema'}
@@ -91,7 +91,7 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """The array with a sharding; what has it already may be spread over processes."""
-    return value if getattr(value, 'sharding', None) == sharding else spread(value, sharding)
+    return value if getattr(value, 'sharding', None) == sharding else make_global_array(value, sharding)
 
 
 def _newest_weights(workdir: Path, field: str) -> tuple[int, Weights]:
@@ -109,7 +109,7 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
         UserError: there is none.
     """
     directory = workdir / CHECKPOINTS
-    steps = gathered(saved_steps(directory))[0]  # a run that goes on may save one in this moment
+    steps = all_gather_objects(saved_steps(directory))[0]  # a run that goes on may save one in this moment
     if not steps:
         raise UserError(f'{workdir} holds no checkpoint of a run')
     return directory, steps[-1]

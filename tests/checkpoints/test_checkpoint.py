@@ -210,8 +210,8 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
     told = []
     with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
         with monkeypatch.context() as of_two:
-            of_two.setattr(manager, 'are_several', lambda: True)
-            of_two.setattr(manager, 'gathered', lambda own: [own, 'the other disk is full'])
+            of_two.setattr(manager, 'is_multiprocess', lambda: True)
+            of_two.setattr(manager, 'all_gather_objects', lambda own: [own, 'the other disk is full'])
             checkpoints.save(make_state(4), {}, None)
         assert told == ['step 4 could not be saved: the other disk is full; the last checkpoint is of step 3']
         checkpoints.save(make_state(5), {}, None)
@@ -222,13 +222,13 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
 def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
     """'could not be saved: the disk …' would send the user to a disk that has room."""
 
-    def gathered(own):
+    def all_gather_objects(own):
         raise jax.errors.JaxRuntimeError('the coordination service is gone')
 
     with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
         with monkeypatch.context() as of_two:
-            of_two.setattr(manager, 'are_several', lambda: True)
-            of_two.setattr(manager, 'gathered', gathered)
+            of_two.setattr(manager, 'is_multiprocess', lambda: True)
+            of_two.setattr(manager, 'all_gather_objects', all_gather_objects)
             with pytest.raises(jax.errors.JaxRuntimeError, match='coordination service'):
                 checkpoints.save(make_state(4), {}, None)
         assert not checkpoints.failed

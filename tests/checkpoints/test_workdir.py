@@ -38,8 +38,8 @@ def test_a_lock_that_a_network_file_system_shows_late_is_waited_for(tmp_path, mo
     """Another host reads it a moment after process 0 wrote it: no reason to end a job of many hosts."""
     lock = tmp_path / LOCK
     lock.write_text('of the run before')
-    monkeypatch.setattr(workdir, 'is_first', lambda: False)
-    monkeypatch.setattr(workdir, 'gathered', lambda own: ['of this run'])
+    monkeypatch.setattr(workdir, 'is_main_process', lambda: False)
+    monkeypatch.setattr(workdir, 'all_gather_objects', lambda own: ['of this run'])
     timer = threading.Timer(0.5, lock.write_text, ['of this run'])
     timer.start()
     with locked_by_first(tmp_path):

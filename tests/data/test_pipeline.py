@@ -15,9 +15,9 @@ from convnext_jax.data.pipeline import (
     Share,
     Unreadable,
     eval_batches,
+    prefetch_to_device,
     shuffled,
     steps_per_epoch,
-    to_devices,
     train_batches,
 )
 from convnext_jax.data.sources import Example
@@ -119,7 +119,7 @@ def test_small_images_that_do_not_change_are_decoded_once(monkeypatch):
     kept = train(23, steps=30, crop_scale=())
     assert sorted(set(reads)) == list(range(23))
     assert len(reads) <= 2 * 23, 'threads may meet at an image, epochs may not'
-    monkeypatch.setattr(pipeline, 'KEPT_BYTES', 23 * 16 - 1)
+    monkeypatch.setattr(pipeline, 'CACHE_BYTES', 23 * 16 - 1)
     reads.clear()
     assert_equal(train(23, steps=30, crop_scale=()), kept)
     assert len(reads) >= 120
@@ -225,7 +225,7 @@ def test_batches_arrive_sharded_and_complete():
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:8]), ('data',)), PartitionSpec('data'))
     host = evaluation(40, Share(16))
     for ahead in (1, 2, 5):
-        device = list(to_devices(iter(host), sharding, ahead=ahead))
+        device = list(prefetch_to_device(iter(host), sharding, ahead=ahead))
         assert_equal(device, host)
         for leaf in jax.tree.leaves(device):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -237,7 +237,7 @@ def test_batches_are_put_ahead_of_need():
     """The device waits for the host at every step if the next batch is first asked for when it is needed."""
     asked = []
     batches = (asked.append(step) or batch for step, batch in enumerate(evaluation(40, Share(8))))
-    ours = to_devices(batches, jax.sharding.SingleDeviceSharding(jax.devices()[0]), ahead=2)
+    ours = prefetch_to_device(batches, jax.sharding.SingleDeviceSharding(jax.devices()[0]), ahead=2)
     next(ours)
     assert asked == [0, 1, 2]
     next(ours)

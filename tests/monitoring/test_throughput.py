@@ -20,7 +20,7 @@ import train as train_command
 from configs import imagenet1k
 from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.monitoring.records import read_records
-from convnext_jax.monitoring.stalls import NoBatch, Patience
+from convnext_jax.monitoring.stalls import DataStalled, StallMonitor
 from convnext_jax.monitoring.throughput import stragglers, utilisation
 from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks.classification import Classification
@@ -74,7 +74,7 @@ def test_the_host_that_holds_the_others_up_is_named():
 
 def test_patience_says_where_the_wait_is_and_again_ever_later(capsys):
     stop = Stop()
-    patience = Patience(300, stop, lambda: 'train after step 7')
+    patience = StallMonitor(300, stop, lambda: 'train after step 7')
 
     def said(*seconds):
         for second in seconds:
@@ -88,7 +88,7 @@ def test_patience_says_where_the_wait_is_and_again_ever_later(capsys):
     assert len(said(310)) == 1
     stop.received = signal.SIGTERM
     patience(1, lambda: 'a/b.jpg')  # it may yet come
-    with pytest.raises(NoBatch):
+    with pytest.raises(DataStalled):
         patience(10, lambda: 'a/b.jpg')
 
 
@@ -203,11 +203,11 @@ import sys, time
 import jax, jax.numpy as jnp
 from configs.fashion_mnist import get_config
 from convnext_jax.training.stop import Stop
-from convnext_jax.training.watch import Pace
+from convnext_jax.training.watch import StepTimer
 
 process = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, process)
-pace = Pace(get_config(), 0, Stop())
+pace = StepTimer(get_config(), 0, Stop())
 lines = []
 for lap in range(2):
     for batch in pace.batches(range(3)):

@@ -196,21 +196,21 @@ def test_flags_that_do_not_fit_are_refused_at_once(flags, problem):
 def test_each_process_loads_the_rows_of_its_own_devices():
     """A mesh whose devices of one host are not neighbours must not change which example is in which row."""
     mesh = make_mesh(-1)
-    assert list(processes.local_rows(batch_sharding(mesh), 16)) == list(range(16))
+    assert list(processes.local_batch_indices(batch_sharding(mesh), 16)) == list(range(16))
 
     class Scattered:
         def addressable_devices_indices_map(self, shape):
             return {0: (slice(8, 12),), 1: (slice(None, 4),)}
 
-    assert processes.local_rows(Scattered(), 16) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert processes.local_batch_indices(Scattered(), 16) == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
 def test_one_process_is_a_job_of_its_own():
     """A laptop must not wait for anybody, nor lose its output."""
-    assert processes.gathered({'a': 1}) == [{'a': 1}]
-    assert processes.is_first()
-    assert not processes.are_several()
-    np.testing.assert_array_equal(processes.spread(np.arange(3), jax.devices()[0]), [0, 1, 2])
+    assert processes.all_gather_objects({'a': 1}) == [{'a': 1}]
+    assert processes.is_main_process()
+    assert not processes.is_multiprocess()
+    np.testing.assert_array_equal(processes.make_global_array(np.arange(3), jax.devices()[0]), [0, 1, 2])
 
 
 def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):

@@ -20,7 +20,7 @@ from convnext_jax.data.loading import no_word
 from convnext_jax.errors import UserError
 from convnext_jax.monitoring.logging import RunLog
 from convnext_jax.monitoring.records import read_records
-from convnext_jax.monitoring.stalls import NoBatch
+from convnext_jax.monitoring.stalls import DataStalled
 from convnext_jax.runtime.stop import Stop, Stopped
 from convnext_jax.tasks import Measured, make_task
 from convnext_jax.training import loop
@@ -161,7 +161,7 @@ def test_a_state_whose_save_failed_is_not_told_as_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
     for error, end in (
         (UserError('7.jpg is broken'), pytest.raises(UserError, match='^7.jpg is broken$')),
-        (NoBatch(), pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved')),
+        (DataStalled(), pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved')),
     ):
         with pytest.raises(NotSaved, match=r'not saved: step 1 \(the disk is full\)'):
             stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), error, every=1)
@@ -171,7 +171,7 @@ def test_a_state_whose_save_failed_is_not_told_as_saved(tmp_path, monkeypatch):
         assert saves.steps == [1], 'saved twice'
 
 
-@pytest.mark.parametrize('error', [UserError('0.jpg is broken'), NoBatch()])
+@pytest.mark.parametrize('error', [UserError('0.jpg is broken'), DataStalled()])
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, capsys, error):
     """'saved at step 0' would be a lie, and a checkpoint of it would fix a config that nothing was trained with."""
     with pytest.raises(type(error) if isinstance(error, UserError) else Stopped):

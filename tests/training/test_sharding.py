@@ -260,7 +260,7 @@ def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
     """The state's pieces would help little if the step made any of it whole: the whole stack is never gathered."""
     run = runs['4 × 2']
     sizes = {name: x.size for name, x in run.program.abstract_state.parameters.items()}
-    cut = sum(sizes[name] for name in cut_names(run.program))
+    cut = sum(sizes[name] for name in sharded_names(run.program))
     assert cut > 0.9 * sum(sizes.values())
     found = run.collectives
     assert {(kind, group) for kind, _, group in found} == {
@@ -274,17 +274,17 @@ def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
     assert found['reduce-scatter', 'f32', 2].size == 4 * cut // 2
     assert found['all-reduce', 'f32', 4] == Collectives(1, 4 * cut // 2)
     assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - cut + 2))
-    assert found['all-reduce', 'f32', 2] == Collectives(2, 2 * 4 * len(cut_names(run.program)))
+    assert found['all-reduce', 'f32', 2] == Collectives(2, 2 * 4 * len(sharded_names(run.program)))
     stacks = {
         ','.join(map(str, x.shape))
         for name, x in run.program.abstract_state.parameters.items()
-        if name in cut_names(run.program) and '.blocks.' in name
+        if name in sharded_names(run.program) and '.blocks.' in name
     }
     for shape in stacks:
         assert f'f32[{shape}]' not in run.compiled.as_text(), 'parameter, gradient, moment or average'
 
 
-def cut_names(program):
+def sharded_names(program):
     return [name for name, x in program.abstract_state.parameters.items() if 'fsdp' in x.sharding.spec]
 
 
@@ -307,7 +307,7 @@ def test_evaluation_gathers_kernels_alone(runs):
     weight = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
     batch = program.abstract_batch | {'weight': weight}
     text = step.lower(program.abstract_state.parameters, batch).compile().as_text()
-    kernels = sum(4 * program.abstract_state.parameters[name].size for name in cut_names(program))
+    kernels = sum(4 * program.abstract_state.parameters[name].size for name in sharded_names(program))
     found = collectives(read_program(text), 8)
     assert {kind for kind, _, _ in found} == {'all-gather', 'all-reduce'}
     assert kernels <= sum(same.size for same in found.values()) < kernels + 4000  # those of ten logits and of the sums
