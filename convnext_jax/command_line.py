@@ -19,6 +19,7 @@ from convnext_jax.output import OutputClosed, drop_unwritten, open_streams, say,
 from convnext_jax.paths import local_path
 from convnext_jax.runtime import processes
 from convnext_jax.runtime.stop import Stopped
+from convnext_jax.runtime.watchdog import Watchdog
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """A disk that is full, or that may not be written."""
@@ -97,16 +98,16 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
     if not processes.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
         yield
         return
-    guard = processes.Guard(values.process_timeout)
+    watchdog = Watchdog(values.process_timeout)
     try:
         yield
     except Stopped:
-        guard.finish()
+        watchdog.finish()
         raise
     except BaseException as error:
-        guard.fail(error, *_text_and_status(error))
+        watchdog.fail(error, *_text_and_status(error))
     else:
-        guard.finish()
+        watchdog.finish()
 
 
 def _show_warning(message: Warning, category: type[Warning], filename: str, *place: object) -> None:

@@ -127,7 +127,7 @@ def test_accelerators_program_equals_the_one_for_cpu(photos, monkeypatch):
     """Histogram and table are written twice: this host runs only one of them."""
     expected = [np.asarray(apply(photos, jnp.full(6, number), jnp.full(6, 3.0))) for number in range(15)]
     take_default = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - stands in for a function
-    monkeypatch.setattr('convnext_jax.data.pillow.lax.platform_dependent', take_default)
+    monkeypatch.setattr('convnext_jax.data.pillow_arithmetic.lax.platform_dependent', take_default)
     run = jax.jit(lambda images, operation, argument: apply_operations(images, operation, argument, FILL))
     for number, image in enumerate(expected):
         np.testing.assert_array_equal(run(photos, jnp.full(6, number), jnp.full(6, 3.0)), image)

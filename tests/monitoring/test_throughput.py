@@ -202,8 +202,8 @@ PROGRAM = """
 import sys, time
 import jax, jax.numpy as jnp
 from configs.fashion_mnist import get_config
-from convnext_jax.training.stop import Stop
-from convnext_jax.training.watch import StepTimer
+from convnext_jax.runtime.stop import Stop
+from convnext_jax.monitoring.throughput import StepTimer
 
 process = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, process)

@@ -17,7 +17,7 @@ from convnext_jax.runtime.cpu_settings import (
     missing_settings,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 AVX2 = 'flags : fpu sse4_2 avx avx2 fma\n'
 AVX512 = 'flags : fpu sse4_2 avx avx2 fma avx512f avx512bw\n'
 VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')

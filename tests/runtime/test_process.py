@@ -8,7 +8,7 @@ import pytest
 
 from convnext_jax.runtime.process import describe_settings
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_settings_are_told_as_they_are(monkeypatch):
@@ -24,7 +24,7 @@ def test_the_settings_are_told_as_they_are(monkeypatch):
 def test_memory_that_was_freed_goes_back():
     """Half a gigabyte of a compiler's stays with the process otherwise, and comes on top of the training's."""
     code = (
-        'import ctypes; from pathlib import Path; from convnext_jax.training.process import release_memory\n'
+        'import ctypes; from pathlib import Path; from convnext_jax.runtime.process import release_memory\n'
         'libc = ctypes.CDLL(None); libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n'
         'pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])\n'
         'blocks = [libc.malloc(10_000) for _ in range(10_000)]\n'
