@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -33,7 +34,7 @@ class Fields:
     free: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
 
-    def problems(self, values: Mapping[str, object]) -> list[str]:
+    def problems(self, values: Mapping[str, Any]) -> list[str]:
         """A line for each value that is out of its range.
 
         Args:

@@ -10,7 +10,7 @@ The item of the weights is called `parameters`, and holds the statistics beside 
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -25,6 +25,7 @@ from convnext_jax.output import finite
 from convnext_jax.runtime.processes import all_gather_objects
 
 Arrays = dict[str, jax.Array]
+Like = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 class DamagedCheckpoint(Exception):
@@ -68,7 +69,7 @@ def restore(directory: Path, step: int, like: TrainState) -> TrainState:
     return jax.tree.unflatten(treedef, [items[item][name] for item, name in names])
 
 
-def restore_parameters(directory: Path, step: int, field: str, like: Arrays | None = None) -> Arrays:
+def restore_parameters(directory: Path, step: int, field: str, like: Like | None = None) -> Arrays:
     """One set of weights of a checkpoint, without the rest.
 
     Args:
@@ -93,7 +94,7 @@ def restore_parameters(directory: Path, step: int, field: str, like: Arrays | No
     return _restore_item(directory, step, field, like)
 
 
-def _restore_item(directory: Path, step: int, item: str, like: Arrays) -> Arrays:
+def _restore_item(directory: Path, step: int, item: str, like: Like) -> Arrays:
     with _damage_to_any():
         saved = read_manifest(directory, step)['arrays'].get(item, {})
     _check_same(directory, step, item, saved, like)
@@ -129,7 +130,7 @@ def _damage_to_any() -> Iterator[None]:
             raise DamagedCheckpoint(text) from damage
 
 
-def _check_same(directory: Path, step: int, item: str, saved: dict, like: Arrays) -> None:
+def _check_same(directory: Path, step: int, item: str, saved: dict, like: Like) -> None:
     wanted = {name: {'shape': list(x.shape), 'dtype': str(x.dtype)} for name, x in like.items()}
     lines = [f'{name} is missing' for name in sorted(wanted.keys() - saved.keys())]
     lines += [f'{name} is unexpected' for name in sorted(saved.keys() - wanted.keys())]

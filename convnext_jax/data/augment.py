@@ -115,9 +115,9 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float, mode:
 def _erased_box(key: jax.Array, height: int, width: int) -> jax.Array:
     """(H, W) bool: the first of ten rectangles that is smaller than the image; none if all are larger."""
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
-    area = height * width * jax.random.uniform(area_key, ERASING_TRIES, minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
+    area = height * width * jax.random.uniform(area_key, (ERASING_TRIES,), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
     low, high = jnp.log(jnp.asarray(ERASED_ASPECT))
-    aspect = jnp.exp(jax.random.uniform(aspect_key, ERASING_TRIES, minval=low, maxval=high))
+    aspect = jnp.exp(jax.random.uniform(aspect_key, (ERASING_TRIES,), minval=low, maxval=high))
     tall, wide = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
     fits = (tall < height) & (wide < width)
     first = jnp.argmax(fits)

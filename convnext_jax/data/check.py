@@ -1,7 +1,7 @@
 """Which images of a split cannot be read, found before they are needed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import numpy as np
@@ -18,7 +18,9 @@ SHOWN = 3
 """How many unreadable images a message names."""
 
 
-def find_unreadable(dataset: Dataset, *, process: int, processes: int, waiting: Waiting) -> Iterator[dict[int, str]]:
+def find_unreadable(
+    dataset: Dataset, *, process: int, processes: int, waiting: Waiting
+) -> Generator[dict[int, str], None, None]:
     """Checks each example of this process's part of a split once, and yields those that cannot be read, part by part.
 
     Args:

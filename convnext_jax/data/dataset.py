@@ -2,12 +2,19 @@
 
 import abc
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 Example = dict[str, np.ndarray | np.generic]
 """One example: arrays by the names, shapes and types of `Dataset.features`."""
+
+Batch = dict[str, jax.Array]
+"""Examples stacked along the leading axis, on the devices, by the name of their field."""
+
+HostBatch = dict[str, np.ndarray]
+"""As `Batch`, in the memory of one process, which holds its rows alone."""
 
 Features = dict[str, jax.ShapeDtypeStruct]
 """Name → shape and type of each array of one example."""
@@ -25,7 +32,7 @@ class Dataset(abc.ABC):
     """
 
     features: Features
-    facts: Mapping[str, object] = {}
+    facts: Mapping[str, Any] = {}
     random: bool = False
     about: str = ''
 

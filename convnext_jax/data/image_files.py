@@ -51,7 +51,7 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
     left_out: Counter[str] = Counter()
     seen = set()
     folders = [str(folder)]
-    links = []  # followed after all that is reached without links
+    links: list[str] = []  # followed after all that is reached without links
     while folders or links:
         directory = folders.pop() if folders else links.pop()
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import cast
 
 import jax
 import numpy as np
@@ -90,7 +91,7 @@ class TrainImages(LabelledImages):
             )
         else:
             pixels = resize(decode(example.image, self.channels, example.name), self.size)
-        return {'image': pixels, 'label': np.int32(example.label)}
+        return {'image': pixels, 'label': np.int32(cast(int, example.label))}  # a training split has one to an image
 
 
 class EvalImages(LabelledImages):
@@ -124,12 +125,14 @@ class EvalImages(LabelledImages):
         del draw
         example = self.source[index]
         image = decode(example.image, self.channels, example.name)
-        options = {'squash': self.squash, 'resample': self.resample}
-        pixels = eval_resize(image, self.size, self.crop_pct, **options, name=example.name)
-        if not self.source.many_labels:
-            return {'image': pixels, 'label': np.int32(example.label)}
-        label = (*example.label, *(-1,) * (MAX_LABELS - len(example.label)))
-        return {'image': pixels, 'label': np.int32(label), 'weight': np.float32(bool(example.label))}
+        pixels = eval_resize(
+            image, self.size, self.crop_pct, squash=self.squash, resample=self.resample, name=example.name
+        )
+        label = example.label
+        if not isinstance(label, tuple):
+            return {'image': pixels, 'label': np.int32(label)}
+        filled = np.array((*label, *(-1,) * (MAX_LABELS - len(label))), np.int32)
+        return {'image': pixels, 'label': filled, 'weight': np.float32(bool(label))}
 
     def check(self, index: int) -> None:
         """Decodes the image at an eighth of its size where that finds out whether all of it is there."""

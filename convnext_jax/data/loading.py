@@ -16,14 +16,14 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 
 import numpy as np
 
-from convnext_jax.data.dataset import Example, Features
+from convnext_jax.data.dataset import Example, Features, HostBatch
 from convnext_jax.errors import UserError
 
 HELD_BACK = {signal.SIGINT, signal.SIGTERM}
@@ -32,11 +32,8 @@ GRACE = 5.0
 """So many seconds a thread or process has to end its batch when nobody needs it any more; one that hangs in a read is
 left to end with this process, or ended."""
 
-OPEN: weakref.WeakSet[Iterator] = weakref.WeakSet()
+OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
 """Of batches: closed at the end of the process, before Python takes itself apart, if nobody did it earlier."""
-
-Batch = dict[str, np.ndarray]
-"""Examples stacked along a leading axis."""
 
 Waiting = Callable[[float, Callable[[], str]], None]
 """Called again and again while a batch is waited for, with the seconds so far and a function that names the first
@@ -71,7 +68,7 @@ def load_batches(
     workers: int,
     waiting: Waiting = no_word,
     name: Callable[[int], str] = str,
-) -> Iterator[Batch]:
+) -> Generator[HostBatch, None, None]:
     """Batch b holds examples b · `size` to (b + 1) · `size` − 1, stacked; whoever loads them, they come in order.
 
     Closing the iterator, or an error, ends threads and processes, a thread that hangs in a read excepted: that one does
@@ -113,8 +110,8 @@ def _by_threads(
     threads: int,
     waiting: Waiting,
     name: Callable[[int], str],
-) -> Iterator[Batch]:
-    def fill(number: int, batch: Batch, loaded: np.ndarray) -> Batch:
+) -> Generator[HostBatch, None, None]:
+    def fill(number: int, batch: HostBatch, loaded: np.ndarray) -> HostBatch:
         for place in range(size):
             _put(load(number * size + place), batch, place)
             loaded[place] = True
@@ -140,7 +137,7 @@ class _Threads:
             thread.start()
 
     def submit(self, function: Callable, *arguments: object) -> Future:
-        future = Future()
+        future: Future = Future()
         self._calls.put((future, functools.partial(function, *arguments)))
         return future
 
@@ -171,7 +168,7 @@ def _by_processes(
     threads: int,
     waiting: Waiting,
     name: Callable[[int], str],
-) -> Iterator[Batch]:
+) -> Generator[HostBatch, None, None]:
     """Each feature has a block of shared memory with a slot for each batch under way."""
     slots = processes + 2
     sizes = {feature: slots * size * x.size * x.dtype.itemsize for feature, x in features.items()}
@@ -220,11 +217,12 @@ def _by_processes(
 
 def _views(
     memory: dict[str, ctypes.Array], flags: ctypes.Array, features: Features, slots: int
-) -> tuple[Batch, np.ndarray]:
+) -> tuple[HostBatch, np.ndarray]:
     """Shared memory as arrays: each feature's (slots, size, …), and (slots, size) bool, which examples are loaded."""
-    loaded = np.frombuffer(flags, bool).reshape(slots, -1)
+    # NumPy's stubs do not count arrays of ctypes among the buffers.
+    loaded = np.frombuffer(flags, bool).reshape(slots, -1)  # type: ignore[call-overload]
     arrays = {
-        feature: np.frombuffer(memory[feature], x.dtype).reshape(*loaded.shape, *x.shape)
+        feature: np.frombuffer(memory[feature], x.dtype).reshape(*loaded.shape, *x.shape)  # type: ignore[call-overload]
         for feature, x in features.items()
     }
     return arrays, loaded
@@ -234,7 +232,7 @@ class _Worker:
     """What a decoding process holds; in the training process it is not used."""
 
     load: Callable[[int], Example]
-    arrays: Batch
+    arrays: HostBatch
     loaded: np.ndarray
     pool: Executor
 
@@ -276,7 +274,7 @@ class _Worker:
         list(cls.pool.map(put, range(len(loaded))))
 
 
-def _put(example: Example, batch: Batch, place: int) -> None:
+def _put(example: Example, batch: HostBatch, place: int) -> None:
     """Copies an example into a batch.
 
     Raises:
@@ -290,7 +288,7 @@ def _put(example: Example, batch: Batch, place: int) -> None:
         batch[feature][place] = x
 
 
-def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> Batch | None:
+def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> HostBatch | None:
     """The future's result, waited for in short spells: between them signals are answered, and `waiting` is called."""
     began = time.monotonic()
     while not future.done():
@@ -303,7 +301,7 @@ def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> Bat
 
 def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
     """Results of the calls, each made when its result is the `count`-th of those to come."""
-    made = collections.deque()
+    made: collections.deque = collections.deque()
     for call in calls:
         made.append(call())
         if len(made) > count:

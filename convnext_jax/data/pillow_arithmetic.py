@@ -1,5 +1,7 @@
 """What Pillow does to the pixels of an image, on a batch: each image by its own numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -70,7 +72,7 @@ def _weighted(images: jax.Array, weights: jax.Array) -> jax.Array:
     width, taps = images.shape[2], weights.shape[1]
     padded = jnp.pad(images, ((0, 0), (0, 0), (taps // 2, taps // 2), (0, 0)), mode='edge').astype(jnp.uint32)
     terms = (weights[:, tap, None, None, None] * padded[:, :, tap : tap + width] for tap in range(taps))
-    return ((sum(terms) + 2**23) >> 24).astype(jnp.uint8)
+    return ((functools.reduce(jnp.add, terms) + 2**23) >> 24).astype(jnp.uint8)
 
 
 def stretched(counts: jax.Array) -> jax.Array:

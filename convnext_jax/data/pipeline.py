@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
 
-from convnext_jax.data.dataset import Dataset, Example, Features
+from convnext_jax.data.dataset import Batch, Dataset, Example, Features, HostBatch
 from convnext_jax.data.loading import Waiting, load_batches, no_word
 from convnext_jax.errors import UserError
 
@@ -23,10 +23,6 @@ REPLACE = 'replace each by a readable file of that name, or delete them and take
 REPLACE_IN_EVALUATION = 'replace it by a readable file of that name, and run the same command again'
 ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
 CACHE_BYTES = 2**28  # a split whose examples are the same in every epoch stays in memory if it takes no more than this
-
-Batch = dict[str, np.ndarray | jax.Array]
-"""Examples stacked along a leading axis, by the name of the feature. In evaluation also `weight` (N,) float32: 0 where
-a row only fills up the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +128,7 @@ def train_batches(
     unreadable: Unreadable | None = None,
     workers: int = 0,
     waiting: Waiting = no_word,
-) -> Iterator[Batch]:
+) -> Generator[HostBatch, None, None]:
     """Endless training batches of this process's rows, from `start_step` on, in a new order in each epoch.
 
     An example that cannot be read is reported to `unreadable`, and the next example of the split stands in for it, so
@@ -236,7 +232,9 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def _report(batches: Iterator[Batch], unreadable: Unreadable | None) -> Iterator[Batch]:
+def _report(
+    batches: Generator[HostBatch, None, None], unreadable: Unreadable | None
+) -> Generator[HostBatch, None, None]:
     """Takes out of the batches which examples could not be read, and reports them."""
     with contextlib.closing(batches):
         for batch in batches:
@@ -246,8 +244,10 @@ def _report(batches: Iterator[Batch], unreadable: Unreadable | None) -> Iterator
             yield batch
 
 
-def eval_batches(dataset: Dataset, share: Share, waiting: Waiting = no_word) -> Iterator[Batch]:
+def eval_batches(dataset: Dataset, share: Share, waiting: Waiting = no_word) -> Generator[HostBatch, None, None]:
     """This process's rows of a pass over the split, every example once; zeros of weight 0 fill up the last batch.
+
+    A batch also has `weight` (N,) float32, which is 0 where a row only fills up the batch.
 
     Args:
         dataset: the split.
@@ -286,10 +286,12 @@ def abstract_batch(features: Features, size: int, sharding: jax.sharding.Shardin
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharding) for name, x in features.items()}
 
 
-def prefetch_to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2) -> Iterator[Batch]:
+def prefetch_to_device(
+    batches: Iterator[HostBatch], sharding: jax.sharding.Sharding, ahead: int = 2
+) -> Generator[Batch, None, None]:
     """Puts each process's rows on its devices as one global batch, `ahead` batches before they are asked for."""
 
-    def put(batch: Batch) -> Batch:
+    def put(batch: HostBatch) -> Batch:
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
     queue = collections.deque(map(put, itertools.islice(batches, ahead)))

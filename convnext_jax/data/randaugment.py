@@ -8,6 +8,7 @@ none of it gathers pixel by pixel, which TPUs do slowly.
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def parse_randaugment(text: str) -> RandAugment:
     """
     kind, *parts = text.split('-')
     fields = {'m': 'magnitude', 'mstd': 'magnitude_std', 'n': 'layers', 'p': 'probability', 'inc': 'increasing'}
-    values = {}
+    values: dict[str, Any] = {}
     for part in parts:
         match = re.fullmatch(r'([a-z]+)(\d+\.?\d*)', part)
         if not match or match[1] not in fields:

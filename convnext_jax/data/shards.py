@@ -130,7 +130,9 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
         UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or that is no number, two
             images or labels of one key, a key with a dot, or no images at all.
     """
-    images, labels, hidden = {}, {}, 0
+    images: dict[str, Member] = {}
+    labels: dict[str, Member] = {}
+    hidden = 0
     for member in tar_members(path):
         if any(part.startswith('.') and part != '.' for part in member.name.split('/')):
             hidden += 1
@@ -153,17 +155,18 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
     for key in images.keys() ^ labels.keys():
         alone = (images.get(key) or labels.get(key)).name
         raise UserError(f'{path}: {alone} has no {"KEY.cls" if key in images else "image"} of the same key')
-    with path.open('rb') as file:
+    classes: dict[str, int] = {}
+    with path.open('rb') as tar:
         for key, member in labels.items():
-            file.seek(member.offset)
-            text = file.read(member.size).strip()
+            tar.seek(member.offset)
+            text = tar.read(member.size).strip()
             if not re.fullmatch(rb'\d{1,9}', text):
                 raise UserError(f'{path}: {member.name} holds {text[:20]!r}, not the number of a class')
-            labels[key] = int(text)
+            classes[key] = int(text)
     names = [image.name.encode(errors='surrogateescape') for image in images.values()]
     longest = max(map(len, names))
     kinds = [('shard', 'i4'), ('offset', 'i8'), ('size', 'i8'), ('label', 'i4'), ('name', f'S{longest}')]
-    rows = [(number, image.offset, image.size, labels[key]) for key, image in images.items()]
+    rows = [(number, image.offset, image.size, classes[key]) for key, image in images.items()]
     return np.array([(*row, name) for row, name in zip(rows, names, strict=True)], kinds)
 
 

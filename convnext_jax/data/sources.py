@@ -5,7 +5,7 @@ import dataclasses
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,9 +47,14 @@ class Source(Protocol):
         judged: the labels that an evaluation chooses among; None for all.
     """
 
-    class_names: Sequence[str]
-    many_labels: bool
-    judged: tuple[int, ...] | None
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+    @property
+    def many_labels(self) -> bool: ...
+
+    @property
+    def judged(self) -> tuple[int, ...] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -70,7 +75,7 @@ def open_source(name: str, directory: str, split: str) -> Source:
     Raises:
         UserError: the data set, the split or an image is not there, or the data set is not one of labelled images.
     """
-    files = {'folder': FolderSource, 'webdataset': WebDatasetSource}
+    files: dict[str, Callable[[Path, str], Source]] = {'folder': FolderSource, 'webdataset': WebDatasetSource}
     if name not in files:
         return TfdsSource(name, directory, split)
     whole, bracket, _ = split.partition('[')
@@ -156,9 +161,9 @@ class Relabelled:
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
-        many = isinstance(example.label, tuple)
-        label = tuple(self._labels[label] for label in example.label) if many else self._labels[example.label]
-        return dataclasses.replace(example, label=label)
+        label = example.label
+        new = tuple(self._labels[each] for each in label) if isinstance(label, tuple) else self._labels[label]
+        return dataclasses.replace(example, label=new)
 
 
 class FolderSource:

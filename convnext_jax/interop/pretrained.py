@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 
@@ -50,7 +50,7 @@ class Pretrained(NamedTuple):
         return activation(self.problem_type, self.model.head.bias.shape[0])
 
     @property
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """What is known of the data the model was trained on, as `data.dataset.Dataset.facts`."""
         return {} if self.class_names is None else {'class names': list(self.class_names)}
 

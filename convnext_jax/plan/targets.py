@@ -30,7 +30,7 @@ class Target:
     chip: Chip
     devices: list[jax.Device]
     compiler: str
-    options: dict[str, bool] = dataclasses.field(default_factory=dict)
+    options: dict[str, str | bool] = dataclasses.field(default_factory=dict)
 
 
 def tpu_target(name: str) -> Target:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ class Classification(Task):
                 f'give {classes}, or 0 for as many as there are'
             )
 
-    def open_split(self, name: str, split: str, facts: Mapping[str, object]) -> EvalImages:
+    def open_split(self, name: str, split: str, facts: Mapping[str, Any]) -> EvalImages:
         """Opens a split with the labels of the network's outputs, matched by class name; warns of what is trusted.
 
         Raises:
@@ -212,7 +213,7 @@ class Classification(Task):
         config = self.config
         return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
 
-    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, object]) -> tuple[Weights, list[str]]:
+    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
         """Each output of the head starts from the weights' output for the class of that name, the others are new.
 
         Where the weights have no head, it is new, and so is the norm before it if they lack that too.
@@ -231,7 +232,7 @@ class Classification(Task):
             raise UserError(f'{reason}. --config.init.head=new starts a new head')
         return loaded | (head or {name: initial[name] for name in HEAD}), [note] if note else []
 
-    def pretrained(self, model: ConvNeXt, facts: Mapping[str, object]) -> Pretrained:
+    def pretrained(self, model: ConvNeXt, facts: Mapping[str, Any]) -> Pretrained:
         data, names = self.config.data, facts['class names']
         unnamed = (f'class {label}' for label in range(len(names), model.head.bias.shape[0]))
         processor = ImageProcessor(

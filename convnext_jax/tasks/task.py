@@ -2,21 +2,18 @@
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from convnext_jax.data.dataset import Dataset, Features
+from convnext_jax.data.dataset import Batch, Dataset, Features
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import Pretrained
 from convnext_jax.models import Weights
-
-Batch = dict[str, jax.Array]
-"""Examples stacked along the leading axis, by the name of their field."""
 
 
 class Loss(NamedTuple):
@@ -46,7 +43,7 @@ class LoadedWeights(NamedTuple):
     """
 
     weights: Weights
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
     where: str
     pretrained: Pretrained | None = None
 
@@ -60,8 +57,8 @@ class Measured(NamedTuple):
             rows that only filled up a batch are left out.
     """
 
-    sums: dict[str, jax.Array | np.ndarray] = {}  # noqa: RUF012 - nobody changes it
-    examples: dict[str, jax.Array | np.ndarray] = {}  # noqa: RUF012
+    sums: Mapping[str, jax.Array | np.ndarray] = {}
+    examples: Mapping[str, jax.Array | np.ndarray] = {}
 
 
 class Evaluator(abc.ABC):
@@ -149,7 +146,7 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open_split(self, name: str, split: str, facts: Mapping[str, object]) -> Dataset:
+    def open_split(self, name: str, split: str, facts: Mapping[str, Any]) -> Dataset:
         """Opens a split to evaluate a trained network on.
 
         Args:
@@ -191,7 +188,7 @@ class Task(abc.ABC):
     def multiply_adds(self) -> int:
         """Multiply-adds of the network's forward pass on one example."""
 
-    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, object]) -> tuple[Weights, list[str]]:
+    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
         """Chooses the first parameters of a run that starts from trained weights.
 
         Args:
@@ -207,7 +204,7 @@ class Task(abc.ABC):
         """
         return trained.weights, []
 
-    def pretrained(self, model: nnx.Module, facts: Mapping[str, object]) -> Pretrained:
+    def pretrained(self, model: nnx.Module, facts: Mapping[str, Any]) -> Pretrained:
         """A trained network as the commands that predict, convert and export take it.
 
         Args:

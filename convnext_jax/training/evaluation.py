@@ -48,7 +48,7 @@ def make_eval_step(
         on_device,
         mesh=mesh,
         in_specs=(specs, examples),
-        out_specs=(Measured(REPLICATED, examples), examples),
+        out_specs=(Measured._make((REPLICATED, examples)), examples),
         check_vma=False,  # the replication checker cannot see through custom derivatives
     )
 
@@ -107,7 +107,7 @@ class _Total:
 
     def add(self, measured: Measured, kept: np.ndarray) -> None:
         self._sums = {key: self._sums.get(key, 0) + np.asarray(x, np.float64) for key, x in measured.sums.items()}
-        self._examples.append({key: x[kept] for key, x in measured.examples.items()})
+        self._examples.append({key: np.asarray(x)[kept] for key, x in measured.examples.items()})
 
     def measured(self) -> Measured:
         names = self._examples[0].keys()

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import jax
@@ -118,7 +118,7 @@ class Run(Program):
         self.train_set, self.eval_set = train_set, eval_set
         self.unreadable = Unreadable(train_set)
         self.evaluator = self.task.evaluator(eval_set)
-        specs = {name: sharding.spec for name, sharding in self.state_sharding.weights.items()}
+        specs = jax.tree.map(lambda sharding: sharding.spec, self.state_sharding.weights)
         eval_step = make_eval_step(self.evaluator, self.model, mesh, specs)
         self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
         self.figures = jax.jit(make_figures(self.task, self.model, mesh), out_shardings=replicated(mesh))
@@ -255,7 +255,7 @@ class Run(Program):
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_batch_indices(self.batch_sharding, batch_size))
 
-    def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Iterator[Batch]:
+    def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Generator[Batch, None, None]:
         """Global batches on the devices, from a step on; `waiting` hears of one that is not there yet."""
         batches = train_batches(
             self.train_set,
@@ -269,7 +269,7 @@ class Run(Program):
         )
         return prefetch_to_device(batches, self.batch_sharding)
 
-    def _check_evaluation_images(self, log: RunLog, stop: Stop, waiting: Waiting) -> None:
+    def _check_evaluation_images(self, log: RunLog | NullLog, stop: Stop, waiting: Waiting) -> None:
         """Decodes the evaluation split before the first step: an unreadable image would end the run after an epoch.
 
         Raises:
@@ -296,7 +296,7 @@ class Run(Program):
             log.say(f'all {len(self.eval_set):,} images of {split} can be read ({seconds:.0f} s)')
 
     def _evaluate(
-        self, log: RunLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
+        self, log: RunLog | NullLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
     ) -> dict[str, float] | None:
         """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
         share = self._share(self.config.batch_size // self.config.accumulation_steps)
@@ -304,8 +304,8 @@ class Run(Program):
         weights = {'': state.weights} | ({'ema_': state.ema} if state.ema else {})
         until_stopped = itertools.takewhile(lambda _: not stop.poll(), prefetch_to_device(batches, self.batch_sharding))
         first = next(until_stopped, None)
-        batches = until_stopped if first is None else itertools.chain([first], until_stopped)
-        results = metrics_of(self.evaluator, *evaluate(self.eval_step, weights, batches))
+        rest: Iterable[Batch] = until_stopped if first is None else itertools.chain([first], until_stopped)
+        results = metrics_of(self.evaluator, *evaluate(self.eval_step, weights, rest))
         if stop.received:
             return None
         split = self.config.data.eval_split
@@ -313,7 +313,7 @@ class Run(Program):
         log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first)))
         return results
 
-    def _log(self, log: RunLog, step: int, pending: list[dict[str, jax.Array]], pace: StepTimer) -> None:
+    def _log(self, log: RunLog | NullLog, step: int, pending: list[dict[str, jax.Array]], pace: StepTimer) -> None:
         speeds, stragglers = pace.lap()
         fetched = jax.device_get(pending)
         self.unreadable.merge(all_gather_objects(self.unreadable.errors()))
@@ -383,7 +383,7 @@ class Run(Program):
     def _data_facts(self) -> dict:
         """What is saved about the data. When the run resumes, the evaluation images alone may have changed."""
         images = {'training images': len(self.train_set), 'evaluation images': len(self.eval_set)}
-        return images | self.train_set.facts
+        return {**images, **self.train_set.facts}
 
     def _check_same_data(self, step: int) -> None:
         then, now = read_about(self.checkpoints.directory, step)['data'], self._data_facts()
@@ -403,7 +403,8 @@ def _differences(fact: str, old: object, new: object) -> list[str]:
     if isinstance(old, list) and isinstance(new, list):
         pairs = enumerate(itertools.zip_longest(old, new))
         return [line for place, (a, b) in pairs for line in _differences(f'{fact} [{place}]', a, b)]
-    texts = isinstance(old, str) and isinstance(new, str)
-    # File systems of Macs give 'é' as two characters.
-    same = unicodedata.normalize('NFC', old) == unicodedata.normalize('NFC', new) if texts else old == new
+    if isinstance(old, str) and isinstance(new, str):  # file systems of Macs give 'é' as two characters
+        same = unicodedata.normalize('NFC', old) == unicodedata.normalize('NFC', new)
+    else:
+        same = old == new
     return [] if same else [f'{fact}: {old!r} became {new!r}']

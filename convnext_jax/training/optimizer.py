@@ -31,7 +31,7 @@ def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: f
     if rule == 'group' and len(depths) != 4:
         raise UserError("optimizer.layer_decay_rule='group' is for models of four stages: take 'single'")
     layers, head = LAYER_RULES[rule](depths)
-    factors = {}
+    factors: dict[str, np.ndarray | float] = {}
     for name in names:
         part, *rest = name.split('.')
         if part == 'stem':

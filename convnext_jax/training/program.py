@@ -1,10 +1,12 @@
 """What a run computes: its state and its jitted training step, on a mesh. It needs no data and no devices' memory."""
 
+from collections.abc import Mapping
+
 import jax
 from ml_collections import ConfigDict
 
 from convnext_jax.checkpoints.state import TrainState, init_key, initial_state
-from convnext_jax.data.pipeline import Batch, abstract_batch
+from convnext_jax.data.pipeline import abstract_batch
 from convnext_jax.models import get_parameters, get_statistics, parameter_roles
 from convnext_jax.runtime.process import release_memory
 from convnext_jax.tasks import abstract_model, make_task
@@ -30,9 +32,10 @@ class Program:
         self.model = model = abstract_model(config)
         roles = parameter_roles(model)
         peak = peak_learning_rate(config)
+        depths = model.variant.depths  # type: ignore[attr-defined]  # every task's network has it, see `Task.build`
         layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
-            layer_factors(list(roles), model.variant.depths, rule, layer_decay),
+            layer_factors(list(roles), depths, rule, layer_decay),
             roles,
             beta1=config.optimizer.beta1,
             beta2=config.optimizer.beta2,
@@ -56,7 +59,12 @@ class Program:
             out_shardings=(self.state_sharding, None),
         )
 
-    def compile(self, state: TrainState, batch: Batch, options: dict[str, bool] | None = None) -> jax.stages.Compiled:
+    def compile(
+        self,
+        state: TrainState,
+        batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
+        options: dict[str, str | bool] | None = None,
+    ) -> jax.stages.Compiled:
         """The step compiled for a state and a batch, or their shapes; what compiling freed goes back to the system.
 
         Args:

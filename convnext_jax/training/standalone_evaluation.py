@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -72,7 +74,7 @@ def evaluate_run(
     except DamagedCheckpoint as error:
         raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
     facts = read_about(directory, step)['data']
-    about = {'model': config.model.name, 'params': params, 'step': step}
+    about: Result = {'model': config.model.name, 'params': params, 'step': step}
     for result in _evaluate(config, model, parameters, facts, mesh, protocol):
         yield about | result
 
@@ -92,7 +94,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
     config = _changed(make_task(config).config_for(pretrained, where), protocol)
     mesh = make_mesh()
     parameters = {name: make_global_array(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}
-    about = {'weights': where, 'layout': pretrained.layout, 'params': params}
+    about: Result = {'weights': where, 'layout': pretrained.layout, 'params': params}
     for result in _evaluate(config, pretrained.model, parameters, pretrained.facts, mesh, protocol):
         yield about | result
 
@@ -108,7 +110,7 @@ def _evaluate(
     config: ConfigDict,
     model: nnx.Module,
     parameters: Weights,
-    facts: Mapping[str, object],
+    facts: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
     protocol: Protocol,
 ) -> Iterator[Result]:
@@ -122,7 +124,7 @@ def _evaluate(
     share = Share(batch_size, local_batch_indices(batch_sharding(mesh), batch_size))
     rows = []
     for (name, split), dataset in zip(splits, datasets, strict=True):
-        patience = StallMonitor(config.data.patience_seconds, Stop(), lambda at=f'{name} {split}': at)
+        patience = StallMonitor(config.data.patience_seconds, Stop(), functools.partial(str, f'{name} {split}'))
         batches = prefetch_to_device(eval_batches(dataset, share, patience), batch_sharding(mesh))
         evaluator = task.evaluator(dataset)
         step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))

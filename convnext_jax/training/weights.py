@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     return pretrained._replace(notes=notes, origin=f'the {params} weights of {where}, step {step}')
 
 
-def load_weights(task: Task, initial: Weights, facts: Mapping[str, object]) -> tuple[Weights, list[str]]:
+def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
     """Loads the first parameters and statistics of a run from the weights in its config's `init` section.
 
     Args:
@@ -91,7 +92,9 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """The array with a sharding; what has it already may be spread over processes."""
-    return value if getattr(value, 'sharding', None) == sharding else make_global_array(value, sharding)
+    if isinstance(value, jax.Array) and value.sharding == sharding:
+        return value
+    return make_global_array(value, sharding)
 
 
 def _newest_weights(workdir: Path, field: str) -> tuple[int, Weights]:
