@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
+from typing import TextIO
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -110,15 +111,22 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
         watchdog.finish()
 
 
-def _show_warning(message: Warning, category: type[Warning], filename: str, *place: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Shows a warning of this package as one line, without the place in the code; those of libraries as usual."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         say(f'warning: {message}', error=True)
     else:
-        say(warnings.formatwarning(message, category, filename, place[0]).rstrip(), error=True)
+        say(warnings.formatwarning(message, category, filename, lineno).rstrip(), error=True)
 
 
-def _show_unraisable(unraisable: object) -> None:
+def _show_unraisable(unraisable: 'sys.UnraisableHookArgs') -> None:
     # Of a save or a restore that fails, Orbax raises one error and abandons its other coroutines, hundreds of them, and
     # TensorStore tells their closed loop that they have ended.
     if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != 'Event loop is closed':

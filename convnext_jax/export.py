@@ -64,5 +64,5 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         'class_names': pretrained.class_names,
         'activation': pretrained.activation,
     }
-    files = {'model.stablehlo': bytes(program.serialize()), 'model.json': about}
+    files: dict[str, dict | bytes] = {'model.stablehlo': bytes(program.serialize()), 'model.json': about}
     write_folder(local_path(folder), jax.tree.map(np.asarray, weights), files)

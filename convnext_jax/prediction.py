@@ -48,7 +48,7 @@ def find_photos(places: Iterable[str]) -> list[Path]:
     for place in places:
         path = local_path(place)
         named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        found = []
+        found: list[Path] = []
         for entry in named:
             if entry.is_dir():
                 images = find_images(entry)

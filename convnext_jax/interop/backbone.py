@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Unpack
+from typing import TypeGuard, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
     return {name.split('.', 1)[1]: x for name, x in tensors.items()}
 
 
-def _is_architecture(source: str | Path | Variant) -> bool:
+def _is_architecture(source: str | Path | Variant) -> TypeGuard[str | Variant]:
     """Whether it is no place of weights: a name of ours, or what can only be one, perhaps misspelt."""
     if isinstance(source, str):
         return source in VARIANTS or bool(re.fullmatch(r'\w{1,64}', source) and not Path(source).exists())

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -115,7 +116,8 @@ def read_folder(folder: Path) -> Tensors:
     outside = [name for name in files if Path(name).name != name or not name.endswith('.safetensors')]
     if outside:
         raise UserError(f'{path} names files that are no safetensors of its folder: {outside[:3]}')
-    tensors, found = {}, {}
+    tensors: dict[str, np.ndarray | StoredTensor] = {}
+    found: dict[str, str] = {}
     for name in files:
         shard = read_tensors(folder / name)
         tensors |= shard
@@ -266,7 +268,7 @@ def _choose_entry(content: object, entry: str | None, path: Path, tensor: type) 
     return content[chosen[0]]
 
 
-def _is_state_dict(content: object, tensor: type) -> bool:
+def _is_state_dict(content: object, tensor: type) -> TypeGuard[Mapping]:
     return (
         isinstance(content, Mapping)
         and len(content) > 0
@@ -293,7 +295,7 @@ def _exact_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, np.ndarray], files: Mapping[str, dict | bytes], *, torch: bool = False
+    folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dict | bytes], *, torch: bool = False
 ) -> None:
     """Writes tensors as `model.safetensors`, or as `model.pth` if `torch`, and beside them JSON objects and bytes.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
@@ -193,7 +193,7 @@ def _with_layer_scale(variant: Variant, tensors: Tensors) -> Variant:
     return variant
 
 
-def _timm_changes(config: dict, tensors: int) -> dict[str, tuple[int, ...] | bool]:
+def _timm_changes(config: dict, tensors: int) -> dict[str, Any]:
     """Where the `model_args` of timm's `config.json` make another architecture of the one it names.
 
     Raises:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from convnext_jax.models import activation_gpu
 from convnext_jax.models.activation_gpu import response_weights
 from convnext_jax.models.normal import density_and_cdf, widened
-from convnext_jax.models.nvidia import on_nvidia_gpu
+from convnext_jax.models.nvidia import Result, on_nvidia_gpu
 
 
 @jax.custom_vjp
@@ -42,7 +42,9 @@ def _gelu_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
     return _on_nvidia_gpu(activation_gpu.gelu_gradients, _gelu_gradients, *saved, cotangent)
 
 
-def _on_nvidia_gpu(kernel: Callable, native: Callable, x: jax.Array, *others: jax.Array) -> jax.Array | tuple:
+def _on_nvidia_gpu(
+    kernel: Callable[..., Result], native: Callable[..., Result], x: jax.Array, *others: jax.Array
+) -> Result:
     """As `on_nvidia_gpu`, for x of 16 bits: the Triton backend has no erf, which float32 needs."""
     return on_nvidia_gpu(kernel, native, x, *others) if x.dtype.itemsize < 4 else native(x, *others)
 

@@ -113,8 +113,8 @@ def _sum_of_outer_on_cpu(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype)
     positions, widest = right.shape
     if positions % 2 or positions < 4 * widest:
         return _sum_of_outer(left, right, dtype=dtype)
-    halves = (array.reshape(2, positions // 2, -1) for array in (left, right))
-    return jax.lax.dot_general(*halves, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype).sum(0)
+    left, right = (array.reshape(2, positions // 2, -1) for array in (left, right))
+    return jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype).sum(0)
 
 
 class Linear(nnx.Module):
@@ -131,7 +131,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, scale: jax.Array | None = None) -> jax.Array:
         """`scale`, (out_features,), multiplies the result."""
-        kernel, bias = self.kernel[...], self.bias
+        kernel, bias = self.kernel[...], self.bias[...]
         if scale is not None:
             # Scale the kernel, not the output: fewer multiplies, and no activation is saved for the scale's gradient.
             # The barrier keeps the scaling out of the product's program, which it would slow down on CPU.

@@ -3,11 +3,14 @@
 import importlib.util
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
+Result = TypeVar('Result', bound=jax.Array | tuple[jax.Array, ...])
 
-def on_nvidia_gpu(kernel: Callable, native: Callable, *arguments: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+
+def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], *arguments: jax.Array) -> Result:
     """Calls `kernel` in programs for an NVIDIA GPU that has such kernels, and `native` in all others.
 
     Args:

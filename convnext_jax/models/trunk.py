@@ -93,7 +93,7 @@ class Block(nnx.Module):
             x = gelu(x, bias)
         else:
             x = gelu_and_response_norm(x, bias, self.grn.gamma[...], self.grn.beta[...])
-        return self.pointwise2(x, scale=self.layer_scale)
+        return self.pointwise2(x, scale=None if self.layer_scale is None else self.layer_scale[...])
 
 
 class Stem(nnx.Module):
@@ -119,7 +119,7 @@ class Downsample(nnx.Module):
         dtype = execution.dtype
         self.norm = LayerNorm(in_channels)
         if dilation == 1:
-            self.conv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
+            self.conv: PatchConv | SameConv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
         else:
             # The dilation of the previous stage, at most 2, as in timm.
             self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)

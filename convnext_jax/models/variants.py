@@ -6,6 +6,7 @@ both original repositories.
 
 import dataclasses
 import difflib
+from typing import Any
 
 from convnext_jax.errors import UserError
 
@@ -36,7 +37,7 @@ class Variant:
         Raises:
             UserError: `patch_size` is below 1.
         """
-        given = {field: value for field, value in changes.items() if value is not None}
+        given: dict[str, Any] = {field: value for field, value in changes.items() if value is not None}
         if given.get('patch_size', 1) < 1:
             raise UserError(f'patch_size must be at least 1, not {given["patch_size"]}')
         return dataclasses.replace(self, **given)

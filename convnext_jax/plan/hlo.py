@@ -129,7 +129,7 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
 
 def _first(pattern: str | re.Pattern, text: str) -> str | None:
     match = re.search(pattern, text)
-    return match and match[1]
+    return match[1] if match else None
 
 
 def collectives(program: list[Instruction], chips: int) -> Found:
