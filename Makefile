@@ -1,5 +1,5 @@
-# make demo: train, evaluate and see the curves. make check: lint and the quick tests. make test: all tests but those of
-# make test-judges, which installs torch, timm and transformers and compares with them.
+# make demo: train, evaluate and see the curves. make check: lint, types and the quick tests. make test: all tests but
+# those of make test-judges, which installs torch, timm and transformers and compares with them.
 PYTHON ?= python3
 VENV = .venv
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -21,6 +21,7 @@ test-judges: $(VENV)/judges
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
