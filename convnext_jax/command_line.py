@@ -209,9 +209,10 @@ def required(values: flags.FlagValues, name: str) -> str:
     Raises:
         UserError: it was not.
     """
-    if values[name].value is None:
+    value = values[name].value
+    if value is None:
         raise UserError(f'--{name} is missing; --help says more')
-    return values[name].value
+    return value
 
 
 def required_config(values: flags.FlagValues) -> ConfigDict:

@@ -65,7 +65,7 @@ def outputs_of_classes(
     Raises:
         UserError: as `match_names`, or the model has fewer outputs than the data has classes.
     """
-    if not _trust_positions(data_names, model_names):
+    if model_names is not None and not _trust_positions(data_names, model_names):
         return match_names(data_names, model_names, 'the model'), ''
     if len(data_names) > outputs:
         raise UserError(f'the data has {len(data_names)} classes, and the model {outputs} outputs')
@@ -92,7 +92,7 @@ def kept_outputs(
     """
     if old_names is not None and new_outputs == old_outputs and same_names(new_names, old_names):
         return list(range(new_outputs)), ''
-    if _trust_positions(new_names, old_names):
+    if old_names is None or _trust_positions(new_names, old_names):
         if new_outputs != old_outputs:
             return [-1] * new_outputs, (
                 f'the head is newly initialised: {new_outputs} classes here, {old_outputs} in the weights'
@@ -122,10 +122,8 @@ def _positions(names: Sequence[str]) -> dict[str, list[int]]:
     return positions
 
 
-def _trust_positions(names: Sequence[str], others: Sequence[str] | None) -> bool:
+def _trust_positions(names: Sequence[str], others: Sequence[str]) -> bool:
     """Whether names cannot match the two lists, so that their order has to."""
-    if others is None:
-        return True
     if not _positions(names).keys().isdisjoint(_positions(others)):
         return False
     if all(map(str.isdecimal, names)) and not _are_placeholders(names):

@@ -91,7 +91,7 @@ class TrainImages(LabelledImages):
             )
         else:
             pixels = resize(decode(example.image, self.channels, example.name), self.size)
-        return {'image': pixels, 'label': np.int32(cast(int, example.label))}  # a training split has one to an image
+        return {'image': pixels, 'label': np.int32(cast(int, example.label))}  # open refuses tuples
 
 
 class EvalImages(LabelledImages):

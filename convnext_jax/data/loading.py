@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
@@ -259,7 +260,8 @@ class _Worker:
 
     @classmethod
     def end_with_parent(cls, leash: Connection) -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel, leash])
+        parent: Any = multiprocessing.parent_process()  # None only in the main process
+        multiprocessing.connection.wait([parent.sentinel, leash])
         os._exit(1)
 
     @classmethod
@@ -288,7 +290,7 @@ def _put(example: Example, batch: HostBatch, place: int) -> None:
         batch[feature][place] = x
 
 
-def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> HostBatch | None:
+def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> Any:
     """The future's result, waited for in short spells: between them signals are answered, and `waiting` is called."""
     began = time.monotonic()
     while not future.done():

@@ -239,7 +239,7 @@ def _report(
     with contextlib.closing(batches):
         for batch in batches:
             for index in batch.pop('unreadable'):
-                if index >= 0:
+                if unreadable is not None and index >= 0:
                     unreadable.add(int(index))
             yield batch
 

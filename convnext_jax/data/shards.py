@@ -153,7 +153,7 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
     if not images:
         raise UserError(f'{path} holds no images: KEY.jpg (or {", ".join(sorted(suffixes))}) with KEY.cls beside it')
     for key in images.keys() ^ labels.keys():
-        alone = (images.get(key) or labels.get(key)).name
+        alone = (images.get(key) or labels[key]).name
         raise UserError(f'{path}: {alone} has no {"KEY.cls" if key in images else "image"} of the same key')
     classes: dict[str, int] = {}
     with path.open('rb') as tar:

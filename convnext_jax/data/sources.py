@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -320,7 +320,7 @@ class TfdsSource:
         features = builder.info.features
         self.many_labels = 'real_label' in features
         self._field = 'real_label' if self.many_labels else 'label'
-        label = features[self._field] if self._field in features else None  # noqa: SIM401 - no dict
+        label: Any = features[self._field] if self._field in features else None  # noqa: SIM401 - no dict
         label = getattr(label, 'feature', label)  # of a sequence
         if 'image' not in features or not hasattr(label, 'names'):
             raise UserError(f'{name} is no image classification: its features are {sorted(features)}')

@@ -256,7 +256,7 @@ def _choose_entry(content: object, entry: str | None, path: Path, tensor: type) 
     listed = ', '.join(printable(str(name)) for name in found or content)[:500]
     if not found:
         raise UserError(f'{path} holds no state dict: its entries are {listed}')
-    wanted = {None: RAW_ENTRIES, 'ema': EMA_ENTRIES}.get(entry, (entry,))
+    wanted = RAW_ENTRIES if entry is None else EMA_ENTRIES if entry == 'ema' else (entry,)
     chosen = [name for name in found if name in wanted] or (found if entry is None else [])
     if not chosen:
         raise UserError(f'{path} holds no {" or ".join(wanted)}: its state dicts are {listed}')

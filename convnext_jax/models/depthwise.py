@@ -12,6 +12,7 @@ Two primitives, each linear in either argument, and each the other's gradient: s
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
     padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel.astype(x.dtype)))
     places = list(itertools.product(range(size), repeat=2))
     per_pass = min(max(PASS_WEIGHTS // max(x.shape[-1], 1), MIN_POSITIONS), 2 * size)
-    total = None
+    total: Any = None
     for first in range(0, len(places), per_pass):
         for row, column in places[first : first + per_pass]:
             top, left = row * dilation, column * dilation

@@ -22,7 +22,7 @@ from convnext_jax.tasks import Headline
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
     """Who imports torch in here finds none, unless it is imported already."""
-    hidden = sys.modules.setdefault('torch', None) is None
+    hidden = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]  # None refuses the import
     try:
         yield
     finally:

@@ -78,7 +78,7 @@ class Trace:
                 folder = plain_path(self._folder) if is_local(self._folder) else self._folder
                 jax.profiler.start_trace(folder)
             self._running = True
-        if self._running and done == self._window.start + self._window.steps:
+        if self._running and self._window and done == self._window.start + self._window.steps:
             with self._paused():
                 self._finish()
         return jax.profiler.StepTraceAnnotation('train', step_num=step) if self._running else contextlib.nullcontext()

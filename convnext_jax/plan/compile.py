@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -76,11 +77,11 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         return Compiled(images, time.perf_counter() - began, None, first_line(error))
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     memory = Memory(
         arguments=stats.argument_size_in_bytes,
         results=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         program=stats.generated_code_size_in_bytes,
     )
-    return Compiled(images, time.perf_counter() - began, memory, compiled.as_text())
+    return Compiled(images, time.perf_counter() - began, memory, compiled.as_text() or '')

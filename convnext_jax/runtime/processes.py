@@ -45,7 +45,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
         return False
     if any(given) and not all(given):
         raise UserError('--coordinator, --process_count and --process_id go together: give all three, or none')
-    if all(given):
+    if coordinator is not None and process_count is not None and process_id is not None:
         _check(coordinator, process_count, process_id)
     clock = threading.Timer(timeout, _give_up, (coordinator, process_count, process_id, timeout))
     clock.daemon = True
@@ -125,7 +125,8 @@ def all_gather_objects(value: object) -> list:
 def local_batch_indices(sharding: Sharding, batch_size: int) -> Sequence[int]:
     """The rows of a global batch that live on this process's devices, in order."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})
+    # JAX's type allows None for a device, of shardings that are not for arrays.
+    return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})  # type: ignore[misc]
 
 
 def make_global_array(value: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # Orbax takes the client of the key-value store from there too
@@ -30,7 +30,8 @@ class Watchdog:
     """
 
     def __init__(self, timeout: int):
-        self._client, self._timeout = global_state.client, timeout
+        self._client: Any = global_state.client  # not None: there are several processes
+        self._timeout = timeout
         self._process, self._processes = jax.process_index(), jax.process_count()
         self._ending = threading.Lock()
         self._over = False

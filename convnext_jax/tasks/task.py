@@ -97,7 +97,7 @@ class Headline(NamedTuple):
     unit: str = ''
     lowest: bool = False
 
-    def describe(self, metrics: dict[str, float | None]) -> str:
+    def describe(self, metrics: Mapping[str, float | None]) -> str:
         """Gives the metric's value, and the moving average's value if there is one, in words.
 
         Args:

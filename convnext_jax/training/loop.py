@@ -238,6 +238,7 @@ class Run(Program):
                 else:
                     self._save_rest(state, step, saved)
                     saved = step
+                assert stop.received is not None  # only a signal ends the wait
                 raise Stopped(stop.received, saved) from None
             except UserError as error:  # a broken image, say: mended, the same command goes on from here
                 if not is_multiprocess():  # else the others may be at another step
