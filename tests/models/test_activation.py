@@ -1,6 +1,7 @@
 """GELU and GRN: values and gradients against closed forms, and the kernels for NVIDIA GPUs in interpret mode."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def relative(value, expected):
 
 
 # Channels that do not fill the kernels' blocks; rows of an image that do not either; images smaller than a block.
-SHAPES = [(3, 5, 7, 160), (2, 7, 7, 96), (1, 20, 20, 24)]
+SHAPES = [(3, 2, 5, 160), (2, 7, 7, 96)]
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -83,12 +84,24 @@ SHAPES = [(3, 5, 7, 160), (2, 7, 7, 96), (1, 20, 20, 24)]
 def test_gelu_with_response_norm_equals_autodiff(shape, dtype, tolerance):
     """A ConvNeXt V2 trained with another gradient, on a GPU or elsewhere."""
     x, cotangent, *parameters = inputs(shape, dtype)
-    expected, pull_back = jax.vjp(float32_block, x.astype(jnp.float32), *parameters)
-    expected = (expected, *pull_back(cotangent.astype(jnp.float32)))
-    y, pull_back = jax.vjp(gelu_and_response_norm, x, *parameters)
-    on_gpu = activation_gpu.gelu_and_response_norm(x, *parameters, interpret=True)
-    gradients = activation_gpu.gelu_and_response_norm_gradients(x, *parameters, cotangent, interpret=True)
-    for results in ((y, *pull_back(cotangent)), (on_gpu, *gradients)):
+
+    @jax.jit
+    def by_autodiff(x, cotangent, *parameters):
+        y, pull_back = jax.vjp(float32_block, x, *parameters)
+        return y, *pull_back(cotangent)
+
+    @jax.jit
+    def native(x, cotangent, *parameters):
+        y, pull_back = jax.vjp(gelu_and_response_norm, x, *parameters)
+        return y, *pull_back(cotangent)
+
+    @jax.jit
+    def on_gpu(x, cotangent, *parameters):
+        y = activation_gpu.gelu_and_response_norm(x, *parameters, interpret=True)
+        return y, *activation_gpu.gelu_and_response_norm_gradients(x, *parameters, cotangent, interpret=True)
+
+    expected = by_autodiff(x.astype(jnp.float32), cotangent.astype(jnp.float32), *parameters)
+    for results in (native(x, cotangent, *parameters), on_gpu(x, cotangent, *parameters)):
         assert [relative(*pair) <= tolerance for pair in zip(results, expected, strict=True)] == [True] * 5
         assert [result.dtype for result in results] == [dtype, dtype, *['float32'] * 3]
 
@@ -97,8 +110,8 @@ def test_gelu_with_response_norm_equals_autodiff(shape, dtype, tolerance):
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-8)])
 def test_the_kernel_of_the_gelu_equals_the_native_one(shape, dtype, tolerance):
     x, cotangent, bias, *_ = inputs(shape, dtype)
-    expected = activation._gelu_gradients(x, bias, cotangent)
-    results = activation_gpu.gelu_gradients(x, bias, cotangent, interpret=True)
+    expected = jax.jit(activation._gelu_gradients)(x, bias, cotangent)
+    results = jax.jit(partial(activation_gpu.gelu_gradients, interpret=True))(x, bias, cotangent)
     for result, wanted in zip(results, expected, strict=True):
         assert result.dtype == wanted.dtype
         assert relative(result, wanted.astype(jnp.float32)) <= tolerance
