@@ -7,17 +7,22 @@ import pytest
 from convnext_jax.models import layers, norm_gpu
 
 
-@pytest.mark.parametrize('shape', [(2, 5, 7, 96), (3, 3, 3, 40), (2, 2, 768), (40, 24)])
+@pytest.mark.parametrize('shape', [(2, 5, 7, 96), (2, 2, 768), (40, 24)])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-8)])
 def test_the_kernels_equal_the_native_passes(shape, dtype, tolerance):
     """Every layer norm of a model trained on a GPU: rows and channels that do not fill a block included."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, cotangent = ((3 * jax.random.normal(key, shape) + 1).astype(dtype) for key in keys[:2])
     scale = jax.random.normal(keys[2], shape[-1:])
-    statistics = layers._statistics(x, epsilon=1e-6)
-    on_gpu = norm_gpu.statistics(x, 1e-6, interpret=True)
-    expected = (*statistics, *layers._gradients(x, *statistics, scale, cotangent))
-    results = (*on_gpu, *norm_gpu.gradients(x, *statistics, scale, cotangent, interpret=True))
+
+    @jax.jit
+    def native_and_ours(x, scale, cotangent):
+        statistics = layers._statistics(x, epsilon=1e-6)
+        on_gpu = norm_gpu.statistics(x, 1e-6, interpret=True)
+        expected = (*statistics, *layers._gradients(x, *statistics, scale, cotangent))
+        return expected, (*on_gpu, *norm_gpu.gradients(x, *statistics, scale, cotangent, interpret=True))
+
+    expected, results = native_and_ours(x, scale, cotangent)
     for result, wanted in zip(results, expected, strict=True):
         assert (result.shape, result.dtype) == (wanted.shape, wanted.dtype)
         difference = jnp.abs(result.astype(jnp.float32) - wanted.astype(jnp.float32)).max()
