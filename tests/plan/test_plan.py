@@ -33,7 +33,7 @@ def of_size(images, mib, text='ENTRY %main (p: f32[8]) -> f32[8] {\n}'):
 
 
 @pytest.mark.slow
-def test_the_step_that_is_compiled_is_that_of_training(here):
+def test_the_step_that_is_compiled_is_that_of_training(here, small_models):
     """Its reductions carry each parameter's gradient once, the loss and its weight; the state is updated in place."""
     config = get_config()
     compiled = compile_step(config, here, images=2)
