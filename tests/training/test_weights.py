@@ -81,12 +81,12 @@ def test_a_run_s_head_is_matched_too(finished_run):
 
 def test_sharded_heads_keep_their_sharding(tmp_path):
     """With mesh.fsdp the head is sharded, and no process may have to hold all of it twice."""
-    old = create_model('convnextv2_tiny', key=jax.random.key(0), num_classes=64)
-    save_pretrained(old, tmp_path / 'out', class_names=[f'old {label}' for label in range(64)])
+    old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=128)
+    save_pretrained(old, tmp_path / 'out', class_names=[f'old {label}' for label in range(128)])
     mesh = make_mesh(fsdp=8)
     parameters = get_parameters(old)
     initial = jax.device_put(parameters, parameters_sharding(mesh, parameter_roles(old), parameters))
-    loaded, _ = load(tmp_path / 'out', initial, ['new', *(f'old {label}' for label in range(63))])
+    loaded, _ = load(tmp_path / 'out', initial, ['new', *(f'old {label}' for label in range(127))])
     assert 'fsdp' in loaded['head.kernel'].sharding.spec
     assert {name: x.sharding for name, x in loaded.items()} == {name: x.sharding for name, x in initial.items()}
-    np.testing.assert_array_equal(loaded['head.kernel'][:, 1:], get_parameters(old)['head.kernel'][:, :63])
+    np.testing.assert_array_equal(loaded['head.kernel'][:, 1:], get_parameters(old)['head.kernel'][:, :127])
