@@ -65,12 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
 # pytest-xdist gives whole files to its workers in this order: a long one at the end would leave a worker waiting, as
 # would two at the beginning that need the finished run.
 LONGEST_FILES = (
-    'test_distributed.py',
+    'test_processes.py',
     'test_sharding.py',
     'test_loop.py',
     'test_commands.py',
     'test_compare.py',
-    'test_watch.py',
+    'test_throughput.py',
     'test_step.py',
     'test_stop.py',
     'test_task.py',
