@@ -16,7 +16,7 @@ test: $(VENV)/development
 	$(PYTEST) --ignore tests/judges
 
 test-judges: $(VENV)/judges
-	$(PYTEST) tests/judges
+	$(PYTEST) tests/judges tests/benchmarks
 
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .
