@@ -335,11 +335,18 @@ def is_running(pid: str) -> bool:
         (('--mode=training',), "there is no mode 'training': train, eval, latency"),
         (('--peers=tim',), "there is no baseline 'tim': timm, transformers, compile, compile_max, flax, keras"),
         (('--models=convnext_tini',), 'did you mean convnext_tiny'),
-        (('--models=timm:resnet5O',), "timm has no model 'resnet5O': did you mean resnet50"),
-        (('--models=timm:vit_tiny_patch16_224', '--size=32'), 'timm:vit_tiny_patch16_224 does not run at --size=32: '),
-        (
+        pytest.param(
+            ('--models=timm:resnet5O',), "timm has no model 'resnet5O': did you mean resnet50", marks=needs_timm
+        ),
+        pytest.param(
+            ('--models=timm:vit_tiny_patch16_224', '--size=32'),
+            'timm:vit_tiny_patch16_224 does not run at --size=32: ',
+            marks=needs_timm,
+        ),
+        pytest.param(
             ('--models=timm:resnet18', '--peers=flax'),
             'timm:resnet18 needs one of timm, compile, compile_max in --peers',
+            marks=needs_timm,
         ),
         (('--size=31',), '--size=31 is below the total stride 32 of convnext_atto'),
         (('--rounds=0',), 'flag --rounds=0'),
