@@ -130,7 +130,7 @@ def check_values(config: ConfigDict) -> None:
     """Refuses values out of their range.
 
     Raises:
-        UserError: there is no such task, the config has not its fields, or a value is wrong; all of these are listed.
+        UserError: the task is unknown, a field is missing, or a value is wrong; all of these are listed.
     """
     values, fields = _flatten(as_dict(config)), _flatten(as_dict(default_config(config.task)))
     if missing := fields.keys() - values.keys():

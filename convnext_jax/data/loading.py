@@ -70,7 +70,9 @@ def load_batches(
     waiting: Waiting = no_word,
     name: Callable[[int], str] = str,
 ) -> Generator[HostBatch, None, None]:
-    """Batch b holds examples b · `size` to (b + 1) · `size` − 1, stacked; whoever loads them, they come in order.
+    """Batch b holds examples b · `size` to (b + 1) · `size` − 1, stacked.
+
+    Batches come in order, from threads and from processes.
 
     Closing the iterator, or an error, ends threads and processes, a thread that hangs in a read excepted: that one does
     not keep this process from its end.

@@ -282,7 +282,7 @@ def eval_features(dataset: Dataset) -> Features:
 
 
 def abstract_batch(features: Features, size: int, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a global batch of so many examples."""
+    """The shapes and dtypes of a global batch, with its sharding."""
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharding) for name, x in features.items()}
 
 

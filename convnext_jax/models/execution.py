@@ -66,7 +66,7 @@ class Execution:
         """The execution that a caller of `function` asked for in its `**keywords`.
 
         Raises:
-            TypeError: a keyword is no field; the message names `function` and the most similar argument.
+            TypeError: a keyword is not a field; the message names `function` and the most similar argument.
             UserError: a value is not allowed.
         """
         fields = [field.name for field in dataclasses.fields(cls)]

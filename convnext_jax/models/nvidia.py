@@ -25,8 +25,8 @@ def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], 
 def has_kernels(*arguments: jax.Array) -> bool:
     """Whether a program for an NVIDIA GPU, traced now, can hold Pallas kernels of JAX's Triton backend.
 
-    They need that backend, which a future JAX may not have; the GPU, or its description in the mesh of the program, of
-    Ampere or newer; and sizes that are known: an exported program may leave that of the batch open.
+    They need that backend, which a future JAX may not have; a GPU of Ampere or newer, or the description of one in the
+    mesh of the program; and known sizes, while an exported program may leave the batch size open.
     """
     if importlib.util.find_spec('jax.experimental.pallas.triton') is None:
         return False

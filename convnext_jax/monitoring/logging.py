@@ -116,7 +116,7 @@ class RunLog:
             draw_curves(self._workdir, self._headline)
 
     def figures(self, step: int, split: str, figures: dict[str, np.ndarray]) -> None:
-        """Writes pictures of an evaluation to TensorBoard, and into the workdir in place of those before.
+        """Writes the pictures of an evaluation to TensorBoard, and replaces those in the workdir.
 
         Args:
             step: steps done.

@@ -104,6 +104,7 @@ def test_sharded_batch_gives_the_same_logits(v2, images):
 @pytest.mark.parametrize('variant', [Variant((2,), (8,), grn=True, layer_scale_init=0), Variant((3,), (8,))])
 def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, images, keys):
     """Recomputed blocks that draw again give a gradient of another network than the one that was run."""
+    variant = variant.replace(depths=tuple(2 * depth for depth in variant.depths))  # what two blocks save is little
 
     def loss(model, parameters):
         return jnp.square(with_parameters(model, parameters)(images, key=keys)).mean()
@@ -121,7 +122,7 @@ def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, imag
         for name, leaf in gradient.items():
             np.testing.assert_allclose(recomputed[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
             assert np.abs(leaf).max() > 0, f'{name} gets no gradient'
-        assert less < 0.95 * memory, f'{remat}: {less} of {memory} bytes'
+        assert less < 0.9 * memory, f'{remat}: {less} of {memory} bytes'
         memory = less
     with pytest.raises(UserError, match="remat must be one of none, dots, full, not 'half'"):
         build(variant, remat='half')

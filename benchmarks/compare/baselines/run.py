@@ -68,7 +68,7 @@ def _answers(module: str, questions: queue.SimpleQueue) -> Iterator[dict]:
 
 
 def time_steps(baseline: Baseline, steps: int, latency: bool) -> float:
-    """Seconds of so many steps.
+    """Runs `steps` steps and returns the seconds they took.
 
     An accelerator computes while the host dispatches the next step, so it is waited for after the last step alone,
     except where latency is measured. On CPU each step is waited for.
