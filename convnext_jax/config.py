@@ -47,7 +47,7 @@ def _defaults(config: ConfigDict) -> None:
     config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
     config.model.remat = 'dots'  # recomputed in the backward pass: 'none', all but the 'dots', or the 'full' block
     config.model.unroll = False  # every block compiled by itself: longer, for 1 to 3 %; on TPU a quarter less memory
-    config.model.pallas = False  # depthwise convolutions in training on TPU v5e, v5p, v6e by our kernel; untried
+    config.model.pallas = False  # depthwise convolutions on TPU v5e, v5p, v6e by our kernel; untried
 
     config.init = ConfigDict()
     config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library

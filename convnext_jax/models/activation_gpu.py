@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from convnext_jax.models.normal import density_and_cdf, widened
+from convnext_jax.models.nvidia import triton as plgpu
 
 ROWS, COLUMNS, WARPS = 16, 128, 4  # of a block: 16 elements for each of a program's 128 threads
 PROGRAMS = 132 * 8  # about; each sums many rows, so that few partial sums go through memory

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from convnext_jax.models.nvidia import triton as plgpu
 
 STRIP = 256  # columns × channels that a program computes at once: two for each of its 128 threads
 ROWS = 2  # in a step of the loop

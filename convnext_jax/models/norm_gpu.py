@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from convnext_jax.models.nvidia import triton as plgpu
 
 ELEMENTS = 2048  # of a block: 16 for each of a program's 128 threads
 PROGRAMS = 132 * 8  # of the backward kernel: each sums many rows, so that few partial sums go through memory

@@ -1,11 +1,16 @@
 """Where the Pallas kernels for NVIDIA GPUs run, and what runs elsewhere."""
 
-import importlib.util
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+
+triton: Any
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # JAX means to remove it
+    triton = None
 
 Result = TypeVar('Result', bound=jax.Array | tuple[jax.Array, ...])
 
@@ -28,7 +33,7 @@ def has_kernels(*arguments: jax.Array) -> bool:
     They need that backend, which a future JAX may not have; a GPU of Ampere or newer, or the description of one in the
     mesh of the program; and known sizes, while an exported program may leave the batch size open.
     """
-    if importlib.util.find_spec('jax.experimental.pallas.triton') is None:
+    if triton is None:
         return False
     if not all(isinstance(size, int) for argument in arguments for size in argument.shape):
         return False

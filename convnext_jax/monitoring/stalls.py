@@ -8,7 +8,7 @@ from convnext_jax.output import say
 from convnext_jax.runtime.stop import Stop
 
 GIVES_UP = 5.0
-"""After a signal a batch is waited for no longer than so many seconds in all."""
+"""Seconds that a run waits for a batch, in all, once a signal has come."""
 
 
 class DataStalled(Exception):

@@ -186,7 +186,7 @@ class Classification(Task):
         return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
 
     def build(self, key: jax.Array) -> ConvNeXt:
-        """Builds the network with new parameters; without our kernel for TPU in inference.
+        """Builds the network with new parameters.
 
         Raises:
             UserError: as `ConvNeXt`, or the images are too small for it.

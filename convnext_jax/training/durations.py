@@ -18,12 +18,12 @@ class Durations:
     eval_every_steps: int
 
     def epoch(self, step: int) -> float:
-        """Passes over the training split after so many steps."""
+        """Passes over the training split after `step` steps."""
         return step / self.steps_per_epoch
 
 
 def make_durations(config: ConfigDict, images: int) -> Durations:
-    """Durations in steps, for a training split of so many images.
+    """Durations in steps, for a training split of `images` images.
 
     Raises:
         UserError: the run would be empty, or all warm-up.

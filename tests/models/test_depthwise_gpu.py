@@ -1,6 +1,8 @@
 """The depthwise kernels for NVIDIA GPUs, in interpret mode, against the compiler's convolution."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +81,14 @@ def test_the_kernels_are_in_programs_for_the_gpus_that_run_them():
     assert kernels_in_program((8, 14, 14, 96)) == 3  # forward and both gradients
     assert kernels_in_program((8, 14, 14, 96), dilation=2) == 0
     assert kernels_in_program((8, 14, 14, 96), gpu='gfx942') == 0
+
+
+def test_the_package_works_without_the_triton_backend():
+    """JAX means to remove it: nobody could import the package from then on."""
+    program = """
+import sys
+sys.modules['jax.experimental.pallas.triton'] = None  # an import of it is an ImportError
+import jax, jax.numpy as jnp, convnext_jax as cx
+print(cx.create_model('convnext_atto', key=jax.random.key(0), num_classes=3)(jnp.zeros((1, 32, 32, 3))).shape)
+"""
+    assert subprocess.check_output([sys.executable, '-c', program], text=True) == '(1, 3)\n'
