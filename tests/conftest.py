@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 # Most of the tests' time is compiling: with fewer of LLVM's passes, and all processes share a cache.
-DEVICES = '--xla_backend_optimization_level=1 --xla_force_host_platform_device_count='
+DEVICES = '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count='
 ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}1'}
 os.environ |= {
     'JAX_PLATFORMS': 'cpu',
@@ -35,9 +35,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 
 import jax  # noqa: E402 - reads the environment
+from small import small_variants  # noqa: E402
 
 import train as train_command  # noqa: E402
-from convnext_jax.models.variants import VARIANTS, Variant  # noqa: E402
+from convnext_jax.models.variants import VARIANTS  # noqa: E402
 
 STEPS = 24
 LONGEST = 900
@@ -54,6 +55,7 @@ SMALL_RUN = (
     '--config.eval_every_epochs=1',
     '--config.checkpoint_every_steps=4',
 )
+SMALL_TRAIN = ('tests/small.py', 'train.py', *SMALL_RUN)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -144,7 +146,7 @@ class Commands:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def train(self, workdir: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
-        return self.run('train.py', *SMALL_RUN, f'--workdir={workdir}', *overrides, status=status)
+        return self.run(*SMALL_TRAIN, f'--workdir={workdir}', *overrides, status=status)
 
 
 def strict_json(text: str) -> object:
@@ -202,22 +204,20 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, 'devices', lambda *_: first)
 
 
-def shrink_models(
-    patch: pytest.MonkeyPatch, depths: tuple[int, ...] = (1, 1), widths: tuple[int, ...] = (8, 16)
-) -> None:
-    """Gives the atto models of this process two stages: a step takes a third as long to compile as with four."""
-    for name, has in (('convnext_atto', {}), ('convnextv2_atto', {'grn': True, 'layer_scale_init': 0})):
-        patch.setitem(VARIANTS, name, Variant(depths, widths, **has))
+def shrink_models(patch: pytest.MonkeyPatch, **sizes: tuple[int, ...]) -> None:
+    """Replaces the atto models of this process by small ones."""
+    for name, variant in small_variants(**sizes).items():
+        patch.setitem(VARIANTS, name, variant)
 
 
 @pytest.fixture
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process the atto models have two stages of one narrow block."""
+    """The atto models of this process have two stages of one narrow block."""
     shrink_models(monkeypatch)
 
 
 @pytest.fixture
-def train_here(one_device: None, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def train_here(one_device: None, small_models: None, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """`Commands.train` in this process: gives what it printed, and raises its errors."""
 
     def train(workdir: Path, *overrides: str) -> str:
@@ -229,8 +229,8 @@ def train_here(one_device: None, capsys: pytest.CaptureFixture) -> Callable[...,
 
 
 @pytest.fixture(scope='session')
-def finished_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a small run that nothing interrupted; tests copy it before they change it.
+def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a small run that nothing interrupted.
 
     The first worker of pytest-xdist that asks for it trains it, and the others wait.
     """
@@ -243,3 +243,9 @@ def finished_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -
             commands.train(folder / 'finished')
             (folder / 'finished.done').touch()
     return folder / 'finished'
+
+
+@pytest.fixture
+def finished_run(small_run: Path, small_models: None) -> Path:
+    """The workdir of a finished run, whose model this process knows; tests copy it before they change it."""
+    return small_run

@@ -58,7 +58,7 @@ def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, evaluate, finis
     """By the command itself, whose last line is for scripts."""
     records = [json.loads(line) for line in (finished_run / 'metrics.jsonl').read_text().splitlines()]
     last = [record for record in records if record['split'] != 'train'][-1]
-    out = commands.run('eval.py', f'--workdir={finished_run}').stdout
+    out = commands.run('tests/small.py', 'eval.py', f'--workdir={finished_run}').stdout
     raw = strict_json(out.splitlines()[-1])  # raw as predict, convert and export
     ema = evaluate(f'--workdir={finished_run}', '--params=ema')
     assert (ema['params'], ema['step'], ema['images']) == ('ema', 24, 40)
@@ -103,23 +103,33 @@ def test_eval_of_a_run_with_other_values_of_its_config(finished_run, capsys):
 
 def test_eval_and_predict_agree_on_a_folder_that_lacks_classes(finished_run, tmp_path, capsys):
     """Labels numbered by the folder's own order scored 0 % where predict was right about every photograph."""
+
+    def predicted(folder):
+        """File → the class that the run finds most probable."""
+        package_command.main(['convnext_jax', 'predict', str(folder), f'--weights={finished_run}', '--top=1', '--json'])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return {Path(line['file']): line['best'][0]['name'] for line in lines}
+
     source = open_source('fashion_mnist_mini', '', 'test')
+    (tmp_path / 'images').mkdir()
     for index in range(200):
-        name = source.class_names[source[index].label]
-        if name in ('Trouser', 'Sandal', 'Ankle boot'):
-            folder = tmp_path / 'test' / name
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f'{index}.png').write_bytes(source[index].image)
+        (tmp_path / 'images' / f'{index}.png').write_bytes(source[index].image)
+    # So few steps teach little: the folders have the predicted names, and one image in four is in a wrong folder.
+    folders = ['Coat', 'Dress', 'Trouser']
+    for number, (file, name) in enumerate(predicted(tmp_path / 'images').items()):
+        if name in folders:
+            name = folders[folders.index(name) - (number % 4 == 0)]
+            (tmp_path / 'test' / name).mkdir(parents=True, exist_ok=True)
+            file.rename(tmp_path / 'test' / name / file.name)
     arguments = [f'--workdir={finished_run}', '--splits=folder@test', f'--config.data.dir={tmp_path}']
     eval_command.main(['eval.py', *arguments])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    package_command.main(['convnext_jax', 'predict', str(tmp_path), f'--weights={finished_run}', '--top=1', '--json'])
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    right = [line['best'][0]['name'] == Path(line['file']).parent.name for line in lines]
+    right = [file.parent.name == name for file, name in predicted(tmp_path / 'test').items()]
+    assert {path.name for path in (tmp_path / 'test').iterdir()} == set(folders)
     assert result['images'] == len(right) > 40
     assert result['top1'] == pytest.approx(100 * np.mean(right))
-    assert result['top1'] > 50, 'the example cannot tell right from wrong labels'
-    (tmp_path / 'test' / 'Sandal').rename(tmp_path / 'test' / 'Flip-flop')
+    assert 60 < result['top1'] < 90
+    (tmp_path / 'test' / 'Dress').rename(tmp_path / 'test' / 'Flip-flop')
     with pytest.raises(UserError, match='^folder test: the model lacks these classes: Flip-flop$'):
         eval_command.main(['eval.py', *arguments])
 
@@ -311,7 +321,7 @@ def photos(tmp_path):
 
 def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, package, finished_run, photos):
     options = (f'--weights={finished_run}', '--top=3', '--batch=2')
-    done = commands.run('-m', 'convnext_jax', 'predict', photos, *options, '--json', status=2)
+    done = commands.run('tests/small.py', '-m', 'convnext_jax', 'predict', photos, *options, '--json', status=2)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line['file'] for line in lines] == [str(photos / 'b.jpg'), str(photos / 'deep' / 'a.PNG')]
     for line in lines:
@@ -373,7 +383,7 @@ class NotebookStream(io.StringIO):
     reconfigure = property()
 
 
-def test_the_scripts_run_inside_another_program(one_device, tmp_path, monkeypatch):
+def test_the_scripts_run_inside_another_program(one_device, small_models, tmp_path, monkeypatch):
     """A notebook's `%run train.py …`: in its process and event loop, several times; its signals stay its own."""
     monkeypatch.chdir(ROOT)
     for stream in ('stdout', 'stderr'):

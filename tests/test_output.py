@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LONGEST, ONE_DEVICE, ROOT, SMALL_RUN, fingerprints, strict_json
+from conftest import LONGEST, ONE_DEVICE, ROOT, SMALL_TRAIN, fingerprints, strict_json
 
 from convnext_jax.command_line import run
 from convnext_jax.errors import UserError
@@ -100,7 +100,7 @@ def test_streams_of_a_notebook_are_left_as_they_are(monkeypatch):
 def test_training_goes_on_when_the_reader_of_its_output_ends(commands, finished_run, tmp_path, monkeypatch):
     """`train.py … | head -3` trains to the end; here the reader wants ASCII too, and × is none."""
     monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
-    process = commands.start('train.py', *SMALL_RUN, f'--workdir={tmp_path / "run"}')
+    process = commands.start(*SMALL_TRAIN, f'--workdir={tmp_path / "run"}')
     assert r'28\xd728' in process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ''
@@ -111,7 +111,7 @@ def test_training_goes_on_when_the_reader_of_its_output_ends(commands, finished_
 def test_training_goes_on_when_its_terminal_is_gone(finished_run, tmp_path):
     """A connection that breaks takes the terminal with it: each write to it fails from then on, the bar's too."""
     master, terminal = pty.openpty()
-    command = [sys.executable, 'train.py', *SMALL_RUN, f'--workdir={tmp_path / "run"}']
+    command = [sys.executable, *SMALL_TRAIN, f'--workdir={tmp_path / "run"}']
     options = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal, 'start_new_session': True}
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_DEVICE, **options)
     os.close(terminal)

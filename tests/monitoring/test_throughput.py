@@ -167,6 +167,7 @@ def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path,
                 Image.fromarray(pixels).save(tmp_path / 'photos' / split / name / f'{number}.jpg')
     run = tmp_path / 'run'
     process = commands.start(
+        'tests/small.py',
         'train.py',
         '--config=configs/image_folder.py:convnextv2_atto',
         f'--config.data.dir={tmp_path / "photos"}',

@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import LONGEST, SMALL_RUN
+from conftest import LONGEST, SMALL_TRAIN
 
 from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.errors import UserError
@@ -73,7 +73,7 @@ def test_a_stopped_run_has_its_trace_and_the_compiled_step(commands, tmp_path):
     """By the command, stopped inside the window; the next start finds its programs in the cache of the config."""
     run, cache = tmp_path / 'run', tmp_path / 'deep' / 'cache'
     arguments = ('--profile=2:100000', '--config.steps=100000', f'--config.compilation_cache_dir={cache}')
-    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}', '--config.log_every_steps=5', *arguments)
+    process = commands.start(*SMALL_TRAIN, f'--workdir={run}', '--config.log_every_steps=5', *arguments)
     while process.poll() is None and not read_records(run):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import LONGEST, SMALL_RUN, STEPS
+from conftest import LONGEST, SMALL_TRAIN, STEPS
 
 import eval as eval_command
 from convnext_jax.checkpoints.checkpoint import restore_parameters, saved_steps
@@ -24,7 +24,7 @@ from convnext_jax.training.sharding import batch_sharding, make_mesh
 from launch import local
 
 TWO = ('launch/local.py', 2, '--')
-JOB = (*TWO, 'train.py', *SMALL_RUN)
+JOB = (*TWO, *SMALL_TRAIN)
 # Evaluates 200 images after each step: there is time to interrupt it.
 SLOW = ('--config.data.eval_split=test[:200]', '--config.eval_every_epochs=0.1', '--config.log_every_steps=1')
 
@@ -79,7 +79,7 @@ def test_what_two_saved_one_restores(two_processes, finished_run):
 
 
 def test_two_processes_evaluate_as_one(commands, one_device, finished_run, capsys):
-    outputs = [commands.run(*TWO, 'eval.py', f'--workdir={finished_run}').stdout]
+    outputs = [commands.run(*TWO, 'tests/small.py', 'eval.py', f'--workdir={finished_run}').stdout]
     eval_command.main(['eval.py', f'--workdir={finished_run}'])
     outputs.append(capsys.readouterr().out)
     results = [json.loads(output.splitlines()[-1]) for output in outputs]
@@ -154,7 +154,7 @@ def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as free:
         flags = (f'--coordinator=127.0.0.1:{free.getsockname()[1]}', '--process_count=2')
     processes = [
-        commands.start('train.py', *SMALL_RUN, f'--workdir={tmp_path / str(number)}', *flags, f'--process_id={number}')
+        commands.start(*SMALL_TRAIN, f'--workdir={tmp_path / str(number)}', *flags, f'--process_id={number}')
         for number in range(2)
     ]
     errors = [process.communicate(timeout=LONGEST)[1].splitlines() for process in processes]
@@ -175,7 +175,7 @@ def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, t
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1] if process == 0 else 1
     flags = (f'--coordinator=127.0.0.1:{port}', '--process_count=2', f'--process_id={process}', '--process_timeout=4')
-    refused = commands.run('train.py', *SMALL_RUN, f'--workdir={tmp_path}', *flags, status=1)
+    refused = commands.run(*SMALL_TRAIN, f'--workdir={tmp_path}', *flags, status=1)
     assert [text.startswith(line) for text in refused.stderr.splitlines()] == [True]
     assert refused.stdout == ''
 

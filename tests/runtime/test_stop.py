@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import LONGEST, SMALL_RUN, STEPS, fingerprints
+from conftest import LONGEST, SMALL_TRAIN, STEPS, fingerprints
 
 from configs.fashion_mnist import get_config
 from convnext_jax.checkpoints.checkpoint import saved_steps
@@ -32,7 +32,7 @@ from convnext_jax.training.sharding import make_mesh
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_run, tmp_path, number):
     run = tmp_path / 'run'
-    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}', '--config.checkpoint_every_steps=1000')
+    process = commands.start(*SMALL_TRAIN, f'--workdir={run}', '--config.checkpoint_every_steps=1000')
     while process.poll() is None and not read_records(run):
         time.sleep(0.02)
     process.send_signal(number)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FINE_TUNING, FINE_TUNING_STEPS, LONGEST, SMALL_RUN, STEPS, fingerprints
+from conftest import FINE_TUNING, FINE_TUNING_STEPS, LONGEST, SMALL_TRAIN, STEPS, fingerprints
 from PIL import Image
 
 import eval as evaluation
@@ -76,7 +76,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_unbroken_run(commands, train
     rng = np.random.default_rng(0)
     kills = 0
     for attempt in range(2):
-        process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}')
+        process = commands.start(*SMALL_TRAIN, f'--workdir={run}')
         before = len(read_records(run))
         while process.poll() is None and not (run / CONFIG).exists():
             time.sleep(0.02)
@@ -158,12 +158,12 @@ def test_a_run_says_its_settings(monkeypatch):
 def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(commands, finished_run, tmp_path):
     """A disk that someone else filled, and emptied: of a job that ran on, nobody wants to lose a day."""
     run = tmp_path / 'run'
-    process = commands.start('train.py', *SMALL_RUN, f'--workdir={run}')
+    process = commands.start(*SMALL_TRAIN, f'--workdir={run}')
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith(('step 4/', 'step 16/')):
-            size = 10**6 if line.startswith('step 4/') else resource.RLIM_INFINITY
+            size = 20_000 if line.startswith('step 4/') else resource.RLIM_INFINITY
             hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
     errors = process.stderr.read()
