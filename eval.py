@@ -1,12 +1,15 @@
-"""Evaluates a run of ours, or anybody's weights on the data of a config, with the preprocessing that comes with them.
+"""Evaluates a checkpoint of a run, or weights from elsewhere, on the validation split or on other splits.
 
     python eval.py --workdir=runs/demo [--params=raw|ema] [--step=N] [--config.data.dir=DIR]
     python eval.py --config=configs/imagenet1k.py:tiny --weights=FOLDER_OR_FILE_OR_HUB_ID [--params=raw|ema]
 
-Either takes other splits (--splits=imagenet2012_real@validation,imagenet_v2@test), --resolution, --crop_pct, --flip,
-and --per_class=FILE.csv. Top-1, top-5 and the expected calibration error (ece) are in percent. The last line of output
-is one JSON object; of several splits it holds a list under "splits", and a table stands before it. A metric that is not
-finite is null in it, and the exit status is 2.
+The first form uses the config and the preprocessing of the run. The second uses the data of the config with the
+preprocessing that is stored with the weights.
+
+Both forms accept --splits=imagenet2012_real@validation,imagenet_v2@test, --resolution, --crop_pct, --flip and
+--per_class=FILE.csv. Top-1, top-5 and the expected calibration error (ece) are in percent. The last line of output is a
+JSON object. With several splits, it holds a list under "splits", and a table is printed before it. A metric that is not
+finite is null in the JSON object, and the exit status is then 2.
 """
 
 import math
@@ -32,20 +35,30 @@ from convnext_jax.errors import UserError
 from convnext_jax.output import show, to_json
 from convnext_jax.paths import local_path
 from convnext_jax.runtime.processes import is_multiprocess
-from convnext_jax.training.standalone_evaluation import Protocol, Result, evaluate_run, evaluate_weights
+from convnext_jax.training.standalone_evaluation import EvaluationProtocol, Result, evaluate_run, evaluate_weights
 
 
 def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string('workdir', None, 'Folder of the run.', flag_values=values)
-    flags.DEFINE_string('params', 'raw', "Which weights: 'raw', or 'ema' for the moving average.", flag_values=values)
-    flags.DEFINE_integer('step', None, 'Step of the checkpoint; the newest by default.', flag_values=values)
-    flags.DEFINE_string('weights', None, 'Of another library, or the workdir of a run.', flag_values=values)
-    flags.DEFINE_list('splits', [], 'NAME@SPLIT of other data sets in data.dir, by commas.', flag_values=values)
-    flags.DEFINE_integer('resolution', None, 'Side of the images in pixels.', lower_bound=1, flag_values=values)
-    flags.DEFINE_float('crop_pct', None, 'Share of the shorter side in the crop.', flag_values=values)
-    flags.DEFINE_bool('flip', None, 'Average the logits with those of the mirrored image.', flag_values=values)
-    flags.DEFINE_string('per_class', None, 'CSV file for the accuracy of each class.', flag_values=values)
+    flags.DEFINE_string(
+        'params', 'raw', "Weights to evaluate: 'raw', or 'ema' for their moving average.", flag_values=values
+    )
+    flags.DEFINE_integer('step', None, 'Step of the checkpoint; by default the newest.', flag_values=values)
+    flags.DEFINE_string(
+        'weights', None, 'Folder, file or hub id of weights, or the workdir of a run.', flag_values=values
+    )
+    flags.DEFINE_list(
+        'splits', [], 'Comma-separated NAME@SPLIT of data sets in data.dir to evaluate on.', flag_values=values
+    )
+    flags.DEFINE_integer(
+        'resolution', None, 'Height and width of the evaluated images, in pixels.', lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_float(
+        'crop_pct', None, 'Side of the centre crop divided by the shorter side of the image.', flag_values=values
+    )
+    flags.DEFINE_bool('flip', None, 'Average the logits of each image and its mirror image.', flag_values=values)
+    flags.DEFINE_string('per_class', None, 'CSV file to write the accuracy of each class to.', flag_values=values)
     stored = _stored_config(arguments)
     if stored is None:
         define_config(values, arguments)
@@ -60,25 +73,25 @@ def main(arguments: list[str]) -> None:
 
 
 def _stored_config(arguments: list[str]) -> ConfigDict | None:
-    """The config of the run whose --workdir is among the arguments; None without --workdir.
+    """The stored config of the run given by --workdir; None if there is no --workdir.
 
     Raises:
-        UserError: there is no such run, or two flags contradict each other.
+        UserError: there is no such run, or --workdir is combined with --weights or --config.
     """
     given = flags.FlagValues()
     for name in ('workdir', 'config', 'weights'):
         flags.DEFINE_string(name, None, '', flag_values=given)
-    given.set_gnu_getopt(True)  # reads on behind the value of a flag that is not known here
+    given.set_gnu_getopt(True)  # continue after the separate value of a flag that is not defined here
     with refusals():
         given(list(arguments), known_only=True)
     if given.workdir is None:
         return None
     if given.weights is not None:
-        raise UserError('--workdir and --weights do not go together: --weights takes the workdir of a run as well')
+        raise UserError('give --workdir or --weights, not both; --weights also accepts the workdir of a run')
     if given.config is not None:
         raise UserError(
-            f'--workdir brings the config of its run: leave out --config={given.config}, and override its values with '
-            '--config.FIELD=VALUE'
+            f'--workdir uses the stored config of the run: drop --config={given.config}, and override single fields '
+            'with --config.FIELD=VALUE'
         )
     return read_config(workdir_path(given.workdir) / CONFIG)
 
@@ -89,27 +102,29 @@ def _check_overrides(stored: ConfigDict, config: ConfigDict) -> None:
     unused = [f'--config.{field}' for field in changes if field not in fields]
     if unused:
         raise UserError(
-            f'an evaluation does not read {", ".join(unused)}: of the config of a run it takes {", ".join(fields)}'
+            f'{", ".join(unused)} cannot be changed for an evaluation, only {", ".join(fields)}: drop the flag'
         )
     check_values(config)
 
 
 def _evaluate(values: flags.FlagValues) -> None:
     changes = {'data.image_size': values.resolution, 'data.crop_pct': values.crop_pct, 'eval.flip': values.flip}
-    protocol = Protocol(
+    protocol = EvaluationProtocol(
         splits=tuple(map(_name_and_split, values.splits)),
         changes={field: value for field, value in changes.items() if value is not None},
         table=local_path(values.per_class) if values.per_class else None,
     )
     if is_multiprocess():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's runtime has taken it, for runs that save
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # jax.distributed handles it as a notice to save; nothing is saved here
     if values.weights is None:
         workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
         results = evaluate_run(workdir, config, values.params, values.step, protocol)
     elif values.step is None:
         results = evaluate_weights(required_config(values), values.weights, values.params, protocol)
     else:
-        raise UserError('--step chooses a checkpoint of --workdir, and does not go with --weights')
+        raise UserError('--step selects a checkpoint of --workdir and cannot be used with --weights')
     several = len(protocol.splits) > 1
     rows = []
     for result in results:
@@ -122,24 +137,25 @@ def _evaluate(values: flags.FlagValues) -> None:
     not_finite = [problem for result in rows for problem in _not_finite(result)]
     if not_finite:
         raise UserError(
-            f'not finite: {", ".join(not_finite)}. The weights hold NaN or infinity, or the outputs overflow; evaluate '
-            'other weights, or an earlier step of the run'
+            f'not finite: {", ".join(not_finite)}; the weights contain NaN or infinity, or the outputs overflow: '
+            'evaluate other weights, or an earlier step of the run'
         )
 
 
 def _name_and_split(text: str) -> tuple[str, str]:
     name, at, split = text.partition('@')
     if not (name and at and split):
-        raise UserError(f"--splits takes NAME@SPLIT, as imagenet_v2@test, not '{text}'")
+        raise UserError(f"--splits needs NAME@SPLIT, for example imagenet_v2@test, not '{text}'")
     return name, split
 
 
 def _not_finite(result: Result) -> list[str]:
-    place = f'{result["data"]}@{result["split"]}'
-    return [f'{name} of {place}' for name, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
+    split = f'{result["data"]}@{result["split"]}'
+    return [f'{name} of {split}' for name, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
 
 
 def _metrics(result: Result) -> dict[str, float]:
+    """The metrics among a result's values: its floats."""
     return {name: x for name, x in result.items() if isinstance(x, float)}
 
 

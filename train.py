@@ -1,4 +1,7 @@
-"""Trains a ConvNeXt, and resumes: python train.py --config=configs/fashion_mnist.py --workdir=runs/demo"""
+"""Trains a model, or resumes the run in the workdir.
+
+python train.py --config=configs/fashion_mnist.py --workdir=runs/demo [--config.FIELD=VALUE]
+"""
 
 from absl import flags
 
@@ -12,7 +15,7 @@ from convnext_jax.command_line import (
     required_config,
     run,
 )
-from convnext_jax.monitoring.trace import Window
+from convnext_jax.monitoring.trace import ProfileWindow
 from convnext_jax.training.loop import train
 
 
@@ -20,16 +23,16 @@ def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
     define_config(values, arguments)
     define_processes(values)
-    flags.DEFINE_string('workdir', None, 'Folder of the run: config, checkpoints, logs.', flag_values=values)
+    flags.DEFINE_string('workdir', None, 'Folder for the config, checkpoints and logs of the run.', flag_values=values)
     flags.DEFINE_string(
         'profile',
         None,
-        'START:STEPS traces so many steps, after the first START of this start, for TensorBoard and XProf.',
+        'START:STEPS profiles STEPS steps after the first START steps of this process, for TensorBoard and XProf.',
         flag_values=values,
     )
     parse(values, arguments, usage=__doc__)
     config, workdir = required_config(values), workdir_path(required(values, 'workdir'))
-    profile = Window.parse(values.profile) if values.profile else None
+    profile = ProfileWindow.parse(values.profile) if values.profile else None
     with all_processes(values):
         train(config, workdir, profile)
 

@@ -1,8 +1,8 @@
-"""ConvNeXt V2 atto on 5,000 bundled images of Fashion-MNIST: the demo, minutes on a laptop's CPU.
+"""The demo: ConvNeXt V2 atto on 5,000 bundled Fashion-MNIST images; takes minutes on a laptop's CPU.
 
     python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
 
-The 28-pixel images get a stem of 2-pixel patches in place of 4.
+The images have 28 × 28 pixels, so the stem uses 2 × 2 patches instead of 4 × 4.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.augment.erasing = 0.0
     config.optimizer.learning_rate = 1.2e-2
     config.optimizer.warmup_epochs = 1
-    config.optimizer.beta2 = 0.95  # the run is too short for a longer memory
+    config.optimizer.beta2 = 0.95  # a shorter average than 0.999, because the run is short
     config.label_smoothing = 0.0
     config.ema.decay = 0.99
     config.log_every_steps = 20

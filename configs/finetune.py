@@ -1,15 +1,18 @@
-"""V1 fine-tuned on ImageNet-1k (arXiv:2201.03545, table 6).
+"""Fine-tuning of V1 on ImageNet-1k (arXiv:2201.03545, table 6).
 
     python train.py --config=configs/finetune.py:base_22k_384 --config.data.dir=DATA \\
         --config.init.weights=runs/base_22k --workdir=runs/base_22k_384
 
-After the colon: SIZE_22k or SIZE_22k_384 from weights of configs/imagenet22k.py at 224 or 384 pixels, SIZE one of tiny,
-small, base, large, xlarge; or base_1k_384 and large_1k_384 from configs/imagenet1k.py. The weights may be anybody's:
-a workdir, a folder or file, a hub id such as timm/convnext_base.fb_in22k. All start from raw weights but large_1k_384,
-which starts from the average.
+Variants, after the colon:
+- SIZE_22k and SIZE_22k_384: from weights trained with configs/imagenet22k.py, at 224 or 384 pixels. SIZE is tiny,
+  small, base, large or xlarge.
+- base_1k_384 and large_1k_384: from weights trained with configs/imagenet1k.py, at 384 pixels.
 
-Published top-1: 22k T/S/B/L/XL 82.9/84.6/85.8/86.6/87.0 % at 224, 84.1/85.8/86.8/87.5/87.8 % at 384; 1k at 384 B/L
-85.1/85.5 %. Meant for accelerators that hold 512 images of the size between them, 8 to 16 of them.
+init.weights is a workdir, a folder or file of weights, or a hub id such as timm/convnext_base.fb_in22k. large_1k_384
+starts from the moving average of the weights (init.params='ema'), all others from the raw weights.
+
+Published top-1 of T/S/B/L/XL from 22k: 82.9/84.6/85.8/86.6/87.0 % at 224 pixels, 84.1/85.8/86.8/87.5/87.8 % at 384.
+Published top-1 of B/L from 1k: 85.1/85.5 % at 384 pixels. The batch of 512 images needs 8 to 16 accelerators.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +31,7 @@ VARIANTS = [
 
 def get_config(variant: str = 'tiny_22k') -> ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f'there is no configs/finetune.py:{variant}: {", ".join(VARIANTS)}')
+        raise UserError(f"configs/finetune.py has no variant '{variant}'; choose one of {', '.join(VARIANTS)}")
     size, source, *resolution = variant.split('_')
     config = default_config()
     config.epochs = 30.0

@@ -1,11 +1,12 @@
-"""Your own folder of images, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg: from scratch, or from other weights.
+"""Your own images, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, from scratch or fine-tuned.
 
     python train.py --config=configs/image_folder.py:tiny --config.data.dir=DIR --workdir=runs/mine
     python train.py --config=configs/image_folder.py:tiny --config.data.dir=DIR --workdir=runs/tuned \\
         --config.init.weights=runs/mine --config.optimizer.learning_rate=1e-4
 
-After the colon: a V1 size, or any name of `python -m convnext_jax models`. Outputs of the head follow the names
-of their classes. Small sets want a short run: set config.epochs and config.batch_size to what you have.
+Variants, after the colon: a V1 size such as tiny, or any name listed by `python -m convnext_jax models`. Folder names
+are class names. When fine-tuning, a class of the same name in the weights keeps its output. Choose config.epochs and
+config.batch_size for the size of your data set.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from convnext_jax.models import get_variant
 
 def get_config(variant: str = 'atto') -> ConfigDict:
     name = variant if variant.startswith('convnext') else f'convnext_{variant}'
-    get_variant(name)  # an unknown name fails here, with the nearest ones
+    get_variant(name)  # fails for an unknown name, and suggests similar ones
     config = default_config()
     config.epochs = 50
     config.batch_size = 32

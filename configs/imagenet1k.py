@@ -2,14 +2,15 @@
 
     python train.py --config=configs/imagenet1k.py:tiny --config.data.dir=DATA --workdir=runs/tiny
 
-After the colon: a V1 size ('tiny' … 'xlarge'), or any name of `python -m convnext_jax models`. DATA is a TFDS data
-directory with imagenet2012 in ArrayRecord form.
+Variants, after the colon: a V1 size (tiny to xlarge), or any name listed by `python -m convnext_jax models`. DATA is a
+TFDS data directory with imagenet2012 in ArrayRecord format.
 
-Published top-1 of T/S/B/L: 82.1/83.1/83.8/84.3 %. For the other sizes no such run is published. Meant for accelerators
-that hold 4,096 images at once between them. 64 chips of 16 GB do for T, B and L: by `python -m convnext_jax plan` 64
-images take 3.6, 7.2 and 12.6 GiB of a v5e. For T 16 of them do. On fewer set config.accumulation_steps. That
-model.remat is 'dots' and no mesh.fsdp is set follows from there as well: for T 'none' takes twice the memory and is
-slower.
+Published top-1 of T/S/B/L: 82.1/83.1/83.8/84.3 %. No results are published for the other sizes with this recipe.
+
+Hardware: the batch has 4,096 images. 64 chips with 16 GB each are enough for T, B and L: `python -m convnext_jax plan`
+gives 3.6, 7.2 and 12.6 GiB for 64 images on a v5e. 16 such chips are enough for T. On fewer chips, raise
+config.accumulation_steps. By the same command, no size needs mesh.fsdp, and model.remat='dots' is the best choice: for
+T, 'none' needs twice the memory and is slower.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ DROP_PATH_RATES = {'small': 0.4, 'base': 0.5, 'large': 0.5, 'xlarge': 0.5, 'huge
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
     name = variant if variant.startswith('convnext') else f'convnext_{variant}'
-    get_variant(name)  # an unknown name fails here, with the nearest ones
+    get_variant(name)  # fails for an unknown name, and suggests similar ones
     config = default_config()
     config.model.name = name
     config.model.drop_path_rate = DROP_PATH_RATES.get(name.split('_')[-1], 0.1)

@@ -1,11 +1,13 @@
-"""ImageNet-22k, V1 from scratch at 224 pixels (arXiv:2201.03545, table 5).
+"""V1 on ImageNet-22k, from scratch at 224 pixels (arXiv:2201.03545, table 5).
 
     python train.py --config=configs/imagenet22k.py:base --config.data.dir=DIR --workdir=runs/base_22k
 
-After the colon: 'tiny', 'small', 'base', 'large' or 'xlarge'. DIR holds train/SYNSET/*.JPEG of all 21,841 classes, and
-under val/ a few images of each, held out by you: the originals evaluated after fine-tuning only (configs/finetune.py).
+Variants, after the colon: tiny, small, base, large or xlarge. DIR holds train/SYNSET/*.JPEG of all 21,841 classes, and
+val/SYNSET/*.JPEG with a few images of each class that you hold out. No top-1 is published for this stage: the paper
+evaluates after fine-tuning on ImageNet-1k (configs/finetune.py).
 
-Hardware as for configs/imagenet1k.py; 90 epochs are three times as many steps as its 300.
+Hardware: as for configs/imagenet1k.py. The 90 epochs take three times as many steps as its 300, because the data set is
+ten times as large.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +20,9 @@ DROP_PATH_RATES = {'tiny': 0.0, 'small': 0.0, 'base': 0.1, 'large': 0.1, 'xlarge
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
     if variant not in DROP_PATH_RATES:
-        raise UserError(f'there is no configs/imagenet22k.py:{variant}: {", ".join(DROP_PATH_RATES)}')
+        raise UserError(
+            f"configs/imagenet22k.py has no variant '{variant}'; choose one of {', '.join(DROP_PATH_RATES)}"
+        )
     config = imagenet1k(variant)
     config.epochs = 90.0
     config.model.drop_path_rate = DROP_PATH_RATES[variant]

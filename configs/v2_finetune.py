@@ -1,20 +1,25 @@
-"""V2 fine-tuned after FCMAE pre-training (arXiv:2301.00808, tables 12 to 15).
+"""Fine-tuning of V2 after FCMAE pre-training (arXiv:2301.00808, tables 12 to 15).
 
     python train.py --config=configs/v2_finetune.py:atto --config.data.dir=DATA \\
         --config.init.weights=convnextv2_atto_1k_224_fcmae.pt --workdir=runs/atto
 
-After the colon:
-- SIZE: ImageNet-1k at 224 pixels; atto, femto, pico, nano, tiny, base, large, huge.
-- SIZE_22k: ImageNet-22k at 224 pixels, between FCMAE and ImageNet-1k; nano, tiny, base, large, huge. DIR as for
-  configs/imagenet22k.py.
-- SIZE_22k_1k and SIZE_22k_1k_384: ImageNet-1k after that; huge_22k_1k_512 too.
-The weights may be anybody's: a workdir, a folder or file, a hub id such as facebook/convnextv2-base-22k-224.
+Variants, after the colon:
+- SIZE: ImageNet-1k at 224 pixels, from FCMAE weights. SIZE is atto, femto, pico, nano, tiny, base, large or huge.
+- SIZE_22k: ImageNet-22k at 224 pixels, from FCMAE weights. SIZE is nano, tiny, base, large or huge, here and below.
+  config.data.dir is a folder as in configs/imagenet22k.py.
+- SIZE_22k_1k and SIZE_22k_1k_384: ImageNet-1k at 224 or 384 pixels, from SIZE_22k weights.
+- huge_22k_1k_512: ImageNet-1k at 512 pixels, from huge_22k weights.
 
-Published top-1: A/F/P/N/T/B/L/H 76.7/78.5/80.3/81.9/83.0/84.9/85.8/86.3 %; after 22k at 224 N/T/B/L
-82.1/83.9/86.8/87.3 %, at 384 N/T/B/L/H 83.4/85.1/87.7/88.2/88.7 %, H at 512 88.9 %. Meant for 16 to 64 accelerators.
+init.weights is a workdir, a folder or file of weights, or a hub id such as facebook/convnextv2-base-22k-224.
 
-The learning rate of huge is the paper's, and doubtful. Where the papers do not say which layers the decay counts,
-it is each block, as the original code does by default.
+Published top-1 on ImageNet-1k:
+- from FCMAE, at 224: A/F/P/N/T/B/L/H 76.7/78.5/80.3/81.9/83.0/84.9/85.8/86.3 %
+- from 22k, at 224: N/T/B/L 82.1/83.9/86.8/87.3 %
+- from 22k, at 384: N/T/B/L/H 83.4/85.1/87.7/88.2/88.7 %; at 512: H 88.9 %
+Hardware: 16 to 64 accelerators.
+
+The paper's learning rate for huge, used here, is doubtful. Where the papers do not say whether the layer decay counts
+single blocks or groups of blocks, it counts single blocks, the default of the original code.
 """
 
 from typing import NamedTuple
@@ -26,7 +31,7 @@ from convnext_jax.errors import UserError
 
 
 class Recipe(NamedTuple):
-    """What differs between the sizes; the learning rate is for 256 images."""
+    """The hyperparameters that differ between sizes. `learning_rate` is the peak for a batch of 256 images."""
 
     batch_size: int
     learning_rate: float
@@ -77,7 +82,7 @@ RECIPES = {
 
 def get_config(variant: str = 'atto') -> ConfigDict:
     if variant not in RECIPES:
-        raise UserError(f'there is no configs/v2_finetune.py:{variant}: {", ".join(RECIPES)}')
+        raise UserError(f"configs/v2_finetune.py has no variant '{variant}'; choose one of {', '.join(RECIPES)}")
     recipe, ending = RECIPES[variant], variant.split('_')[-1]
     config = default_config()
     config.epochs = float(recipe.epochs)

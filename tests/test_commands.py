@@ -144,17 +144,17 @@ def test_eval_of_an_earlier_step(evaluate, finished_run):
         ((), '--workdir is missing'),
         (('--workdir=nowhere',), 'nowhere holds no run'),
         (('--workdir={run}', '--params=best'), "weights are 'raw' or 'ema', not 'best'"),
-        (('--workdir={run}', '--splits=test'), "--splits takes NAME@SPLIT, as imagenet_v2@test, not 'test'"),
+        (('--workdir={run}', '--splits=test'), "--splits needs NAME@SPLIT, for example imagenet_v2@test, not 'test'"),
         (('--workdir={run}', '--splits=fashion_mnist_mini@train[:0]'), "has no split 'train[:0]'"),
         (('--workdir={run}', '--per_class=nowhere/a.csv'), 'nowhere/a.csv cannot be written'),
         (('--workdir={run}', '--step=3'), 'has no checkpoint of step 3, only of'),
-        (('--workdir={run}', '--config=configs/fashion_mnist.py'), 'leave out --config=configs/fashion_mnist.py, and'),
-        (('--config=configs/fashion_mnist.py', '--workdir={run}'), 'leave out --config=configs/fashion_mnist.py, and'),
+        (('--workdir={run}', '--config=configs/fashion_mnist.py'), 'drop --config=configs/fashion_mnist.py, and'),
+        (('--config=configs/fashion_mnist.py', '--workdir={run}'), 'drop --config=configs/fashion_mnist.py, and'),
         (
             ('--weights={run}', '--step=3', '--config=configs/fashion_mnist.py'),
-            '--step chooses a checkpoint of',
+            '--step selects a checkpoint of',
         ),
-        (('--workdir={run}', '--config.seed=1'), 'an evaluation does not read --config.seed: of the config of a run'),
+        (('--workdir={run}', '--config.seed=1'), '--config.seed cannot be changed for an evaluation, only batch_size'),
         (('--workdir={run}', '--config.data.dri=x'), "the config has no field 'dri'"),
         (('--workdir={run}', '--config.batch_size=x'), '--config.batch_size=x'),
         (('--workdir={run}', '--config.batch_size=0'), 'batch_size must be above 0'),
@@ -357,7 +357,7 @@ def test_eval_says_which_metric_is_not_finite(infinite_weights, photos, capsys):
     for split in ('train', 'val'):
         shutil.copytree(photos / 'deep', photos.parent / 'data' / split / 'Bag')
     data = ('--config=configs/image_folder.py:atto', f'--config.data.dir={photos.parent / "data"}')
-    with pytest.raises(UserError, match='^not finite: loss of folder@val. The weights hold NaN or infinity'):
+    with pytest.raises(UserError, match='^not finite: loss of folder@val; the weights contain NaN or infinity'):
         eval_command.main(['eval.py', *data, f'--weights={infinite_weights}'])
     result = strict_json(capsys.readouterr().out.splitlines()[-1])
     assert result['loss'] is None
@@ -422,7 +422,7 @@ def test_predict_refuses_what_it_cannot_do(finished_run, arguments, line):
 
 
 def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
-    with pytest.raises(UserError, match='--workdir and --weights do not go together'):
+    with pytest.raises(UserError, match='give --workdir or --weights, not both'):
         eval_command.main(['eval.py', f'--workdir={finished_run}', '--weights=x'])
 
 

@@ -87,7 +87,7 @@ def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, fami
 
 @pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune'])
 def test_an_unknown_variant_is_refused_with_those_there_are(family):
-    with pytest.raises(UserError, match=f'there is no configs/{family}.py:medium: .*, '):
+    with pytest.raises(UserError, match=f"configs/{family}.py has no variant 'medium'; choose one of .*, "):
         build(family, 'medium')
 
 

@@ -14,7 +14,7 @@ from convnext_jax.paths import plain_path
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class ProfileWindow:
     """The steps to trace.
 
     Attributes:
@@ -26,7 +26,7 @@ class Window:
     steps: int
 
     @classmethod
-    def parse(cls, text: str) -> 'Window':
+    def parse(cls, text: str) -> 'ProfileWindow':
         """Of START:STEPS.
 
         Raises:
@@ -56,7 +56,7 @@ class Trace:
 
     def __init__(
         self,
-        window: Window | None,
+        window: ProfileWindow | None,
         folder: Path,
         steps_left: int,
         paused: Callable[[], contextlib.AbstractContextManager],

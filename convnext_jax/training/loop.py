@@ -25,7 +25,7 @@ from convnext_jax.monitoring.logging import NullLog, RunLog
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.monitoring.stalls import DataStalled
 from convnext_jax.monitoring.throughput import StepTimer
-from convnext_jax.monitoring.trace import Trace, Window
+from convnext_jax.monitoring.trace import ProfileWindow, Trace
 from convnext_jax.output import say
 from convnext_jax.runtime.compilation_cache import cache_compiled
 from convnext_jax.runtime.processes import (
@@ -55,7 +55,7 @@ CHECK_TOLD = 3
 """A check of the evaluation images that takes more seconds than this is reported."""
 
 
-def train(config: ConfigDict, workdir: Path, profile: Window | None = None) -> None:
+def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = None) -> None:
     """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
 
     Args:
@@ -164,7 +164,7 @@ class Run(Program):
         records = read_records(workdir) if is_main_process() else []
         return all_gather_objects(any((record['step'], record['split']) == (step, split) for record in records))[0]
 
-    def go(self, state: TrainState, workdir: Path, profile: Window | None = None) -> None:
+    def go(self, state: TrainState, workdir: Path, profile: ProfileWindow | None = None) -> None:
         """From a state to the last step; the arguments as of `train`.
 
         Raises:

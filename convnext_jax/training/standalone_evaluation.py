@@ -28,7 +28,7 @@ Result = dict[str, float | int | str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How to evaluate, where it is not as the run or the weights say.
 
     Attributes:
@@ -43,7 +43,7 @@ class Protocol:
 
 
 def evaluate_run(
-    workdir: Path, config: ConfigDict, params: str, step: int | None, protocol: Protocol
+    workdir: Path, config: ConfigDict, params: str, step: int | None, protocol: EvaluationProtocol
 ) -> Iterator[Result]:
     """Metrics over each split, as soon as they are there.
 
@@ -79,7 +79,7 @@ def evaluate_run(
         yield about | result
 
 
-def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Protocol) -> Iterator[Result]:
+def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: EvaluationProtocol) -> Iterator[Result]:
     """Metrics of anybody's weights over each split, as soon as they are there.
 
     Args:
@@ -99,7 +99,7 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Prot
         yield about | result
 
 
-def _changed(config: ConfigDict, protocol: Protocol) -> ConfigDict:
+def _changed(config: ConfigDict, protocol: EvaluationProtocol) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(protocol.changes)
     check_values(config)
@@ -112,7 +112,7 @@ def _evaluate(
     parameters: Weights,
     facts: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
 ) -> Iterator[Result]:
     if protocol.table:
         _write_table(protocol.table, [])  # what cannot be written fails before the work is done

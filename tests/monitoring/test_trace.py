@@ -12,7 +12,7 @@ from conftest import LONGEST, SMALL_TRAIN
 from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.errors import UserError
 from convnext_jax.monitoring.records import read_records
-from convnext_jax.monitoring.trace import Trace, Window
+from convnext_jax.monitoring.trace import ProfileWindow, Trace
 
 
 def traced_steps(folder):
@@ -32,7 +32,7 @@ def traced_steps(folder):
 def test_whole_steps_of_the_window_are_traced(tmp_path, steps, traced):
     """From the second step of a run that resumed at 10 on; of a run that ends inside, those there were."""
     said = []
-    with Trace(Window(2, 3), tmp_path, 100, contextlib.nullcontext, said.append) as trace:
+    with Trace(ProfileWindow(2, 3), tmp_path, 100, contextlib.nullcontext, said.append) as trace:
         for step in range(10, 10 + steps):
             with trace.step(step):
                 jnp.zeros(8).block_until_ready()
@@ -45,7 +45,7 @@ def test_an_error_inside_still_leaves_the_trace(tmp_path):
     """The trace of a run that fails is the one that is needed most."""
 
     def fail():
-        with Trace(Window(0, 3), tmp_path, 100, contextlib.nullcontext, print) as trace:
+        with Trace(ProfileWindow(0, 3), tmp_path, 100, contextlib.nullcontext, print) as trace:
             for step in range(2):
                 with trace.step(step):
                     if step:
@@ -59,12 +59,12 @@ def test_an_error_inside_still_leaves_the_trace(tmp_path):
 def test_a_trace_that_cannot_be_is_refused_or_told(tmp_path):
     for text in ('5', '5:', '-1:2', '5:0', 'a:b', '1:2:3'):
         with pytest.raises(UserError, match='--profile is START:STEPS'):
-            Window.parse(text)
-    assert Window.parse('20:5') == Window(20, 5)
+            ProfileWindow.parse(text)
+    assert ProfileWindow.parse('20:5') == ProfileWindow(20, 5)
     with pytest.raises(UserError, match='--profile=20:5, but only 20 steps are left'):
-        Trace(Window(20, 5), tmp_path, 20, contextlib.nullcontext, print)
+        Trace(ProfileWindow(20, 5), tmp_path, 20, contextlib.nullcontext, print)
     said = []
-    with Trace(Window(2, 3), tmp_path, 100, contextlib.nullcontext, said.append) as trace, trace.step(0):
+    with Trace(ProfileWindow(2, 3), tmp_path, 100, contextlib.nullcontext, said.append) as trace, trace.step(0):
         pass
     assert said == ['no trace: the run stopped before it had done 2 steps']
 

@@ -27,7 +27,7 @@ from convnext_jax.config import read_config
 from convnext_jax.data.pipeline import abstract_batch, eval_features
 from convnext_jax.errors import UserError
 from convnext_jax.monitoring.records import read_records
-from convnext_jax.monitoring.trace import Window
+from convnext_jax.monitoring.trace import ProfileWindow
 from convnext_jax.runtime.stop import Stopped
 from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training import loop
@@ -337,7 +337,7 @@ def test_names_of_any_bytes_a_run_that_goes_on_and_its_evaluation(
     run = tmp_path / f'run {UNUSUAL}'
     sys.stdout.reconfigure(errors='backslashreplace')
     monkeypatch.chdir(photos.parent)
-    train(small_config(photos.name, steps=4), run, Window(1, 1))
+    train(small_config(photos.name, steps=4), run, ProfileWindow(1, 1))
     config = read_config(run / CONFIG)
     assert config.data.dir == str(photos), 'it means the same from another folder'
     assert read_about(run / CHECKPOINTS, 4)['data']['class names'] == sorted(path.name for path in photos.glob('val/*'))

@@ -33,7 +33,7 @@ from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run, train
 from convnext_jax.training.optimizer import adamw
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated, state_sharding, sum_over_mesh
-from convnext_jax.training.standalone_evaluation import Protocol, evaluate_run, evaluate_weights
+from convnext_jax.training.standalone_evaluation import EvaluationProtocol, evaluate_run, evaluate_weights
 from convnext_jax.training.step import make_train_step
 from convnext_jax.training.weights import read_weights
 from tests.tasks.mean_colour import MeanColour
@@ -284,8 +284,8 @@ def test_evaluation_and_export_read_them(finished, tmp_path, params, prefix):
     """With the initial mean and variance in their place, eval.py and the exported program would say another class."""
     record = read_records(finished)[-1]
     config = read_config(finished / 'config.json')
-    (of_run,) = evaluate_run(finished, config, params, None, Protocol())
-    (of_weights,) = evaluate_weights(config, str(finished), params, Protocol())
+    (of_run,) = evaluate_run(finished, config, params, None, EvaluationProtocol())
+    (of_weights,) = evaluate_weights(config, str(finished), params, EvaluationProtocol())
     for result in (of_run, of_weights):
         assert result['loss'] == pytest.approx(record[f'{prefix}loss'], rel=1e-5)
     pretrained = read_weights(str(finished), params)

@@ -12,7 +12,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
 from convnext_jax.training.sharding import make_mesh, parameters_sharding
-from convnext_jax.training.standalone_evaluation import Protocol, evaluate_weights
+from convnext_jax.training.standalone_evaluation import EvaluationProtocol, evaluate_weights
 from convnext_jax.training.weights import load_weights, newest_checkpoint
 
 
@@ -35,7 +35,8 @@ def test_heads_that_are_not_a_softmax_are_not_trained_or_judged_as_one(tmp_path,
     model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=classes)
     save_pretrained(model, tmp_path / 'out', problem_type=kind)
     with pytest.raises(UserError, match=f'the head of .*out is for {called}'):
-        next(evaluate_weights(default_config(), str(tmp_path / 'out'), 'raw', Protocol()))  # before it looks for data
+        # Raised before the data is opened.
+        next(evaluate_weights(default_config(), str(tmp_path / 'out'), 'raw', EvaluationProtocol()))
     mine = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=classes))
     with pytest.raises(UserError, match=f'the head of .*out is for {called}.*--config.init.head=new starts a new head'):
         load(tmp_path / 'out', mine, list('abc')[:classes])
