@@ -1,5 +1,7 @@
-# make demo: train, evaluate and see the curves. make check: lint, types and the quick tests. make test: all tests but
-# those of make test-judges, which installs torch, timm and transformers and compares with them.
+# make demo: train and evaluate a small model on CPU, and draw its curves.
+# make check: lint, types and the quick tests.
+# make test: all tests that need no torch.
+# make test-judges: installs torch, timm and transformers, and compares with them.
 PYTHON ?= python3
 VENV = .venv
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -115,9 +115,8 @@ def _evaluate(values: flags.FlagValues) -> None:
         table=local_path(values.per_class) if values.per_class else None,
     )
     if is_multiprocess():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # jax.distributed handles it as a notice to save; nothing is saved here
+        # jax.distributed catches SIGTERM so that a run can save first. An evaluation has nothing to save.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if values.weights is None:
         workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
         results = evaluate_run(workdir, config, values.params, values.step, protocol)
@@ -155,7 +154,7 @@ def _not_finite(result: Result) -> list[str]:
 
 
 def _metrics(result: Result) -> dict[str, float]:
-    """The metrics among a result's values: its floats."""
+    """The metrics among the values of a result: its floats."""
     return {name: x for name, x in result.items() if isinstance(x, float)}
 
 

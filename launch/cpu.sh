@@ -1,10 +1,10 @@
 #!/bin/sh
 # Starts a Python command with the environment variables that make JAX faster on CPU (convnext_jax/runtime/cpu_settings.py
-# explains each). Variables that you have set keep their values.
+# explains each). Variables that are already set keep their values.
 #
 #   launch/cpu.sh .venv/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
 #
-# The first argument must be the Python that runs the command: its jaxlib tells which settings exist.
+# The first argument must be the Python that runs the command, because the settings depend on its jaxlib.
 case $(basename "$1") in
 python*) ;;
 *)
@@ -13,5 +13,5 @@ python*) ;;
     ;;
 esac
 settings=$("$1" "$(dirname "$0")/../convnext_jax/runtime/cpu_settings.py") || exit
-# Unquoted: each line of $settings is one NAME=VALUE without spaces.
+# $settings is unquoted on purpose: each line is one NAME=VALUE without spaces.
 exec env $settings "$@"

@@ -1,9 +1,9 @@
-"""Starts N processes of one job on this machine, each with the devices that it sees: a pod to try things on.
+"""Starts a job of N processes on this machine, to test multi-process runs. Each process uses all visible devices.
 
     python launch/local.py 2 -- train.py --config=configs/fashion_mnist.py --workdir=runs/two
 
-SIGTERM and Ctrl-C go to all. When one process fails, the others are given time to end by themselves. The exit status is
-that of the first that failed, as a shell gives it; 0 if none did.
+SIGTERM and Ctrl-C are forwarded to all processes. When one process fails, the others have 60 s to exit and are then
+killed. The exit status is 0 if no process failed, otherwise the status of the first that failed (128 + N for signal N).
 """
 
 import signal
@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 
-GRACE = 60
-"""Seconds that the others have once one has failed. JAX's runtime ends them sooner."""
+GRACE_SECONDS = 60
+"""Time that the other processes have to exit after one has failed. The package's watchdog usually ends them sooner."""
 
 
 def main(arguments: list[str]) -> int:
@@ -24,28 +24,28 @@ def main(arguments: list[str]) -> int:
     with socket.create_server(('127.0.0.1', 0)) as free:
         flags = [f'--coordinator=127.0.0.1:{free.getsockname()[1]}', f'--process_count={count}']
     processes = [
-        # In sessions of their own: Ctrl-C comes from here, once.
+        # A new session for each process: the terminal sends Ctrl-C to this process only, which forwards it once.
         subprocess.Popen([sys.executable, *command, *flags, f'--process_id={number}'], start_new_session=True)
         for number in range(count)
     ]
 
-    def pass_on(number: int, _frame: object) -> None:
+    def forward(number: int, _frame: object) -> None:
         for process in processes:
             process.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     return wait(processes)
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
-    """Returns when all have ended, and says which failed first."""
+    """Waits until all processes have ended, and returns the exit status of the job."""
     status, deadline = 0, None
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)
         if deadline is None:
             status = first_failure(processes)
-            deadline = time.monotonic() + GRACE if status else None
+            deadline = time.monotonic() + GRACE_SECONDS if status else None
         elif time.monotonic() > deadline:
             for process in processes:
                 process.kill()
@@ -53,6 +53,7 @@ def wait(processes: list[subprocess.Popen]) -> int:
 
 
 def first_failure(processes: list[subprocess.Popen]) -> int:
+    """Reports the first failed process and returns its status as a shell does; 0 if no process has failed."""
     for number, process in enumerate(processes):
         if process.poll():
             status = process.returncode

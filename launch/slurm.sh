@@ -1,10 +1,10 @@
 #!/bin/bash
-# Slurm: a process for each GPU, on as many nodes as you ask for. JAX finds the others by Slurm's variables.
+# A training job on Slurm with one process for each GPU. JAX finds the other processes with Slurm's variables.
 #
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/imagenet1k.py:tiny --config.data.dir=DATA --workdir=runs/tiny
 #
-# Before a preemption or the end of the time the processes get SIGTERM: they save, end with status 143, and the job goes
-# back into the queue, where it resumes. Tried on no cluster.
+# Before a preemption or the time limit, the processes receive SIGTERM: they save and exit with status 143. The job is
+# then requeued and resumes when it starts again. Untested: this script has not been run on a cluster.
 #SBATCH --job-name=convnext
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -14,12 +14,13 @@
 #SBATCH --signal=TERM@180
 #SBATCH --output=%x-%j.log
 
-# --kill-on-bad-exit: with one process Slurm ends all. In the background, so that a signal to this shell is no end to it.
+# --kill-on-bad-exit: when one process fails, Slurm ends all of them. srun runs in the background so that this shell can
+# handle SIGTERM and requeue the job.
 srun --kill-on-bad-exit=1 .venv/bin/python train.py "$@" &
 trap 'kill -TERM $!' TERM
 status=0
 wait $! || status=$?
-while kill -0 $! 2>/dev/null; do # a signal ends the first wait
+while kill -0 $! 2>/dev/null; do # a signal interrupts `wait` while srun is still running
     status=0
     wait $! || status=$?
 done
