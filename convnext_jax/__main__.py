@@ -1,15 +1,15 @@
 """python -m convnext_jax COMMAND
 
 prepare imagenet2012 --manual_dir=TARS --data_dir=DATA
-                                             the official tars, for training
+                                             write ImageNet-1k as a data set for training, from the official tars
 prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
-                                             DIR/SPLIT/CLASS/*.jpg in a few large files, for training
-models                                       the table of architectures
-predict PHOTO... --weights=WHERE             what a model sees in files, folders or patterns of photographs
-convert SOURCE TARGET --layout=huggingface   weights of a run or of another library, for another library
-export SOURCE TARGET --format=stablehlo      a program for CPU, GPU and TPU that runs without this package
-plan --config=FILE --topology=v5e:4x4        memory, communication and cycles of a training step on TPUs that are not
-                                             here (--gpu=h100:8: on GPUs), by compiling it
+                                             write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
+models                                       list the architectures
+predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns
+convert SOURCE TARGET --layout=huggingface   write the weights of a run, or of another library, for another library
+export SOURCE TARGET --format=stablehlo      write a program for CPU, GPU and TPU that runs without this package
+plan --config=FILE --topology=v5e:4x4        compile a training step for TPUs that are not attached (or GPUs, with
+                                             --gpu=h100:8), and print its memory, communication and cycles
 """
 
 import sys
@@ -33,14 +33,18 @@ from convnext_jax.training.weights import read_weights
 
 
 def prepare(arguments: list[str]) -> None:
-    """Writes a data set in ArrayRecord form; a call after one that was interrupted goes on where that ended."""
+    """Writes a data set in ArrayRecord format. Running the command again continues after an interruption."""
     values = flags.FlagValues()
-    flags.DEFINE_string('manual_dir', None, 'Where the tars or the folders are.', flag_values=values)
-    flags.DEFINE_string('data_dir', None, 'Where the data set goes: the data.dir of training.', flag_values=values)
-    flags.DEFINE_string('name', None, 'Of the data set made from folders: its data.name.', flag_values=values)
+    flags.DEFINE_string('manual_dir', None, 'Folder with the tars or the folders of images.', flag_values=values)
+    flags.DEFINE_string(
+        'data_dir', None, 'Folder to write the data set to; training reads it as data.dir.', flag_values=values
+    )
+    flags.DEFINE_string(
+        'name', None, 'Name of the data set made from folders; training reads it as data.name.', flag_values=values
+    )
     (what,) = parse(values, arguments, usage=__doc__, positional=('imagenet2012 or folder',))
     if what not in ('imagenet2012', 'folder'):
-        raise UserError(f"prepare makes 'imagenet2012' or 'folder', not '{what}'")
+        raise UserError(f"prepare needs 'imagenet2012' or 'folder', not '{what}'")
     manual_dir, data_dir = (local_path(required(values, name)) for name in ('manual_dir', 'data_dir'))
     if what == 'folder':
         prepare_folder(manual_dir, data_dir, required(values, 'name'))
@@ -49,7 +53,7 @@ def prepare(arguments: list[str]) -> None:
 
 
 def models(arguments: list[str]) -> None:
-    """Prints name, parameters and multiply-adds at 224 pixels and 1,000 classes of every model."""
+    """Prints the name, parameters and multiply-adds of every model, for 224-pixel images and 1,000 classes."""
     parse(flags.FlagValues(), arguments, usage=__doc__)
     show(f'{"name":28}{"parameters":>14}{"multiply-adds":>15}')
     for name in list_models():
@@ -59,11 +63,10 @@ def models(arguments: list[str]) -> None:
 
 
 def convert(arguments: list[str]) -> None:
-    """Writes a run's or another library's weights as a folder of another library."""
+    """Writes the weights of a run, or of another library, as a folder that another library loads."""
     values = flags.FlagValues()
-    flags.DEFINE_enum('layout', 'huggingface', LAYOUTS, 'What the folder is for.', flag_values=values)
-    flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
-    flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
+    flags.DEFINE_enum('layout', 'huggingface', LAYOUTS, 'Library that loads the folder.', flag_values=values)
+    _define_weights(values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
     pretrained = read_weights(source, values.params, values.name)
     save_pretrained(
@@ -78,11 +81,10 @@ def convert(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Writes a run's or another library's model as a program, its weights and its preprocessing."""
+    """Writes the model of a run, or of another library, as a program with its weights and preprocessing."""
     values = flags.FlagValues()
-    flags.DEFINE_enum('format', 'stablehlo', ['stablehlo'], 'Of the program.', flag_values=values)
-    flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
-    flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
+    flags.DEFINE_enum('format', 'stablehlo', ['stablehlo'], 'Format of the program.', flag_values=values)
+    _define_weights(values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
     pretrained = read_weights(source, values.params, values.name)
     export_stablehlo(pretrained, target)
@@ -90,20 +92,22 @@ def export(arguments: list[str]) -> None:
 
 
 def predict_photos(arguments: list[str]) -> None:
-    """Prints what a model sees in photographs.
+    """Prints the most probable classes of images.
 
-    A file that cannot be read, or whose scores are not finite, is reported, and the exit status is 2.
+    If a file cannot be read, or its scores are not finite, the command reports it, continues with the other files, and
+    exits with status 2.
     """
     values = flags.FlagValues()
-    flags.DEFINE_string('weights', None, 'Workdir of a run, or of another library.', flag_values=values)
-    flags.DEFINE_string('params', 'raw', "Which weights: 'ema' or 'raw'.", flag_values=values)
-    flags.DEFINE_string('name', None, 'The architecture, for a file that does not say it.', flag_values=values)
-    flags.DEFINE_integer('top', 5, 'How many classes of each photograph.', lower_bound=1, flag_values=values)
-    flags.DEFINE_integer('batch', 16, 'Photographs at once.', lower_bound=1, flag_values=values)
-    flags.DEFINE_bool('json', False, 'One JSON object a line.', flag_values=values)
+    flags.DEFINE_string(
+        'weights', None, 'Workdir of a run, or a folder, file or hub id of weights.', flag_values=values
+    )
+    _define_weights(values)
+    flags.DEFINE_integer('top', 5, 'Number of classes to print for each image.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('batch', 16, 'Number of images in a batch.', lower_bound=1, flag_values=values)
+    flags.DEFINE_bool('json', False, 'Print one JSON object per image.', flag_values=values)
     photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
     pretrained = read_weights(required(values, 'weights'), values.params, values.name)
-    say(f'predicts with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
+    say(f'predicting with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
     unread, not_finite = 0, []
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
         for prediction in predict(pretrained, photos, top=values.top, batch_size=values.batch):
@@ -119,10 +123,18 @@ def predict_photos(arguments: list[str]) -> None:
     if not_finite:
         problems.append(
             f'the scores of {len(not_finite)} of {len(photos)} files are not finite ({", ".join(not_finite[:5])}): the '
-            'weights hold NaN or infinity, or the outputs overflow; predict with other weights'
+            'weights contain NaN or infinity, or the outputs overflow; use other weights'
         )
     if problems:
         raise UserError('; '.join(problems))
+
+
+def _define_weights(values: flags.FlagValues) -> None:
+    """Adds --params and --name, which all commands that read weights take."""
+    flags.DEFINE_string(
+        'params', 'raw', "Weights to use: 'raw', or 'ema' for their moving average.", flag_values=values
+    )
+    flags.DEFINE_string('name', None, 'Name of the architecture, if the file does not contain it.', flag_values=values)
 
 
 def _as_json(prediction: Prediction) -> str:
@@ -136,19 +148,19 @@ def _as_table(prediction: Prediction) -> str:
 
 
 def plan_step(arguments: list[str]) -> None:
-    """Prints what the compiler says of a config's training step on accelerators, without any."""
+    """Prints the compiler's figures for the training step of a config on accelerators that are not attached."""
     values = flags.FlagValues()
     define_config(values, arguments)
-    flags.DEFINE_string('topology', None, 'A TPU slice: v5e:16x16, v5p:4x4x4, v6e:8x8.', flag_values=values)
-    flags.DEFINE_string('gpu', None, 'GPUs of one machine: h100:8.', flag_values=values)
+    flags.DEFINE_string('topology', None, 'TPU slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8.', flag_values=values)
+    flags.DEFINE_string('gpu', None, 'GPUs of one machine, such as h100:8.', flag_values=values)
     flags.DEFINE_integer(
-        'batch', None, 'Images on each chip at once, in place of the batch_size.', lower_bound=1, flag_values=values
+        'batch', None, 'Images per chip in one pass; overrides config.batch_size.', lower_bound=1, flag_values=values
     )
     parse(values, arguments, usage=__doc__)
     config = required_config(values)
     if (values.topology is None) == (values.gpu is None):
-        raise UserError('give --topology=v5e:4x4 or --gpu=h100:8, one of the two')
-    jax.config.update('jax_platforms', 'cpu')  # accelerators that are here are left to others
+        raise UserError('give either --topology, for example v5e:4x4, or --gpu, for example h100:8')
+    jax.config.update('jax_platforms', 'cpu')  # do not occupy the accelerators of this machine
     plan(config, gpu_target(values.gpu) if values.topology is None else tpu_target(values.topology), values.batch)
 
 
@@ -165,7 +177,7 @@ COMMANDS = {
 def main(arguments: list[str]) -> None:
     name = arguments[1] if len(arguments) > 1 else ''
     if name not in COMMANDS:
-        raise UserError(f"there is no command '{name}': python -m convnext_jax {{{' | '.join(COMMANDS)}}}")
+        raise UserError(f"there is no command '{name}'; usage: python -m convnext_jax {{{' | '.join(COMMANDS)}}}")
     COMMANDS[name]([f'{arguments[0]} {name}', *arguments[2:]])
 
 

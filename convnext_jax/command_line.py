@@ -1,4 +1,4 @@
-"""What the commands share: flags with a config file, errors in one line, exit status."""
+"""Code that all commands share: flags with a config file, one-line errors, exit statuses."""
 
 import contextlib
 import errno
@@ -23,23 +23,26 @@ from convnext_jax.runtime.stop import Stopped
 from convnext_jax.runtime.watchdog import Watchdog
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""A disk that is full, or that may not be written."""
+"""Error numbers of a disk that is full or read-only, or of a path without write permission."""
 
-NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
-"""A path that no file can have, or a link that leads to itself."""
+INVALID_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Error numbers of a path that is too long, or of a symbolic link that leads to itself."""
 
 OUTPUT_CLOSED = 141
-"""The exit status of a process that SIGPIPE ended, as a shell gives it."""
+"""The exit status that a shell reports for a process ended by SIGPIPE: 128 + 13."""
 
 
 def run(command: Callable[[list[str]], None]) -> None:
-    """Runs a command on the process's arguments.
+    """Runs a command with the arguments of this process, and turns its errors into messages and exit statuses.
 
-    The process exits with status 2 after an error that the user can fix, 128 + number after a signal, 141 (as after
-    SIGPIPE) if the reader of stdout ended before the command, and 1 after any other error.
+    The exit status is 0 after success, 2 after an error that the user can fix, 128 + N after signal N, 141 if the
+    reader of stdout ended before the command, and 1 after any other error.
+
+    Args:
+        command: takes `sys.argv`.
     """
     open_streams()
-    # Orbax logs the tracebacks of errors that it raises besides, and asyncio those of its tasks that nobody waits for.
+    # Orbax logs tracebacks of errors that it also raises, and asyncio logs errors of tasks that nobody awaits.
     logging.set_verbosity(logging.FATAL)
     getLogger('asyncio').setLevel(CRITICAL)
     sys.unraisablehook = _show_unraisable
@@ -67,7 +70,7 @@ def _text_and_status(error: BaseException) -> tuple[str, int]:
         return f'error: {error}', 2
     if isinstance(error, OutputClosed):
         return f'error: {error}', OUTPUT_CLOSED
-    if isinstance(error, OSError) and error.errno in NO_PATH:
+    if isinstance(error, OSError) and error.errno in INVALID_PATH:
         return f'error: {error.filename} cannot be found: {error.strerror}', 2
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = f'{error.filename} cannot be written: ' if error.filename else ''
@@ -76,14 +79,16 @@ def _text_and_status(error: BaseException) -> tuple[str, int]:
 
 
 def define_processes(values: flags.FlagValues) -> None:
-    """Adds the flags of jobs on several hosts, where JAX does not find these by itself."""
-    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, the same on all hosts.', flag_values=values)
-    flags.DEFINE_integer('process_count', None, 'Processes of the job.', lower_bound=1, flag_values=values)
-    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0, flag_values=values)
+    """Adds the flags for jobs of several processes that JAX does not detect automatically."""
+    flags.DEFINE_string(
+        'coordinator', None, 'HOST:PORT of process 0; give all processes this value.', flag_values=values
+    )
+    flags.DEFINE_integer('process_count', None, 'Number of processes of the job.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', lower_bound=0, flag_values=values)
     flags.DEFINE_integer(
         'process_timeout',
         180,
-        'Seconds to wait for processes that have not come, or that answer no more.',
+        'Seconds to wait for processes that have not started or no longer respond.',
         lower_bound=4,
         flag_values=values,
     )
@@ -91,10 +96,15 @@ def define_processes(values: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def all_processes(values: flags.FlagValues) -> Iterator[None]:
-    """JAX's runtime over all processes of the job, if there are several: they end together, and with one's error all.
+    """Runs the body with JAX's distributed runtime if the job has several processes.
+
+    The processes leave the body together. If it raises in one of them, all exit with the status of that error.
+
+    Args:
+        values: parsed flags, among them those of `define_processes`.
 
     Raises:
-        UserError: the flags of `define_processes` do not fit one another.
+        UserError: the flags of `define_processes` contradict each other, or the processes cannot connect.
     """
     if not processes.start(values.coordinator, values.process_count, values.process_id, values.process_timeout):
         yield
@@ -119,7 +129,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows a warning of this package as one line, without the place in the code; those of libraries as usual."""
+    """Prints a warning of this package on one line, without file and line number. Other warnings keep their format."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         say(f'warning: {message}', error=True)
     else:
@@ -127,8 +137,8 @@ def _show_warning(
 
 
 def _show_unraisable(unraisable: 'sys.UnraisableHookArgs') -> None:
-    # Of a save or a restore that fails, Orbax raises one error and abandons its other coroutines, hundreds of them, and
-    # TensorStore tells their closed loop that they have ended.
+    # When a save or a restore fails, Orbax raises one error and abandons hundreds of other coroutines. Each would be
+    # reported when it is deleted, and again when TensorStore calls back into its closed event loop.
     if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
@@ -163,39 +173,40 @@ def define_stored_config(values: flags.FlagValues, arguments: Sequence[str], con
 def parse(
     values: flags.FlagValues, arguments: Sequence[str], usage: str, positional: tuple[str, ...] = ()
 ) -> list[str]:
-    """Parses the arguments, config overrides among them, and returns those that are no flags.
+    """Parses flags and config overrides, and returns the positional arguments.
 
     Args:
-        values: the flags.
-        arguments: of the process, its name first.
-        usage: what --help shows.
-        positional: a name for each argument that is no flag; '...' for any number more of the last.
+        values: the defined flags; their values are set.
+        arguments: the command line, with the name of the program first.
+        usage: text that --help prints before the flags.
+        positional: names of the positional arguments; '...' after a name allows any number of them.
 
     Raises:
-        UserError: an unknown flag, config field or file, or a value of the wrong type.
+        UserError: a flag, a config field or a file is unknown, a value has the wrong type, or a positional argument is
+            missing or unexpected.
     """
     flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
     with refusals():
-        left_over = values([_with_home(argument) for argument in arguments])[1:]
+        given = values([_with_home(argument) for argument in arguments])[1:]
     if values.help:
         show(f'{usage}\n{values.get_help()}')
         sys.exit(0)
-    more = '...' in positional
+    repeatable = '...' in positional
     positional = tuple(name for name in positional if name != '...')
-    if len(left_over) < len(positional):
-        raise UserError(f'{positional[len(left_over)]} is missing; --help says more')
-    if len(left_over) > len(positional) and not more:
-        raise UserError(f'not understood: {" ".join(left_over[len(positional) :])}')
-    return left_over
+    if len(given) < len(positional):
+        raise UserError(f'{positional[len(given)]} is missing; see --help')
+    if len(given) > len(positional) and not repeatable:
+        raise UserError(f'unexpected argument: {" ".join(given[len(positional) :])}; see --help')
+    return given
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Turns what absl and ml_collections raise about flags into one line."""
+    """Turns the errors that absl and ml_collections raise about flags into a one-line UserError."""
     try:
         yield
     except (AttributeError, KeyError) as error:
-        # ml_collections gives the name in quotes, and on a further line the name that is near.
+        # The message of ml_collections has the unknown name in quotes, and a similar name on a further line.
         name, *near = re.findall(r'\w+(?=\\?["\'])', str(error))
         hint = f': did you mean {near[0]}?' if near else ''
         raise UserError(f"the config has no field '{name}'{hint}") from error
@@ -204,25 +215,25 @@ def refusals() -> Iterator[None]:
 
 
 def required(values: flags.FlagValues, name: str) -> str:
-    """The text of a flag that must be given.
+    """The text of a required flag.
 
     Raises:
-        UserError: it was not.
+        UserError: the flag was not given.
     """
     value = values[name].value
     if value is None:
-        raise UserError(f'--{name} is missing; --help says more')
+        raise UserError(f'--{name} is missing; see --help')
     return value
 
 
 def required_config(values: flags.FlagValues) -> ConfigDict:
-    """The config of --config, with the overrides applied.
+    """The config given by --config, with the overrides applied.
 
     Raises:
-        UserError: the flag was not given, or there is no such file.
+        UserError: the flag was not given, or the file does not exist.
     """
     if values['config'].value is None:
-        raise UserError('--config is missing: give configs/NAME.py, and override with --config.FIELD=VALUE')
+        raise UserError('--config is missing: give configs/NAME.py, and override fields with --config.FIELD=VALUE')
     path = Path(config_flags.get_config_filename(values['config']).split(':')[0])
     if not path.is_file():
         raise UserError(f'--config: there is no file {path}')
@@ -230,12 +241,12 @@ def required_config(values: flags.FlagValues) -> ConfigDict:
 
 
 def _with_home(argument: str) -> str:
-    """The argument; in --config=~/FILE, where the shell leaves the ~, with the home folder in its place."""
+    """The argument, with the ~ of --config=~/FILE expanded: shells expand it only at the start of a word."""
     name, _, path = argument.partition('=')
     return f'{name}={local_path(path)}' if name.lstrip('-') == 'config' and path.startswith('~') else argument
 
 
 def _last_line(error: Exception) -> str:
-    # absl puts the traceback of a config file into its message; the cause is in the last line.
+    # If a config file raises, absl puts the whole traceback into its message. The cause is on the last line.
     line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
     return line.removeprefix(f'{UserError.__module__}.{UserError.__name__}: ')

@@ -1,6 +1,6 @@
-"""The fields of an experiment, with their defaults and meaning. The files under configs/ set what differs.
+"""The config fields of an experiment, with their defaults and meaning. The files in configs/ override the defaults.
 
-Here are the fields that all experiments have; those of one task are in its file under `tasks/`.
+This module has the fields of all experiments. Fields of a single task are in its module in `tasks/`.
 """
 
 import json
@@ -18,10 +18,10 @@ from convnext_jax.tasks import make_task, task_class
 
 
 def default_config(task: str = 'classification') -> ConfigDict:
-    """The defaults of a task, for 224-pixel photographs, with what all published V1 recipes share.
+    """The default config of a task: 224-pixel photos, and the settings that all published V1 recipes share.
 
     Raises:
-        UserError: there is no such task.
+        UserError: the task is unknown.
     """
     config = ConfigDict()
     config.task = task
@@ -32,66 +32,66 @@ def default_config(task: str = 'classification') -> ConfigDict:
 
 def _defaults(config: ConfigDict) -> None:
     config.seed = 0
-    # Durations: `steps`, unless 0, stands in for `epochs`, and `optimizer.warmup_steps` for `warmup_epochs`.
+    # Length of the run. `steps` overrides `epochs`, and `optimizer.warmup_steps` overrides `warmup_epochs`, unless 0.
     config.epochs = 300.0
     config.steps = 0
-    # Images to an optimizer step, over all devices. Each device sees batch_size / devices / accumulation_steps at once.
+    # Images per optimizer step, over all devices. A device computes batch_size / devices / accumulation_steps at once.
     config.batch_size = 4096
     config.accumulation_steps = 1
 
     config.model = ConfigDict()
-    config.model.name = 'convnext_tiny'  # python -m convnext_jax models
+    config.model.name = 'convnext_tiny'  # `python -m convnext_jax models` lists the names
     config.model.drop_path_rate = 0.0
-    config.model.layer_scale_init = -1.0  # −1: the architecture's own; 0: no layer scale
-    config.model.patch_size = 0  # 0: the architecture's own
-    config.model.dtype = 'float32'  # of matrix products and convolutions: 'bfloat16' on accelerators
-    config.model.remat = 'dots'  # recomputed in the backward pass: 'none', all but the 'dots', or the 'full' block
-    config.model.unroll = False  # every block compiled by itself: longer, for 1 to 3 %; on TPU a quarter less memory
-    config.model.pallas = False  # depthwise convolutions on TPU v5e, v5p, v6e by our kernel; untried
+    config.model.layer_scale_init = -1.0  # −1: the default of the architecture; 0: no layer scale
+    config.model.patch_size = 0  # 0: the default of the architecture
+    config.model.dtype = 'float32'  # of matrix products and convolutions; use 'bfloat16' on accelerators
+    config.model.remat = 'dots'  # what the backward pass recomputes: 'none', all but 'dots' (matmuls), or 'full' blocks
+    config.model.unroll = False  # compile each block separately: slower to compile, 1 to 3 % faster; less memory on TPU
+    config.model.pallas = False  # depthwise convolutions by a Pallas kernel on TPU v5e, v5p and v6e; untested on TPUs
 
     config.init = ConfigDict()
-    config.init.weights = ''  # fine-tuning: a workdir of ours, or a folder, file or hub id of another library
-    config.init.params = 'raw'  # which of its weights: 'raw' or 'ema' ('model' or 'model_ema' of an original .pth)
+    config.init.weights = ''  # fine-tuning: a workdir, or a folder, file or hub id of weights; '': random
+    config.init.params = 'raw'  # 'raw' or 'ema'; of an original .pth file: 'model' or 'model_ema'
 
     config.data = ConfigDict()
     config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or a TFDS name
-    config.data.dir = ''  # the folder of images or of tar shards, or the TFDS data directory
+    config.data.dir = ''  # folder of images, folder of tar shards, or TFDS data directory
     config.data.train_split = 'train'
     config.data.eval_split = 'validation'
     config.data.image_size = 224
-    config.data.repeats = 1  # copies of an image in a batch, each augmented by itself; epochs keep their length
-    config.data.workers = -1  # processes that decode training images; 0: threads of this one; −1: by the cores
-    config.data.on_error = 'replace'  # an unreadable training image by the next, up to 1 in 1,000; or 'raise'
-    config.data.patience_seconds = 300.0  # without a batch; then the run says what it waits for, and waits on
-    config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; one value for each channel
+    config.data.repeats = 1  # repeated augmentation: copies of each image in a batch; epochs keep their length
+    config.data.workers = -1  # processes that decode training images; 0: threads instead; −1: chosen by CPU cores
+    config.data.on_error = 'replace'  # unreadable training images: 'replace' (at most 1 in 1,000) or 'raise'
+    config.data.patience_seconds = 300.0  # time without a batch until the run reports what it is waiting for
+    config.data.mean = (0.485, 0.456, 0.406)  # of each channel, for pixels in [0, 1]
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.learning_rate = 2.5e-4  # peak for 256 images: multiplied by batch_size / 256
-    config.optimizer.min_learning_rate = 1e-6  # end of the cosine, not scaled
+    config.optimizer.learning_rate = 2.5e-4  # peak for 256 images; the run uses it times batch_size / 256
+    config.optimizer.min_learning_rate = 1e-6  # at the end of the cosine; not scaled by the batch size
     config.optimizer.warmup_epochs = 20.0
     config.optimizer.warmup_steps = 0
     config.optimizer.weight_decay = 0.05
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
-    config.optimizer.layer_decay = 1.0  # learning rate of each layer to that of the next; 1: the same for all
-    config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block or a 'group' of them
-    config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: off
+    config.optimizer.layer_decay = 1.0  # factor on the learning rate from each layer to the one below; 1: off
+    config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block, or a 'group' of blocks
+    config.optimizer.clip_norm = 0.0  # maximum global norm of the gradient; 0: off
 
     config.ema = ConfigDict()
-    config.ema.decay = 0.9999  # 0: no moving average
+    config.ema.decay = 0.9999  # of the moving average of the weights; 0: none
 
     config.mesh = ConfigDict()
-    # The devices: images are spread over data × fsdp of them; −1, for one of the two, takes those that are left.
-    config.mesh.data = -1  # the state is repeated along this axis
-    config.mesh.fsdp = 1  # large parameters, their moments and moving average are cut into so many pieces
+    # The device mesh has data × fsdp devices. One of the two may be −1: all remaining devices.
+    config.mesh.data = -1  # images are sharded along this axis, and the state is replicated
+    config.mesh.fsdp = 1  # images, large parameters, their moments and moving average are sharded along this axis
 
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0
     config.checkpoint_every_steps = 1000
-    config.keep_checkpoints = 2  # the newest; the best by the task's metric is kept besides
-    config.compilation_cache_dir = ''  # compiled programs for the next start; '': none, or JAX_COMPILATION_CACHE_DIR
+    config.keep_checkpoints = 2  # number of newest checkpoints to keep, in addition to the best by the task's metric
+    config.compilation_cache_dir = ''  # folder for compiled programs; '': JAX_COMPILATION_CACHE_DIR, or no cache
 
 
 COMMON = Fields(
@@ -127,15 +127,16 @@ COMMON = Fields(
 
 
 def check_values(config: ConfigDict) -> None:
-    """Refuses values out of their range.
+    """Checks that a config has all fields of its task, with valid values.
 
     Raises:
-        UserError: the task is unknown, a field is missing, or a value is wrong; all of these are listed.
+        UserError: the task is unknown, fields are missing, or values are invalid. The message lists all of them.
     """
     values, fields = _flatten(as_dict(config)), _flatten(as_dict(default_config(config.task)))
     if missing := fields.keys() - values.keys():
         raise UserError(
-            f'the config lacks {", ".join(sorted(missing))} of the task {config.task}: take a config file of this task'
+            f'the config has no {", ".join(sorted(missing))}, which the task {config.task} needs: choose a config file '
+            'for this task'
         )
     problems = COMMON.problems(values) + task_class(config.task).fields.problems(values) + make_task(config).problems()
     problems += [
@@ -145,17 +146,23 @@ def check_values(config: ConfigDict) -> None:
     ]
     mean, std = values['data.mean'], values['data.std']
     if len(mean) not in (1, 3) or len(std) != len(mean) or not all(value > 0 for value in std):
-        problems.append(f'data.mean and data.std need one value (grey) or three (RGB), std above 0: {mean}, {std}')
+        problems.append(
+            f'data.mean and data.std must have one value (grey) or three (RGB), with std above 0, not {mean} and {std}'
+        )
     if values['data.workers'] < -1:
         problems.append(f'data.workers must be −1 or a number of processes, not {values["data.workers"]}')
     if values['seed'] >= 2**63:
-        problems.append(f'seed must be below 2⁶³: {values["seed"]}')
+        problems.append(f'seed must be below 2⁶³, not {values["seed"]}')
     if problems:
         raise UserError('; '.join(problems))
 
 
 def changed_fields(old: dict, new: dict) -> dict[str, tuple]:
-    """Field → (old, new) for all that differs, fields in dotted form."""
+    """The fields that differ between two configs, as dotted name → (old value, new value).
+
+    Args:
+        old, new: from `as_dict`. A missing field has the value None.
+    """
     flat_old, flat_new = _flatten(old), _flatten(new)
     fields = sorted(flat_old.keys() | flat_new.keys())
     return {
@@ -166,29 +173,29 @@ def changed_fields(old: dict, new: dict) -> dict[str, tuple]:
 
 
 def is_fixed(field: str, task: str) -> bool:
-    """Whether a run of a task that resumes must keep this field's value."""
+    """Whether a run must keep the value of this field when it resumes."""
     parts = (COMMON, task_class(task).fields)
     free, fixed = (name for part in parts for name in part.free), (name for part in parts for name in part.fixed)
     return field not in free and any(field == name or field.startswith(f'{name}.') for name in fixed)
 
 
 def evaluation_fields(task: str) -> tuple[str, ...]:
-    """The fields that an evaluation of a run's checkpoint reads, and that may therefore differ from the run's own."""
+    """The fields that an evaluation reads: `eval.py --workdir` may override them."""
     return COMMON.evaluation + task_class(task).fields.evaluation
 
 
 def as_dict(config: ConfigDict) -> dict:
-    """The config as JSON holds it: nested dicts, tuples as lists."""
+    """The config as nested dicts of JSON values: tuples become lists."""
     return json.loads(config.to_json())
 
 
 def from_dict(values: dict) -> ConfigDict:
-    """The config that `as_dict` gave, with every field's type checked.
+    """The inverse of `as_dict`; checks the type of every field.
 
-    A field that is missing has its default: an earlier version, which did not have the field, wrote the config.
+    A missing field gets its default, because a config that an earlier version wrote does not have newer fields.
 
     Raises:
-        UserError: a field is unknown or of another type, or there is no such task.
+        UserError: the task or a field is unknown, or a value has the wrong type.
     """
     task = values.get('task')
     config = default_config(task) if isinstance(task, str) else default_config()
@@ -206,27 +213,32 @@ def from_dict(values: dict) -> ConfigDict:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """The config that a run wrote into its workdir.
+    """Reads the config that a run wrote into its workdir.
+
+    Args:
+        path: of config.json.
 
     Raises:
-        UserError: no run is there, the file is damaged, or another version wrote a field that is unknown here.
+        UserError: the file is missing or damaged, or another version of the package wrote a field that is unknown here.
     """
     try:
         values = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(values, dict):
-            raise ValueError('it holds no JSON object')
+            raise ValueError('not a JSON object')
     except FileNotFoundError as error:
-        raise UserError(f'{path.parent} holds no run: there is no {path.name} in it') from error
+        raise UserError(f'{path.parent} holds no run: it has no {path.name}') from error
     except ValueError as error:
         raise UserError(
-            f'{path} is damaged ({first_line(error)}): delete it and run the training command again, which writes it'
+            f'{path} is damaged ({first_line(error)}): delete it, and run the training command again to rewrite it'
         ) from error
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     try:
         return from_dict(values)
     except UserError as error:
-        raise UserError(f'{path} is of another version: {error}. Use the version that wrote it') from error
+        raise UserError(
+            f'another version of convnext_jax wrote {path}: {error}; use the version that wrote it'
+        ) from error
 
 
 def _flatten(values: dict, prefix: str = '') -> dict:
@@ -237,9 +249,9 @@ def _flatten(values: dict, prefix: str = '') -> dict:
 
 
 def resolve_paths(config: ConfigDict) -> None:
-    """Makes the paths of this machine in a config absolute, so that they mean the same from any folder.
+    """Makes the local paths of a config absolute, so that they are valid from any working directory.
 
-    A bucket, a hub id and '' stay as they are.
+    Bucket URLs, hub ids and '' do not change.
 
     Raises:
         UserError: a `~` cannot be expanded.
@@ -247,7 +259,7 @@ def resolve_paths(config: ConfigDict) -> None:
     if config.data.dir:
         config.data.dir = str(local_path(config.data.dir).absolute())
     weights = config.init.weights
-    if weights and os.path.exists(local_path(weights)):  # False of a name that no file can have
+    if weights and os.path.exists(local_path(weights)):  # False also for a name that is too long for a file
         config.init.weights = str(local_path(weights).absolute())
     cache = config.compilation_cache_dir
     if cache and '://' not in cache:

@@ -1,4 +1,4 @@
-"""A group of config fields: their defaults, their ranges, and which of them may change when a run resumes."""
+"""Fields: the defaults and valid ranges of a group of config fields, and which of them may change on resume."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,19 +9,18 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The fields that all experiments have, or those of one task. Names are in dotted form.
+    """The config fields of all experiments, or of one task. Names are dotted, such as 'data.name'.
 
     Attributes:
-        defaults: sets each field of a config to its default; sections may be there already.
-        positive: must be above 0.
-        not_negative: must be at least 0.
-        below_one: must be in [0, 1).
-        at_most_one: must be at most 1.
+        defaults: sets every field of a config to its default. Sections of the config may exist already.
+        positive: fields whose value must be above 0.
+        not_negative: fields whose value must be at least 0.
+        below_one: fields whose value must be in [0, 1).
+        at_most_one: fields whose value must be at most 1.
         choices: field → allowed values.
-        fixed: fields or sections that a run may not change when it resumes: the rest of its steps would not be the ones
-            that were started.
-        free: fields among these that it may change: they change no step, or only its rounding.
-        evaluation: fields that an evaluation of a run's checkpoint reads, and that may therefore differ from the run's.
+        fixed: fields or whole sections that must not change when a run resumes, because they change its steps.
+        free: exceptions from `fixed`: they change no step, or only its rounding.
+        evaluation: fields that an evaluation reads. `eval.py --workdir` may override them.
     """
 
     defaults: Callable[[ConfigDict], None]
@@ -35,13 +34,15 @@ class Fields:
     evaluation: tuple[str, ...] = ()
 
     def problems(self, values: Mapping[str, Any]) -> list[str]:
-        """A line for each value that is out of its range.
+        """A message for each value that is out of range.
 
         Args:
-            values: of all fields.
+            values: dotted name → value, for all fields.
         """
         lines = [f'{field} must be above 0, not {values[field]}' for field in self.positive if not values[field] > 0]
-        lines += [f'{field} must not be negative: {values[field]}' for field in self.not_negative if values[field] < 0]
+        lines += [
+            f'{field} must be at least 0, not {values[field]}' for field in self.not_negative if values[field] < 0
+        ]
         lines += [
             f'{field} must be in [0, 1), not {values[field]}' for field in self.below_one if not 0 <= values[field] < 1
         ]

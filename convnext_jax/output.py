@@ -1,4 +1,4 @@
-"""What the commands print and write as text: results, progress, and JSON."""
+"""Text output of the commands: results, progress and JSON."""
 
 import contextlib
 import json
@@ -12,15 +12,15 @@ from convnext_jax.errors import UserError
 
 
 class OutputClosed(Exception):
-    """The reader of standard output has ended, as `head` does after its lines."""
+    """The reader of standard output has exited, as `head` does after its last line."""
 
 
 def show(text: str) -> None:
-    """Prints lines of a command's result on stdout, above a progress bar.
+    """Prints the result of a command on stdout, above the progress bar if there is one.
 
     Raises:
-        OutputClosed: nobody reads stdout any more.
-        UserError: stdout cannot be written, for example because its disk is full.
+        OutputClosed: the reader of stdout has exited.
+        UserError: stdout cannot be written, for example because the disk is full.
     """
     try:
         tqdm.write(text, file=sys.stdout)
@@ -32,12 +32,17 @@ def show(text: str) -> None:
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Prints a line of progress on stdout, or on stderr, above a progress bar; never raises.
+    """Prints a line of progress above the progress bar if there is one; never raises.
 
-    A line is lost where the stream cannot be written (a closed pipe, a lost terminal, a full disk): training goes on.
+    If the stream cannot be written (a closed pipe, a lost terminal, a full disk), the line is dropped, so that training
+    continues.
+
+    Args:
+        line: the text.
+        error: print on stderr instead of stdout.
     """
     stream = sys.stderr if error else sys.stdout
-    if stream is None:  # the process was started without it
+    if stream is None:  # the process was started without this stream
         return
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed, or cannot encode the line
         tqdm.write(line, file=stream)
@@ -45,49 +50,49 @@ def say(line: str, *, error: bool = False) -> None:
 
 
 def say_in_handler(line: str) -> None:
-    """As `say` on stderr, for signal handlers: the buffered stream may be in use by the code that was interrupted."""
+    """Prints a line on stderr from a signal handler: unbuffered, because the interrupted code may hold the buffer."""
     with contextlib.suppress(OSError):
         os.write(2, f'\n{line}\n'.encode())
 
 
 def open_streams() -> None:
-    """Prepares stdin, stdout and stderr: characters that a stream cannot encode are escaped, closed ones are replaced.
+    """Prepares stdin, stdout and stderr: escapes characters that a stream cannot encode, and replaces closed streams.
 
-    A closed stream gets the null device. Otherwise the next file that the process opens gets its number, and whatever
-    is printed goes into that file.
+    A closed stream is replaced by the null device. Otherwise the next file that the process opens would get the file
+    descriptor of the stream, and printed text would go into that file.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is `number`
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115 - open until the process ends
-        if hasattr(getattr(sys, name), 'reconfigure'):  # a notebook's streams have no encoding to change
+        if hasattr(getattr(sys, name), 'reconfigure'):  # the streams of a notebook have no encoding
             getattr(sys, name).reconfigure(errors='backslashreplace')
 
 
 def drop_unwritten() -> None:
-    """Drops what is left in the buffers of streams that cannot be written.
+    """Discards the buffered text of streams that cannot be written.
 
-    Python would try to write it once more at exit, and end with a message and status 120.
+    Otherwise Python tries to write it again at exit, prints a message and exits with status 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # the stream has no descriptor
+            with contextlib.suppress(OSError, ValueError):  # the stream has no file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """A value as JSON text. JSON has no NaN or infinity: null stands for them."""
+    """A value as JSON text. NaN and infinity, which JSON does not have, become null."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def finite(value: object) -> object:
-    """A JSON value with None for each number in it that is not finite."""
+    """A JSON value in which every NaN and infinity is replaced by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

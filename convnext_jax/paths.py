@@ -1,4 +1,4 @@
-"""Paths as people type them, and as libraries written in C++ take them."""
+"""Local paths: `~` expanded, and free of characters that C++ libraries do not accept."""
 
 import atexit
 import functools
@@ -10,15 +10,15 @@ from pathlib import Path
 from convnext_jax.errors import UserError, first_line
 
 PLAIN = re.compile(r'[\w/ .,=+~-]*')
-"""Paths that every library takes. TensorStore reads a backslash as a slash and [0:3] as part of its own syntax, and
-bindings of C++ libraries refuse bytes that are not UTF-8."""
+"""Paths that all libraries accept. TensorStore reads a backslash as a slash, and [0:3] as its own syntax. Bindings of
+C++ libraries refuse bytes that are not UTF-8."""
 
 
 def local_path(text: str | Path) -> Path:
-    """A path of this machine, with a `~` or `~user` at its start expanded.
+    """A local path, with `~` or `~user` at its start expanded.
 
     Raises:
-        UserError: the home folder is not known.
+        UserError: the home folder is unknown.
     """
     try:
         return Path(text).expanduser()
@@ -27,10 +27,10 @@ def local_path(text: str | Path) -> Path:
 
 
 def plain_path(folder: Path) -> Path:
-    """An absolute path of an existing folder that every library takes.
+    """An absolute path of an existing folder that all libraries accept.
 
-    Where the folder's own path has unusual characters, this is a link to it in the folder for temporary files, which is
-    removed at the end of the process.
+    If the path of the folder has unusual characters, the result is a symbolic link to it in the folder for temporary
+    files. The link is removed when the process exits.
     """
     folder = folder.absolute()
     return folder if PLAIN.fullmatch(str(folder)) else _link(folder)
@@ -38,7 +38,7 @@ def plain_path(folder: Path) -> Path:
 
 @functools.cache
 def _link(folder: Path) -> Path:
-    place = Path(tempfile.mkdtemp(prefix='convnext_jax-'))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)  # removes the link, and not what it leads to
-    (place / 'link').symlink_to(folder, target_is_directory=True)
-    return place / 'link'
+    parent = Path(tempfile.mkdtemp(prefix='convnext_jax-'))
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)  # removes the link, not its target
+    (parent / 'link').symlink_to(folder, target_is_directory=True)
+    return parent / 'link'

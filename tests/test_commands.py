@@ -179,7 +179,7 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
         (('--config=configs/fashion_mnist.py', '--config.sead=1'), "has no field 'sead': did you mean seed?"),
         (('--config=configs/fashion_mnist.py', '--config.optimizer.rate=1'), "the config has no field 'rate'"),
         (('--config=configs/fashion_mnist.py', '--config.epochs=many'), '--config.epochs=many'),
-        (('--config=configs/fashion_mnist.py', 'stray'), 'not understood: stray'),
+        (('--config=configs/fashion_mnist.py', 'stray'), 'unexpected argument: stray'),
         (('--config=configs/fashion_mnist.py', '--config.batch_size=5001'), 'lower it'),
         (('--config=configs/fashion_mnist.py', '--config.data.crop_scale=(0.5,)'), 'data.crop_scale must be two'),
         (('--config=configs/fashion_mnist.py', '--config.model.patch_size=4'), 'below the total stride 32'),
@@ -189,7 +189,7 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
             ('--config=configs/fashion_mnist.py', '--config.log_every_steps=0', '--config.ema.decay=1.5'),
             'log_every_steps must be above 0, not 0; ema.decay must be in [0, 1), not 1.5',
         ),
-        (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'need one value (grey) or three'),
+        (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'must have one value (grey) or three'),
         (('--config=configs/fashion_mnist.py', '--config.optimizer.learning_rate=inf'), 'must be finite, not inf'),
         (('--config=configs/fashion_mnist.py', "--config.data.crop_scale=('a', 1)"), 'data.crop_scale must be two'),
         (('--config=configs/fashion_mnist.py', '--profile=5'), '--profile is START:STEPS, as 20:5 for five steps'),
@@ -263,7 +263,7 @@ def test_a_warning_of_ours_is_one_line(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             run(package_command.main)
     left_out = f'warning: {tmp_path / "photos"}: left out: hidden files (1)\n'
-    assert capsys.readouterr().err == f'{left_out}error: --weights is missing; --help says more\n'
+    assert capsys.readouterr().err == f'{left_out}error: --weights is missing; see --help\n'
 
 
 def test_models_lists_every_name_with_its_parameters(package):
@@ -294,7 +294,7 @@ def test_weights_leave_a_run_and_come_back(package, evaluate, train_here, finish
     ('arguments', 'line'),
     [
         (('convert', 'nowhere'), 'TARGET is missing'),
-        (('convert', 'a', 'b', 'c'), 'not understood: c'),
+        (('convert', 'a', 'b', 'c'), 'unexpected argument: c'),
         (('convert', './nowhere', 'out'), './nowhere is no file or folder'),
         (('convert', '{run}', '{run}'), 'is not empty'),
         (('convert', '{run}', 'out', '--layout=keras'), 'flag --layout=keras'),
@@ -332,7 +332,7 @@ def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, pac
     left_out, first, second, _ = done.stderr.splitlines()
     assert left_out == f'warning: {photos}: left out: .txt files (1)'
     weights = f'the raw weights of {finished_run}, step {STEPS}; --params=ema takes the moving average'
-    assert first == f'predicts with {weights}'
+    assert first == f'predicting with {weights}'
     assert second.startswith('skipped: ')
     assert done.stderr.splitlines()[-1] == 'error: 1 of 3 files could not be read'
     table = package('predict', photos / 'b.jpg', photos / 'deep' / '*.PNG', *options)

@@ -140,7 +140,9 @@ def test_a_field_of_a_later_version_is_named(begun):
     stored['model']['attention'] = True
     (begun / CONFIG).write_text(json.dumps(stored))
     for read in (lambda: read_config(begun / CONFIG), lambda: settle_config(begun, default_config())):
-        with pytest.raises(UserError, match='is of another version: .* has no config field model.attention'):
+        with pytest.raises(
+            UserError, match='^another version of convnext_jax wrote .* has no config field model.attention; use'
+        ):
             read()
 
 

@@ -291,7 +291,7 @@ def test_class_names_that_tfds_cannot_keep(tmp_path, name):
     ('arguments', 'line'),
     [
         ((), 'imagenet2012 or folder is missing'),
-        (('mnist',), "prepare makes 'imagenet2012' or 'folder', not 'mnist'"),
+        (('mnist',), "prepare needs 'imagenet2012' or 'folder', not 'mnist'"),
         (('imagenet2012',), '--manual_dir is missing'),
         (('folder', '--manual_dir=a'), '--data_dir is missing'),
         (('folder', '--manual_dir=a', '--data_dir=b'), '--name is missing'),

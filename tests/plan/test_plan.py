@@ -92,7 +92,7 @@ def test_what_is_printed_of_a_program(here):
     ('arguments', 'line'),
     [
         ((), '--config is missing'),
-        (('--config=configs/fashion_mnist.py',), 'give --topology=v5e:4x4 or --gpu=h100:8, one of the two'),
+        (('--config=configs/fashion_mnist.py',), 'give either --topology, for example v5e:4x4, or --gpu'),
         (('--config=configs/fashion_mnist.py', '--topology=v3:2x2'), 'a slice of v5e, v5p or v6e'),
         (('--config=configs/fashion_mnist.py', '--topology=v5e'), "as v5e:16x16 or v5p:4x4x4, not 'v5e'"),
         (('--config=configs/fashion_mnist.py', '--gpu=h100:none'), "as h100:8, not 'h100:none'"),

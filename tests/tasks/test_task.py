@@ -194,7 +194,7 @@ def test_a_config_belongs_to_its_task(mean_colour):
     assert 'mix' not in mean_colour
     assert from_dict(as_dict(mean_colour)) == mean_colour
     mean_colour.task = 'classification'
-    with pytest.raises(UserError, match='the config lacks augment.color_jitter, .*take a config file of this task'):
+    with pytest.raises(UserError, match='the config has no augment.color_jitter, .*choose a config file for this task'):
         check_values(mean_colour)
     mean_colour.task = 'clasification'
     with pytest.raises(UserError, match="there is no task 'clasification': config.task must be one of classification"):
