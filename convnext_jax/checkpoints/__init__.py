@@ -1,1 +1,1 @@
-"""What a run keeps in its workdir: the training state, and files that are whole or not there."""
+"""The workdir of a run and its checkpoints."""

@@ -1,10 +1,9 @@
-"""One Orbax checkpoint: what it holds, and how it comes back, checked bit for bit.
+"""The format of a single Orbax checkpoint: what is saved, and how it is restored and verified.
 
-A checkpoint has an item for the weights, the optimizer, the moving average and the counters of `TrainState`, and a
-manifest: place in the data, config, metrics, for each array its shape, type and a fingerprint of its bits, and a
-checksum of all this. Orbax alone would restore part of a tree, or flipped bits, in silence.
-
-The item of the weights is called `parameters`, and holds the statistics beside them, as the moving average does.
+A checkpoint has four items with the arrays of `TrainState`: `parameters`, `optimizer`, `ema` and `counters`. The items
+`parameters` and `ema` also contain the statistics. A fifth item, the JSON manifest, contains the position in the data,
+the config, the metrics, the shape, dtype and bit fingerprint of each array, and a checksum of the manifest itself.
+Orbax alone would silently restore a part of a tree, or flipped bits.
 """
 
 import contextlib
@@ -29,11 +28,18 @@ Like = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 class DamagedCheckpoint(Exception):
-    """What is on disk is not what was saved."""
+    """The files of a checkpoint are missing, truncated or altered."""
 
 
 def contents(state: TrainState, about: dict, metrics: dict[str, float] | None) -> tuple[dict[str, Arrays], dict]:
-    """The arrays of a checkpoint by item and name, and its manifest; the arguments as of `saving.Checkpoints.save`."""
+    """The contents of a new checkpoint.
+
+    Args:
+        state, about, metrics: as for `manager.Checkpoints.save`.
+
+    Returns:
+        Item → name → array, and the manifest.
+    """
     items = _items(state)
     described = {item: _describe(arrays) for item, arrays in items.items()}
     manifest = {'about': about, 'metrics': finite(metrics), 'arrays': described}
@@ -41,7 +47,13 @@ def contents(state: TrainState, about: dict, metrics: dict[str, float] | None) -
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps with a finished checkpoint, oldest first. What is unfinished has another name; in a bucket no mark."""
+    """The steps with a finished checkpoint, in ascending order.
+
+    An unfinished checkpoint has another name on a local file system. In a bucket, it has no commit marker.
+
+    Args:
+        directory: workdir/checkpoints.
+    """
     paths = [path for path in directory.glob('*') if path.name.isdecimal()]
     if not is_local(directory):
         paths = [path for path in paths if ocp.utils.is_checkpoint_finalized(path)]
@@ -49,20 +61,25 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def read_about(directory: Path, step: int) -> dict:
-    """The JSON that was saved with a checkpoint.
+    """The `about` dict that was saved with a checkpoint.
 
     Raises:
-        DamagedCheckpoint: it is not readable.
+        DamagedCheckpoint: the manifest is missing or altered.
     """
     return read_manifest(directory, step)['about']
 
 
 def restore(directory: Path, step: int, like: TrainState) -> TrainState:
-    """The state of one checkpoint.
+    """Restores the training state of one checkpoint.
+
+    Args:
+        directory: workdir/checkpoints.
+        step: of the checkpoint.
+        like: a state with the expected shapes, dtypes and shardings.
 
     Raises:
-        UserError: names, shapes or types differ from `like`; the difference is listed.
-        DamagedCheckpoint: files are missing, cut short or altered.
+        UserError: names, shapes or dtypes differ from `like`. The message lists the differences.
+        DamagedCheckpoint: files are missing, truncated or altered.
     """
     items = {item: _restore_item(directory, step, item, arrays) for item, arrays in _items(like).items()}
     names, treedef = _names(like)
@@ -70,22 +87,21 @@ def restore(directory: Path, step: int, like: TrainState) -> TrainState:
 
 
 def restore_parameters(directory: Path, step: int, field: str, like: Like | None = None) -> Arrays:
-    """One set of weights of a checkpoint, without the rest.
+    """Restores only the weights of a checkpoint: parameters and statistics.
 
     Args:
         directory: workdir/checkpoints.
-        step: which checkpoint.
+        step: of the checkpoint.
         field: 'parameters' or 'ema'.
-        like: shapes, types and shardings to insist on; by default what was saved, on the first device. The statistics
-            are among them.
+        like: the expected shapes, dtypes and shardings. By default the saved arrays are restored to the first device.
 
     Raises:
-        UserError: as `restore`, or there are no such weights.
-        DamagedCheckpoint: as `restore`.
+        UserError: as for `restore`, or the checkpoint has no moving average.
+        DamagedCheckpoint: as for `restore`.
     """
     saved = read_manifest(directory, step)['arrays'][field]
     if not saved:
-        raise UserError(f'checkpoint {step} of {directory} has no {field}: the run had none')
+        raise UserError(f'checkpoint {step} of {directory} has no {field}: the run kept none; use the raw weights')
     if like is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = {
@@ -95,21 +111,21 @@ def restore_parameters(directory: Path, step: int, field: str, like: Like | None
 
 
 def _restore_item(directory: Path, step: int, item: str, like: Like) -> Arrays:
-    with _damage_to_any():
+    with _raise_on_all_processes():
         saved = read_manifest(directory, step)['arrays'].get(item, {})
     _check_same(directory, step, item, saved, like)
     if not like:
         return {}
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in like.items()}
-    with _damage_to_any():
+    with _raise_on_all_processes():
         try:
-            # A Checkpointer would wait for the other processes before an error of theirs could be told.
+            # Not a Checkpointer: it waits at a barrier, so an error on one process would only surface as a timeout.
             handler = ocp.StandardCheckpointHandler()
             path = checkpoints_for_orbax(directory) / str(step) / item
             arrays = handler.restore(path, args=ocp.args.StandardRestore(target))
-        except Exception as error:  # Orbax and TensorStore have no common error for a file that is missing or cut short
+        except Exception as error:  # Orbax and TensorStore have no common error class for missing or truncated files
             raise DamagedCheckpoint(f'{item}: {first_line(error)}') from error
-    with _damage_to_any():
+    with _raise_on_all_processes():
         found = jax.device_get(_fingerprints(arrays))
         altered = [name for name in like if int(found[name]) != saved[name]['fingerprint']]
         if altered:
@@ -118,8 +134,8 @@ def _restore_item(directory: Path, step: int, item: str, like: Like) -> Arrays:
 
 
 @contextlib.contextmanager
-def _damage_to_any() -> Iterator[None]:
-    """What one process cannot read is damaged for all: they restore the same step."""
+def _raise_on_all_processes() -> Iterator[None]:
+    """Raises DamagedCheckpoint on all processes if one of them does, so that all restore the same step."""
     damage = None
     try:
         yield
@@ -139,21 +155,24 @@ def _check_same(directory: Path, step: int, item: str, saved: dict, like: Like) 
         if here != there:
             lines.append(f'{name} is {there["dtype"]}{there["shape"]}, not {here["dtype"]}{here["shape"]}')
     if lines:
-        raise UserError(f'checkpoint {step} of {directory} does not fit, {item}: {"; ".join(lines)}')
+        raise UserError(
+            f'checkpoint {step} of {directory} does not fit this run, {item}: {"; ".join(lines)}; use the config that '
+            'wrote it, or another workdir'
+        )
 
 
 def read_manifest(directory: Path, step: int) -> dict:
-    """What was saved beside the arrays.
+    """The manifest of a checkpoint: `about`, `metrics`, and `arrays` with item → name → shape, dtype and fingerprint.
 
     Raises:
-        DamagedCheckpoint: it is missing or altered.
+        DamagedCheckpoint: the manifest is missing or altered.
     """
     try:
         manifest = json.loads((directory / str(step) / 'manifest' / 'metadata').read_text(encoding='utf-8'))
-        whole = manifest.pop('checksum') == _checksum(manifest)
+        intact = manifest.pop('checksum') == _checksum(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f'manifest: {first_line(error)}') from error
-    if not whole:
+    if not intact:
         raise DamagedCheckpoint('manifest: altered')
     return manifest
 
@@ -163,7 +182,7 @@ def _checksum(manifest: dict) -> int:
 
 
 def _names(state: TrainState) -> tuple[list[tuple[str, str]], jax.tree_util.PyTreeDef]:
-    """For each array of the state the item and the name it is saved under, in the state's order."""
+    """The item and the name under which each array of a state is saved, and the tree structure of the state."""
     paths, treedef = tree_flatten_with_path(state)
     return [_name(path[0].name, path[1:]) for path, _ in paths], treedef
 
@@ -191,12 +210,13 @@ def _describe(arrays: Arrays) -> dict:
 
 @jax.jit
 def _fingerprints(arrays: Arrays) -> Arrays:
-    """A number for each array that changes with any bit and any order, and does not depend on the sharding."""
+    """A uint32 hash of each array that depends on every bit and on the order of elements, but not on the sharding."""
 
     def fingerprint(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        places = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-        # Integer sums wrap around and so do not depend on their order; odd factors lose no bit.
-        return ((bits ^ (bits >> 16)) * (places * 2 + jnp.uint32(2654435761))).sum(dtype=jnp.uint32)
+        positions = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+        # Addition modulo 2³² is associative, so the reduction order does not matter. Multiplication by an odd factor is
+        # a bijection modulo 2³².
+        return ((bits ^ (bits >> 16)) * (positions * 2 + jnp.uint32(2654435761))).sum(dtype=jnp.uint32)
 
     return jax.tree.map(fingerprint, arrays)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved in the background, the newest and the best kept, saves that fail told."""
+"""Checkpoints: saves the state of a run in the background, keeps the newest and the best, and reports failures."""
 
 import contextlib
 import itertools
@@ -20,35 +20,42 @@ from convnext_jax.output import say
 from convnext_jax.runtime.processes import all_gather_objects, is_main_process, is_multiprocess
 
 UNFINISHED = '.orbax-checkpoint-tmp'
-"""Orbax has this in the name of a folder until all of the checkpoint is written; then the name is the step alone."""
+"""Part of the name of an Orbax checkpoint folder while it is written. The name of a finished folder is the step."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, with the error of a write known at once: its own thread tells it once all processes have timed out.
+    """A CheckpointManager that exposes the error of a background write at once.
+
+    The base class raises the error only after the other processes have timed out at a barrier.
 
     Attributes:
-        broken: the error of this process's part of the save under way.
+        write_error: the error of this process in the save in progress.
     """
 
-    broken: Exception | None = None
+    write_error: Exception | None = None
 
     def _wait_for_checkpointers(self) -> None:
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
-            self.broken = error
+            self.write_error = error
             raise
 
     def reached_preemption(self, step: int) -> bool:
-        """The loop asks JAX for it, and numbers its questions in another way; whether to save is its to decide."""
+        """Disabled: the training loop itself polls JAX's preemption sync point and decides when to save."""
         return False
 
 
 class NewestAndBest:
-    """Which checkpoints Orbax keeps. The scores are ours: Orbax reads its own at start, and fails if one is damaged.
+    """An Orbax preservation policy: keeps the newest checkpoints and the one with the highest score.
+
+    The scores are kept here and not in Orbax, which reads its metrics at start and fails if a file is damaged.
+
+    Args:
+        newest: number of newest checkpoints to keep.
 
     Attributes:
-        scores: step → score, for those that have one.
+        scores: step → score, for the checkpoints that were evaluated.
     """
 
     def __init__(self, newest: int):
@@ -56,7 +63,7 @@ class NewestAndBest:
         self._newest = newest
 
     def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
-        """For each of the checkpoints, in order of steps, whether to keep it."""
+        """Whether to keep each checkpoint. `checkpoints` are in ascending order of steps."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = [step for step in steps if step in self.scores]
@@ -65,28 +72,28 @@ class NewestAndBest:
 
 
 class NotSaved(UserError):
-    """The newest state is on no disk."""
+    """The newest state of the run could not be saved."""
 
 
-class NoPlace(Exception):
-    """A process has seen, before any has begun to write, that a checkpoint cannot be saved; all know it."""
+class NotWritable(Exception):
+    """The directory is full or read-only. All processes raise this error before any of them starts to write."""
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, by step. Use as a context manager: leaving it waits for the save under way.
+    """The checkpoints of one workdir. Use as a context manager: leaving it waits for the save in progress.
 
-    A save that fails, at once or in the background, is told and leaves no trace; the checkpoints before it stay. Where
-    there are several processes, one that fails after they have begun to write raises `NotSaved` instead.
+    If a save fails, immediately or in the background, the failure is reported, its files are removed, and the earlier
+    checkpoints stay. In a job of several processes, a failure after they have started to write raises `NotSaved`.
 
     Args:
         directory: workdir/checkpoints.
-        keep: how many of the newest to keep.
-        best_metric: name of the metric whose best checkpoint is kept besides.
-        lowest: whether the lowest value of it is the best.
-        tell: takes a line about a save that failed.
+        keep: number of newest checkpoints to keep.
+        best_metric: name of the metric by which the best checkpoint is kept as well.
+        lowest: whether lower values of the metric are better.
+        report: called with a line about each failed save.
 
     Attributes:
-        failed: step → why it could not be saved.
+        failed: step → reason, for the saves that failed since the last successful one.
     """
 
     def __init__(
@@ -96,14 +103,14 @@ class Checkpoints:
         keep: int,
         best_metric: str,
         lowest: bool = False,
-        tell: Callable[[str], None] = say,
+        report: Callable[[str], None] = say,
     ):
         self._kept = NewestAndBest(keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self.directory = directory
         self.failed: dict[int, str] = {}
-        self._best_metric, self._sign, self._tell = best_metric, -1 if lowest else 1, tell
-        self._under_way: int | None = None
+        self._best_metric, self._sign, self._report = best_metric, -1 if lowest else 1, report
+        self._saving_step: int | None = None
         self._manager = _Manager(checkpoints_for_orbax(directory), options=options)
         for step in self.steps():
             with contextlib.suppress(DamagedCheckpoint):
@@ -114,25 +121,28 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind and is_multiprocess():
-            return  # the save under way waits for processes that may never come
+            return  # the save in progress may wait for processes that have ended
         self.wait()
         try:
             self._manager.close()
-        except Exception:  # Orbax may raise once more what was told
+        except Exception:  # Orbax may raise an error again that was already reported
             if not self.failed:
                 raise
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first; where there are several processes, as the first sees them."""
+        """The steps that have a checkpoint, in ascending order, as process 0 sees them."""
         return all_gather_objects(sorted(map(int, self._manager.all_steps())))[0]
 
     def save(self, state: TrainState, about: dict, metrics: dict[str, float] | None) -> None:
-        """Starts to save; returns when the state's buffers may be donated.
+        """Starts a save in the background. When it returns, the buffers of the state may be donated.
 
         Args:
-            state: of the run.
-            about: JSON to keep with it, such as the config.
-            metrics: of an evaluation of this very state, or None.
+            state: the training state.
+            about: JSON to store in the manifest, such as the config.
+            metrics: the results of an evaluation of this state, or None.
+
+        Raises:
+            NotSaved: the save failed on this process after all processes had started to write.
         """
         self.wait()
         step = int(state.step)
@@ -142,87 +152,89 @@ class Checkpoints:
         items, manifest = contents(state, about, metrics)
         args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
         args['manifest'] = ocp.args.JsonSave(manifest)
-        self._under_way = step
+        self._saving_step = step
         self._note_score(step, metrics)
         try:
-            self._check_place(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)  # whether to, the loop has decided
-        except Exception as error:  # Orbax and TensorStore have no common error for a disk that is full
+            self._check_writable(sum(array.nbytes for arrays in items.values() for array in arrays.values()))
+            self._manager.save(
+                step, args=ocp.args.Composite(**args), force=True
+            )  # force: Orbax's save policy is unused
+        except Exception as error:  # Orbax and TensorStore have no common error class for a full disk
             self._fail(error)
 
     def check(self) -> None:
-        """Tells of the save under way if it has failed by now; waits for nothing."""
-        if self._under_way is not None and (self._manager.broken or not self._manager.is_saving_in_progress()):
+        """Reports the save in progress if it has failed; does not block."""
+        if self._saving_step is not None and (self._manager.write_error or not self._manager.is_saving_in_progress()):
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the save under way, if there is one, is on disk or has failed."""
-        if self._under_way is None:
+        """Blocks until the save in progress, if there is one, has finished or failed."""
+        if self._saving_step is None:
             return
         while is_multiprocess() and self._manager.is_saving_in_progress():
-            if self._manager.broken:
-                self._fail(self._manager.broken)
+            if self._manager.write_error:
+                self._fail(self._manager.write_error)
             time.sleep(0.02)
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
             self._fail(error)
-        self._under_way = None
+        self._saving_step = None
 
     def last_saved(self) -> str:
-        """Words for the newest checkpoint."""
+        """A phrase for messages that names the newest checkpoint."""
         steps = self.steps()
         return f'the last checkpoint is of step {steps[-1]}' if steps else 'there is no checkpoint yet'
 
     def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
-        if metrics and metrics[self._best_metric] is not None:  # None: not finite, as a manifest holds it
+        if metrics and metrics[self._best_metric] is not None:  # in a manifest, None stands for NaN
             self._kept.scores[step] = self._sign * metrics[self._best_metric]
 
     def _fail(self, error: Exception) -> None:
-        step, self._under_way, self._manager.broken = self._under_way, None, None
+        step, self._saving_step, self._manager.write_error = self._saving_step, None, None
         if is_multiprocess() and isinstance(error, jax.errors.JaxRuntimeError):
-            raise error  # another process is gone, or ended with an error of its own
-        if is_multiprocess() and not isinstance(error, NoPlace):  # the others wait for this one's part: all end
+            raise error  # another process has ended
+        if is_multiprocess() and not isinstance(error, NotWritable):  # the others already wait for this process
             raise NotSaved(f'step {step} could not be saved to {self.directory}: {_reason(error)}') from error
         self.failed[step] = _reason(error)
         self._kept.scores.pop(step, None)
         self._remove_unfinished()
-        self._manager.reload()  # for Orbax, what the save would have replaced is gone already
-        self._tell(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
+        self._manager.reload()  # Orbax has already dropped the checkpoints that this save would have replaced
+        self._report(f'step {step} could not be saved: {self.failed[step]}; {self.last_saved()}')
 
     def _remove_unfinished(self) -> None:
         if is_main_process():
             for folder in self.directory.glob(f'*{UNFINISHED}*'):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _check_place(self, needed: int) -> None:
+    def _check_writable(self, needed: int) -> None:
         problem = next(filter(None, all_gather_objects(self._problem(needed))), None)
         if problem:
-            raise NoPlace(problem)
+            raise NotWritable(problem)
 
     def _problem(self, needed: int) -> str | None:
-        """Why this process cannot save so many bytes, as far as can be seen beforehand."""
+        """The reason why this process cannot write `needed` bytes, or None if none is known beforehand."""
         if not is_local(self.directory):
             return None
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            sizes = f'a checkpoint takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free'
+            sizes = f'a checkpoint needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free'
             return f'the disk of {self.directory} is full: {sizes}'
-        return None if os.access(self.directory, os.W_OK) else f'there is no right to write to {self.directory}'
+        return None if os.access(self.directory, os.W_OK) else f'no permission to write to {self.directory}'
 
     def restore_newest(self, like: TrainState) -> tuple[TrainState, list[str]] | None:
-        """The newest checkpoint that is whole, and a line about each damaged one that it had to pass over.
+        """Restores the newest checkpoint that is not damaged.
 
-        Once an older one is found whole, the damaged are moved to `damaged/` beside the directory; none is deleted.
+        If newer checkpoints are damaged, they are moved to workdir/damaged. Nothing is deleted.
 
         Args:
-            like: the state's shapes, types and shardings (`jax.ShapeDtypeStruct`).
+            like: a state with the expected shapes, dtypes and shardings (`jax.ShapeDtypeStruct`).
 
         Returns:
-            None if there is no checkpoint.
+            The state and a message about each damaged checkpoint, or None if there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint is of another model or optimizer, or no checkpoint is whole.
+            UserError: the checkpoint is from another model or optimizer, or all checkpoints are damaged.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -234,7 +246,7 @@ class Checkpoints:
                 return state, [self._set_aside(step, error) for step, error in damaged.items()]
         if damaged:
             reasons = '; '.join(f'{step}: {error}' for step, error in damaged.items())
-            raise UserError(f'no checkpoint of {self.directory} is whole ({reasons}): take another workdir')
+            raise UserError(f'all checkpoints in {self.directory} are damaged ({reasons}): use another workdir')
         return None
 
     def _set_aside(self, step: int, error: DamagedCheckpoint) -> str:
@@ -243,12 +255,12 @@ class Checkpoints:
         if is_main_process():
             folder.mkdir(exist_ok=True)
             (self.directory / str(step)).rename(target)
-        all_gather_objects(None)  # the others read the directory after it was moved
+        all_gather_objects(None)  # a barrier: the other processes read the directory only after the move
         self._manager.reload()
         return f'checkpoint {step} is damaged ({error}): moved to {target}'
 
 
 def _reason(error: Exception) -> str:
-    """Of a write that failed: the system's own words, where TensorStore or Python tells their number."""
+    """The operating system's message for a failed write, if the error contains the errno; else its first line."""
     number = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
     return os.strerror(int(number[1])) if number else first_line(error)

@@ -1,4 +1,4 @@
-"""Everything a run is, as one pytree."""
+"""TrainState, the pytree that a checkpoint stores, and the random keys that follow from the seed and the step."""
 
 import dataclasses
 
@@ -12,16 +12,17 @@ from convnext_jax.models import Parameters, Statistics, Weights
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """What a checkpoint holds and a training step maps to the next.
+    """The training state: what a checkpoint stores, and what a training step maps to the next state.
 
     Attributes:
-        step: int32, steps done; every random key and the place in the data follow from it and the seed.
-        parameters: float32 by name.
-        statistics: float32 by name, updated by the model and by no gradient; {} if the model has none.
+        step: int32 scalar, number of finished steps. Random keys and the position in the data follow from it and the
+            seed.
+        parameters: name → float32 array.
+        statistics: name → float32 array that the model updates itself, without a gradient; {} if it has none.
         optimizer: the state of the optax transformation.
-        ema: moving average of the weights, or None.
-        skipped: int32, steps whose update was left out because the loss or the gradient was not finite.
-        last_good: int32, steps done when the newest update was made.
+        ema: moving average of parameters and statistics, by name, or None.
+        skipped: int32 scalar, number of steps without an update because the loss or the gradient was not finite.
+        last_good: int32 scalar, value of `step` after the newest update.
     """
 
     step: jax.Array
@@ -34,7 +35,7 @@ class TrainState:
 
     @property
     def weights(self) -> Weights:
-        """The parameters and the statistics: what a model is evaluated with."""
+        """The parameters and the statistics, which an evaluation needs."""
         return self.parameters | self.statistics
 
 
@@ -44,10 +45,10 @@ def initial_state(
     """The state before the first step; the moving average starts at the weights.
 
     Args:
-        parameters: of the model.
-        optimizer: as `adamw` gives it.
-        ema: whether the run keeps a moving average.
-        statistics: of the model; None if it has none.
+        parameters: name → float32 array.
+        optimizer: from `adamw`.
+        ema: whether to keep a moving average of the weights.
+        statistics: name → float32 array; None if the model has none.
     """
     statistics = statistics or {}
     return TrainState(
@@ -62,10 +63,10 @@ def initial_state(
 
 
 def init_key(seed: int) -> jax.Array:
-    """The key of the parameters' first values."""
+    """The key for the initialisation of the parameters."""
     return jax.random.split(jax.random.key(seed))[0]
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
-    """The key of everything that is random in one training step."""
+    """The key for all random draws of one training step."""
     return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], step)

@@ -1,4 +1,4 @@
-"""The folder of a run, here or in a bucket: its lock, its config, and the paths of what it holds."""
+"""The workdir of a run, a local folder or a bucket: its lock, its config, and the names of its files."""
 
 import contextlib
 import fcntl
@@ -27,32 +27,32 @@ FIGURES = 'figures'
 CHECKPOINTS = 'checkpoints'
 TENSORBOARD = 'tensorboard'
 SHOWN_WITHIN = 10.0
-"""Seconds in which a network file system shows a host what another has written."""
+"""Seconds until a file that one host writes is visible on the others (attribute caches of network file systems)."""
 
 
 def workdir_path(text: str) -> Path | epath.Path:
-    """A local folder as a Path, or one in a bucket (gs://BUCKET/RUN; needs gcsfs) as Orbax takes it, an epath.Path."""
+    """The path of a workdir: a Path for a local folder, an `epath.Path` for a bucket (gs://BUCKET/RUN, needs gcsfs)."""
     return epath.Path(text) if '://' in text else local_path(text)
 
 
 def is_local(path: Path | epath.Path) -> bool:
-    """Whether it is a path of this machine, with locks, appending and a disk that can be full."""
+    """Whether a path is local, so that locks, appending and free disk space exist."""
     return isinstance(path, Path)
 
 
 def checkpoints_for_orbax(directory: Path | epath.Path) -> Path | epath.Path:
-    """The path of workdir/checkpoints as Orbax takes it; the workdir exists."""
+    """The path of workdir/checkpoints without characters that Orbax does not accept. The workdir must exist."""
     return plain_path(directory.parent) / directory.name if is_local(directory) else directory
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Makes the workdir and keeps other runs out of it. The lock ends with the process, however that ends.
+    """Creates the workdir and locks it against other runs. The lock is released when the process ends.
 
-    A bucket has no locks: there nothing is done.
+    Buckets have no locks, so nothing is done for them.
 
     Raises:
-        UserError: a running process has it, or it cannot be written.
+        UserError: a running process holds the lock, or the workdir cannot be written.
     """
     if not is_local(workdir):
         yield
@@ -67,33 +67,34 @@ def locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
-            raise UserError(f'workdir {workdir} is in use by process {lock.read().partition(" ")[0]}') from error
+            process = lock.read().partition(' ')[0]
+            raise UserError(f'workdir {workdir} is in use by process {process}: stop it, or use another') from error
         lock.truncate(0)
         lock.write(f'{os.getpid()} {secrets.token_hex(8)}')
         lock.flush()
-        os.fsync(lock.fileno())  # for the other hosts of a network file system
+        os.fsync(lock.fileno())  # makes it visible to the other hosts of a network file system
         yield
 
 
 @contextlib.contextmanager
-def locked_by_first(workdir: Path) -> Iterator[None]:
-    """`locked` by process 0, with the others' word that they see the same folder.
+def locked_by_main_process(workdir: Path) -> Iterator[None]:
+    """Locks the workdir on process 0, and verifies that all processes see the same folder.
 
     Raises:
-        UserError: as `locked`, or a process sees another folder.
+        UserError: as for `locked`, or a process sees another folder.
     """
     with locked(workdir) if is_main_process() else contextlib.nullcontext():
         lock = workdir / LOCK
         content = all_gather_objects(
             lock.read_text(encoding='utf-8') if is_main_process() and is_local(workdir) else None
         )[0]
-        if is_local(workdir) and not _comes_to_hold(lock, content):
-            raise UserError(f'workdir {workdir} is not the one that process 0 has: all hosts must share a file system')
+        if is_local(workdir) and not _wait_for_content(lock, content):
+            raise UserError(f'workdir {workdir} differs from the one of process 0: all hosts must share a file system')
         yield
 
 
-def _comes_to_hold(path: Path, content: str) -> bool:
-    """Whether a file has a content, or has it soon: so a network file system shows what another host wrote."""
+def _wait_for_content(path: Path, content: str) -> bool:
+    """Waits until a file has the content that another host wrote; False after `SHOWN_WITHIN` seconds."""
     until = time.monotonic() + SHOWN_WITHIN
     while not (path.exists() and path.read_text(encoding='utf-8') == content):
         if time.monotonic() > until:
@@ -102,14 +103,14 @@ def _comes_to_hold(path: Path, content: str) -> bool:
     return True
 
 
-def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
-    """Writes the config into the workdir; where a run has saved a checkpoint, compares it with that run's first.
+def write_config(workdir: Path, config: ConfigDict) -> list[str]:
+    """Writes config.json. If the workdir has a checkpoint, first compares the config with the stored one.
 
     Returns:
-        A line for each field that changes from here on.
+        A message for each field that changed.
 
     Raises:
-        UserError: a field changed that a run must keep, and every such change is listed; or as `read_config`.
+        UserError: fields changed that must not change on resume (the message lists them), or as for `read_config`.
     """
     path = workdir / CONFIG
     changes = {}
@@ -119,19 +120,19 @@ def settle_config(workdir: Path, config: ConfigDict) -> list[str]:
     refused = [line for field, line in lines.items() if is_fixed(field, config.task)]
     if refused:
         raise UserError(
-            f'{workdir} holds another run: {"; ".join(refused)}. Give the old values, or take another workdir'
+            f'{workdir} holds another run: {"; ".join(refused)}; give the old values, or use another workdir'
         )
     for field in lines:
         if field.startswith('init.'):
-            lines[field] += ' (without effect: the run goes on from its checkpoint)'
-    write_whole(path, (to_json(as_dict(config), indent=2) + '\n').encode())
+            lines[field] += ' (no effect: the run resumes from its checkpoint)'
+    write_atomically(path, (to_json(as_dict(config), indent=2) + '\n').encode())
     return list(lines.values())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or the next process, finds the old content or the new and nothing between."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file atomically: a reader sees the old or the new content, even after a crash."""
     if not is_local(path):
-        path.write_bytes(content)  # a bucket's files appear whole
+        path.write_bytes(content)  # writes to a bucket are atomic
         return
     scratch = path.with_name(f'.{path.name}.new')
     try:
@@ -146,12 +147,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """A text file that lines are added to; what is flushed is there."""
-    return open(path, 'a', encoding='utf-8') if is_local(path) else _Rewritten(path)
+    """Opens an existing text file for appending. `flush` makes the lines visible to readers."""
+    return open(path, 'a', encoding='utf-8') if is_local(path) else _BucketText(path)
 
 
-class _Rewritten(io.StringIO):
-    """A text in a bucket, where nothing can be appended: every flush writes it whole."""
+class _BucketText(io.StringIO):
+    """A text file in a bucket. Buckets cannot append, so every flush rewrites the whole file."""
 
     def __init__(self, path: epath.Path):
         super().__init__()

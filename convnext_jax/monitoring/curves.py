@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from convnext_jax.checkpoints.workdir import CURVES, write_whole
+from convnext_jax.checkpoints.workdir import CURVES, write_atomically
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import Headline
 
@@ -46,4 +46,4 @@ def draw_curves(workdir: Path, headline: Headline) -> None:
     speed.set_ylim(0, 1.1 * max((row['images_per_second'] for row in training), default=1))
     image = io.BytesIO()
     figure.savefig(image, format='png', dpi=100)
-    write_whole(workdir / CURVES, image.getvalue())
+    write_atomically(workdir / CURVES, image.getvalue())

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from convnext_jax.checkpoints.workdir import FIGURES, METRICS, TENSORBOARD, open_to_append, write_whole
+from convnext_jax.checkpoints.workdir import FIGURES, METRICS, TENSORBOARD, open_to_append, write_atomically
 from convnext_jax.errors import UserError
 from convnext_jax.monitoring.curves import draw_curves
 from convnext_jax.monitoring.records import read_records
@@ -51,7 +51,7 @@ class RunLog:
         self._total_steps = total_steps
         self._headline = headline
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
-        write_whole(workdir / METRICS, ''.join(to_json(record) + '\n' for record in records).encode())
+        write_atomically(workdir / METRICS, ''.join(to_json(record) + '\n' for record in records).encode())
         self._metrics = open_to_append(workdir / METRICS)
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / TENSORBOARD / 'events'))
@@ -130,7 +130,7 @@ class RunLog:
                 (self._workdir / FIGURES).mkdir(exist_ok=True)
                 encoded = io.BytesIO()
                 Image.fromarray(pixels).save(encoded, 'PNG')
-                write_whole(self._workdir / FIGURES / f'{name}.png', encoded.getvalue())
+                write_atomically(self._workdir / FIGURES / f'{name}.png', encoded.getvalue())
                 self._write_event(step, image(_event_name(f'{split}/{name}'), pixels, dataformats='HWC'))
             self._events.flush()
 

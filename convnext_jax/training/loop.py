@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from convnext_jax.checkpoints.checkpoint import read_about
 from convnext_jax.checkpoints.manager import Checkpoints, NotSaved
 from convnext_jax.checkpoints.state import TrainState, initial_state
-from convnext_jax.checkpoints.workdir import CHECKPOINTS, TENSORBOARD, locked_by_first, settle_config
+from convnext_jax.checkpoints.workdir import CHECKPOINTS, TENSORBOARD, locked_by_main_process, write_config
 from convnext_jax.config import as_dict, check_values, resolve_paths
 from convnext_jax.data.check import describe_unreadable, find_unreadable
 from convnext_jax.data.dataset import Dataset
@@ -70,18 +70,18 @@ def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = Non
     check_values(config)
     resolve_paths(config)
     cache_compiled(config.compilation_cache_dir)
-    with locked_by_first(workdir):
+    with locked_by_main_process(workdir):
         task = make_task(config)
         train_set, eval_set = task.open()
         durations = make_durations(config, len(train_set))
         mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-        for line in settle_config(workdir, config) if is_main_process() else ():
+        for line in write_config(workdir, config) if is_main_process() else ():
             say(f'changed since the run began: {line}')
         headline, keep = task.headline, config.keep_checkpoints
         best = f'ema_{headline.name}' if config.ema.decay else headline.name
         saved = workdir / CHECKPOINTS
-        with Checkpoints(saved, keep=keep, best_metric=best, lowest=headline.lowest, tell=say) as checkpoints:
+        with Checkpoints(saved, keep=keep, best_metric=best, lowest=headline.lowest, report=say) as checkpoints:
             run = Run(config, durations, mesh, train_set, eval_set, checkpoints)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):

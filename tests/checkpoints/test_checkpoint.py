@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, or not at all."""
+"""Checkpoints are restored bit for bit, or refused."""
 
 import errno
 import json
@@ -68,15 +68,16 @@ def biggest_file(folder: Path) -> Path:
     return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_everything_of_the_state_comes_back(directory):
+def test_the_whole_state_is_restored(directory):
+    """A resumed run continues from wrong values if any array is lost."""
     state, notes = newest(directory)
     assert_equal(state, make_state(3))
     assert notes == []
     assert read_about(directory, 3) == {'config': {'seed': 3}}
 
 
-def test_a_checkpoint_of_an_earlier_version_comes_back_and_is_written_in_the_same_way(tmp_path):
-    """Runs outlive versions. The stored checkpoint is older than statistics, which this state does not have."""
+def test_the_format_of_a_checkpoint_of_an_earlier_version_is_unchanged(tmp_path):
+    """An upgrade of the package makes a run unreadable. Like version 0.1.0, this state has no statistics."""
     with tarfile.open(Path(__file__).parent / 'checkpoint_of_0.1.0.tar.gz') as stored:
         stored.extractall(tmp_path, filter='data')
     assert_equal(restore(tmp_path / 'checkpoints', 3, like(make_state(width=2))), make_state(3, width=2))
@@ -88,8 +89,8 @@ def test_a_checkpoint_of_an_earlier_version_comes_back_and_is_written_in_the_sam
     assert items[0] == items[1]
 
 
-def test_checkpoints_in_a_bucket_are_read_and_set_aside_as_here(tmp_path):
-    """epath.Path stands for gs:// paths: what works with local paths alone would end a pod's run at its first save."""
+def test_checkpoints_in_a_bucket_are_read_and_moved_like_local_ones(tmp_path):
+    """A run on a pod fails at its first save, in code for local paths only. epath.Path stands for a gs:// path."""
     directory = epath.Path(tmp_path) / 'checkpoints'
     with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
         for step in (1, 2):
@@ -104,7 +105,7 @@ def test_checkpoints_in_a_bucket_are_read_and_set_aside_as_here(tmp_path):
 
 @pytest.mark.parametrize(('lowest', 'best'), [(False, 2), (True, 1)])
 def test_the_best_outlives_newer_ones(tmp_path, lowest, best):
-    """The highest accuracy, or the lowest error of pre-training."""
+    """The best checkpoint, by the highest accuracy or the lowest loss, is deleted when newer ones are saved."""
     with Checkpoints(tmp_path / 'c', keep=2, best_metric='top1', lowest=lowest) as checkpoints:
         for step, top1 in ((1, 80.0), (2, 90.0), (3, 85.0), (4, None), (5, 85.0), (6, None)):
             checkpoints.save(make_state(step), {}, None if top1 is None else {'top1': top1})
@@ -116,7 +117,7 @@ def test_the_best_outlives_newer_ones(tmp_path, lowest, best):
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
-    """The loop gives the state's memory to the next step while the save is still being written."""
+    """The checkpoint contains values of a later step, because the loop donates the state while the save is written."""
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = jax.tree.map(lambda x: jax.device_put(x, replicated(make_mesh())), make_state(7, width=200_000))
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
@@ -128,6 +129,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
 
 @pytest.mark.parametrize('item', ['parameters', 'optimizer', 'ema'])
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before(directory, item):
+    """A run continues from silently altered weights."""
     path = biggest_file(directory / '3' / item)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -139,8 +141,8 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(directory, item):
     assert (directory.parent / 'damaged' / '3.0').is_dir()
 
 
-def test_an_altered_manifest_is_no_manifest(directory):
-    """A number of it that changed is a place in the data, or a config, that the run never had."""
+def test_an_altered_manifest_is_refused(directory):
+    """A run resumes at a wrong position in the data, or with a wrong config."""
     path = directory / '3' / 'manifest' / 'metadata'
     path.write_text(path.read_text().replace('"seed": 3', '"seed": 7'))
     with pytest.raises(DamagedCheckpoint, match='manifest: altered'):
@@ -150,6 +152,7 @@ def test_an_altered_manifest_is_no_manifest(directory):
 
 @pytest.mark.parametrize('damage', ['truncated', 'missing', 'manifest'])
 def test_damaged_files_fall_back_to_the_checkpoint_before(directory, damage):
+    """One damaged file costs the whole run instead of a few steps."""
     path = biggest_file(directory / '3' / 'parameters')
     if damage == 'truncated':
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -162,7 +165,8 @@ def test_damaged_files_fall_back_to_the_checkpoint_before(directory, damage):
     assert 'checkpoint 3 is damaged' in notes[0]
 
 
-def test_a_run_goes_on_saving_where_a_damaged_checkpoint_was(directory):
+def test_a_run_saves_a_step_whose_checkpoint_was_damaged(directory):
+    """A resumed run stops when it reaches the step of the damaged checkpoint again."""
     shutil.rmtree(directory / '3' / 'parameters')
     with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
         checkpoints.restore_newest(like(make_state()))
@@ -170,16 +174,17 @@ def test_a_run_goes_on_saving_where_a_damaged_checkpoint_was(directory):
     assert_equal(newest(directory)[0], make_state(3))
 
 
-def test_when_all_are_damaged_the_run_does_not_start_afresh(directory):
+def test_when_all_are_damaged_the_run_does_not_restart_from_step_0(directory):
+    """Weeks of training are replaced by a new run without any message."""
     for step in saved_steps(directory):
         shutil.rmtree(directory / str(step) / 'parameters')
     for _ in range(2):
-        with pytest.raises(UserError, match='no checkpoint of .* is whole'):
+        with pytest.raises(UserError, match='all checkpoints in .* are damaged'):
             newest(directory)
 
 
 def test_another_shape_or_name_is_refused_with_the_difference(directory):
-    """Orbax alone would restore what fits."""
+    """Orbax alone silently restores the part that fits."""
     with pytest.raises(UserError, match=r'head.kernel is float32\[300, 40\], not float32\[301, 40\]'):
         restore(directory, 3, like(make_state(width=301)))
     other = make_state()
@@ -188,16 +193,17 @@ def test_another_shape_or_name_is_refused_with_the_difference(directory):
         restore(directory, 3, like(other))
 
 
-def test_a_full_disk_is_told_and_the_next_save_tries_again(directory, monkeypatch):
+def test_a_full_disk_is_reported_and_the_next_save_tries_again(directory, monkeypatch):
+    """A disk that is full for an hour ends the run, or leaves it without checkpoints."""
     told = []
     free_bytes = namedtuple('Usage', 'free')(1000)
-    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
         with monkeypatch.context() as full:
             full.setattr(shutil, 'disk_usage', lambda path: free_bytes)
             checkpoints.save(make_state(4), {}, None)
         (line,) = told
         assert line.startswith('step 4 could not be saved: the disk of')
-        assert 'is full: a checkpoint takes 0 MB' in line
+        assert 'is full: a checkpoint needs 0 MB' in line
         assert line.endswith('the last checkpoint is of step 3')
         assert saved_steps(directory) == [1, 2, 3]
         checkpoints.save(make_state(5), {}, None)
@@ -205,10 +211,10 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(directory, monkeypatc
     assert saved_steps(directory) == [1, 3, 5]
 
 
-def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch):
-    """A host whose disk is full would leave the others waiting for its part; so all train on."""
+def test_no_process_starts_a_save_that_one_of_them_cannot_write(directory, monkeypatch):
+    """If the disk of one host is full, the other hosts wait for its part of the checkpoint until they time out."""
     told = []
-    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
         with monkeypatch.context() as of_two:
             of_two.setattr(manager, 'is_multiprocess', lambda: True)
             of_two.setattr(manager, 'all_gather_objects', lambda own: [own, 'the other disk is full'])
@@ -219,8 +225,8 @@ def test_what_one_process_cannot_save_none_begins_to_save(directory, monkeypatch
     assert saved_steps(directory) == [1, 3, 5]
 
 
-def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
-    """'could not be saved: the disk …' would send the user to a disk that has room."""
+def test_a_process_that_has_ended_is_not_reported_as_a_failed_save(directory, monkeypatch):
+    """'could not be saved' sends the user to a disk that is not full."""
 
     def all_gather_objects(own):
         raise jax.errors.JaxRuntimeError('the coordination service is gone')
@@ -234,30 +240,30 @@ def test_a_process_that_is_gone_is_told_as_what_it_is(directory, monkeypatch):
         assert not checkpoints.failed
 
 
-def test_a_write_error_of_python_s_is_told_in_the_same_words(directory, monkeypatch):
-    """Orbax writes some files by TensorStore and some itself; which one meets the full disk first is chance."""
+def test_a_write_error_from_python_has_the_message_of_one_from_tensorstore(directory, monkeypatch):
+    """Whether the message is clear depends on which library writes to the full disk first, TensorStore or Orbax."""
 
     def write(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'array_metadatas')
 
     told = []
-    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, 'save', write)
         checkpoints.save(make_state(4), {}, None)
     assert told == ['step 4 could not be saved: No space left on device; the last checkpoint is of step 3']
 
 
 def test_an_older_step_than_the_newest_is_saved_too(directory):
-    """The loop has decided; Orbax would leave it out in silence."""
+    """Orbax's own policy silently skips a step that the training loop decided to save."""
     with Checkpoints(directory, keep=10, best_metric='top1') as checkpoints:
         checkpoints.save(make_state(0), {}, None)
     assert saved_steps(directory) == [0, 1, 2, 3]
 
 
-def test_a_write_error_in_the_background_is_told_before_the_next_save(directory):
-    """The half-written checkpoint goes, for it takes the room; none is deleted before its successor is whole."""
+def test_a_write_error_in_the_background_is_reported_before_the_next_save(directory):
+    """The user learns of a full disk late, its partial checkpoint keeps it full, or a good checkpoint is deleted."""
     told, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpoints(directory, keep=2, best_metric='top1', tell=told.append) as checkpoints:
+    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         try:
             checkpoints.save(make_state(4, width=3000), {}, {'top1': 99.0})
@@ -277,7 +283,8 @@ def test_a_write_error_in_the_background_is_told_before_the_next_save(directory)
     assert_equal(newest(directory)[0], make_state(4))
 
 
-def test_one_set_of_weights_alone(directory):
+def test_the_moving_average_is_restored_without_the_rest(directory):
+    """An evaluation reads the optimizer state too, which takes twice the memory of the weights."""
     ema = restore_parameters(directory, 3, 'ema')
     np.testing.assert_array_equal(ema['head.kernel'], make_state(3).ema['head.kernel'])
     shutil.rmtree(directory / '3' / 'ema')
@@ -286,8 +293,8 @@ def test_one_set_of_weights_alone(directory):
 
 
 @pytest.mark.parametrize('step', [1, 3])
-def test_no_damage_to_small_files_keeps_a_run_from_starting(directory, step):
-    """Whatever Orbax keeps beside the arrays: a run that cannot read it takes another checkpoint, and saves again."""
+def test_damaged_metadata_files_of_orbax_do_not_stop_a_run(directory, step):
+    """A run with a damaged metadata file fails at start instead of using another checkpoint."""
     for path in (directory / str(step)).rglob('*'):
         if path.is_file() and path.stat().st_size < 2000:
             path.write_bytes(b'\xff' + path.read_bytes()[2:])

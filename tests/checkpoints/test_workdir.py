@@ -1,4 +1,4 @@
-"""A workdir belongs to one run and one process at a time."""
+"""The workdir: its lock, its config, and workdirs in buckets."""
 
 import json
 import threading
@@ -13,9 +13,9 @@ from convnext_jax.checkpoints.workdir import (
     CONFIG,
     LOCK,
     locked,
-    locked_by_first,
-    settle_config,
+    locked_by_main_process,
     workdir_path,
+    write_config,
 )
 from convnext_jax.config import as_dict, default_config, from_dict, read_config
 from convnext_jax.errors import UserError
@@ -24,34 +24,36 @@ from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import Headline
 
 STORED = Path(__file__).parent / 'config_of_0.1.0.json'
-"""The config.json of a run of the demo by version 0.1.0. A later version leaves it as it is, and reads it."""
+"""The config.json that version 0.1.0 wrote for the demo. Later versions must read it; do not change it."""
 
 
-def test_a_locked_workdir_is_refused_and_free_again_after(tmp_path):
+def test_a_locked_workdir_is_refused_until_it_is_unlocked(tmp_path):
+    """Two runs write into one workdir and destroy each other's checkpoints."""
     with locked(tmp_path / 'run'), pytest.raises(UserError, match='in use by process'), locked(tmp_path / 'run'):
         pass
     with locked(tmp_path / 'run'):
         pass
 
 
-def test_a_lock_that_a_network_file_system_shows_late_is_waited_for(tmp_path, monkeypatch):
-    """Another host reads it a moment after process 0 wrote it: no reason to end a job of many hosts."""
+def test_a_lock_may_become_visible_late_on_a_network_file_system(tmp_path, monkeypatch):
+    """A job of many hosts ends because one host reads the lock file a moment too early."""
     lock = tmp_path / LOCK
     lock.write_text('of the run before')
     monkeypatch.setattr(workdir, 'is_main_process', lambda: False)
     monkeypatch.setattr(workdir, 'all_gather_objects', lambda own: ['of this run'])
     timer = threading.Timer(0.5, lock.write_text, ['of this run'])
     timer.start()
-    with locked_by_first(tmp_path):
+    with locked_by_main_process(tmp_path):
         pass
     timer.join()
     monkeypatch.setattr(workdir, 'SHOWN_WITHIN', 0.3)
     lock.write_text("of another folder's run")
-    with pytest.raises(UserError, match='all hosts must share a file system'), locked_by_first(tmp_path):
+    with pytest.raises(UserError, match='all hosts must share a file system'), locked_by_main_process(tmp_path):
         pass
 
 
-def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
+    """The user sees a traceback for a mistyped path."""
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'), locked(tmp_path / 'file' / 'run'):
         pass
@@ -60,7 +62,7 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
     """A workdir with a checkpoint."""
-    settle_config(tmp_path, default_config())
+    write_config(tmp_path, default_config())
     (tmp_path / CHECKPOINTS / '100').mkdir(parents=True)
     return tmp_path
 
@@ -77,27 +79,29 @@ def begun(tmp_path: Path) -> Path:
     ],
 )
 def test_another_model_data_set_or_seed_is_refused_with_the_difference(begun, field, value, line):
+    """A run resumes with other steps than those it was started with."""
     other = default_config()
     other.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=line):
-        settle_config(begun, other)
+        write_config(begun, other)
     assert read_config(begun / CONFIG) == default_config()
 
 
 def test_before_the_first_checkpoint_anything_may_change(tmp_path):
-    """A typing error that stopped at once leaves a workdir that can be used."""
-    settle_config(tmp_path, default_config())
+    """After a typo in the first command, the workdir cannot be used any more."""
+    write_config(tmp_path, default_config())
     other = default_config()
     other.seed = 1
-    assert settle_config(tmp_path, other) == []
+    assert write_config(tmp_path, other) == []
     assert read_config(tmp_path / CONFIG) == other
 
 
 def test_a_longer_run_or_a_moved_data_set_is_not_another_run(begun):
+    """A finished run cannot be extended, or a run is lost when its data moves."""
     longer = default_config()
     longer.epochs = 600.0
     longer.data.dir = '/elsewhere'
-    assert settle_config(begun, longer) == ['data.dir was , is /elsewhere', 'epochs was 300.0, is 600.0']
+    assert write_config(begun, longer) == ['data.dir was , is /elsewhere', 'epochs was 300.0, is 600.0']
     assert read_config(begun / CONFIG) == longer
 
 
@@ -114,32 +118,32 @@ def test_a_longer_run_or_a_moved_data_set_is_not_another_run(begun):
     ],
 )
 def test_fields_that_change_no_step_may_change(begun, field, value):
-    """A run that needs less memory, or whose data was moved, would otherwise be lost."""
+    """A run is lost if it needs less memory or its data was moved."""
     other = default_config()
     other.update_from_flattened_dict({field: value})
-    (line,) = settle_config(begun, other)
+    (line,) = write_config(begun, other)
     assert line.startswith(f'{field} was ')
-    assert line.endswith('without effect: the run goes on from its checkpoint)') == field.startswith('init.')
+    assert line.endswith('no effect: the run resumes from its checkpoint)') == field.startswith('init.')
     assert read_config(begun / CONFIG) == other
 
 
-def test_the_config_of_a_run_of_an_earlier_version_is_read(begun):
-    """A field that was added since has its default; without that, every run of the version before could not go on."""
+def test_the_config_of_an_earlier_version_is_read(begun):
+    """No run of an earlier version can be resumed after a config field was added."""
     stored = json.loads(STORED.read_text())
     assert stored['data']['name'] == 'fashion_mnist_mini'
     config = from_dict(stored)
     assert {field: value for field, value in flat(as_dict(config)).items() if field in flat(stored)} == flat(stored)
     del stored['accumulation_steps'], stored['data']['patience_seconds']
     (begun / CONFIG).write_text(json.dumps(stored))
-    assert settle_config(begun, config) == []
+    assert write_config(begun, config) == []
 
 
 def test_a_field_of_a_later_version_is_named(begun):
-    """Without the field the run would be another one."""
+    """An older version of the package silently ignores the field, and trains another model."""
     stored = as_dict(default_config())
     stored['model']['attention'] = True
     (begun / CONFIG).write_text(json.dumps(stored))
-    for read in (lambda: read_config(begun / CONFIG), lambda: settle_config(begun, default_config())):
+    for read in (lambda: read_config(begun / CONFIG), lambda: write_config(begun, default_config())):
         with pytest.raises(
             UserError, match='^another version of convnext_jax wrote .* has no config field model.attention; use'
         ):
@@ -153,19 +157,22 @@ def flat(values, prefix=''):
     return pairs
 
 
-def test_config_survives_json():
+def test_a_config_is_unchanged_by_json():
+    """A resumed run refuses its own config."""
     config = default_config()
     config.data.crop_scale = ()
     assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
 
 
 @pytest.mark.parametrize('change', [{'sead': 1}, {'seed': 'one'}, {'seed': None}])
-def test_a_config_that_does_not_fit_is_refused(change):
+def test_a_config_with_an_unknown_field_or_a_wrong_type_is_refused(change):
+    """A damaged config.json changes the run or ends in a traceback."""
     with pytest.raises(UserError, match=next(iter(change))):
         from_dict(as_dict(default_config()) | change)
 
 
-def test_damaged_or_missing_config_is_one_line(tmp_path):
+def test_a_damaged_or_missing_config_is_a_one_line_error(tmp_path):
+    """The user sees a traceback for a wrong workdir."""
     with pytest.raises(UserError, match='holds no run'):
         read_config(tmp_path / CONFIG)
     for content in ('{', '[]', '3'):
@@ -175,13 +182,13 @@ def test_damaged_or_missing_config_is_one_line(tmp_path):
 
 
 def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
-    """There nothing can be locked, renamed or appended to: a run must not lose its records for that."""
+    """A run loses its records, because files in a bucket cannot be locked, renamed or appended to."""
     assert str(workdir_path('gs://bucket/run') / CONFIG) == 'gs://bucket/run/config.json'
     assert workdir_path('runs/demo') == Path('runs/demo')
-    run = epath.Path(tmp_path)  # any path that is no pathlib.Path is taken for a bucket's
+    run = epath.Path(tmp_path)  # every path that is not a pathlib.Path counts as a bucket
     with locked(run):
         assert not list(run.iterdir())
-    settle_config(run, default_config())
+    write_config(run, default_config())
     assert read_config(run / CONFIG) == default_config()
     speed = dict.fromkeys(('images_per_second', 'step_ms_median', 'step_ms_p99', 'data_wait_share'), 1.0)
     for start in (0, 1):

@@ -159,7 +159,7 @@ def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
     ]
     errors = [process.communicate(timeout=LONGEST)[1].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    text = f'workdir {tmp_path / "1"} is not the one that process 0 has: all hosts must share a file system'
+    text = f'workdir {tmp_path / "1"} differs from the one of process 0: all hosts must share a file system'
     assert errors == [[f'error: process 1 failed: {text}'], [f'error: {text}']]
 
 
