@@ -183,7 +183,7 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
         (('--config=configs/fashion_mnist.py', '--config.batch_size=5001'), 'lower it'),
         (('--config=configs/fashion_mnist.py', '--config.data.crop_scale=(0.5,)'), 'data.crop_scale must be two'),
         (('--config=configs/fashion_mnist.py', '--config.model.patch_size=4'), 'below the total stride 32'),
-        (('--config=configs/fashion_mnist.py', '--config.steps=10'), 'not more than the warm-up'),
+        (('--config=configs/fashion_mnist.py', '--config.steps=10'), 'and the warm-up alone takes'),
         (('--config=configs/imagenet1k.py:tiny',), 'data.dir is not set'),
         (
             ('--config=configs/fashion_mnist.py', '--config.log_every_steps=0', '--config.ema.decay=1.5'),
@@ -192,7 +192,10 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
         (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'must have one value (grey) or three'),
         (('--config=configs/fashion_mnist.py', '--config.optimizer.learning_rate=inf'), 'must be finite, not inf'),
         (('--config=configs/fashion_mnist.py', "--config.data.crop_scale=('a', 1)"), 'data.crop_scale must be two'),
-        (('--config=configs/fashion_mnist.py', '--profile=5'), '--profile is START:STEPS, as 20:5 for five steps'),
+        (
+            ('--config=configs/fashion_mnist.py', '--profile=5'),
+            "--profile needs START:STEPS, not '5'; for example",
+        ),
         (
             ('--config=configs/fashion_mnist.py', '--config.compilation_cache_dir=README.md/cache'),
             'README.md/cache cannot be written: Not a directory',
@@ -331,7 +334,7 @@ def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, pac
         assert {best['name'] for best in line['best']} < {'T-shirt/top', *FASHION}
     left_out, first, second, _ = done.stderr.splitlines()
     assert left_out == f'warning: {photos}: left out: .txt files (1)'
-    weights = f'the raw weights of {finished_run}, step {STEPS}; --params=ema takes the moving average'
+    weights = f'the raw weights of {finished_run}, step {STEPS}; --params=ema uses the moving average'
     assert first == f'predicting with {weights}'
     assert second.startswith('skipped: ')
     assert done.stderr.splitlines()[-1] == 'error: 1 of 3 files could not be read'

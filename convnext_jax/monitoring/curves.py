@@ -1,4 +1,4 @@
-"""The curves of a run, drawn from its records."""
+"""curves.png, drawn from the records of a run."""
 
 import io
 from pathlib import Path
@@ -9,8 +9,13 @@ from convnext_jax.tasks import Headline
 
 
 def draw_curves(workdir: Path, headline: Headline) -> None:
-    """Draws curves.png: loss, headline metric raw and EMA, learning rate and throughput over the epochs."""
-    from matplotlib.figure import Figure  # takes a second: not at start
+    """Draws the loss, the headline metric (raw and EMA), the learning rate and the throughput over epochs.
+
+    Args:
+        workdir: of the run; it has metrics.jsonl, and curves.png is replaced.
+        headline: the metric to draw.
+    """
+    from matplotlib.figure import Figure  # imported here because the import takes a second
 
     records = read_records(workdir)
     training = [record for record in records if record['split'] == 'train']

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard events, and curves.png."""
+"""RunLog: the output of a run as progress lines, metrics.jsonl, TensorBoard events, figures and curves.png."""
 
 import contextlib
 import io
@@ -21,8 +21,8 @@ from convnext_jax.tasks import Headline
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Who imports torch in here finds none, unless it is imported already."""
-    hidden = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]  # None refuses the import
+    """Makes `import torch` fail in the body, unless torch is imported already."""
+    hidden = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]  # None makes the import fail
     try:
         yield
     finally:
@@ -31,20 +31,21 @@ def _without_torch() -> Iterator[None]:
 
 
 class RunLog:
-    """Writes a run's records. Use as a context manager; leaving it raises UserError if metrics.jsonl is not whole.
+    """Writes the records of a run. Use as a context manager.
 
-    A disk that is full, or cannot be written, is told once and stops no training.
+    If the disk is full or read-only, a warning is printed once and training continues. Leaving the context raises
+    UserError if metrics.jsonl is incomplete.
 
     Args:
-        workdir: of the run; records of steps after `start_step`, left by a run that was killed, are dropped.
-        start_step: steps done before.
-        total_steps: of the whole run.
-        headline: the metric of an evaluation that is printed and drawn.
+        workdir: of the run. Records of steps after `start_step`, which a killed run has left, are deleted.
+        start_step: number of steps that are finished.
+        total_steps: number of steps of the whole run.
+        headline: the evaluation metric to print and to draw.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, headline: Headline):
-        with _without_torch():  # tensorboardX would import it where there is one, which takes seconds
-            # Not SummaryWriter: its thread dies of a full disk, and then it blocks.
+        with _without_torch():  # if torch is installed, tensorboardX imports it, which takes seconds
+            # Not SummaryWriter: a full disk ends its thread, and the next call then blocks forever.
             from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
@@ -55,7 +56,7 @@ class RunLog:
         self._metrics = open_to_append(workdir / METRICS)
         (workdir / TENSORBOARD).mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / TENSORBOARD / 'events'))
-        self._told = False
+        self._warned = False
         if start_step:
             self._drop_events_from(start_step + 1)
         self._live = sys.stderr.isatty()
@@ -66,28 +67,28 @@ class RunLog:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._bar.close()
-        with self._going_on():
+        with self._warn_on_write_error():
             self._events.close()
         try:
-            self._metrics.close()  # writes what a full disk has held up
+            self._metrics.close()  # writes the lines that a full disk has kept in the buffer
         except OSError as error:
             if kind is None:
                 path = self._workdir / METRICS
-                line = f'{path} is not whole: {error.strerror}. Make room, and run the same command again'
+                line = f'{path} is incomplete: {error.strerror}. Free disk space, and run the same command again'
                 raise UserError(line) from error
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """What cannot be written costs records, not the run."""
+    def _warn_on_write_error(self) -> Iterator[None]:
+        """Turns a write error into a warning, so that it costs records but not the run."""
         try:
             yield
         except OSError as error:
-            if not self._told:
-                say(f'{self._workdir} cannot be written: {error.strerror}; training goes on, records may be missing')
-            self._told = True
+            if not self._warned:
+                say(f'{self._workdir} cannot be written: {error.strerror}; training continues, records may be missing')
+            self._warned = True
 
     def say(self, line: str) -> None:
-        """As `say`."""
+        """Prints a line, as `output.say`."""
         say(line)
 
     def advance(self) -> None:
@@ -95,7 +96,14 @@ class RunLog:
         self._bar.update()
 
     def train(self, step: int, epoch: float, metrics: dict[str, float], seconds_left: float) -> None:
-        """Records the training since the last record: `loss`, `learning_rate`, and what `StepTimer.lap` gives."""
+        """Records the training steps since the last record.
+
+        Args:
+            step: number of finished steps.
+            epoch: number of finished epochs.
+            metrics: `loss`, `learning_rate`, further metrics of the steps, and those of `StepTimer.summary`.
+            seconds_left: estimated time until the end of the run.
+        """
         self._record(step, epoch, 'train', metrics)
         speed = f'{metrics["images_per_second"]:.0f} images/s  step {metrics["step_ms_median"]:.0f} ms'
         speed += f' (99 %: {metrics["step_ms_p99"]:.0f})  waits for data {metrics["data_wait_share"]:.0%}'
@@ -109,23 +117,23 @@ class RunLog:
             self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {shown}  {left} left')
 
     def evaluation(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
-        """Records an evaluation, and draws the curves anew."""
+        """Records the metrics of an evaluation of a split, and redraws the curves."""
         self._record(step, epoch, split, metrics)
         self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} {self._headline.describe(metrics)}')
-        with self._going_on():
+        with self._warn_on_write_error():
             draw_curves(self._workdir, self._headline)
 
     def figures(self, step: int, split: str, figures: dict[str, np.ndarray]) -> None:
-        """Writes the pictures of an evaluation to TensorBoard, and replaces those in the workdir.
+        """Writes the figures of an evaluation to TensorBoard and, as PNG files, to the workdir.
 
         Args:
-            step: steps done.
-            split: that was evaluated.
+            step: number of finished steps.
+            split: the evaluated split.
             figures: name → (H, W, 3) uint8.
         """
         from tensorboardX.summary import image
 
-        with self._going_on():
+        with self._warn_on_write_error():
             for name, pixels in figures.items():
                 (self._workdir / FIGURES).mkdir(exist_ok=True)
                 encoded = io.BytesIO()
@@ -135,10 +143,10 @@ class RunLog:
             self._events.flush()
 
     def _record(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
-        with self._going_on():
+        with self._warn_on_write_error():
             self._metrics.write(to_json({'step': step, 'epoch': round(epoch, 4), 'split': split, **metrics}) + '\n')
             self._metrics.flush()
-        with self._going_on():
+        with self._warn_on_write_error():
             self._write_events(step, {f'{split}/{name}': value for name, value in metrics.items()})
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
@@ -154,7 +162,7 @@ class RunLog:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _drop_events_from(self, step: int) -> None:
-        """Tells TensorBoard to drop what a run that was killed wrote of this step and later ones."""
+        """Makes TensorBoard ignore earlier events of this step and later ones, which a killed run has written."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
@@ -162,12 +170,12 @@ class RunLog:
 
 
 def _event_name(name: str) -> str:
-    """The name as UTF-8, as events must be: a split's name may be other bytes."""
+    """The name as valid UTF-8, which events require. The name of a split may contain other bytes."""
     return name.encode(errors='replace').decode()
 
 
 class NullLog:
-    """Stands in for `RunLog` on the processes that write nothing."""
+    """A `RunLog` that writes nothing, for all processes but the main process."""
 
     def __enter__(self) -> 'NullLog':
         return self

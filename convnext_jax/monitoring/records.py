@@ -1,4 +1,4 @@
-"""The records of a run: the lines of metrics.jsonl."""
+"""The records of a run, which are the lines of metrics.jsonl."""
 
 import contextlib
 import json
@@ -8,7 +8,11 @@ from convnext_jax.checkpoints.workdir import METRICS
 
 
 def read_records(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for those that a kill cut short or a disk altered."""
+    """Reads metrics.jsonl; skips lines that are truncated or damaged.
+
+    Returns:
+        One dict for each record, with at least `step`, `epoch` and `split`; [] if the file does not exist.
+    """
     path = workdir / METRICS
     records = []
     for line in path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []:

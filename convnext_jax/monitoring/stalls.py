@@ -1,4 +1,4 @@
-"""A batch that does not come: the run says where it waits, and a signal ends the wait."""
+"""StallMonitor: reports when the input pipeline delivers no batch, and lets a signal end the wait."""
 
 from collections.abc import Callable
 
@@ -7,27 +7,24 @@ import jax
 from convnext_jax.output import say
 from convnext_jax.runtime.stop import Stop
 
-GIVES_UP = 5.0
-"""Seconds that a run waits for a batch, in all, once a signal has come."""
+MAX_WAIT_AFTER_SIGNAL = 5.0
+"""Once a signal has been received, a wait for a batch ends after this many seconds in total."""
 
 
 class DataStalled(Exception):
-    """A signal came while the run waited for data in vain."""
+    """A signal was received while the run waited for data."""
 
 
 class StallMonitor:
-    """Hears of a batch that is not there, as `loading.Waiting`: says where the wait is, again after twice the time.
+    """A wait callback (`loading.Waiting`) that reports a stalled input pipeline, with exponential back-off.
 
-    A read that hangs cannot be broken off, and may come back: the wait goes on, unless a signal ends it. Every process
-    speaks for itself, on stderr.
+    A blocked read cannot be cancelled, and may succeed later, so the run keeps waiting until a signal is received.
+    Every process reports its own waits on stderr.
 
     Args:
-        seconds: before the first word.
-        stop: the signal, if one came.
-        at: says what the batch is for.
-
-    Raises:
-        DataStalled: when called, of a signal.
+        seconds: time until the first report.
+        stop: holds the signal once it is received.
+        at: returns a description of the batch that the run waits for.
     """
 
     def __init__(self, seconds: float, stop: Stop, at: Callable[[], str]):
@@ -35,6 +32,15 @@ class StallMonitor:
         self._next = seconds
 
     def __call__(self, seconds: float, example: Callable[[], str]) -> None:
+        """Reports the wait if it is time to.
+
+        Args:
+            seconds: duration of the wait so far.
+            example: returns the name of the first example that is not loaded yet.
+
+        Raises:
+            DataStalled: a signal was received, and the wait has lasted `MAX_WAIT_AFTER_SIGNAL`.
+        """
         if seconds < self._seconds:
             self._next = self._seconds
         elif seconds >= self._next:
@@ -42,5 +48,5 @@ class StallMonitor:
             host = f'process {jax.process_index()}: ' if jax.process_count() > 1 else ''
             line = f'{host}{self._at()}: no batch for {seconds:.0f} s, still waiting for {example()}'
             say(line, error=True)
-        if self._stop.received and seconds >= GIVES_UP:
+        if self._stop.received and seconds >= MAX_WAIT_AFTER_SIGNAL:
             raise DataStalled

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: the time of its steps, the wait for data, FLOPs, memory, straggling hosts."""
+"""StepTimer: measures step times, waits for data, FLOP utilisation and memory of a run, and finds straggling hosts."""
 
 import collections
 import contextlib
@@ -19,50 +19,50 @@ from convnext_jax.runtime.chips import find_chip
 from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks import make_task
 
-STEPS_AHEAD = 2
-"""So many steps are under way at once: the device never waits for the host, and the host does not run away."""
+STEPS_IN_FLIGHT = 2
+"""Steps that are dispatched at the same time. With two, the device never waits for the host's dispatch. A limit is
+needed, because the host would otherwise dispatch steps without end and hold their batches in memory."""
 
-STRAGGLES = 0.1
-"""A host is named if it takes this share of a step more than the median host to wait for data, or for its own work."""
+STRAGGLER_THRESHOLD = 0.1
+"""A host is a straggler if it spends this fraction of a step more than the median host on data, or on its own work."""
 
-
-MEMORY = Path('/proc/self/statm')
+PROCESS_MEMORY = Path('/proc/self/statm')
 
 
 class StepTimer:
-    """Keeps the host `STEPS_AHEAD` ahead of the device, and measures. Pauses do not count.
+    """Times the steps of the training loop, and limits how many of them are in flight.
 
-    A step's time is from the completion of the one before to its own, as the host sees them; the time in which the host
-    does something else between two steps is in it.
+    The time of a step lasts from the completion of the previous step to its own completion, as the host sees them. It
+    includes work of the host between two steps, and excludes `paused` spans.
 
     Args:
         config: of the experiment.
-        step: steps done before.
-        stop: the signal, if one came.
+        step: number of steps that are finished.
+        stop: holds the signal once it is received.
     """
 
     def __init__(self, config: ConfigDict, step: int, stop: Stop):
         self._config, self._step, self._stop = config, step, stop
-        self._patience = self.patience(config.data.train_split)
-        self._under_way: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._stall_monitor = self.stall_monitor(config.data.train_split)
+        self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         self._idle_since: float | None = None
-        self._straggling: list[str] = []
-        self._last = 0.0  # when the step before was done
+        self._stragglers_now: list[str] = []
+        self._last = 0.0  # when the previous step completed
         self._restart()
 
-    def patience(self, split: str) -> StallMonitor:
-        """For the batches of a split."""
+    def stall_monitor(self, split: str) -> StallMonitor:
+        """A new stall monitor for batches of a split."""
         seconds = self._config.data.patience_seconds
         return StallMonitor(seconds, self._stop, lambda: f'{split} after step {self._step}')
 
     def _restart(self) -> None:
         self._seconds: list[float] = []  # of each step
-        self._starved = 0.0  # seconds in which the device had nothing to do, for there was no batch
-        self._fetching = 0.0  # seconds in which the loop wanted a batch, whatever the device did
+        self._starved = 0.0  # seconds in which the device was idle because no batch was ready
+        self._fetching = 0.0  # seconds in which the loop waited for a batch, whether the device was idle or not
         self._blocked = 0.0  # seconds in which the loop waited for the device
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the wait for them measured; the clock starts here."""
+        """Yields the batches, and measures the wait for each. The clock starts at the first call."""
         batches = iter(batches)
         self._last, self._idle_since = time.perf_counter(), None
         while True:
@@ -78,25 +78,32 @@ class StepTimer:
             yield batch
 
     def waiting(self, seconds: float, example: Callable[[], str]) -> None:
-        """Hears of a batch that is not there yet, as `loading.Waiting`.
+        """Notes that the next batch is not ready: a wait callback (`loading.Waiting`).
+
+        Args:
+            seconds, example: as for `StallMonitor`.
 
         Raises:
-            DataStalled: a signal came.
+            DataStalled: as for `StallMonitor`.
         """
-        if self._idle_since is None and all(x.is_ready() for x in jax.tree.leaves(list(self._under_way))):
+        if self._idle_since is None and all(x.is_ready() for x in jax.tree.leaves(list(self._in_flight))):
             self._idle_since = time.perf_counter()
-        self._patience(seconds, example)
+        self._stall_monitor(seconds, example)
 
     def dispatched(self, metrics: dict[str, jax.Array]) -> None:
-        """Counts a step that the device was given, and waits for the one before it."""
-        self._step += 1
-        self._under_way.append(metrics)
-        if len(self._under_way) == STEPS_AHEAD:
-            self._complete()
+        """Notes that a step was dispatched, and waits until fewer than `STEPS_IN_FLIGHT` are in flight.
 
-    def _complete(self) -> None:
+        Args:
+            metrics: of the step.
+        """
+        self._step += 1
+        self._in_flight.append(metrics)
+        if len(self._in_flight) == STEPS_IN_FLIGHT:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
         began = time.perf_counter()
-        jax.block_until_ready(self._under_way.popleft())
+        jax.block_until_ready(self._in_flight.popleft())
         now = time.perf_counter()
         self._blocked += now - began
         self._seconds.append(now - self._last)
@@ -104,26 +111,27 @@ class StepTimer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits for the steps under way; what follows is not counted."""
-        while self._under_way:
-            self._complete()
+        """Waits for the steps in flight, and excludes the time of the body from the measurements."""
+        while self._in_flight:
+            self._wait_for_oldest()
         began = time.perf_counter()
         yield
         self._last += time.perf_counter() - began
 
-    def lap(self) -> tuple[dict[str, float], list[str]]:
-        """The metrics of the steps since the last lap, and a line for each host that has begun to straggle.
-
-        Of many processes all must call it after the same step.
+    def summary(self) -> tuple[dict[str, float], list[str]]:
+        """Summarises the steps since the last call. All processes must call it after the same step.
 
         Returns:
-            `images_per_second`, and the same `_per_chip`; `step_ms_median` and `step_ms_p99`; `data_wait_share`, of the
-            time, in which the device had nothing to do because there was no batch; `mfu`, model FLOP utilisation, where
-            the chip's peak is known; `host_memory_gib`, and `device_memory_gib` and `device_memory_peak_gib` of the
-            fullest device, where the system and the backend tell. Wait and memory are of this process.
+            The metrics by name, and a message for each host that has become a straggler.
+            - `images_per_second`, `images_per_second_per_chip`.
+            - `step_ms_median`, `step_ms_p99`: median and 99th percentile of the step time in ms.
+            - `data_wait_share`: fraction of the time in which the devices of this process had no batch.
+            - `mfu`: model FLOP utilisation, if the peak of the chip is known.
+            - `host_memory_gib`: of this process, on Linux.
+            - `device_memory_gib`, `device_memory_peak_gib`: of the fullest local device, if the backend reports them.
         """
-        while self._under_way:
-            self._complete()
+        while self._in_flight:
+            self._wait_for_oldest()
         steps, seconds = len(self._seconds), sum(self._seconds)
         speed = steps * self._config.batch_size / seconds
         median, p99 = np.percentile(self._seconds, (50, 99))
@@ -139,7 +147,7 @@ class StepTimer:
         began = time.perf_counter()
         lines = self._stragglers(seconds / steps) if jax.process_count() > 1 else []
         self._restart()
-        self._blocked = time.perf_counter() - began  # to hear of all is to wait for the slowest
+        self._blocked = time.perf_counter() - began  # the all-gather waits for the slowest process
         return metrics, lines
 
     def _stragglers(self, step_seconds: float) -> list[str]:
@@ -150,28 +158,29 @@ class StepTimer:
         hosts = multihost_utils.process_allgather(own)
         names = [bytes(name).rstrip(b'\0').decode(errors='replace') for name in hosts['name']]
         found = stragglers(names, hosts['data'], hosts['work'], step_seconds)
-        news = [line for host, line in found.items() if host not in self._straggling]
-        self._straggling = list(found)
-        return news
+        new = [line for host, line in found.items() if host not in self._stragglers_now]
+        self._stragglers_now = list(found)
+        return new
 
 
 def stragglers(names: list[str], data: np.ndarray, work: np.ndarray, step_seconds: float) -> dict[str, str]:
-    """The hosts that hold the others up: in a step of all devices each waits for the slowest.
+    """Finds the hosts that slow down the others, which wait for the slowest in every step.
 
-    A chip that is slow by itself is not found: its step ends on all hosts at the same time.
+    A slow chip is not found, because its steps end on all hosts at the same time.
 
     Args:
-        names: of the hosts, by process.
-        data, work: (processes,) seconds of a step in which each let its devices wait for data, and worked on the host.
+        names: host name of each process.
+        data: (processes,) seconds per step in which the devices of a process waited for data.
+        work: (processes,) seconds per step of other work on the host.
         step_seconds: mean time of a step.
 
     Returns:
-        Host → a line that says what it is slow at.
+        Host → a message that says what it is slow at.
     """
     found = {}
     for what, seconds in (('waiting for data', data), ('its own work', work)):
         median = float(np.median(seconds))
-        for process in np.flatnonzero(seconds - median > STRAGGLES * step_seconds):
+        for process in np.flatnonzero(seconds - median > STRAGGLER_THRESHOLD * step_seconds):
             host = f'process {process} ({names[process]})'
             figures = f'{1000 * seconds[process]:.0f} ms of a step of {1000 * step_seconds:.0f} ms'
             found[host] = f'{host} straggles: {figures} in {what}, the median host {1000 * median:.0f} ms'
@@ -179,15 +188,18 @@ def stragglers(names: list[str], data: np.ndarray, work: np.ndarray, step_second
 
 
 def utilisation(config: ConfigDict, images_per_second: float, device_kind: str) -> dict[str, float]:
-    """Model FLOP utilisation, `mfu`: the FLOPs that the model needs, to the chip's peak; {} if that is unknown.
+    """Model FLOP utilisation: the FLOP/s that the model needs, divided by the peak FLOP/s of the chip.
 
-    A training step needs 3 × 2 × the forward pass's multiply-adds of each image (arXiv:2204.02311, appendix B): the
-    backward pass has twice the forward's. What remat computes a second time does not count, nor does augmentation.
+    A training step needs 3 × 2 FLOPs for each multiply-add of the forward pass (arXiv:2204.02311, appendix B), because
+    the backward pass has twice the FLOPs of the forward pass. Recomputation and augmentation do not count.
 
     Args:
         config: of the experiment.
-        images_per_second: of the chip.
-        device_kind: as JAX calls it.
+        images_per_second: per chip.
+        device_kind: `jax.Device.device_kind`.
+
+    Returns:
+        {'mfu': fraction of the peak}; {} if the peak of the chip is unknown.
     """
     chip = find_chip(device_kind)
     if chip is None:
@@ -197,10 +209,14 @@ def utilisation(config: ConfigDict, images_per_second: float, device_kind: str) 
 
 
 def memory() -> dict[str, float]:
-    """GiB in use by this process (Linux) and on its fullest device (where the backend counts)."""
+    """Memory in GiB of this process (on Linux), and of its fullest local device (if the backend reports it).
+
+    Returns:
+        `host_memory_gib`, `device_memory_gib` and `device_memory_peak_gib`, as far as they are known.
+    """
     metrics = {}
-    if MEMORY.exists():
-        pages = int(MEMORY.read_text().split()[1])
+    if PROCESS_MEMORY.exists():
+        pages = int(PROCESS_MEMORY.read_text().split()[1])
         metrics['host_memory_gib'] = pages * os.sysconf('SC_PAGE_SIZE') / 2**30
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     for name, field in {'device_memory_gib': 'bytes_in_use', 'device_memory_peak_gib': 'peak_bytes_in_use'}.items():

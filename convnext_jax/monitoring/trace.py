@@ -1,4 +1,4 @@
-"""A trace of some steps, for TensorBoard's profile plugin and XProf."""
+"""Profiles some training steps, for TensorBoard's profile plugin and XProf."""
 
 import contextlib
 import dataclasses
@@ -15,11 +15,11 @@ from convnext_jax.paths import plain_path
 
 @dataclasses.dataclass(frozen=True)
 class ProfileWindow:
-    """The steps to trace.
+    """The steps to profile.
 
     Attributes:
-        start: steps done since this start of the run, before the first that is traced.
-        steps: how many.
+        start: number of steps that this process runs before the first profiled step.
+        steps: number of profiled steps.
     """
 
     start: int
@@ -27,31 +27,31 @@ class ProfileWindow:
 
     @classmethod
     def parse(cls, text: str) -> 'ProfileWindow':
-        """Of START:STEPS.
+        """Parses START:STEPS, for example '20:5'.
 
         Raises:
-            UserError: it is something else.
+            UserError: the text has another form.
         """
         match = re.fullmatch(r'(\d+):([1-9]\d*)', text)
         if not match:
             raise UserError(
-                f"--profile is START:STEPS, as 20:5 for five steps after the first twenty of this start, not '{text}'"
+                f"--profile needs START:STEPS, not '{text}'; for example, 20:5 profiles five steps after the first 20"
             )
         return cls(int(match[1]), int(match[2]))
 
 
 class Trace:
-    """Traces whole steps of process 0, whose devices do what all do. Its end finishes the trace, however it comes.
+    """Profiles whole steps on process 0. Use as a context manager: leaving it finishes the trace, also after an error.
 
     Args:
-        window: the steps; None for none.
-        folder: where it goes: as plugins/profile/TIME in it, where TensorBoard looks for it.
-        steps_left: of the run.
-        paused: waits for the steps under way; around what takes time and is no training.
+        window: the steps to profile; None: none.
+        folder: the trace is written to FOLDER/plugins/profile/TIME, where TensorBoard finds it.
+        steps_left: number of steps until the end of the run.
+        paused: a context manager that waits for the steps in flight, and excludes its body from the step times.
         say: prints a line.
 
     Raises:
-        UserError: the run ends before the first of them.
+        UserError: the run ends before the first profiled step.
     """
 
     def __init__(
@@ -63,14 +63,20 @@ class Trace:
         say: Callable[[str], None],
     ):
         if window and window.start >= steps_left:
-            raise UserError(f'--profile={window.start}:{window.steps}, but only {steps_left} steps are left')
+            raise UserError(
+                f'--profile={window.start}:{window.steps}, but only {steps_left} steps are left: lower START'
+            )
         self._window = window if jax.process_index() == 0 else None
         self._folder, self._paused, self._say = folder, paused, say
         self._steps = 0
         self._running = False
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
-        """To be around the dispatch of each step, given its number in the run."""
+        """The context in which to dispatch a step.
+
+        Args:
+            step: number of steps of the run before this one.
+        """
         done = self._steps
         self._steps += 1
         if self._window and done == self._window.start:
@@ -87,11 +93,11 @@ class Trace:
         self._running = False
         try:
             jax.profiler.stop_trace()
-        except (OSError, RuntimeError) as error:  # of a full disk, say: the run has better things to do than to end
+        except (OSError, RuntimeError) as error:  # for example a full disk, which must not end the run
             self._say(f'the trace could not be written to {self._folder}: {first_line(error)}')
         else:
             self._say(
-                f'the trace is in {self._folder}/plugins/profile; pip install xprof, and xprof {self._folder} shows it'
+                f'the trace is in {self._folder}/plugins/profile; to view it: pip install xprof; xprof {self._folder}'
             )
 
     def __enter__(self) -> 'Trace':
@@ -101,4 +107,4 @@ class Trace:
         if self._running:
             self._finish()
         elif self._window and self._steps <= self._window.start:
-            self._say(f'no trace: the run stopped before it had done {self._window.start} steps')
+            self._say(f'no trace: the run stopped before step {self._window.start + 1} of this process')

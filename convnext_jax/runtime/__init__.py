@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, agree, stop, and what they run on. Nothing here knows about models."""
+"""Processes, signals, process settings and accelerators. Nothing here depends on models."""

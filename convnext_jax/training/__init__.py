@@ -1,1 +1,1 @@
-"""Everything that makes a run: optimizer, state, step, mesh, checkpoints, logs, the loop."""
+"""Training and evaluation of a run: the loop, the training step, the optimizer, the device mesh, initial weights."""

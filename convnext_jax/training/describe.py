@@ -1,4 +1,4 @@
-"""What a run says at its start and at its end."""
+"""The messages at the start and at the end of a run."""
 
 from pathlib import Path
 
@@ -28,15 +28,15 @@ def describe(
     eval_set: Dataset,
     workdir: Path,
 ) -> list[str]:
-    """The lines at the start of a run: model, devices, steps, data, optimizer, settings, workdir."""
+    """The messages at the start of a run: model, devices, steps, data, optimizer, settings, workdir."""
     size, data, optimizer = config.data.image_size, config.data, config.optimizer
     parameters = get_parameters(model)
     count = sum(array.size for array in parameters.values())
     multiply_adds = make_task(config).multiply_adds
     devices, epoch = jax.devices(), durations.steps_per_epoch
     share = share_held(mesh, parameter_roles(model), parameters)
-    held = f', {share:.0%} of the state on each' if mesh.shape['fsdp'] > 1 else ''
-    accumulation = f' in {config.accumulation_steps} parts' if config.accumulation_steps > 1 else ''
+    sharded = f', {share:.0%} of the parameters on each' if mesh.shape['fsdp'] > 1 else ''
+    accumulation = f' in {config.accumulation_steps} accumulation steps' if config.accumulation_steps > 1 else ''
     processes, threads = decoders(0 if fits_in_cache(train_set) else data.workers)
     peak = peak_learning_rate(config)
     about = f'{train_set.about}, ' if train_set.about else ''
@@ -44,12 +44,12 @@ def describe(
     return [
         f'model      {config.model.name}: {count:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds at '
         f'{size}×{size}, {config.model.dtype}',
-        f'devices    {len(devices)} × {devices[0].device_kind}, mesh {describe_mesh(mesh)}{held}, '
+        f'devices    {len(devices)} × {devices[0].device_kind}, mesh {describe_mesh(mesh)}{sharded}, '
         f'{jax.process_count()} process(es)',
-        f'steps      {durations.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} an epoch',
+        f'steps      {durations.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} per epoch',
         f'data       {data.name}: {data.train_split} {len(train_set):,}, {data.eval_split} {len(eval_set):,} images, '
         f'{about}decoded by {decoding}',
-        f'optimizer  AdamW, learning rate {peak:.3g} after {durations.warmup_steps:,} steps of warm-up, cosine to '
+        f'optimizer  AdamW, learning rate {peak:.3g} after {durations.warmup_steps:,} warm-up steps, cosine to '
         f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
         f'settings   {describe_settings()}',
         f'workdir    {workdir}',
@@ -57,7 +57,7 @@ def describe(
 
 
 def finished(workdir: Path, config: ConfigDict, headline: Headline) -> str:
-    """The line at the end of a run: headline metric, curves, what to type next."""
+    """The message at the end of a run: its headline metric, its curves, and the command to evaluate it."""
     results = [record for record in read_records(workdir) if record['split'] == config.data.eval_split]
     scores = ''
     if results:

@@ -1,4 +1,4 @@
-"""How long a run takes, in optimizer steps."""
+"""Durations: the length of a run and of its parts, in optimizer steps."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from convnext_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-    """The durations of a run, in optimizer steps."""
+    """The length of a run, of an epoch and of the warm-up, and the interval of evaluations, in optimizer steps."""
 
     steps_per_epoch: int
     total_steps: int
@@ -23,10 +23,14 @@ class Durations:
 
 
 def make_durations(config: ConfigDict, images: int) -> Durations:
-    """Durations in steps, for a training split of `images` images.
+    """Converts the epochs of a config into steps.
+
+    Args:
+        config: of the experiment.
+        images: number of training images.
 
     Raises:
-        UserError: the run would be empty, or all warm-up.
+        UserError: the training split is smaller than a batch, or the run is not longer than its warm-up.
     """
     epoch = steps_per_epoch(images, config.batch_size)
     total = config.steps or round(config.epochs * epoch)
@@ -38,7 +42,7 @@ def make_durations(config: ConfigDict, images: int) -> Durations:
     )
     if durations.total_steps <= durations.warmup_steps:
         raise UserError(
-            f'{durations.total_steps} steps are not more than the warm-up of {durations.warmup_steps}: '
+            f'the run has {durations.total_steps} steps, and the warm-up alone takes {durations.warmup_steps}: '
             'raise epochs (or steps), or lower optimizer.warmup_epochs (or optimizer.warmup_steps)'
         )
     return durations

@@ -1,4 +1,4 @@
-"""Evaluation of a whole split: every example counted once, whatever the batch size and the devices."""
+"""Evaluation of a split. Every example counts once, for any batch size and any number of devices."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,8 +12,8 @@ from convnext_jax.models import Weights, with_parameters
 from convnext_jax.tasks import Batch, Evaluator, Measured, Task
 
 REPLICATED = P()
-DRAWN = 16
-"""Examples of the first batch that a task gets for its pictures."""
+FIGURE_EXAMPLES = 16
+"""Number of examples of the first batch that a task gets for its figures."""
 
 EvalStep = Callable[[Weights, Batch], tuple[Measured, jax.Array]]
 
@@ -21,16 +21,19 @@ EvalStep = Callable[[Weights, Batch], tuple[Measured, jax.Array]]
 def make_eval_step(
     evaluator: Evaluator, model: nnx.Module, mesh: Mesh | None = None, specs: dict[str, P] | P = REPLICATED
 ) -> EvalStep:
-    """Builds the step from weights and a batch to what is measured on it, and the weights of its examples.
+    """Builds the evaluation step.
 
-    To be jitted with replicated outputs, so that every process receives the results of all examples. Each device
-    measures its own examples, because `jax.jit` cannot partition Pallas kernels.
+    Jit it with replicated outputs, so that every process receives the results of all examples. On a mesh, the step runs
+    in `jax.shard_map`, because `jax.jit` cannot partition Pallas kernels.
 
     Args:
         evaluator: of the split.
-        model: the architecture; its own weights are not used.
+        model: the architecture. Its arrays are not used.
         mesh: of the devices; None for a program that `jax.jit` may partition.
-        specs: how the weights are sharded over it.
+        specs: PartitionSpec of each weight on the mesh.
+
+    Returns:
+        A function of weights and a batch that returns the measurements of the batch, and `batch['weight']` (N,).
     """
 
     def eval_step(weights: Weights, batch: Batch) -> tuple[Measured, jax.Array]:
@@ -54,21 +57,25 @@ def make_eval_step(
 
 
 def make_figures(task: Task, model: nnx.Module, mesh: Mesh) -> Callable[[Weights, Batch], dict[str, jax.Array]]:
-    """Builds the function from weights and the first batch of an evaluation to pictures of at most `DRAWN` examples.
+    """Builds the function that draws the figures of an evaluation.
 
-    Every device draws all of them, from replicated weights: `jax.jit` cannot partition Pallas kernels.
+    Every device draws all figures from replicated weights, because `jax.jit` cannot partition Pallas kernels.
 
     Args:
-        task: draws them.
-        model: the architecture; its own weights are not used.
+        task: draws the figures.
+        model: the architecture. Its arrays are not used.
         mesh: of the devices.
+
+    Returns:
+        A function of weights and the first batch of an evaluation that returns name → (H, W, 3) uint8, drawn from at
+        most `FIGURE_EXAMPLES` examples.
     """
 
     def draw(weights: Weights, batch: Batch) -> dict[str, jax.Array]:
         return task.figures(with_parameters(model, weights), batch)
 
     on_every_device = jax.shard_map(draw, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False)
-    return lambda weights, batch: on_every_device(weights, jax.tree.map(lambda x: x[:DRAWN], batch))
+    return lambda weights, batch: on_every_device(weights, jax.tree.map(lambda x: x[:FIGURE_EXAMPLES], batch))
 
 
 def evaluate(
@@ -77,29 +84,29 @@ def evaluate(
     """Evaluates several sets of weights in one pass over the data.
 
     Args:
-        eval_step: as `make_eval_step` builds it, jitted.
-        weights: name → weights, as in {'': raw, 'ema_': ema}.
-        batches: all of the split.
+        eval_step: from `make_eval_step`, jitted.
+        weights: prefix → weights, for example {'': raw, 'ema_': ema}.
+        batches: all batches of the split.
 
     Returns:
-        The number of examples; and for each set of weights the sums over all batches in float64, and the results of
-        all examples in order, without those of weight 0. Empty if there was no batch.
+        The number of examples; and prefix → measurements over the whole split. Sums are float64 (exact for counts), and
+        results of single examples are in the order of the split, without padding. (0, {}) if there was no batch.
     """
     images, totals = 0, {name: _Total() for name in weights}
-    under_way = None
+    pending = None
     for batch in batches:
         dispatched = {name: eval_step(values, batch) for name, values in weights.items()}
-        if under_way:  # fetched while the device works on this batch
-            images += _add(totals, under_way)
-        under_way = dispatched
-    if not under_way:
+        if pending:  # fetch the previous results while the device computes this batch
+            images += _add(totals, pending)
+        pending = dispatched
+    if not pending:
         return 0, {}
-    images += _add(totals, under_way)
+    images += _add(totals, pending)
     return images, {name: total.measured() for name, total in totals.items()}
 
 
 class _Total:
-    """What was measured over several batches."""
+    """Accumulates measurements over batches."""
 
     def __init__(self):
         self._sums: dict[str, np.ndarray] = {}
@@ -115,7 +122,7 @@ class _Total:
 
 
 def _add(totals: dict[str, _Total], results: dict[str, tuple[Measured, jax.Array]]) -> int:
-    """Adds the results of one batch, and returns how many examples it held."""
+    """Adds the results of one batch, and returns its number of examples without padding."""
     counted = 0
     for name, (measured, weight) in jax.device_get(results).items():
         kept = weight > 0
@@ -125,6 +132,14 @@ def _add(totals: dict[str, _Total], results: dict[str, tuple[Measured, jax.Array
 
 
 def metrics_of(evaluator: Evaluator, images: int, measured: dict[str, Measured]) -> dict[str, float]:
-    """The evaluator's metrics under the name of each set of weights, and `images`; {} if nothing was measured."""
+    """The metrics of a split by name.
+
+    Args:
+        evaluator: of the split.
+        images, measured: from `evaluate`.
+
+    Returns:
+        `images`, and the metrics of each set of weights with its prefix; {} if nothing was measured.
+    """
     metrics = {f'{name}{key}': x for name, part in measured.items() for key, x in evaluator.summary(part).items()}
     return {'images': images} | metrics if measured else {}

@@ -1,9 +1,8 @@
-"""train(config, workdir): one run, from its first step or from where it stopped."""
+"""train(config, workdir): trains a run from its first step, or resumes it from its newest checkpoint."""
 
 import contextlib
 import itertools
 import time
-import unicodedata
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from convnext_jax.runtime.processes import (
 )
 from convnext_jax.runtime.stop import Stop, Stopped, stop_signal
 from convnext_jax.tasks import make_task
+from convnext_jax.training.data_facts import check_same_data, data_facts
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.durations import Durations, make_durations
 from convnext_jax.training.evaluation import evaluate, make_eval_step, make_figures, metrics_of
@@ -46,26 +46,26 @@ from convnext_jax.training.step import SKIPS_IN_A_ROW
 from convnext_jax.training.weights import load_weights
 
 SAVE_AGAIN = (1, 3, 9)
-"""Seconds to wait before a state that must not be lost is saved once more: less than the notice of a preemption."""
+"""Seconds to wait before each retry of a save that must not fail: in total, less than the notice of a preemption."""
 
-LAST = ('learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
-"""Metrics of a step whose last value is recorded; of the loss and the task's terms it is the mean."""
+LAST_VALUES = ('learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
+"""Metrics of which the value at the last step is recorded. Of the loss and the task's terms, the mean is recorded."""
 
-CHECK_TOLD = 3
-"""A check of the evaluation images that takes more seconds than this is reported."""
+REPORT_CHECK_SECONDS = 3
+"""If checking the evaluation images takes longer than this, the run reports that it has finished."""
 
 
 def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = None) -> None:
-    """Trains, evaluates and saves; the same call again resumes, and a finished run says so.
+    """Trains, evaluates and saves a run. Calling it again resumes the run, or reports that it has finished.
 
     Args:
-        config: as `default_config`; the task sets what follows from the data, and paths become absolute.
-        workdir: made if it is not there.
+        config: from `default_config`. The task sets the fields that follow from the data, and paths become absolute.
+        workdir: folder of the run; created if it does not exist.
         profile: the steps to trace.
 
     Raises:
-        UserError: something that the user can mend, with what to do.
-        Stopped: SIGTERM or Ctrl-C came, and the run is saved.
+        UserError: a problem that the user can fix.
+        Stopped: SIGTERM or Ctrl-C was received, and the run is saved.
     """
     check_values(config)
     resolve_paths(config)
@@ -92,16 +92,22 @@ def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = Non
 
 
 class NotFinite(UserError):
-    """The loss or its gradient was not finite too often in a row."""
+    """The loss or its gradient was not finite in `SKIPS_IN_A_ROW` consecutive steps."""
 
 
 class Run(Program):
-    """What a run computes, with the data that it goes over and the place that it is saved in.
+    """A training run: the compiled program, its datasets and its checkpoints.
+
+    Args:
+        config, durations, mesh: as for `Program`.
+        train_set, eval_set: the open splits.
+        checkpoints: of the workdir.
 
     Attributes:
+        unreadable: the training images that could not be read.
         evaluator: of the evaluation split.
-        eval_step: jitted, as `make_eval_step`.
-        figures: jitted, as `make_figures`.
+        eval_step: from `make_eval_step`, jitted.
+        figures: from `make_figures`, jitted.
     """
 
     def __init__(
@@ -124,22 +130,22 @@ class Run(Program):
         self.figures = jax.jit(make_figures(self.task, self.model, mesh), out_shardings=replicated(mesh))
 
     def restored_state(self) -> TrainState | None:
-        """The newest whole checkpoint, or None if there is none.
+        """The state of the newest undamaged checkpoint, or None if there is no checkpoint.
 
         Raises:
-            UserError: it is of another model, optimizer or data set, or none is whole.
+            UserError: the checkpoint is from another model, optimizer or data set, or all checkpoints are damaged.
         """
         restored = self.checkpoints.restore_newest(self.abstract_state)
         if restored is None:
             return None
         state, notes = restored
-        for note in notes:
+        stored = read_about(self.checkpoints.directory, int(state.step))['data']
+        for note in [*notes, *check_same_data(stored, data_facts(self.train_set, self.eval_set))]:
             say(note)
-        self._check_same_data(int(state.step))
         return state
 
     def first_state(self) -> TrainState:
-        """The state before the first step, by seed or, where the config says so, from another run's weights."""
+        """The state before the first step: random from the seed, or from the weights that `config.init` names."""
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
@@ -156,7 +162,7 @@ class Run(Program):
         return restart(weights, statistics)
 
     def is_done(self, step: int, workdir: Path) -> bool:
-        """Whether the last step is done and evaluated."""
+        """Whether the last step is finished and evaluated."""
         return step >= self.durations.total_steps and self._evaluated(step, workdir)
 
     def _evaluated(self, step: int, workdir: Path) -> bool:
@@ -165,10 +171,14 @@ class Run(Program):
         return all_gather_objects(any((record['step'], record['split']) == (step, split) for record in records))[0]
 
     def go(self, state: TrainState, workdir: Path, profile: ProfileWindow | None = None) -> None:
-        """From a state to the last step; the arguments as of `train`.
+        """Trains from a state to the last step.
+
+        Args:
+            state: donated to the first step.
+            workdir, profile: as for `train`.
 
         Raises:
-            UserError, Stopped: as `train`.
+            UserError, Stopped: as for `train`.
         """
         step = saved = int(state.step)
         with (
@@ -176,55 +186,55 @@ class Run(Program):
             if is_main_process()
             else NullLog() as log,
             agreed_stop() if is_multiprocess() else stop_signal() as stop,
-            contextlib.nullcontext(StepTimer(self.config, step, stop)) as pace,
-            Trace(profile, workdir / TENSORBOARD, self.durations.total_steps - step, pace.paused, log.say) as trace,
-            contextlib.closing(self.train_batches(step, pace.waiting)) as batches,
+            contextlib.nullcontext(StepTimer(self.config, step, stop)) as timer,
+            Trace(profile, workdir / TENSORBOARD, self.durations.total_steps - step, timer.paused, log.say) as trace,
+            contextlib.closing(self.train_batches(step, timer.waiting)) as batches,
         ):
             pending: list[dict[str, jax.Array]] = []
-            patience = pace.patience(self.config.data.eval_split)
+            stall_monitor = timer.stall_monitor(self.config.data.eval_split)
             try:
                 if step:
                     log.say(f'resumes at step {step} of {self.durations.total_steps}')
                     last = step >= self.durations.total_steps
                     if (last or step % self.durations.eval_every_steps == 0) and not self._evaluated(step, workdir):
-                        # A signal or an error cut it short.
-                        self._evaluate(log, step, state, Stop() if last else stop, patience)
+                        # A signal or an error interrupted this evaluation.
+                        self._evaluate(log, step, state, Stop() if last else stop, stall_monitor)
                     if last:
                         return
                     if stop.received:
                         raise Stopped(stop.received, step)
                 else:
-                    self._check_evaluation_images(log, stop, patience)
+                    self._check_evaluation_images(log, stop, stall_monitor)
                 first = next(batches)
                 log.say('compiling the training step …')
                 began = time.perf_counter()
                 train_step = self.compile(state, first)
                 log.say(f'compiled in {time.perf_counter() - began:.1f} s')
-                for batch in pace.batches(itertools.chain([first], batches)):
+                for batch in timer.batches(itertools.chain([first], batches)):
                     with trace.step(step):
                         state, metrics = train_step(state, batch)
                     step += 1
                     pending.append(metrics)
-                    pace.dispatched(metrics)
+                    timer.dispatched(metrics)
                     log.advance()
                     stop.poll()
                     self.checkpoints.check()
                     last = step == self.durations.total_steps
                     if step % self.config.log_every_steps == 0 or last:
-                        self._log(log, step, pending, pace)
+                        self._log(log, step, pending, timer)
                         pending = []
                     results = None
                     if step % self.durations.eval_every_steps == 0 or last:
-                        with pace.paused():
+                        with timer.paused():
                             self._check_finite(step, metrics)
-                            # The last evaluation takes its time: a checkpoint of the last step says that all is done.
-                            results = self._evaluate(log, step, state, Stop() if last else stop, patience)
+                            # A signal does not interrupt the last evaluation, so that the run can finish.
+                            results = self._evaluate(log, step, state, Stop() if last else stop, stall_monitor)
                     stopped_by = None if last else stop.received
                     if results or step % self.config.checkpoint_every_steps == 0 or last or stopped_by:
-                        with pace.paused():
+                        with timer.paused():
                             self._check_finite(step, metrics)
                             saved = step
-                            save = self._save_surely if last or stopped_by else self._save
+                            save = self._save_with_retries if last or stopped_by else self._save
                             save(state, step, results)
                     if stopped_by:
                         raise Stopped(stopped_by, step)
@@ -233,17 +243,17 @@ class Run(Program):
             except (NotFinite, NotSaved):
                 raise
             except DataStalled:
-                if is_multiprocess():  # the others cannot end the step they are in
+                if is_multiprocess():  # no save: the other processes are in a step that needs this process
                     self.checkpoints.wait()
                 else:
-                    self._save_rest(state, step, saved)
+                    self._save_if_new(state, step, saved)
                     saved = step
-                assert stop.received is not None  # only a signal ends the wait
+                assert stop.received is not None  # only a signal raises DataStalled
                 raise Stopped(stop.received, saved) from None
-            except UserError as error:  # a broken image, say: mended, the same command goes on from here
-                if not is_multiprocess():  # else the others may be at another step
+            except UserError as error:  # for example a damaged image: the run resumes here once the user has fixed it
+                if not is_multiprocess():  # the other processes may be at another step
                     try:
-                        self._save_rest(state, step, saved)
+                        self._save_if_new(state, step, saved)
                     except NotSaved as unsaved:
                         raise NotSaved(f'{error}; {unsaved}') from error
                     if step:
@@ -251,13 +261,18 @@ class Run(Program):
                 raise
             if self.checkpoints.failed:
                 steps = ', '.join(map(str, self.checkpoints.failed))
-                log.say(f'saving failed for a time, at step {steps}; step {step} is saved')
+                log.say(f'some saves failed, at step {steps}; step {step} is saved')
 
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_batch_indices(self.batch_sharding, batch_size))
 
     def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Generator[Batch, None, None]:
-        """Global batches on the devices, from a step on; `waiting` hears of one that is not there yet."""
+        """Global training batches on the devices, from the batch of step `start_step` on.
+
+        Args:
+            start_step: number of finished steps.
+            waiting: called while the next batch is not ready.
+        """
         batches = train_batches(
             self.train_set,
             self._share(self.config.batch_size),
@@ -271,11 +286,11 @@ class Run(Program):
         return prefetch_to_device(batches, self.batch_sharding)
 
     def _check_evaluation_images(self, log: RunLog | NullLog, stop: Stop, waiting: Waiting) -> None:
-        """Decodes the evaluation split before the first step: an unreadable image would end the run after an epoch.
+        """Decodes the evaluation split before the first step; otherwise an unreadable image ends the run much later.
 
         Raises:
-            UserError: images cannot be read; all processes raise it.
-            Stopped: a signal came.
+            UserError: images cannot be read. All processes raise it.
+            Stopped: a signal was received.
         """
         began = time.perf_counter()
         split = self.config.data.eval_split
@@ -288,18 +303,18 @@ class Run(Program):
                 errors |= found
         if stop.received:
             raise Stopped(stop.received, 0)
-        # Pairs, since the keys of an object in JSON are strings.
+        # Pairs, because JSON turns the keys of a dict into strings.
         errors = dict(itertools.chain.from_iterable(all_gather_objects(list(errors.items()))))
         if errors:
             raise UserError(describe_unreadable(errors, len(self.eval_set), split))
         seconds = time.perf_counter() - began
-        if seconds > CHECK_TOLD:
-            log.say(f'all {len(self.eval_set):,} images of {split} can be read ({seconds:.0f} s)')
+        if seconds > REPORT_CHECK_SECONDS:
+            log.say(f'checked {len(self.eval_set):,} images of {split} in {seconds:.0f} s: all can be read')
 
     def _evaluate(
         self, log: RunLog | NullLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
     ) -> dict[str, float] | None:
-        """The metrics over the evaluation split, or None if the run was told to stop before they were whole."""
+        """Evaluates, records and returns the metrics of the evaluation split; None if a signal interrupted it."""
         share = self._share(self.config.batch_size // self.config.accumulation_steps)
         batches = eval_batches(self.eval_set, share, waiting)
         weights = {'': state.weights} | ({'ema_': state.ema} if state.ema else {})
@@ -314,12 +329,12 @@ class Run(Program):
         log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first)))
         return results
 
-    def _log(self, log: RunLog | NullLog, step: int, pending: list[dict[str, jax.Array]], pace: StepTimer) -> None:
-        speeds, stragglers = pace.lap()
+    def _log(self, log: RunLog | NullLog, step: int, pending: list[dict[str, jax.Array]], timer: StepTimer) -> None:
+        speeds, stragglers = timer.summary()
         fetched = jax.device_get(pending)
         self.unreadable.merge(all_gather_objects(self.unreadable.errors()))
         newest = fetched[-1]
-        means = [name for name in newest if name not in LAST]
+        means = [name for name in newest if name not in LAST_VALUES]
         metrics = {
             **{name: float(np.mean([metrics[name] for metrics in fetched])) for name in means},
             'learning_rate': float(newest['learning_rate']),
@@ -329,13 +344,13 @@ class Run(Program):
             'skipped': int(newest['skipped']),
             'unreadable': len(self.unreadable),
         }
-        left = (self.durations.total_steps - step) * self.config.batch_size / metrics['images_per_second']
-        log.train(step, self.durations.epoch(step), metrics, left)
+        seconds_left = (self.durations.total_steps - step) * self.config.batch_size / metrics['images_per_second']
+        log.train(step, self.durations.epoch(step), metrics, seconds_left)
         for line in [*self.unreadable.news(), *stragglers]:
             log.say(line)
         skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
         if skips:
-            log.say(f'step {step}: {skips} updates left out because the loss or its gradient was not finite')
+            log.say(f'step {step}: {skips} updates skipped because the loss or its gradient was not finite')
         self._check_finite(step, newest)
 
     def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -344,7 +359,7 @@ class Run(Program):
             self.checkpoints.wait()
             raise NotFinite(
                 f'the loss or its gradient has not been finite since step {step - skips + 1}; '
-                f'{self.checkpoints.last_saved()}. Try a lower optimizer.learning_rate, a longer warm-up, '
+                f'{self.checkpoints.last_saved()}; try a lower optimizer.learning_rate, a longer warm-up, '
                 'optimizer.clip_norm=1, or model.dtype=float32'
             )
 
@@ -353,15 +368,15 @@ class Run(Program):
         about = {
             'config': as_dict(self.config),
             'position': {'epoch': epoch, 'batch': batch},
-            'data': self._data_facts(),
+            'data': data_facts(self.train_set, self.eval_set),
         }
         self.checkpoints.save(state, about, results)
 
-    def _save_surely(self, state: TrainState, step: int, results: dict[str, float] | None) -> None:
-        """Saves a state that nothing will come after, and waits until it is on disk.
+    def _save_with_retries(self, state: TrainState, step: int, results: dict[str, float] | None) -> None:
+        """Saves the last state of this process, and waits until it is on disk.
 
         Raises:
-            NotSaved: it could not be saved, and not a little later either.
+            NotSaved: the save and all retries failed.
         """
         for seconds in (0, *SAVE_AGAIN):
             time.sleep(seconds)
@@ -371,41 +386,12 @@ class Run(Program):
                 return
         steps, why = ', '.join(map(str, self.checkpoints.failed)), self.checkpoints.failed[step]
         raise NotSaved(
-            f'not saved: step {steps} ({why}); {self.checkpoints.last_saved()}. Make room, or make '
+            f'not saved: step {steps} ({why}); {self.checkpoints.last_saved()}. Free disk space, or make '
             f'{self.checkpoints.directory} writable, and run the same command again'
         )
 
-    def _save_rest(self, state: TrainState, step: int, saved: int) -> None:
-        """As `_save_surely`, unless the state is on disk: `saved` is the step that was last to be saved."""
+    def _save_if_new(self, state: TrainState, step: int, saved: int) -> None:
+        """Saves the state with retries, unless its checkpoint exists. `saved` is the last step that was saved."""
         self.checkpoints.wait()
         if step > saved or step in self.checkpoints.failed:
-            self._save_surely(state, step, None)
-
-    def _data_facts(self) -> dict:
-        """What is saved about the data. When the run resumes, the evaluation images alone may have changed."""
-        images = {'training images': len(self.train_set), 'evaluation images': len(self.eval_set)}
-        return {**images, **self.train_set.facts}
-
-    def _check_same_data(self, step: int) -> None:
-        then, now = read_about(self.checkpoints.directory, step)['data'], self._data_facts()
-        old, new = (facts.pop('evaluation images') for facts in (then, now))
-        if old != new:
-            say(f'changed since the run began: evaluation images were {old}, are {new}')
-        differences = [line for fact in {**then, **now} for line in _differences(fact, then.get(fact), now.get(fact))]
-        if differences:
-            raise UserError(
-                f'the run began on another data set: {"; ".join(differences[:5])}. '
-                'Bring back the old one, or take another workdir'
-            )
-
-
-def _differences(fact: str, old: object, new: object) -> list[str]:
-    """A line for each difference of a fact of the data, whose values are as JSON holds them."""
-    if isinstance(old, list) and isinstance(new, list):
-        pairs = enumerate(itertools.zip_longest(old, new))
-        return [line for place, (a, b) in pairs for line in _differences(f'{fact} [{place}]', a, b)]
-    if isinstance(old, str) and isinstance(new, str):  # file systems of Macs give 'é' as two characters
-        same = unicodedata.normalize('NFC', old) == unicodedata.normalize('NFC', new)
-    else:
-        same = old == new
-    return [] if same else [f'{fact}: {old!r} became {new!r}']
+            self._save_with_retries(state, step, None)

@@ -1,4 +1,4 @@
-"""AdamW with weight decay by role and layer decay, the learning-rate schedule, the moving average of the weights."""
+"""AdamW with weight decay and layer decay, the learning-rate schedule, and the moving average of the weights."""
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,25 @@ from convnext_jax.models.layers import Tree, apart_on_cpu
 
 
 def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: float) -> dict[str, np.ndarray | float]:
-    """What the learning rate of each parameter is multiplied by: decay to the power of its distance from the head.
-
-    Stacked parameters have one factor for each block, along their leading axis.
+    """The factor on the learning rate of each parameter: `decay` to the power of its distance from the head in layers.
 
     Args:
         names: of all parameters.
-        depths: blocks in each stage.
-        rule: 'single', a layer for each block; or 'group', one for every three blocks of the third stage and one for
-            each of the others (both `optim_factory.py` of the original repositories).
-        decay: in (0, 1]; 1 leaves all at the learning rate.
+        depths: number of blocks in each stage.
+        rule: 'single': each block is a layer. 'group': every three blocks of the third stage are a layer, and each
+            other stage is one layer. Both are from `optim_factory.py` of the original repositories.
+        decay: in (0, 1]; 1 switches layer decay off.
+
+    Returns:
+        Name → factor. Stacked parameters have an array (blocks,) with one factor for each block.
 
     Raises:
-        UserError: an unknown rule, or the group rule for a model that has no four stages.
+        UserError: the rule is unknown, or the rule is 'group' and the model does not have four stages.
     """
     if rule not in LAYER_RULES:
         raise UserError(f"optimizer.layer_decay_rule must be one of {', '.join(LAYER_RULES)}, not '{rule}'")
     if rule == 'group' and len(depths) != 4:
-        raise UserError("optimizer.layer_decay_rule='group' is for models of four stages: take 'single'")
+        raise UserError("optimizer.layer_decay_rule='group' is for models of four stages: use 'single'")
     layers, head = LAYER_RULES[rule](depths)
     factors: dict[str, np.ndarray | float] = {}
     for name in names:
@@ -46,7 +47,7 @@ def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: f
 
 
 def _single_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
-    """(Layer of the downsampling, layer of each block) of each stage, and the head's layer; the stem's is 0."""
+    """The layers of each stage's downsampling and blocks, and the layer of the head. The stem is layer 0."""
     layers = []
     for stage, depth in enumerate(depths):
         first = sum(depths[:stage]) + 1
@@ -55,7 +56,7 @@ def _single_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]]
 
 
 def _group_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
-    """As `_single_layers`; 12 layers between stem and head where the third stage has 27 blocks, 6 where it has 9."""
+    """Like `_single_layers`. There are 12 layers between stem and head if stage 3 has 27 blocks, and 6 if it has 9."""
     third = [3 + block // 3 for block in range(depths[2])]
     last = third[-1] + 1
     return [(1, [1] * depths[0]), (2, [2] * depths[1]), (3, third), (last, [last] * depths[3])], last + 1
@@ -65,15 +66,20 @@ LAYER_RULES = {'single': _single_layers, 'group': _group_layers}
 
 
 def peak_learning_rate(config: ConfigDict) -> float:
-    """The learning rate after the warm-up: the config's, which is for 256 examples, scaled with the batch size."""
+    """The learning rate after the warm-up: `optimizer.learning_rate`, which is for 256 examples, times batch / 256."""
     return config.optimizer.learning_rate * config.batch_size / 256
 
 
 def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Step → learning rate: linear from 0 to the peak, then half a cosine to the minimum.
+    """A schedule from step to learning rate: linear from 0 to the peak, then half a cosine to the minimum.
 
-    The steps are the original's (`cosine_scheduler` of its utils.py): the warm-up's first step has rate 0 and its last
-    the peak, and the cosine's first step is at the peak again.
+    It equals `cosine_scheduler` in utils.py of the original repository: the first warm-up step has rate 0, the last one
+    has the peak rate, and the first step of the cosine has the peak rate again.
+
+    Args:
+        peak: learning rate at the end of the warm-up.
+        minimum: learning rate at the end of the run.
+        warmup_steps, total_steps: in optimizer steps; `total_steps` includes the warm-up.
     """
     cosine = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, alpha=minimum / peak)
     if warmup_steps == 0:
@@ -92,19 +98,20 @@ def adamw(
     weight_decay: float,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW (arXiv:1711.05101) but for the last factor: the training step multiplies by −learning rate itself.
+    """AdamW (arXiv:1711.05101) without the last factor: the training step multiplies by −learning rate.
 
-    Its `update` has one argument more, `good`: where it is False, the state stands still and the update means nothing.
+    Its `update` takes an additional argument `good`, a bool scalar. If it is False, the state does not change, and the
+    returned update must not be applied.
 
     Args:
-        factors: of the learning rate, as `layer_factors` gives them for every parameter.
-        roles: of the parameters; they say on which of them weight decay falls.
+        factors: from `layer_factors`, for all parameters.
+        roles: name → role; `Role.decays` says whether weight decay applies.
         beta1, beta2, epsilon, weight_decay: as in the paper.
-        clip_norm: largest global norm of the gradient; 0 for any.
+        clip_norm: maximum global norm of the gradient; 0: no clipping.
     """
 
     def by_layer(updates: Parameters, _) -> Parameters:
-        # A block's factor stands at the front of the stacked axes.
+        # The block axis of stacked parameters is the leading axis.
         return {name: u * np.reshape(factors[name], (-1,) + (1,) * (u.ndim - 1)) for name, u in updates.items()}
 
     return optax.chain(
@@ -116,10 +123,10 @@ def adamw(
 
 
 def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, with the choice of `good` made before the moments are used.
+    """`optax.scale_by_adam` that selects between old and new moments before it computes the update.
 
-    So the update reads the moments that stay. Read from those before, they could not be overwritten where they are, and
-    the compiler would copy them at every step.
+    Otherwise the old moments stay live until the selection after the update, and XLA has to copy them at every step
+    instead of updating them in place.
     """
     adam = optax.scale_by_adam(beta1, beta2, epsilon)
 
@@ -138,5 +145,5 @@ def moving_average(average: Parameters, parameters: Parameters, decay: float) ->
 
 
 def select(condition: jax.Array, chosen: Tree, otherwise: Tree) -> Tree:
-    """Array by array: the first where the condition, a scalar, is True, else the second."""
+    """`chosen` if the scalar condition is True, otherwise `otherwise`, for each array of the trees."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

@@ -1,4 +1,4 @@
-"""What a run computes: its state and its jitted training step, on a mesh. It needs no data and no devices' memory."""
+"""Program: the training state and the jitted training step of a config on a mesh, without data or device memory."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,20 @@ from convnext_jax.training.step import make_train_step
 
 
 class Program:
-    """The computation of a run, put together once.
+    """The computation of a run.
+
+    Args:
+        config: of the experiment.
+        durations: from `make_durations`.
+        mesh: from `make_mesh`.
 
     Attributes:
-        task: what is learned.
-        model: the network, with shapes instead of arrays.
-        abstract_state: the state's shapes, each with where it lives.
-        abstract_batch: the shapes of a training batch.
-        train_step: jitted; gives its first argument's memory to the next state.
+        task: the task of the config.
+        model: the network, with `jax.ShapeDtypeStruct` instead of arrays.
+        optimizer: from `adamw`.
+        abstract_state: shape, dtype and sharding of each array of the state.
+        abstract_batch: shape, dtype and sharding of each array of a training batch.
+        train_step: the training step, jitted. It donates the state.
     """
 
     def __init__(self, config: ConfigDict, durations: Durations, mesh: jax.sharding.Mesh):
@@ -65,17 +71,17 @@ class Program:
         batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
         options: dict[str, str | bool] | None = None,
     ) -> jax.stages.Compiled:
-        """The step compiled for a state and a batch, or their shapes; what compiling freed goes back to the system.
+        """Compiles the training step, and then returns freed memory to the operating system.
 
         Args:
-            state, batch: what it will be called with.
-            options: of the compiler.
+            state, batch: arrays, or their shapes with shardings.
+            options: XLA compiler options.
         """
         compiled = self.train_step.lower(state, batch).compile(options)
         release_memory()
         return compiled
 
     def fresh_state(self) -> TrainState:
-        """The state before the first step; to be jitted."""
+        """The state before the first step, with random parameters. Jit it with `state_sharding`."""
         model, ema = self.task.build(init_key(self.config.seed)), self.config.ema.decay > 0
         return initial_state(get_parameters(model), self.optimizer, ema=ema, statistics=get_statistics(model))

@@ -1,8 +1,7 @@
-"""The device mesh, and which axis of it each array lives on.
+"""The device mesh and the shardings on it: data parallelism, and fully sharded data parallelism (FSDP).
 
-Batches are spread over both axes of the mesh, `data` and `fsdp`. Along `data` the state is repeated; along `fsdp` the
-large parameters, their moments and their moving average are cut into pieces, and each is whole only where and while
-it is used.
+Batches are sharded over both mesh axes, `data` and `fsdp`. The state is replicated along `data`. Along `fsdp`, large
+parameters, their moments and their moving average are sharded, and all-gathered layer by layer when they are used.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +20,18 @@ from convnext_jax.models.layers import FSDP_AXIS
 
 Roles = dict[str, Role]
 SMALL = 2**15
-"""Parameters of fewer elements stay whole: to gather them would take longer than their memory is worth."""
+"""Parameters with fewer elements are replicated: sharding saves little memory, and each all-gather has a latency."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices along two axes; neighbours along `fsdp` lie close together, within a slice of TPUs.
+    """A mesh with the axes `data` and `fsdp`. Neighbours along `fsdp` are close together, in one slice of a TPU pod.
 
     Args:
-        data, fsdp: lengths of the axes; −1, for one of them, takes the devices that are left.
-        devices: all there are unless given.
+        data, fsdp: lengths of the axes. One of them may be −1: all remaining devices.
+        devices: by default all devices.
 
     Raises:
-        UserError: the axes do not make up the devices, or `fsdp` would reach over slices.
+        UserError: data × fsdp is not the number of devices, or `fsdp` does not fit into a slice.
     """
     devices = jax.devices() if devices is None else devices
     shape = _lengths(data, fsdp, len(devices))
@@ -41,8 +40,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif shape[0] % slices:
         raise UserError(
-            f'mesh.fsdp={shape[1]} would reach over the {slices} slices of {len(devices) // slices} devices: '
-            'it must divide the devices of one'
+            f'mesh.fsdp={shape[1]} does not fit into one of the {slices} slices of {len(devices) // slices} devices: '
+            'choose a divisor of the devices of a slice'
         )
     else:
         within = (shape[0] // slices, shape[1])
@@ -51,36 +50,40 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
 
 def _lengths(data: int, fsdp: int, devices: int) -> tuple[int, int]:
-    said = f'mesh.data={data}, mesh.fsdp={fsdp}'
+    given = f'mesh.data={data}, mesh.fsdp={fsdp}'
     if data == fsdp == -1:
-        raise UserError(f'{said}: only one of them can be −1, for the devices that are left')
+        raise UserError(f'{given}: only one of them can be −1 (all remaining devices)')
     if min(data, fsdp) < -1 or 0 in (data, fsdp):
-        raise UserError(f'{said}: each must be −1 or at least 1')
+        raise UserError(f'{given}: each must be −1 or at least 1')
     known = fsdp if data == -1 else data
     if devices % known or (-1 not in (data, fsdp) and data * fsdp != devices):
         raise UserError(
-            f'{said}, but there are {devices} devices: give −1 for one, and a divisor of them for the other'
+            f'{given}, but there are {devices} devices: set one to −1, and the other to a divisor of {devices}'
         )
     return devices // fsdp if data == -1 else data, devices // data if fsdp == -1 else fsdp
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """The lengths of its axes, as 'data=4 × fsdp=2'."""
+    """The axes of a mesh as text, for example 'data=4 × fsdp=2'."""
     return ' × '.join(f'{name}={length}' for name, length in mesh.shape.items())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """A batch's rows are spread over the whole mesh."""
+    """The sharding of a batch: its leading axis is sharded over all devices of the mesh."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array that is replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def parameter_sharding(mesh: Mesh, role: Role, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lives, and its moments and moving average: sharded if its role allows it and it is large."""
+    """The sharding of a parameter, its moments and its moving average.
+
+    The parameter is sharded along `fsdp` if its role has an `fsdp_axis`, it has at least `SMALL` elements, and the axis
+    is divisible. Otherwise it is replicated.
+    """
     axis, fsdp = role.fsdp_axis, mesh.shape[FSDP_AXIS]
     if axis is None or fsdp == 1 or np.prod(shape) < SMALL or shape[axis] % fsdp:
         return replicated(mesh)
@@ -95,16 +98,17 @@ def parameters_sharding(mesh: Mesh, roles: Roles, parameters: Parameters) -> dic
 
 
 def share_held(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
-    """The share of all parameters that is on one device."""
+    """The fraction of all parameter elements that one device holds, in (0, 1]."""
     shardings = parameters_sharding(mesh, roles, parameters)
     held = sum(np.prod(shardings[name].shard_shape(x.shape)) for name, x in parameters.items())
     return float(held) / sum(x.size for x in parameters.values())
 
 
 def state_sharding(mesh: Mesh, roles: Roles, state: TrainState) -> TrainState:
-    """Where each array of the state lives: what is kept for a parameter, where the parameter does; the rest, whole.
+    """The sharding of each array of the state: `parameter_sharding` for arrays that belong to a parameter.
 
-    Statistics are small and are updated by every device alike, so they are replicated, as is their moving average.
+    All other arrays are replicated. Among them are the statistics and their moving average, which are small, and which
+    all devices update identically.
     """
 
     def sharding(path: tuple, array: jax.Array) -> NamedSharding:
@@ -121,18 +125,20 @@ SumsAndGradient = Callable[..., tuple[Sums, Parameters, Statistics]]
 
 
 def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAndGradient:
-    """Computes sums over a batch that is sharded over the mesh, and their gradient, sharded as the parameters are.
+    """Makes a per-device gradient function data-parallel over a mesh.
 
-    Each device computes the sums of its own examples with its own shards of the parameters. One all-reduce adds up the
-    sums and the gradients of whole parameters, and averages the statistics; gradients of shards are added up along
-    `data` alone.
+    Each device calls `function` with its own examples and its own shards of the parameters. One all-reduce over all
+    devices sums the results and the gradients of replicated parameters, and averages the statistics. Gradients of
+    sharded parameters are all-reduced along `data` only.
 
     Args:
-        function: from parameters, statistics and pytrees of examples to sums over these examples, a gradient and new
-            statistics. The gradient of a shard is already the sum over the devices along `fsdp`, as
-            `models.layers.matmul` gives it.
-        mesh: of the parameters, sharded as `parameter_sharding` says, and of the examples.
+        function: of parameters, statistics and pytrees of examples; returns sums over these examples, their gradient,
+            and new statistics. It must already sum the gradients of shards over `fsdp`, as `models.layers.matmul` does.
+        mesh: of the parameters, which have `parameter_sharding`, and of the examples, which have `batch_sharding`.
         roles: of the parameters.
+
+    Returns:
+        A function with the arguments and results of `function`, on global arrays.
     """
     if mesh.size == 1:
         return function
@@ -147,33 +153,33 @@ def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAn
         ) -> tuple[Sums, Parameters, Statistics]:
             sums, gradient, statistics = function(parameters, statistics, *examples)
             shards = {name: g for name, g in gradient.items() if FSDP_AXIS in specs[name]}
-            whole = {name: g for name, g in gradient.items() if name not in shards}
-            sums, whole, statistics = jax.lax.psum((sums, whole, statistics), mesh.axis_names)
-            # Statistics of a global batch are the same on all devices, and so is their mean.
+            full = {name: g for name, g in gradient.items() if name not in shards}
+            sums, full, statistics = jax.lax.psum((sums, full, statistics), mesh.axis_names)
+            # Statistics of the global batch are identical on all devices, so the mean does not change them.
             statistics = {name: x / mesh.size for name, x in statistics.items()}
-            return sums, whole | jax.lax.psum(shards, 'data'), statistics
+            return sums, full | jax.lax.psum(shards, 'data'), statistics
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
             in_specs=(specs, PartitionSpec(), *(batch_sharding(mesh).spec,) * len(examples)),
             out_specs=(PartitionSpec(), specs, PartitionSpec()),
-            check_vma=False,  # the check that results are replicated cannot see through custom derivatives
+            check_vma=False,  # the replication checker cannot see through custom derivatives
         )(parameters, statistics, *examples)
 
     return over_devices
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Refuses a batch that does not divide evenly.
+    """Checks that a batch divides evenly over devices and accumulation steps.
 
     Raises:
-        UserError: with the numbers, and the nearest sizes that work.
+        UserError: it does not. The message suggests the nearest valid sizes.
     """
     unit = mesh.size * accumulation_steps
     if batch_size % unit:
         near = sorted({max(batch_size // unit, 1) * unit, (batch_size // unit + 1) * unit})
         raise UserError(
-            f'batch_size={batch_size} is no multiple of {mesh.size} devices × {accumulation_steps} accumulation steps: '
-            f'try {" or ".join(map(str, near))}'
+            f'batch_size={batch_size} is not a multiple of {mesh.size} devices × {accumulation_steps} accumulation '
+            f'steps: try {" or ".join(map(str, near))}'
         )

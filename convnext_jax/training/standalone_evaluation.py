@@ -1,4 +1,4 @@
-"""Evaluates a run of ours from its workdir, or anybody's weights, on splits of a config's data or of others."""
+"""Evaluation of a checkpoint of a run, or of weights from other libraries, on one or more splits (eval.py)."""
 
 import csv
 import dataclasses
@@ -29,12 +29,12 @@ Result = dict[str, float | int | str]
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationProtocol:
-    """How to evaluate, where it is not as the run or the weights say.
+    """How an evaluation differs from the one that the config describes.
 
     Attributes:
-        splits: ('NAME', 'SPLIT') of data sets in the config's `data.dir`; empty for the config's own.
-        changes: config field → value, as in {'data.image_size': 288}.
-        table: CSV file for the evaluator's table.
+        splits: pairs (data set name, split) in `config.data.dir`; empty: `data.name` and `data.eval_split`.
+        changes: config field → value, for example {'data.image_size': 288}.
+        table: CSV file to write `Evaluator.table` to, or None.
     """
 
     splits: tuple[tuple[str, str], ...] = ()
@@ -45,22 +45,25 @@ class EvaluationProtocol:
 def evaluate_run(
     workdir: Path, config: ConfigDict, params: str, step: int | None, protocol: EvaluationProtocol
 ) -> Iterator[Result]:
-    """Metrics over each split, as soon as they are there.
+    """Evaluates a checkpoint of a run, and yields the metrics of each split when they are ready.
 
     Args:
-        workdir: of a run of ours, which may be running.
-        config: the run's, or with other values of the `config.evaluation_fields`.
+        workdir: of the run, which may still be training.
+        config: of the run. `config.evaluation_fields` may have other values.
         params: 'raw' or 'ema'.
-        step: of the checkpoint; None for the newest.
-        protocol: what differs from the run's own evaluations.
+        step: of the checkpoint; None: the newest.
+        protocol: the splits and further changes.
+
+    Yields:
+        The metrics with `model`, `params`, `step`, `data`, `split` and `images`.
 
     Raises:
-        UserError: no such run, step, weights or split, or the checkpoint is damaged.
+        UserError: the run, the step, the weights or a split does not exist, or the checkpoint is damaged.
     """
     directory, newest = newest_checkpoint(workdir)
     steps = saved_steps(directory)
     if step is not None and step not in steps:
-        raise UserError(f'{workdir} has no checkpoint of step {step}, only of {steps}')
+        raise UserError(f'{workdir} has no checkpoint of step {step}, only of {", ".join(map(str, steps))}')
     step = newest if step is None else step
     config = _changed(config, protocol)
     model = abstract_model(config)
@@ -72,7 +75,7 @@ def evaluate_run(
     try:
         parameters = restore_parameters(directory, step, weights_field(params), like)
     except DamagedCheckpoint as error:
-        raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
+        raise UserError(f'checkpoint {step} of {workdir} is damaged ({error}): evaluate another step') from error
     facts = read_about(directory, step)['data']
     about: Result = {'model': config.model.name, 'params': params, 'step': step}
     for result in _evaluate(config, model, parameters, facts, mesh, protocol):
@@ -80,15 +83,18 @@ def evaluate_run(
 
 
 def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: EvaluationProtocol) -> Iterator[Result]:
-    """Metrics of anybody's weights over each split, as soon as they are there.
+    """Evaluates weights of another library or of a run, and yields the metrics of each split when they are ready.
 
     Args:
-        config: of which the data and the batch size count, where the weights do not say otherwise.
-        where, params: as `read_weights`.
-        protocol: what differs from that.
+        config: gives the data and the batch size. If preprocessing is stored with the weights, it takes precedence.
+        where, params: as for `read_weights`.
+        protocol: the splits and further changes.
+
+    Yields:
+        The metrics with `weights`, `layout`, `params`, `data`, `split` and `images`.
 
     Raises:
-        UserError: as `read_weights`, the weights are not for the config's task, or they do not fit a split.
+        UserError: as for `read_weights`, the weights are for another task, or their classes do not fit a split.
     """
     pretrained = read_weights(where, params)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)
@@ -115,7 +121,7 @@ def _evaluate(
     protocol: EvaluationProtocol,
 ) -> Iterator[Result]:
     if protocol.table:
-        _write_table(protocol.table, [])  # what cannot be written fails before the work is done
+        _write_table(protocol.table, [])  # fails now, not after the evaluation, if the file cannot be written
     task = make_task(config)
     splits = protocol.splits or ((config.data.name, config.data.eval_split),)
     datasets = [task.open_split(name, split, facts) for name, split in splits]
@@ -124,8 +130,8 @@ def _evaluate(
     share = Share(batch_size, local_batch_indices(batch_sharding(mesh), batch_size))
     rows = []
     for (name, split), dataset in zip(splits, datasets, strict=True):
-        patience = StallMonitor(config.data.patience_seconds, Stop(), functools.partial(str, f'{name} {split}'))
-        batches = prefetch_to_device(eval_batches(dataset, share, patience), batch_sharding(mesh))
+        stall_monitor = StallMonitor(config.data.patience_seconds, Stop(), functools.partial(str, f'{name} {split}'))
+        batches = prefetch_to_device(eval_batches(dataset, share, stall_monitor), batch_sharding(mesh))
         evaluator = task.evaluator(dataset)
         step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))
         images, measured = evaluate(step, {'': parameters}, batches)
@@ -133,7 +139,7 @@ def _evaluate(
         yield {'data': name, 'split': split, **metrics_of(evaluator, images, measured)}
     if protocol.table:
         if not rows:
-            raise UserError(f'the task {config.task} has no table to write into {protocol.table}')
+            raise UserError(f'the task {config.task} has no results per class for {protocol.table}: drop --per_class')
         _write_table(protocol.table, rows)
 
 
@@ -141,7 +147,7 @@ def _write_table(path: Path, rows: list[dict[str, object]]) -> None:
     if not is_main_process():
         return
     try:
-        # Names come from folders: their bytes, UTF-8 or not, are written as they are.
+        # surrogateescape: class names are folder names, which may contain bytes that are not UTF-8.
         with path.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             writer = csv.DictWriter(file, rows[0] if rows else [])
             writer.writeheader()

@@ -1,4 +1,4 @@
-"""The training step: a pure function from state and batch to the next state and the step's metrics."""
+"""The training step: a pure function of the state and a batch that returns the next state and metrics."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from convnext_jax.training.optimizer import moving_average, select
 from convnext_jax.training.sharding import Sums, sum_over_mesh
 
 SKIPS_IN_A_ROW = 10
-"""After so many steps without a finite loss the state stands still, for the loop to stop the run."""
+"""After this many consecutive skipped steps, all further steps are skipped, until the training loop stops the run."""
 
 
 def make_train_step(
@@ -31,28 +31,31 @@ def make_train_step(
     steps_per_epoch: int,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the step.
+    """Builds the training step.
 
-    Its metrics are scalars: `loss`, the task's terms, `learning_rate`, `grad_norm`, `param_norm`, `skipped` and
-    `skips_in_a_row`.
+    A step is skipped, which means that parameters, statistics, moments and moving average keep their values, if the
+    loss, the gradient or a statistic is not finite.
 
     Args:
-        task: what is learned.
-        model: the architecture; its own weights are not used. Its statistics after a step are those that `task.loss`
-            leaves in it, unless the step is skipped.
-        optimizer: as `adamw` gives it.
-        schedule: steps done → learning rate.
+        task: augments the batch and computes the loss.
+        model: the architecture. Its arrays are not used.
+        optimizer: from `adamw`.
+        schedule: number of finished steps → learning rate.
         config: of the experiment.
-        steps_per_epoch: optimizer steps in a pass over the training split.
+        steps_per_epoch: number of optimizer steps in an epoch.
         mesh: of the devices.
 
+    Returns:
+        A function of the state and a global batch. It returns the next state and these scalar metrics: `loss`, the
+        task's terms, `learning_rate`, `grad_norm`, `param_norm`, `skipped` and `skips_in_a_row`.
+
     Raises:
-        UserError: gradients are to be accumulated for a model with batch statistics.
+        UserError: `accumulation_steps` is above 1, and the model has batch statistics.
     """
     if config.accumulation_steps > 1 and get_statistics(model):
         raise UserError(
-            f'accumulation_steps={config.accumulation_steps}, but the model normalises over the batch, which must then '
-            'be computed at once: set accumulation_steps=1, and lower batch_size or use more devices'
+            f'accumulation_steps={config.accumulation_steps}, but the model normalises over the batch, which cannot be '
+            'split then: set accumulation_steps=1, and lower batch_size or use more devices'
         )
 
     def loss(parameters: Parameters, statistics: Statistics, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple]:
@@ -68,7 +71,7 @@ def make_train_step(
             return jax.value_and_grad(loss, has_aux=True)(parameters, statistics, batch, keys)
 
         sums, gradient = _accumulate(value_and_grad, parameters, (batch, keys), config.accumulation_steps)
-        total, (weight, terms, new_statistics) = sums  # of several parts there are no statistics
+        total, (weight, terms, new_statistics) = sums  # statistics are {} if there are several accumulation steps
         return (total, weight, terms), gradient, new_statistics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -82,7 +85,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
         for statistic in statistics.values():
-            good &= jnp.isfinite(statistic).all()  # a variance can overflow where the loss is finite
+            good &= jnp.isfinite(statistic).all()  # a variance can overflow even if the loss is finite
 
         learning_rate = schedule(state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters, good=good)
@@ -117,7 +120,7 @@ def make_train_step(
 
 
 def _keys(seed: int, step: jax.Array, examples: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A key for each example for augmentation, one for the network, and one of the batch: from seed and step alone."""
+    """The random keys of a step: (N,) keys for augmentation, (N,) keys for the network, and one key for the batch."""
     augment_key, model_key, batch_key = jax.random.split(step_key(seed, step), 3)
     return jax.random.split(augment_key, examples), jax.random.split(model_key, examples), batch_key
 
@@ -125,7 +128,7 @@ def _keys(seed: int, step: jax.Array, examples: int) -> tuple[jax.Array, jax.Arr
 def _accumulate(
     value_and_grad: Callable, parameters: Parameters, examples: tuple[Batch, jax.Array], steps: int
 ) -> tuple[Sums, Parameters]:
-    """Sums and gradient of all examples, computed on one of `steps` equal parts after the other."""
+    """The sums and the gradient of all examples, accumulated over `steps` equal parts of the batch in a scan."""
     if steps == 1:
         return value_and_grad(parameters, *examples)
     parts = jax.tree.map(lambda x: rearrange(x, '(steps n) ... -> steps n ...', steps=steps), examples)

@@ -1,4 +1,4 @@
-"""LoadedWeights to start from, evaluate or convert: of a run of ours, or of anybody's model."""
+"""Weights to start from, evaluate or convert, from the checkpoint of a run or from files of another library."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +20,16 @@ FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
 
 def read_weights(where: str, params: str, name: str | None = None) -> Pretrained:
-    """A model from the workdir of a run of ours, or as `read_pretrained` finds it.
+    """Reads a model with its weights from the newest checkpoint of a run, or with `read_pretrained`.
 
     Args:
-        where: a workdir, or anything that `read_pretrained` takes.
-        params: 'raw' or 'ema'; of another library's file the entries 'model' or 'state_dict', and 'model_ema' or
-            'state_dict_ema'.
-        name: as `read_pretrained`.
+        where: the workdir of a run, or anything that `read_pretrained` accepts.
+        params: 'raw' or 'ema'. In a file of another library, 'raw' is the entry 'model' or 'state_dict', and 'ema' the
+            entry 'model_ema' or 'state_dict_ema'.
+        name: as for `read_pretrained`.
 
     Raises:
-        UserError: there are no such weights, or they cannot be read.
+        UserError: the weights do not exist or cannot be read.
     """
     field = weights_field(params)
     if not _is_run(where):
@@ -40,23 +40,24 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     step, weights = _newest_weights(workdir, field)
     model = with_parameters(abstract_model(config), weights)
     pretrained = make_task(config).pretrained(model, read_about(workdir / CHECKPOINTS, step)['data'])
-    notes = ['--params=ema takes the moving average'] if params == 'raw' and config.ema.decay else []
+    notes = ['--params=ema uses the moving average'] if params == 'raw' and config.ema.decay else []
     return pretrained._replace(notes=notes, origin=f'the {params} weights of {where}, step {step}')
 
 
 def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-    """Loads the first parameters and statistics of a run from the weights in its config's `init` section.
+    """Loads the weights from which a run starts, as the `init` section of its config says.
 
     Args:
-        task: says which of the weights the run starts from.
-        initial: this run's new parameters and statistics; the result has their names, shapes, types and shardings.
+        task: chooses in `Task.adopt` which of the weights to use.
+        initial: the newly initialised parameters and statistics of the run. The result has their names, shapes, dtypes
+            and shardings.
         facts: `Dataset.facts` of the training split.
 
     Returns:
-        The parameters and statistics, and lines for the user.
+        The parameters and statistics by name, and messages for the user.
 
     Raises:
-        UserError: as `read_weights` and `Task.adopt`; or names or shapes differ, and all differences are listed.
+        UserError: as for `read_weights` and `Task.adopt`, or names or shapes differ. The message lists the differences.
     """
     where, params = task.config.init.weights, task.config.init.params
     trained, notes = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
@@ -74,7 +75,7 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
 
 
 def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
-    """The newest checkpoint of a run."""
+    """The weights of the newest checkpoint of a run, and a message for the user."""
     workdir = _folder(where)
     step, weights = _newest_weights(workdir, weights_field(params))
     facts = read_about(workdir / CHECKPOINTS, step)['data']
@@ -82,7 +83,7 @@ def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 
 def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
-    """Another library's file, without what it does not hold."""
+    """The weights in a file of another library, without those that it does not contain, and messages for the user."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
@@ -91,7 +92,7 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The array with a sharding; what has it already may be spread over processes."""
+    """The value as an array with a sharding. An array that has the sharding may be distributed over processes."""
     if isinstance(value, jax.Array) and value.sharding == sharding:
         return value
     return make_global_array(value, sharding)
@@ -106,23 +107,23 @@ def _newest_weights(workdir: Path, field: str) -> tuple[int, Weights]:
 
 
 def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
-    """The checkpoint directory of a run, and the newest step in it.
+    """The checkpoint directory of a run, and the step of its newest checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     directory = workdir / CHECKPOINTS
-    steps = all_gather_objects(saved_steps(directory))[0]  # a run that goes on may save one in this moment
+    steps = all_gather_objects(saved_steps(directory))[0]  # all processes agree, even if the run saves meanwhile
     if not steps:
-        raise UserError(f'{workdir} holds no checkpoint of a run')
+        raise UserError(f'{workdir} has no checkpoint yet: train until the run has saved one')
     return directory, steps[-1]
 
 
 def weights_field(params: str) -> str:
-    """The field of `TrainState` that 'raw' or 'ema' names.
+    """The field of `TrainState` for 'raw' or 'ema'.
 
     Raises:
-        UserError: it is neither.
+        UserError: `params` is neither of the two.
     """
     if params not in FIELDS:
         raise UserError(f"weights are 'raw' or 'ema', not '{params}'")
@@ -132,7 +133,7 @@ def weights_field(params: str) -> str:
 def _is_run(where: str) -> bool:
     try:
         return (_folder(where) / CHECKPOINTS).is_dir()
-    except OSError:  # longer than a path can be
+    except OSError:  # the name is too long for a path
         return False
 
 

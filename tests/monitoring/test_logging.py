@@ -50,7 +50,7 @@ def test_a_run_whose_records_are_not_on_disk_is_not_done(tmp_path, limit_files):
             limit_files(1)
             log.train(1, 0.1, METRICS, 1.0)
 
-    with pytest.raises(UserError, match='metrics.jsonl is not whole: File too large. Make room'):
+    with pytest.raises(UserError, match='metrics.jsonl is incomplete: File too large. Free disk space'):
         run()
     limit_files(resource.RLIM_INFINITY)
     assert [path.name for path in tmp_path.glob('.*')] == []

@@ -214,7 +214,7 @@ for lap in range(2):
     for batch in pace.batches(range(3)):
         time.sleep(0.5 * process)
         pace.dispatched({'loss': jnp.zeros(())})
-    lines += pace.lap()[1]
+    lines += pace.summary()[1]
 print(lines, flush=True)
 """
 

@@ -58,7 +58,7 @@ def test_an_error_inside_still_leaves_the_trace(tmp_path):
 
 def test_a_trace_that_cannot_be_is_refused_or_told(tmp_path):
     for text in ('5', '5:', '-1:2', '5:0', 'a:b', '1:2:3'):
-        with pytest.raises(UserError, match='--profile is START:STEPS'):
+        with pytest.raises(UserError, match='--profile needs START:STEPS'):
             ProfileWindow.parse(text)
     assert ProfileWindow.parse('20:5') == ProfileWindow(20, 5)
     with pytest.raises(UserError, match='--profile=20:5, but only 20 steps are left'):
@@ -66,7 +66,7 @@ def test_a_trace_that_cannot_be_is_refused_or_told(tmp_path):
     said = []
     with Trace(ProfileWindow(2, 3), tmp_path, 100, contextlib.nullcontext, said.append) as trace, trace.step(0):
         pass
-    assert said == ['no trace: the run stopped before it had done 2 steps']
+    assert said == ['no trace: the run stopped before step 3 of this process']
 
 
 def test_a_stopped_run_has_its_trace_and_the_compiled_step(commands, tmp_path):

@@ -146,7 +146,7 @@ def test_a_stop_hides_no_error(tmp_path, monkeypatch):
     """A save that fails, or a broken image, in the moment of the signal: 'saved' would be a lie."""
     monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
     with pytest.raises(
-        NotSaved, match=r'^not saved: step 2 \(the disk is full\); there is no checkpoint yet. Make room'
+        NotSaved, match=r'^not saved: step 2 \(the disk is full\); there is no checkpoint yet. Free disk space'
     ):
         stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), None)
     assert full.steps == [2, 2], 'not tried again'

@@ -161,7 +161,7 @@ def test_pieces_stay_within_a_slice_of_a_pod_of_several():
         slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
         assert (slices == slices[:, :1]).all()
         assert (np.diff(slices[:, 0]) >= 0).all(), 'neighbours along data share a slice as far as they can'
-    with pytest.raises(UserError, match='mesh.fsdp=16 would reach over the 4 slices of 8 devices'):
+    with pytest.raises(UserError, match='mesh.fsdp=16 does not fit into one of the 4 slices of 8 devices'):
         make_mesh(-1, 16, devices=chips)
 
 
