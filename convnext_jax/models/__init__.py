@@ -1,4 +1,4 @@
-"""The networks and their parameters. Nothing here knows about data, training or files."""
+"""The networks and their parameters. This package knows nothing about data, training or files."""
 
 from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.convnext import ConvNeXt, create_model

@@ -1,7 +1,7 @@
-"""The activation's passes over memory on NVIDIA GPUs, as Pallas kernels for JAX's Triton backend.
+"""Pallas kernels of the activation for NVIDIA GPUs, on JAX's Triton backend.
 
-Left to itself, XLA does not merge a GELU with the sums over it: it writes values in float32, in another layout, and
-reads them again for each sum.
+XLA does not fuse a GELU with the reductions over its result: it writes the values in float32, in another layout, and
+reads them again for each reduction.
 """
 
 import functools
@@ -13,24 +13,34 @@ from jax.experimental import pallas as pl
 
 from convnext_jax.models.normal import density_and_cdf, widened
 from convnext_jax.models.nvidia import triton as plgpu
+from convnext_jax.models.response_norm import relative_norms
 
-ROWS, COLUMNS, WARPS = 16, 128, 4  # of a block: 16 elements for each of a program's 128 threads
-PROGRAMS = 132 * 8  # about; each sums many rows, so that few partial sums go through memory
+ROWS, COLUMNS, WARPS = 16, 128, 4  # size of a block: 16 elements for each of a program's 128 threads
+PROGRAMS = 132 * 8  # approximate number of programs; each sums many rows, so that few partial sums go through memory
 
 
 def gelu_gradients(
     x: jax.Array, bias: jax.Array, cotangent: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The cotangents of x and bias of `activation.gelu`."""
+    """The cotangents of the arguments of `activation.gelu`.
+
+    Args:
+        x, cotangent: (..., C) float of 16 bits.
+        bias: (C,) float32.
+        interpret: run in Pallas' interpreter on any platform, for tests.
+
+    Returns:
+        Cotangents of x, (..., C), and of bias, (C,), in the dtypes of x and bias.
+    """
     return _gradients(x, bias, cotangent, interpret=interpret)
 
 
 def gelu_and_response_norm(
     x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """As `activation.gelu_and_response_norm`: two reads of x, one write."""
+    """`activation.gelu_and_response_norm` in two reads of x and one write; `interpret` as for `gelu_gradients`."""
     (squares,) = _sums(x, bias, interpret=interpret)
-    factors = (gamma * response_weights(squares) + 1)[:, None, None]
+    factors = (gamma * relative_norms(squares) + 1)[:, None, None]
     y = widened(x) + bias
     return (y * density_and_cdf(y, x.dtype)[1] * factors + beta).astype(x.dtype)
 
@@ -38,34 +48,26 @@ def gelu_and_response_norm(
 def gelu_and_response_norm_gradients(
     x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, cotangent: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The cotangents of the arguments of `gelu_and_response_norm`: two reads of x and cotangent, one write."""
+    """The cotangents of the four arrays of `gelu_and_response_norm`, in two reads of x and cotangent and one write."""
     squares, products, sums = _sums(x, bias, cotangent, interpret=interpret)
-    weights, pull_back = jax.vjp(response_weights, squares)
+    norms, pull_back = jax.vjp(relative_norms, squares)
     (squares_cotangent,) = pull_back(gamma * products)
-    scale = gamma * weights + 1
+    scale = gamma * norms + 1
     dx, dbias = _gradients(x, bias, cotangent, (scale, 2 * squares_cotangent), interpret=interpret)
-    return dx, dbias, (weights * products).sum(0), sums.sum(0)
-
-
-def response_weights(squares: jax.Array) -> jax.Array:
-    """The weight of each channel from its sum of squares: (..., C) → (..., C)."""
-    # The square root's derivative at zero is infinite: a dead channel takes a norm, and a gradient, of zero.
-    alive = squares > 0
-    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
-    return norms / (norms.mean(-1, keepdims=True) + 1e-6)
+    return dx, dbias, (norms * products).sum(0), sums.sum(0)
 
 
 def _sums(x: jax.Array, bias: jax.Array, *cotangent: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
-    """Sums over H and W of y², with y = gelu(x + bias); with a cotangent c also of c · y and of c. One pass.
+    """Sums over H and W of y² for y = gelu(x + bias), and with a cotangent c also of c · y and c, in one pass.
 
     Args:
-        x: (N, H, W, C).
-        bias: (C,).
-        cotangent: none, or one of x's shape.
-        interpret: run on any platform, for tests.
+        x: (N, H, W, C) float of 16 bits.
+        bias: (C,) float32.
+        cotangent: at most one array, of x's shape.
+        interpret: as for `gelu_gradients`.
 
     Returns:
-        (N, C) float32 each.
+        One or three arrays, (N, C) float32.
     """
     n, height, width, channels = x.shape
     tiles, blocks = pl.cdiv(channels, COLUMNS), pl.cdiv(height * width, ROWS)
@@ -92,12 +94,12 @@ def _sums_kernel(bias_ref, x_ref, *refs, steps: int) -> None:
 
     def add_block(step, sums):
         row = (part * steps + step) * ROWS + lax.iota(jnp.int32, ROWS)
-        at, exists = (n, row[:, None], column[None, :]), (row < rows)[:, None] & (column < channels)[None, :]
-        y = plgpu.load(x_ref.at[at], mask=exists, other=0.0).astype(jnp.float32) + bias
-        y = jnp.where(exists, y * density_and_cdf(y, x_ref.dtype)[1], 0.0)
+        indices, inside = (n, row[:, None], column[None, :]), (row < rows)[:, None] & (column < channels)[None, :]
+        y = plgpu.load(x_ref.at[indices], mask=inside, other=0.0).astype(jnp.float32) + bias
+        y = jnp.where(inside, y * density_and_cdf(y, x_ref.dtype)[1], 0.0)
         terms = [y * y]
         if cotangent_ref is not None:
-            cotangent = plgpu.load(cotangent_ref.at[at], mask=exists, other=0.0).astype(jnp.float32)
+            cotangent = plgpu.load(cotangent_ref.at[indices], mask=inside, other=0.0).astype(jnp.float32)
             terms += [cotangent * y, cotangent]
         return tuple(total + term for total, term in zip(sums, terms, strict=True))
 
@@ -109,13 +111,17 @@ def _sums_kernel(bias_ref, x_ref, *refs, steps: int) -> None:
 def _gradients(
     x: jax.Array, bias: jax.Array, cotangent: jax.Array, factors: tuple[jax.Array, ...] = (), *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The cotangents of x and bias of z = gelu(x + bias), in one pass.
+    """The cotangents of x and bias for z = gelu(x + bias), in one pass.
 
     Args:
-        x, cotangent: (N, ..., C).
-        bias: (C,).
-        factors: none; or a and b, (N, C) each, where z's cotangent is a · cotangent + b · z.
-        interpret: run on any platform, for tests.
+        x, cotangent: (N, ..., C) float of 16 bits.
+        bias: (C,) float32.
+        factors: () if `cotangent` is the cotangent of z; otherwise a and b, (N, C) float32 each, if the cotangent of z
+            is a · cotangent + b · z.
+        interpret: as for `gelu_gradients`.
+
+    Returns:
+        (N, ..., C) and (C,), in the dtypes of x and bias.
     """
     channels = x.shape[-1]
     flat = x.reshape(-1, channels)
@@ -123,7 +129,7 @@ def _gradients(
     steps = pl.cdiv(blocks * tiles, PROGRAMS)
     programs = pl.cdiv(blocks, steps)
     dx, dbias = pl.pallas_call(
-        functools.partial(_kernel, steps=steps, rows_of_example=flat.shape[0] // x.shape[0]),
+        functools.partial(_gradients_kernel, steps=steps, rows_per_image=flat.shape[0] // x.shape[0]),
         grid=(tiles, programs),
         out_shape=[
             jax.ShapeDtypeStruct(flat.shape, x.dtype),
@@ -136,7 +142,7 @@ def _gradients(
     return dx.reshape(x.shape), dbias.sum(0).astype(bias.dtype)
 
 
-def _kernel(x_ref, bias_ref, cotangent_ref, *refs, steps: int, rows_of_example: int) -> None:
+def _gradients_kernel(x_ref, bias_ref, cotangent_ref, *refs, steps: int, rows_per_image: int) -> None:
     *factor_refs, dx_ref, dbias_ref = refs
     rows, channels = x_ref.shape
     column = pl.program_id(0) * COLUMNS + lax.iota(jnp.int32, COLUMNS)
@@ -145,20 +151,20 @@ def _kernel(x_ref, bias_ref, cotangent_ref, *refs, steps: int, rows_of_example: 
 
     def add_block(step, total):
         row = (first + step) * ROWS + lax.iota(jnp.int32, ROWS)
-        exists = (row < rows)[:, None] & (column < channels)[None, :]
+        inside = (row < rows)[:, None] & (column < channels)[None, :]
 
         def load(ref, row):
-            return plgpu.load(ref.at[row[:, None], column[None, :]], mask=exists, other=0.0).astype(jnp.float32)
+            return plgpu.load(ref.at[row[:, None], column[None, :]], mask=inside, other=0.0).astype(jnp.float32)
 
         y = load(x_ref, row) + bias
         density, cdf = density_and_cdf(y, x_ref.dtype)
         cotangent = load(cotangent_ref, row)
         if factor_refs:
-            a, b = (load(ref, row // rows_of_example) for ref in factor_refs)
+            a, b = (load(ref, row // rows_per_image) for ref in factor_refs)
             cotangent = a * cotangent + b * y * cdf
         gradient = cotangent * (cdf + y * density)
-        plgpu.store(dx_ref.at[row[:, None], column[None, :]], gradient.astype(dx_ref.dtype), mask=exists)
-        return total + jnp.where(exists, gradient, 0.0)
+        plgpu.store(dx_ref.at[row[:, None], column[None, :]], gradient.astype(dx_ref.dtype), mask=inside)
+        return total + jnp.where(inside, gradient, 0.0)
 
     total = lax.fori_loop(0, steps, add_block, jnp.zeros((ROWS, COLUMNS), jnp.float32))
     plgpu.store(dbias_ref.at[pl.program_id(1), column], total.sum(0), mask=column < channels)

@@ -13,14 +13,20 @@ from convnext_jax.models.variants import Variant
 
 
 class Backbone(Trunk):
-    """Stem and stages, and a LayerNorm on each feature map it returns, as Hugging Face's ConvNextBackbone.
+    """A trunk with a LayerNorm on each feature map that it returns, as in Hugging Face's ConvNextBackbone.
+
+    Args:
+        variant: the architecture.
+        key: random key of the initialisation.
+        out_features: names of the returned feature maps, such as ('stage2', 'stage4'); by default all stages.
+        output_stride, in_channels, drop_path_rate, execution: as for `Trunk`.
 
     Attributes:
         norms: name of a feature map → its LayerNorm.
-        out_features: these names, in the order of the data; by default all stages.
+        out_features: names of the returned feature maps, from the stem to the last stage.
 
     Raises:
-        UserError: `out_features` names no feature map, or as `Trunk`.
+        UserError: `out_features` is empty or contains an unknown name, or `Trunk` rejects a value.
     """
 
     def __init__(
@@ -46,11 +52,11 @@ class Backbone(Trunk):
             out_features = [name for name in self.channels if name != 'stem']
         chosen = tuple(out_features) if isinstance(out_features, Iterable) else ()
         if not chosen or isinstance(out_features, str) or not all(name in tuple(self.channels) for name in chosen):
-            raise UserError(f'out_features must be a choice of {tuple(self.channels)}, not {out_features!r}')
+            raise UserError(f'out_features must be one or more of {tuple(self.channels)}, not {out_features!r}')
         self.out_features = tuple(name for name in self.channels if name in chosen)
         self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Name → normalised feature map (N, H / stride, W / stride, C); arguments and errors as `features`."""
+        """Name → normalised feature map, (N, H // stride, W // stride, C); arguments and errors as for `features`."""
         maps = self.features(images, key=key)
         return {name: self.norms[name](maps[name]) for name in self.out_features}

@@ -13,10 +13,12 @@ from convnext_jax.models.variants import Variant, get_variant
 
 
 class ConvNeXt(Trunk):
-    """The classifier: trunk, global average pooling, LayerNorm and a linear head. Arguments as `create_model`.
+    """The classifier: trunk, global average pooling, LayerNorm and a linear head.
+
+    The arguments are those of `create_model`, except that `variant` and `execution` are objects.
 
     Attributes:
-        stem, stages, norm, head: the parts, in the order of the data.
+        stem, stages, norm, head: the parts, in the order in which they run.
 
     Raises:
         UserError: a value is out of its range, or `key` is not a key of `jax.random.key`.
@@ -44,12 +46,12 @@ class ConvNeXt(Trunk):
             variant, key=trunk_key, in_channels=in_channels, drop_path_rate=drop_path_rate, execution=execution
         )
         self.norm = LayerNorm(variant.widths[-1], epsilon=layer_norm_eps)
-        # The head is a ten-thousandth of the work: it stays in float32 whatever the compute type.
+        # The head is 0.01 % of the computation: it stays in float32 whatever `execution.dtype` is.
         self.head = Linear(variant.widths[-1], num_classes, key=head_key)
         self.head.kernel[...] *= head_init_scale
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Class logits, (N, num_classes) float32; arguments and errors as `features`."""
+        """Class logits, (N, num_classes) float32; arguments and errors as for `features`."""
         last = list(self.features(images, key=key).values())[-1]
         return self.head(self.norm(last.mean((1, 2), dtype=jnp.float32)))
 
@@ -67,22 +69,22 @@ def create_model(
     patch_size: int | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> ConvNeXt:
-    """A newly initialised model.
+    """A newly initialised classifier, whose derivatives exist in reverse mode only (no `jax.jvp`).
 
     Args:
-        name: one of `list_models()`, or an architecture of your own.
-        key: random key of the initialisation.
-        num_classes: outputs of the head.
+        name: one of `list_models()`, or a `Variant`.
+        key: random key of the initialisation, as from `jax.random.key`.
+        num_classes: number of outputs of the head.
         drop_path_rate: drop rate of the last block, in [0, 1); it applies when the model is called with a key.
-        layer_scale_init: initial value of the layer scale, 0 for none; by default the variant's.
-        head_init_scale: factor on the initial weights of the head (0.001 when the originals fine-tune).
-        layer_norm_eps: epsilon of the last norm; Hugging Face's models have 1e-12 there.
+        layer_scale_init: initial value of the layer scale, 0 for no layer scale; by default the variant's value.
+        head_init_scale: factor on the initial kernel of the head; the original fine-tuning recipes use 0.001.
+        layer_norm_eps: epsilon of the last norm; Hugging Face's models use 1e-12.
         in_channels: channels of the images.
-        patch_size: kernel and stride of the stem in pixels; by default the variant's.
-        options: how the model is computed: `dtype`, `remat`, `unroll` and `pallas`, the fields of `models.Execution`,
-            as in dtype='bfloat16'. Derivatives are in reverse mode: there is no `jax.jvp`.
+        patch_size: kernel size and stride of the stem in pixels; by default the variant's value.
+        options: how the model is computed: the fields `dtype`, `remat`, `unroll` and `pallas` of `models.Execution`.
 
     Raises:
+        TypeError: an unknown keyword.
         UserError: an unknown name, or a value out of its range.
     """
     return ConvNeXt(

@@ -1,12 +1,16 @@
-"""The depthwise convolution, with its derivatives, in the formulation that is fastest where it runs.
+"""The depthwise convolution and its derivatives, with a separate implementation for each platform.
 
-On NVIDIA GPUs that is our kernels in `depthwise_gpu`; on other accelerators the compiler's own convolution, or, on TPU
-and where it is asked for, our kernel in `depthwise_tpu`. On CPU the compiler's depthwise convolution is very slow
-(about 0.5 GFLOP/s, and its gradient slower), so there it is written as shifted multiply-adds over the padded image.
-The platform is chosen when the program is lowered, not by a flag.
+- NVIDIA GPUs: the Pallas kernels of `depthwise_gpu`.
+- TPU: the compiler's convolution, or with `pallas=True` the Pallas kernel of `depthwise_tpu`.
+- CPU: shifted multiply-adds over the padded image, because the compiler's depthwise convolution reaches only about 0.5
+  GFLOP/s and its gradient is slower still.
+- Other platforms: the compiler's convolution.
 
-Two primitives, each linear in either argument, and each the other's gradient: so that derivatives of any order and
-`vmap` come down to these two again.
+JAX selects the implementation when it lowers the program for a platform.
+
+The convolution and the gradient of its kernel are JAX primitives. Both are linear in each of their two arguments, and
+the derivatives and the batching rule of either consist of these two primitives only. This gives derivatives of any
+order and `vmap`.
 """
 
 import functools
@@ -24,21 +28,21 @@ from convnext_jax.models import depthwise_gpu
 from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
 from convnext_jax.models.nvidia import has_kernels
 
-# Of a pass of the convolution on CPU: its weights, 12 KiB in float32 of a first-level cache of 32 or more; but so many
-# places at the least, or the passes over the image cost more than the cache gives.
+# The convolution on CPU makes several passes over the image. The weights of a pass, 12 KiB in float32, must fit the L1
+# cache of 32 KiB or more. With fewer kernel positions per pass, more passes would cost more time than the cache saves.
 PASS_WEIGHTS, MIN_POSITIONS = 3072, 5
-MAX_ROWS = 7  # in a step of the kernel's gradient on CPU
+MAX_ROWS = 7  # rows per step of the kernel gradient on CPU
 
 
 @functools.partial(jax.jit, static_argnames=('dilation', 'pallas'), inline=True)
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1, pallas: bool = False) -> jax.Array:
-    """Convolves each channel with its own square kernel, stride 1, zero padding that keeps H and W.
+    """A convolution of each channel with its own square kernel: stride 1, zero padding that preserves H and W.
 
     Args:
-        x: (N, H, W, C).
-        kernel: (K, K, C), K odd; of another dtype it is rounded to x's, and its gradient is not.
-        dilation: distance of neighbouring kernel places in x.
-        pallas: on TPU by our own kernel, where it takes the shape.
+        x: (N, H, W, C) float.
+        kernel: (K, K, C) float, K odd. It is cast to x's dtype; its gradient has the kernel's own dtype.
+        dilation: distance in pixels of x between neighbouring kernel positions.
+        pallas: use the Pallas kernel on TPU for the shapes that it supports.
 
     Returns:
         (N, H, W, C) of x's dtype.
@@ -47,10 +51,11 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1, pallas
 
 
 conv_p = Primitive('depthwise_conv')
-"""x (N, H, W, C), kernel (K, K, C) → (N, H, W, C) of x's dtype."""
+"""x (N, H, W, C), kernel (K, K, C) → y (N, H, W, C) of x's dtype."""
 
 kernel_gradient_p = Primitive('depthwise_kernel_gradient')
-"""x, weights (N, H, W, C) each → (K, K, C) of a given dtype: Σ of the weights times x moved by (r, c)."""
+"""x and the cotangent of y, (N, H, W, C) each → the cotangent of the kernel, (K, K, C) of a given dtype: at (r, c) the
+sum over N, H and W of the cotangent of y times x shifted by (r, c)."""
 
 
 def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
@@ -66,13 +71,13 @@ def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
 
 
 def _kernel_gradient_native(
-    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
+    x: jax.Array, cotangent: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
 ) -> jax.Array:
-    """The weights are moved over x as a kernel of their own size; images take the part of channels, and the reverse."""
+    """A convolution with the cotangent as the kernel, in which images and channels swap their roles."""
     reach = size // 2 * dilation
     gradient = lax.conv_general_dilated(
         x,
-        weights,
+        cotangent,
         window_strides=(dilation, dilation),
         padding=[(reach, reach)] * 2,
         dimension_numbers=('CHWN', 'IHWO', 'HWNC'),
@@ -83,20 +88,20 @@ def _kernel_gradient_native(
 
 
 def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
-    """K·K shifted multiply-adds over the padded image, some to a pass, of two kernel rows at the most.
+    """K · K shifted multiply-adds over the padded image, in passes of at most two kernel rows each.
 
-    The barriers keep the compiler from merging the passes, and the last with the norm after it: the weights and the
-    window of one pass stay in the first-level cache. The one over the kernel keeps it from looking the block's kernel
-    up among all blocks' for each product anew.
+    The barriers after the passes prevent their fusion with each other and with the norm that follows, so that the
+    weights and the window of a pass stay in the L1 cache. The barrier on the kernel makes a scan over stacked blocks
+    slice this block's kernel once, not once for each product.
     """
     size = kernel.shape[0]
     height, width = x.shape[1:3]
     padded, kernel = _pad(_wide(x), size // 2 * dilation), lax.optimization_barrier(_wide(kernel.astype(x.dtype)))
-    places = list(itertools.product(range(size), repeat=2))
+    positions = list(itertools.product(range(size), repeat=2))
     per_pass = min(max(PASS_WEIGHTS // max(x.shape[-1], 1), MIN_POSITIONS), 2 * size)
     total: Any = None
-    for first in range(0, len(places), per_pass):
-        for row, column in places[first : first + per_pass]:
+    for first in range(0, len(positions), per_pass):
+        for row, column in positions[first : first + per_pass]:
             top, left = row * dilation, column * dilation
             product = padded[:, top : top + height, left : left + width] * kernel[row, column]
             total = product if total is None else total + product
@@ -105,29 +110,29 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
 
 
 def _kernel_gradient_on_cpu(
-    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
+    x: jax.Array, cotangent: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
 ) -> jax.Array:
-    """A scan over groups of rows of all images, with one accumulator (W, K, C) for each kernel column.
+    """A scan over groups of rows of all images, with one accumulator, (W, K, C), for each kernel column.
 
-    At 224 pixels they fit the second-level caches; a step updates each by one fused sum of products, one for each
-    row, which cores share along W. The only reduction comes at the end.
+    For images of 224 pixels the accumulators fit the L2 caches. A step adds to each accumulator one product for each
+    row, in one fused loop that the compiler parallelises over W. The accumulators are reduced over W after the scan.
     """
     n, height, width, channels = x.shape
-    padded, weights = _pad(_wide(x), size // 2 * dilation), _wide(weights)
+    padded, cotangent = _pad(_wide(x), size // 2 * dilation), _wide(cotangent)
     rows = max(rows for rows in range(1, MAX_ROWS + 1) if height % rows == 0)
     groups = height // rows
     reach = 1 + dilation * (size - 1)
 
     def add_rows(sums, step):
         image, first = step // groups, step % groups * rows
-        # Each row is sliced by itself: a slice with several uses would be a call for each of its elements in JAX 0.10.
+        # Each row has its own slice: JAX 0.10 compiles a slice with several uses as a call for each of its elements.
         for row in range(rows):
-            place = (image, first + row, 0, 0)
-            window = lax.dynamic_slice(padded, place, (1, reach, padded.shape[2], channels))[0, ::dilation]
-            errors = lax.dynamic_slice(weights, place, (1, 1, width, channels))[0, 0, :, None]
+            start = (image, first + row, 0, 0)
+            window = lax.dynamic_slice(padded, start, (1, reach, padded.shape[2], channels))[0, ::dilation]
+            factor = lax.dynamic_slice(cotangent, start, (1, 1, width, channels))[0, 0, :, None]
             window = window.swapaxes(0, 1)
             shifted = (window[column * dilation : column * dilation + width] for column in range(size))
-            sums = tuple(total + part * errors for total, part in zip(sums, shifted, strict=True))
+            sums = tuple(total + part * factor for total, part in zip(sums, shifted, strict=True))
         return sums, None
 
     sums = (jnp.zeros((width, size, channels), padded.dtype),) * size
@@ -137,7 +142,7 @@ def _kernel_gradient_on_cpu(
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    """At least float32, so that sums do not round at every step."""
+    """x in at least float32, so that sums do not round at every step."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -149,9 +154,9 @@ def _mirrored_conv(x: jax.Array, kernel: jax.Array, **options: object) -> jax.Ar
     return conv_p.bind(x, kernel[::-1, ::-1], **options)
 
 
-def _many_convs(arguments: tuple, dimensions: tuple, **options: object) -> tuple[jax.Array, int]:
+def _batched_conv(arguments: tuple, dimensions: tuple, **options: object) -> tuple[jax.Array, int]:
     x, kernel = arguments
-    if dimensions[1] is None:  # one kernel: the copies of x are so many more images
+    if dimensions[1] is None:  # one kernel: merge the mapped axis into the images
         x = jnp.moveaxis(x, dimensions[0], 0)
         y = conv_p.bind(x.reshape(-1, *x.shape[2:]), kernel, **options)
         return y.reshape(x.shape), 0
@@ -161,7 +166,7 @@ def _many_convs(arguments: tuple, dimensions: tuple, **options: object) -> tuple
     return y.reshape(*y.shape[:-1], copies, -1), y.ndim - 1
 
 
-def _many_kernel_gradients(arguments: tuple, dimensions: tuple, **options: object) -> tuple[jax.Array, int]:
+def _batched_kernel_gradient(arguments: tuple, dimensions: tuple, **options: object) -> tuple[jax.Array, int]:
     pairs = list(zip(arguments, dimensions, strict=True))
     (copies,) = {array.shape[dimension] for array, dimension in pairs if dimension is not None}
     y = kernel_gradient_p.bind(*(_as_channels(*pair, copies) for pair in pairs), **options)
@@ -169,7 +174,7 @@ def _many_kernel_gradients(arguments: tuple, dimensions: tuple, **options: objec
 
 
 def _as_channels(x: jax.Array, dimension: int | None, copies: int) -> jax.Array:
-    """Copies along a dimension (None: all the same) as so many more channels."""
+    """x with its mapped axis `dimension` merged into the channels; None repeats x `copies` times."""
     if dimension is None:
         x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], copies, x.shape[-1]))
     else:
@@ -177,12 +182,13 @@ def _as_channels(x: jax.Array, dimension: int | None, copies: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _define(primitive: Primitive, result: Callable, on_cpu: Callable, native: Callable, many: Callable) -> None:
+def _define(primitive: Primitive, result: Callable, on_cpu: Callable, native: Callable, batch: Callable) -> None:
+    """Registers the abstract evaluation, the implementations and the batching rule of a primitive."""
     primitive.def_abstract_eval(result)
     primitive.def_impl(lambda *arguments, **options: _outside_jit(on_cpu, native)(*arguments, **options))
     mlir.register_lowering(primitive, mlir.lower_fun(native, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
-    batching.primitive_batchers[primitive] = many
+    batching.primitive_batchers[primitive] = batch
 
 
 def _outside_jit(on_cpu: Callable, native: Callable) -> Callable:
@@ -195,14 +201,14 @@ def _conv_on_tpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
     return _conv_native(x, kernel, dilation=dilation, pallas=pallas)
 
 
-_define(conv_p, lambda x, kernel, dilation, pallas: x.update(), _conv_on_cpu, _conv_native, _many_convs)
+_define(conv_p, lambda x, kernel, dilation, pallas: x.update(), _conv_on_cpu, _conv_native, _batched_conv)
 mlir.register_lowering(conv_p, mlir.lower_fun(_conv_on_tpu, multiple_results=False), platform='tpu')
 _define(
     kernel_gradient_p,
-    lambda x, weights, size, dilation, pallas, dtype: x.update(shape=(size, size, x.shape[-1]), dtype=dtype),
+    lambda x, cotangent, size, dilation, pallas, dtype: x.update(shape=(size, size, x.shape[-1]), dtype=dtype),
     _kernel_gradient_on_cpu,
     _kernel_gradient_native,
-    _many_kernel_gradients,
+    _batched_kernel_gradient,
 )
 
 
@@ -213,11 +219,11 @@ def _conv_on_gpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
 
 
 def _kernel_gradient_on_gpu(
-    x: jax.Array, weights: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
+    x: jax.Array, cotangent: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
 ) -> jax.Array:
     if has_kernels(x) and depthwise_gpu.fits(x, size, dilation):
-        return depthwise_gpu.depthwise_kernel_gradient_on_gpu(x, weights, size=size).astype(dtype)
-    return _kernel_gradient_native(x, weights, size=size, dilation=dilation, pallas=pallas, dtype=dtype)
+        return depthwise_gpu.depthwise_kernel_gradient_on_gpu(x, cotangent, size=size).astype(dtype)
+    return _kernel_gradient_native(x, cotangent, size=size, dilation=dilation, pallas=pallas, dtype=dtype)
 
 
 for primitive, on_gpu in ((conv_p, _conv_on_gpu), (kernel_gradient_p, _kernel_gradient_on_gpu)):
@@ -231,6 +237,6 @@ ad.defbilinear(
 )
 ad.defbilinear(
     kernel_gradient_p,
-    lambda kernel, x, weights, size, dtype, **options: _mirrored_conv(weights, kernel, **options),
-    lambda kernel, x, weights, size, dtype, **options: conv_p.bind(x, kernel, **options),
+    lambda kernel, x, cotangent, size, dtype, **options: _mirrored_conv(cotangent, kernel, **options),
+    lambda kernel, x, cotangent, size, dtype, **options: conv_p.bind(x, kernel, **options),
 )

@@ -1,4 +1,4 @@
-"""How a network is computed: float type, recomputation in the backward pass, unrolling, kernels."""
+"""Options of computation: dtype, recomputation in the backward pass, unrolling, Pallas kernel."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ REMAT = ('none', 'dots', 'full')
 
 
 class ExecutionOptions(TypedDict, total=False):
-    """The fields of `Execution`, as keyword arguments of `create_model` and other functions that build a network."""
+    """The fields of `Execution` as keyword arguments, for `create_model` and other functions that build a network."""
 
     dtype: DTypeLike
     remat: str
@@ -26,23 +26,23 @@ class ExecutionOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a network is computed. It changes speed, memory and rounding, never the parameters or their shapes.
+    """Options of computation. They change speed, memory and rounding, but no parameter and no shape.
 
     Attributes:
-        dtype: name of the float type of matrix products and convolutions: 'float32', 'bfloat16' or 'float16'; a dtype
-            such as `jnp.bfloat16` is accepted as well. Parameters, their gradients, norms and logits are float32.
-        remat: what the backward pass recomputes: 'none'; all but the 'dots', which keeps the results of matrix
-            products and convolutions and the means of norms (half the memory); or the 'full' block (a third of the
-            memory, a third more work).
-        unroll: compiles every block on its own instead of one block for each stage and a loop. Compilation takes about
-            twice as long; training is 1 to 3 % faster on CPU (evaluation is slower) and takes a quarter less memory
-            on TPU.
-        pallas: uses the kernel of `depthwise_tpu.py` for the depthwise convolutions on TPU v5e, v5p and v6e, where it
-            supports their shapes, instead of the compiler's convolution; no effect on CPU and GPU. On several devices
-            such a network must be called inside `jax.shard_map`. The kernel has not been run on a TPU.
+        dtype: dtype of matrix products and convolutions: 'float32', 'bfloat16' or 'float16', as a name or as a dtype
+            such as `jnp.bfloat16`. Parameters, their gradients, norms and logits are always float32.
+        remat: what the backward pass recomputes. 'none': nothing. 'dots': everything except the results of matrix
+            products and convolutions and the statistics of norms (half the memory of 'none'). 'full': whole blocks (a
+            third of the memory, a third more computation).
+        unroll: compile each block separately instead of a loop over one compiled block per stage. Compilation takes
+            about twice as long. Training is 1 to 3 % faster on CPU (evaluation is slower), and takes a quarter less
+            memory on TPU.
+        pallas: use the kernel of `depthwise_tpu.py` instead of the compiler's depthwise convolution on TPU v5e, v5p and
+            v6e, for the shapes that it supports; no effect on CPU and GPU. On several devices the network must then be
+            called inside `jax.shard_map`. The kernel has not run on a TPU.
 
     Raises:
-        UserError: `dtype` or `remat` is none of the values above.
+        UserError: `dtype` or `remat` has another value.
     """
 
     dtype: DTypeLike = 'float32'
@@ -59,15 +59,15 @@ class Execution:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not '{self.dtype}'")
         if self.remat not in REMAT:
             raise UserError(f"remat must be one of {', '.join(REMAT)}, not '{self.remat}'")
-        object.__setattr__(self, 'dtype', dtype)  # one value for each type, so that equal executions compare equal
+        object.__setattr__(self, 'dtype', dtype)  # one spelling for each dtype, so that equal executions compare equal
 
     @classmethod
     def from_keywords(cls, function: Callable, keywords: ExecutionOptions) -> 'Execution':
-        """The execution that a caller of `function` asked for in its `**keywords`.
+        """An execution from the `**keywords` with which a caller has called `function`.
 
         Raises:
             TypeError: a keyword is not a field; the message names `function` and the most similar argument.
-            UserError: a value is not allowed.
+            UserError: a field has a value that is not allowed.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:

@@ -1,7 +1,7 @@
-"""The passes of a layer norm over memory on NVIDIA GPUs, as Pallas kernels for JAX's Triton backend.
+"""Pallas kernels of the layer norm for NVIDIA GPUs, on JAX's Triton backend.
 
-XLA takes two passes over x for mean and variance, and in the backward pass writes the gradient in float32 and reads it
-twice more. Here each is one pass.
+XLA reads x twice for mean and variance. In its backward pass it writes the gradient in float32 and reads it twice
+more. Here the statistics take one pass and the backward pass another.
 """
 
 import functools
@@ -13,12 +13,21 @@ from jax.experimental import pallas as pl
 
 from convnext_jax.models.nvidia import triton as plgpu
 
-ELEMENTS = 2048  # of a block: 16 for each of a program's 128 threads
-PROGRAMS = 132 * 8  # of the backward kernel: each sums many rows, so that few partial sums go through memory
+ELEMENTS = 2048  # size of a block: 16 elements for each of a program's 128 threads
+PROGRAMS = 132 * 8  # programs of the backward kernel; each sums many rows, so that few partial sums go through memory
 
 
 def statistics(x: jax.Array, epsilon: float, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Mean and 1 / standard deviation over the last axis: (..., C) → two of (..., 1), float32."""
+    """Mean and 1 / standard deviation over the last axis.
+
+    Args:
+        x: (..., C) float.
+        epsilon: value added to the variance.
+        interpret: run in Pallas' interpreter on any platform, for tests.
+
+    Returns:
+        Two arrays, (..., 1) float32.
+    """
     channels = x.shape[-1]
     flat = x.reshape(-1, channels)
     rows, _ = _block(channels)
@@ -43,7 +52,17 @@ def gradients(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The cotangents of x, scale and bias of a layer norm: (..., C) of x's dtype, and two of (C,), float32."""
+    """The cotangents of x, scale and bias of a layer norm.
+
+    Args:
+        x, cotangent: (..., C) float.
+        mean, inverse: the results of `statistics`, (..., 1) float32.
+        scale: (C,) float32.
+        interpret: as for `statistics`.
+
+    Returns:
+        Cotangents of x, (..., C) of x's dtype, and of scale and bias, (C,) float32.
+    """
     channels = x.shape[-1]
     flat = x.reshape(-1, channels)
     rows, _ = _block(channels)
@@ -66,13 +85,13 @@ def gradients(
 
 
 def _block(channels: int) -> tuple[int, int]:
-    """Rows and columns of a block: powers of two, as Triton asks for."""
+    """Rows and columns of a block: powers of two, as Triton requires."""
     columns = pl.next_power_of_2(channels)
     return max(ELEMENTS // columns, 1), columns
 
 
 def _indices(ref, block: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row and column numbers of a block, and which of its elements exist."""
+    """The row and column indices of a block, and the mask of the elements that lie inside the array."""
     rows, columns = _block(ref.shape[1])
     row = block * rows + lax.iota(jnp.int32, rows)
     column = lax.iota(jnp.int32, columns)
@@ -81,10 +100,10 @@ def _indices(ref, block: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def _statistics(x_ref, mean_ref, inverse_ref, *, epsilon: float) -> None:
     channels = x_ref.shape[1]
-    row, column, exists = _indices(x_ref, pl.program_id(0))
-    x = plgpu.load(x_ref.at[row[:, None], column[None, :]], mask=exists, other=0.0).astype(jnp.float32)
+    row, column, inside = _indices(x_ref, pl.program_id(0))
+    x = plgpu.load(x_ref.at[row[:, None], column[None, :]], mask=inside, other=0.0).astype(jnp.float32)
     mean = x.sum(1) / channels
-    centred = jnp.where(exists, x - mean[:, None], 0.0)
+    centred = jnp.where(inside, x - mean[:, None], 0.0)
     variance = (centred * centred).sum(1) / channels
     plgpu.store(mean_ref.at[row], mean, mask=row < x_ref.shape[0])
     plgpu.store(inverse_ref.at[row], lax.rsqrt(variance + epsilon), mask=row < x_ref.shape[0])
@@ -97,18 +116,18 @@ def _gradients(x_ref, mean_ref, inverse_ref, scale_ref, cotangent_ref, dx_ref, d
     scale = plgpu.load(scale_ref.at[column], mask=column < channels, other=0.0)
 
     def add_block(step, sums):
-        row, _, exists = _indices(x_ref, first + step)
-        at = row[:, None], column[None, :]
+        row, _, inside = _indices(x_ref, first + step)
+        indices = row[:, None], column[None, :]
         mean = plgpu.load(mean_ref.at[row], mask=row < x_ref.shape[0], other=0.0)[:, None]
         inverse = plgpu.load(inverse_ref.at[row], mask=row < x_ref.shape[0], other=0.0)[:, None]
-        x = plgpu.load(x_ref.at[at], mask=exists, other=0.0).astype(jnp.float32)
-        cotangent = plgpu.load(cotangent_ref.at[at], mask=exists, other=0.0).astype(jnp.float32)
-        y = jnp.where(exists, (x - mean) * inverse, 0.0)
+        x = plgpu.load(x_ref.at[indices], mask=inside, other=0.0).astype(jnp.float32)
+        cotangent = plgpu.load(cotangent_ref.at[indices], mask=inside, other=0.0).astype(jnp.float32)
+        y = jnp.where(inside, (x - mean) * inverse, 0.0)
         scaled = cotangent * scale[None, :]
-        along_ones = scaled.sum(1)[:, None] / channels
-        along_y = (scaled * y).sum(1)[:, None] / channels
-        dx = inverse * (scaled - along_ones - y * along_y)
-        plgpu.store(dx_ref.at[at], dx.astype(dx_ref.dtype), mask=exists)
+        mean_scaled = scaled.sum(1)[:, None] / channels
+        mean_product = (scaled * y).sum(1)[:, None] / channels
+        dx = inverse * (scaled - mean_scaled - y * mean_product)
+        plgpu.store(dx_ref.at[indices], dx.astype(dx_ref.dtype), mask=inside)
         return sums[0] + cotangent * y, sums[1] + cotangent
 
     zeros = jnp.zeros(_block(channels), jnp.float32)

@@ -1,28 +1,34 @@
-"""Φ and φ of the standard normal distribution, for the GELU, as plain JAX that Pallas kernels can use too."""
+"""The standard normal distribution's density φ and cumulative distribution Φ, for the GELU.
+
+The functions are plain JAX and also run inside Pallas kernels.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Φ(−z) = exp(−z²/2) · Σ TAIL[k] · t^(k+1) with t = 1 / (1 + SLOPE · z), z ≥ 0: the form of Abramowitz and Stegun
-# 7.1.26, fitted for the least relative error, 4.7e-6.
+# Φ(−z) = exp(−z²/2) · Σ TAIL[k] · t^(k+1) with t = 1 / (1 + SLOPE · z), z ≥ 0. The formula is Abramowitz and Stegun
+# 7.1.26; these coefficients minimise the largest relative error, which is 4.7e-6.
 SLOPE = 0.31
 TAIL = (0.1238606, 0.12044213, 0.13342702, 0.01574904, 0.18044703, -0.07392814)
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """x in at least float32."""
+    """x in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def density_and_cdf(y: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """φ(y) and Φ(y), for results that are rounded to `dtype`.
+    """φ(y) and Φ(y), with an error below the rounding of `dtype`.
 
-    For 16 bits one exponential and one division give both, with an error far below the rounding.
+    For a dtype of 16 bits, both take one exponential and one division.
 
     Args:
-        y: float32 or wider.
-        dtype: of the results that are computed from them.
+        y: any shape, float32 or wider.
+        dtype: dtype to which the caller rounds the values that it computes from φ and Φ.
+
+    Returns:
+        Two arrays of y's shape and dtype.
     """
     exponential = jnp.exp(-0.5 * y * y)
     density = exponential * (2 * jnp.pi) ** -0.5

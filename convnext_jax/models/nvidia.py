@@ -1,4 +1,4 @@
-"""Where the Pallas kernels for NVIDIA GPUs run, and what runs elsewhere."""
+"""The choice between a Pallas kernel for NVIDIA GPUs and the native computation."""
 
 import re
 from collections.abc import Callable
@@ -9,18 +9,18 @@ import jax
 triton: Any
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # JAX means to remove it
+except ImportError:  # JAX plans to remove this backend
     triton = None
 
 Result = TypeVar('Result', bound=jax.Array | tuple[jax.Array, ...])
 
 
 def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], *arguments: jax.Array) -> Result:
-    """Calls `kernel` in programs for an NVIDIA GPU that has such kernels, and `native` in all others.
+    """The result of `kernel` in programs for NVIDIA GPUs that support such kernels, and of `native` in all others.
 
     Args:
-        kernel, native: functions with the same arguments and results.
-        arguments: for them.
+        kernel, native: functions with equal arguments and results.
+        arguments: their arguments.
     """
     if not has_kernels(*arguments):
         return native(*arguments)
@@ -28,10 +28,10 @@ def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], 
 
 
 def has_kernels(*arguments: jax.Array) -> bool:
-    """Whether a program for an NVIDIA GPU, traced now, can hold Pallas kernels of JAX's Triton backend.
+    """Whether the program that is being traced may contain Pallas kernels of JAX's Triton backend.
 
-    They need that backend, which a future JAX may not have; a GPU of Ampere or newer, or the description of one in the
-    mesh of the program; and known sizes, while an exported program may leave the batch size open.
+    The conditions: this JAX version has the backend; the GPU, or the described GPU in the mesh of the program, is
+    Ampere or newer; and all sizes are known (an exported program may have a symbolic batch size).
     """
     if triton is None:
         return False

@@ -1,7 +1,7 @@
-"""A model's arrays as flat dicts by name: what optimizers, checkpoints, sharding and converters act on.
+"""A model's arrays as flat dicts by name, the form in which optimizers, checkpoints, sharding and converters use them.
 
-A parameter is an `nnx.Param`: gradients train it. A statistic is an `nnx.BatchStat`, such as the running mean of a
-`BatchNorm`: the model updates it in training, and no gradient does. The weights are both.
+A parameter is an `nnx.Param`, which gradients train. A statistic is an `nnx.BatchStat`, such as the running mean of a
+`BatchNorm`, which the model itself updates in training. The weights are the parameters and the statistics together.
 """
 
 from typing import NamedTuple, TypeVar
@@ -17,11 +17,13 @@ Network = TypeVar('Network', bound=nnx.Module)
 
 
 class Role(NamedTuple):
-    """How training treats a parameter. The layer that holds it declares this as metadata of the `nnx.Param`.
+    """How training treats a parameter. The layer declares it as metadata of the `nnx.Param`.
 
     Attributes:
-        decays: whether weight decay applies to it: to kernels, never to biases, norms, layer scale or GRN.
-        fsdp_axis: the axis that may be sharded, because its layer gathers the shards; None if there is none.
+        decays: whether weight decay applies to the parameter. It applies to kernels, and not to biases, norms, layer
+            scale or GRN.
+        fsdp_axis: the axis along which the parameter may be sharded, because its layer all-gathers the shards; None if
+            the parameter must stay replicated.
     """
 
     decays: bool = False
@@ -29,20 +31,21 @@ class Role(NamedTuple):
 
 
 def get_parameters(model: nnx.Module) -> Parameters:
-    """Name → array, such as 'stages.2.blocks.depthwise.kernel', in the model's order.
+    """Name → array of each parameter, in the order of the model's pytree.
 
-    The arrays of a stage's blocks are stacked along a leading axis.
+    A name is a path such as 'stages.2.blocks.depthwise.kernel'. The arrays of a stage's blocks are stacked along a
+    leading axis.
     """
     return {name: variable.get_value() for name, variable in _variables(model, nnx.Param).items()}
 
 
 def get_statistics(model: nnx.Module) -> Statistics:
-    """Name → array of each statistic, in the model's order; {} of a model that has none, such as a ConvNeXt."""
+    """Name → array of each statistic, in the order of the model's pytree; {} if it has none, as in a ConvNeXt."""
     return {name: variable.get_value() for name, variable in _variables(model, nnx.BatchStat).items()}
 
 
 def get_weights(model: nnx.Module) -> Weights:
-    """The parameters, then the statistics: what an evaluation, an export or a prediction needs."""
+    """Name → array of the parameters, then of the statistics: all arrays that inference needs."""
     return get_parameters(model) | get_statistics(model)
 
 
@@ -56,16 +59,16 @@ def parameter_roles(model: nnx.Module) -> dict[str, Role]:
 
 
 def with_parameters(model: Network, weights: Weights) -> Network:
-    """The same architecture with these parameters and, if it has any, statistics.
+    """A copy of the model that has these parameters and statistics.
 
     Args:
-        model: may be abstract, as from `jax.eval_shape`.
-        weights: name → array of every parameter and statistic.
+        model: a model, or its shapes as from `jax.eval_shape`.
+        weights: name → array of every parameter and statistic of the model.
 
     Raises:
-        KeyError: one of them is missing.
+        KeyError: a parameter or statistic is missing.
     """
-    return tree_map_with_path(lambda path, _: weights[_name(path[:-1])], model)  # the last part of a path is 'value'
+    return tree_map_with_path(lambda path, _: weights[_name(path[:-1])], model)  # a path ends in 'value', not in a name
 
 
 def _variables(model: nnx.Module, kind: type[nnx.Variable]) -> dict[str, nnx.Variable]:

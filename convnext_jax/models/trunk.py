@@ -1,6 +1,6 @@
-"""The trunk of a ConvNeXt V1 (arXiv:2201.03545) or V2 (arXiv:2301.00808): stem, blocks, downsamplings, stages.
+"""The trunk of a ConvNeXt V1 (arXiv:2201.03545) or V2 (arXiv:2301.00808): stem, blocks, downsampling layers, stages.
 
-Flax NNX modules that are plain JAX pytrees.
+All modules are Flax NNX modules, used as plain JAX pytrees.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ KERNEL_SIZE = 7
 
 
 class Depthwise(nnx.Module):
-    """A depthwise 7×7 convolution with bias: (N, H, W, C) → (N, H, W, C)."""
+    """A depthwise 7×7 convolution with bias: (N, H, W, C) → (N, H, W, C) of `execution.dtype`."""
 
     def __init__(self, channels: int, *, dilation: int, execution: Execution, key: jax.Array):
         self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)), decays=True)
@@ -61,16 +61,22 @@ class Block(nnx.Module):
         self.execution = execution
 
     def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """(N, H, W, C) → (N, H, W, C); `keys` is (N,), or None to keep every branch."""
+        """The output, (N, H, W, C).
+
+        Args:
+            x: (N, H, W, C) float.
+            drop_rate: probability in [0, 1) with which an image's branch is dropped.
+            keys: (N,) random keys, one for each image, or None to drop nothing.
+        """
         run = self._checkpoint(Block.run) if self.execution.remat == 'full' else Block.run
         return run(self, x, drop_rate, keys)
 
     def run(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """The block itself: remat='full' puts a checkpoint around it."""
+        """The computation of the block, which remat='full' wraps in `jax.checkpoint`."""
         expand, contract = Block.expand, Block.contract
         if self.execution.remat == 'dots':
-            # Each part starts from the result of a convolution or product, which is saved, and ends with the next
-            # product. The backward pass recomputes what lies between; it does not need the result of that product.
+            # Each of the two parts starts from the saved result of a convolution or matrix product, and ends with the
+            # next matrix product. The backward pass recomputes the operations in between; it does not need the result.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
             expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
         branch = contract(self, expand(self, self.depthwise(x)))
@@ -79,15 +85,16 @@ class Block(nnx.Module):
         return x + branch
 
     def _checkpoint(self, part: Callable, policy: Callable | None = None) -> Callable:
-        # In a loop the compiler cannot merge the recomputation with the forward pass: no need to prevent it.
+        # In a loop the compiler cannot merge the recomputation with the forward pass, so only unrolled blocks need
+        # `prevent_cse`.
         return jax.checkpoint(part, policy=policy, prevent_cse=self.execution.unroll)
 
     def expand(self, x: jax.Array) -> jax.Array:
-        """(N, H, W, C) → (N, H, W, 4C), without the bias."""
+        """Norm and first linear layer without its bias: (N, H, W, C) → (N, H, W, 4C)."""
         return self.pointwise1.product(self.norm(x))
 
     def contract(self, x: jax.Array) -> jax.Array:
-        """(N, H, W, 4C) → (N, H, W, C)."""
+        """Bias, activation, second linear layer and layer scale: (N, H, W, 4C) → (N, H, W, C)."""
         bias = self.pointwise1.bias[...]
         if self.grn is None:
             x = gelu(x, bias)
@@ -97,7 +104,7 @@ class Block(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Embeds the patches of the images: (N, H, W, in) → (N, H // patch_size, W // patch_size, C)."""
+    """The patch embedding: (N, H, W, in) → (N, H // patch_size, W // patch_size, C)."""
 
     def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: jax.Array):
         channels = variant.widths[0]
@@ -110,9 +117,9 @@ class Stem(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """LayerNorm and 2×2 convolution between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
+    """LayerNorm and 2×2 convolution of stride 2 between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
 
-    Before a dilated stage the convolution has stride 1 and keeps H and W.
+    Before a dilated stage the convolution has stride 1 and preserves H and W.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, dilation: int, execution: Execution, key: jax.Array):
@@ -121,7 +128,7 @@ class Downsample(nnx.Module):
         if dilation == 1:
             self.conv: PatchConv | SameConv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
         else:
-            # The dilation of the previous stage, at most 2, as in timm.
+            # As in timm: the dilation of the previous stage, but at most 2.
             self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -129,17 +136,17 @@ class Downsample(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A downsampling, except in the first stage, and equal blocks: (N, H, W, in) → (N, H', W', C).
+    """A downsampling layer, except in the first stage, and a series of equal blocks: (N, H, W, in) → (N, H', W', C).
 
-    The blocks' parameters are stacked along a leading axis, and `lax.scan` runs over it, so that 27 blocks compile as
-    fast as one. With `execution.unroll` each block is compiled on its own, from slices of the same arrays.
+    The parameters of the blocks are stacked along a leading axis, and `lax.scan` runs over this axis, so that 27 blocks
+    compile as fast as one. With `execution.unroll` each block is compiled separately, from slices of these arrays.
 
     Attributes:
-        drop_rates: the drop rate of each block.
-        dilation: of the stage's depthwise convolutions.
+        drop_rates: drop rate of each block.
+        dilation: dilation of the depthwise convolutions.
         execution: how the blocks are computed.
-        first_block: number of blocks in the stages before this one. A block folds its index in the whole model into the
-            keys it draws from.
+        first_block: index of the stage's first block in the whole model. A block folds its index in the whole model
+            into the images' random keys.
     """
 
     def __init__(
@@ -172,34 +179,34 @@ class Stage(nnx.Module):
         self.first_block = first_block
 
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """(N, H, W, in) → (N, H', W', C); `keys` is (N,), one for each image, or None."""
+        """The output, (N, H', W', C), of x, (N, H, W, in); `keys` are (N,) random keys, one for each image, or None."""
         if self.downsample is not None:
             x = self.downsample(x)
 
-        def run(x, block_and_draw):
-            block, drop_rate, number = block_and_draw
-            block_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        def run(x, scanned):
+            block, drop_rate, index = scanned
+            block_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
             return block(x, drop_rate, block_keys), None
 
-        numbers = self.first_block + jnp.arange(len(self.drop_rates))
-        scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), numbers)
+        indices = self.first_block + jnp.arange(len(self.drop_rates))
+        scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), indices)
         return jax.lax.scan(run, x, scanned, unroll=self.execution.unroll)[0]
 
 
 class Trunk(nnx.Module):
-    """Stem and stages: the common base of the classifier and the backbone.
+    """Stem and stages: the base class of the classifier and the backbone.
 
     Attributes:
-        stem, stages: the parts, in the order of the data.
+        stem, stages: the parts, in the order in which they run.
         variant: the architecture.
         execution: how it is computed.
-        in_channels: of the images.
-        drop_path_rate: drop rate of the last block, in [0, 1); the rates rise to it linearly from 0 at the first block.
-        output_stride: the largest stride, by default the variant's; stages that would exceed it are dilated instead,
-            as in timm.
+        in_channels: channels of the images.
+        drop_path_rate: drop rate of the last block, in [0, 1); the rates rise linearly from 0 at the first block.
+        output_stride: the largest stride in pixels, by default the variant's; stages whose stride would be larger are
+            dilated instead, as in timm.
 
     Raises:
-        UserError: a value is out of its range, or `key` is not a key of `jax.random.key`.
+        UserError: a value is out of its range, or `key` is not a key from `jax.random.key`.
     """
 
     def __init__(
@@ -248,26 +255,26 @@ class Trunk(nnx.Module):
 
     @property
     def channels(self) -> dict[str, int]:
-        """Name of a feature map → its channels."""
+        """Name of a feature map → its number of channels."""
         return self._by_name(self.variant.widths[:1] + self.variant.widths)
 
     @property
     def strides(self) -> dict[str, int]:
-        """Name of a feature map → pixels of the image that one position of it stands for, along a side."""
+        """Name of a feature map → its stride: the distance of neighbouring positions, in pixels of the image."""
         strides = (self.variant.patch_size, *self.variant.strides)
         return self._by_name(min(stride, self.output_stride) for stride in strides)
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
-        """Feature maps by name, (N, H / stride, W / stride, C) each: 'stem', 'stage1' …
+        """Name → feature map, (N, H // stride, W // stride, C) of `execution.dtype`: 'stem', 'stage1', …
 
         Args:
             images: (N, H, W, in_channels) float, normalised.
-            key: in training one key, or (N,) keys, one for each image: what is dropped for an image depends on its own
-                key only. None for inference: nothing is dropped.
+            key: in training, one random key, or (N,) keys, one for each image; the blocks that are dropped for an image
+                depend on its key only. None for inference, which drops nothing.
 
         Raises:
-            UserError: the images have another rank or channel count, or a side below the largest stride; `key` is not
-                a key of `jax.random.key`, or its shape is neither () nor (N,).
+            UserError: the images have another rank or number of channels, or a side below the largest stride; `key` is
+                not a key from `jax.random.key`, or its shape is neither () nor (N,).
         """
         self._check(images)
         if key is not None:
@@ -287,12 +294,12 @@ class Trunk(nnx.Module):
 
     def _check(self, images: jax.Array) -> None:
         if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise UserError(f'images must be (N, H, W, {self.in_channels}), these are {images.shape}')
+            raise UserError(f'images must have shape (N, H, W, {self.in_channels}), not {images.shape}')
         height, width = images.shape[1:3]
         if min(height, width) < self.output_stride:
             raise UserError(
-                f'images of {height}×{width} are smaller than the total stride of {self.output_stride}: '
-                'enlarge them, or give a smaller patch_size'
+                f'images of {height}×{width} pixels are smaller than the total stride of {self.output_stride}: '
+                'enlarge them, or set a smaller patch_size'
             )
 
 
@@ -300,7 +307,7 @@ def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Checks that `key` is a random key of one of these shapes.
 
     Raises:
-        UserError: it is not; the message says what to pass.
+        UserError: `key` is not a random key, or has another shape; the message says what to pass.
     """
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise UserError(f'key must be a key such as jax.random.key(0), not {type(key).__name__}')

@@ -1,7 +1,7 @@
-"""The table of architectures: name → depths, widths and the options in which V1 and V2 differ.
+"""The table of architectures: name → depths, widths and the options that distinguish V1 and V2.
 
-Sources: ConvNeXt (arXiv:2201.03545, appendix), ConvNeXt V2 (arXiv:2301.00808, table 14), and the model files of
-both original repositories.
+Sources: ConvNeXt (arXiv:2201.03545, appendix), ConvNeXt V2 (arXiv:2301.00808, table 14), and the model files of the
+two original repositories.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ class Variant:
     """One architecture.
 
     Attributes:
-        depths: blocks in each stage.
-        widths: channels in each stage.
-        patch_size: kernel and stride of the stem, in pixels.
-        grn: global response normalisation in every block (V2).
-        layer_scale_init: initial value of the layer scale; 0 means that the blocks have none.
-        stem_norm: a LayerNorm follows the stem's convolution.
+        depths: number of blocks in each stage.
+        widths: number of channels in each stage.
+        patch_size: kernel size and stride of the stem, in pixels.
+        grn: whether the blocks have global response normalisation (V2).
+        layer_scale_init: initial value of the layer scale; 0 if the blocks have no layer scale.
+        stem_norm: whether a LayerNorm follows the stem's convolution.
     """
 
     depths: tuple[int, ...]
@@ -32,7 +32,7 @@ class Variant:
     stem_norm: bool = True
 
     def replace(self, **changes: int | float | None) -> 'Variant':
-        """A copy of the architecture with other values; None keeps a value.
+        """A copy with these fields changed; a field whose value is None is left as it is.
 
         Raises:
             UserError: `patch_size` is below 1.
@@ -44,16 +44,19 @@ class Variant:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels of the image that one position of each stage's map stands for, along a side."""
+        """The stride of each stage: the distance of neighbouring positions, in pixels of the image."""
         return tuple(self.patch_size * 2**stage for stage in range(len(self.depths)))
 
     @property
     def total_stride(self) -> int:
-        """Stride of the last stage."""
+        """The stride of the last stage, in pixels of the image."""
         return self.strides[-1]
 
     def multiply_adds(self, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> int:
-        """Multiply-adds of one square image's forward pass in convolutions and linear layers, as the papers count."""
+        """Multiply-adds of the convolutions and linear layers in the forward pass of one square image.
+
+        The papers report this number as FLOPs.
+        """
         side = image_size // self.patch_size
         total = side**2 * self.patch_size**2 * in_channels * self.widths[0]
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
@@ -96,15 +99,15 @@ VARIANTS = _variants()
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` accepts, sorted."""
+    """The names that `create_model` accepts, sorted."""
     return sorted(VARIANTS)
 
 
 def get_variant(name: str | Variant) -> Variant:
-    """The architecture with this name; a `Variant` is returned as it is.
+    """The architecture with this name; a `Variant` is returned unchanged.
 
     Raises:
-        UserError: no model has this name; the nearest names are suggested.
+        UserError: no model has this name; the message suggests similar names.
     """
     if isinstance(name, Variant):
         return name

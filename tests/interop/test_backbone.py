@@ -154,13 +154,13 @@ def test_gradients_reach_every_parameter_and_keys_drop_paths():
     [
         ({'source': 'convnext_tinny'}, "there is no model 'convnext_tinny': did you mean convnext_tiny"),
         ({'key': None}, 'give key='),
-        ({'out_features': ('stage5',)}, r"out_features must be a choice of \('stem', 'stage1'"),
-        ({'out_features': 'stage1'}, 'out_features must be a choice of'),
-        ({'out_features': ()}, 'out_features must be a choice of'),
+        ({'out_features': ('stage5',)}, r"out_features must be one or more of \('stem', 'stage1'"),
+        ({'out_features': 'stage1'}, 'out_features must be one or more of'),
+        ({'out_features': ()}, 'out_features must be one or more of'),
         ({'output_stride': 12}, r'output_stride must be one of \(4, 8, 16, 32\), not 12'),
         ({'output_stride': 8.0}, r'output_stride must be one of \(4, 8, 16, 32\), not 8.0'),
-        ({'out_features': 5}, 'out_features must be a choice of'),
-        ({'out_features': [['stage1']]}, 'out_features must be a choice of'),
+        ({'out_features': 5}, 'out_features must be one or more of'),
+        ({'out_features': [['stage1']]}, 'out_features must be one or more of'),
         ({'source': 'x' * 5000}, 'is no path'),
         ({'source': 'nope.safetensors'}, 'nope.safetensors is no file or folder'),
         ({'output_stride': 0}, r'output_stride must be one of \(4, 8, 16, 32\), not 0'),
@@ -206,7 +206,7 @@ def test_the_config_says_which_features_go_out(tmp_path, features, expected):
     if expected:
         assert create_backbone(tmp_path / 'out').out_features == expected
     else:
-        with pytest.raises(UserError, match='out_features must be a choice of'):
+        with pytest.raises(UserError, match='out_features must be one or more of'):
             create_backbone(tmp_path / 'out')
 
 

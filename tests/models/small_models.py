@@ -1,4 +1,4 @@
-"""Small models in which every parameter is random, for the tests of the network."""
+"""Small models whose parameters are all random, for the tests of the networks."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ ISOTROPIC = Variant((2,), (8,), patch_size=8, layer_scale_init=0, stem_norm=Fals
 
 
 def build(variant, **options):
-    """A small model; every parameter is random, so that none can be left out unseen."""
+    """A small model whose parameters are all random, so that an omitted one changes the output."""
     options = {'num_classes': 5, 'drop_path_rate': 0.5, 'remat': 'none'} | options
     model = jax.eval_shape(lambda key: create_model(variant, key=key, **options), jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -28,5 +28,5 @@ call = jax.jit(lambda model, images, key=None: model(images, key=key))
 
 
 def some_images():
-    """(16, 16, 16, 3)."""
+    """A random batch, (16, 16, 16, 3) float32."""
     return jnp.asarray(np.random.default_rng(1).standard_normal((16, 16, 16, 3)), jnp.float32)

@@ -1,4 +1,4 @@
-"""GELU and GRN: values and gradients against closed forms, and the kernels for NVIDIA GPUs in interpret mode."""
+"""GELU and GRN against closed forms and autodiff, and the Pallas kernels for NVIDIA GPUs in interpret mode."""
 
 import math
 from functools import partial
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from convnext_jax.models import activation, activation_gpu
-from convnext_jax.models.activation import gelu, gelu_and_response_norm, response_norm
+from convnext_jax.models.activation import gelu, gelu_and_response_norm
+from convnext_jax.models.response_norm import response_norm
 
 erf = np.vectorize(math.erf)
 erfc = np.vectorize(math.erfc)
@@ -24,14 +25,14 @@ def exact_slope(y):
 
 
 def test_gelu_is_the_erf_form():
-    """The tanh form differs by up to 5e-4 in each of 4C units: the logits of published weights drift."""
+    """The tanh form differs by up to 5e-4 in each unit, which changes the logits of published weights."""
     x = np.linspace(-8, 8, 4001, dtype=np.float32)[:, None]
     y = gelu(jnp.asarray(x), jnp.zeros(1))
     np.testing.assert_allclose(y, exact_gelu(x.astype(np.float64)), rtol=1e-6, atol=1e-6)
 
 
 def test_gelu_gradients_equal_the_closed_form():
-    """A run would follow another gradient; at large values one overflow would end it with NaN."""
+    """Training would use wrong gradients, or end with NaN after an overflow at a large value."""
     x = np.concatenate([np.linspace(-8, 8, 401), [-1e30, -40, 40, 1e30]]).astype(np.float32)[:, None]
     bias, weights = jnp.asarray([0.25]), np.random.default_rng(0).standard_normal(x.shape)
     dx, dbias = jax.grad(lambda x, b: (gelu(x, b) * jnp.asarray(weights, jnp.float32)).sum(), (0, 1))(x, bias)
@@ -42,8 +43,8 @@ def test_gelu_gradients_equal_the_closed_form():
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_16_bit_gelu_is_exact_to_its_rounding(dtype):
-    """The cheap form of Φ must not cost precision: every value of the type, against float64."""
+def test_16_bit_gelu_has_only_rounding_errors(dtype):
+    """The approximation of Φ must not cost precision at any of the values of the dtype."""
     bits = jnp.arange(2**16, dtype=jnp.uint16)
     x = jax.lax.bitcast_convert_type(bits, dtype)
     x = x[jnp.isfinite(x)][:, None]
@@ -65,7 +66,7 @@ def inputs(shape, dtype):
 
 
 def float32_block(x, bias, gamma, beta):
-    """GELU and GRN as plain JAX, for its derivative by autodiff."""
+    """GELU and GRN in plain JAX, which autodiff differentiates."""
     y = jax.nn.gelu(x + bias, approximate=False)
     norms = jnp.sqrt(jnp.square(y).sum((1, 2), keepdims=True))
     return gamma * y * norms / (norms.mean(-1, keepdims=True) + 1e-6) + beta + y
@@ -75,14 +76,14 @@ def relative(value, expected):
     return float(jnp.abs(value.astype(jnp.float32) - expected).max() / jnp.abs(expected).max())
 
 
-# Channels that do not fill the kernels' blocks; rows of an image that do not either; images smaller than a block.
+# Channels and rows of an image that do not fill the blocks of the kernels; images smaller than a block.
 SHAPES = [(3, 2, 5, 160), (2, 7, 7, 96)]
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-7)])
 def test_gelu_with_response_norm_equals_autodiff(shape, dtype, tolerance):
-    """A ConvNeXt V2 trained with another gradient, on a GPU or elsewhere."""
+    """ConvNeXt V2 would train with wrong gradients, on GPUs or on other platforms."""
     x, cotangent, *parameters = inputs(shape, dtype)
 
     @jax.jit
@@ -108,7 +109,8 @@ def test_gelu_with_response_norm_equals_autodiff(shape, dtype, tolerance):
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-8)])
-def test_the_kernel_of_the_gelu_equals_the_native_one(shape, dtype, tolerance):
+def test_the_gelu_kernel_equals_the_native_gradients(shape, dtype, tolerance):
+    """ConvNeXt V1 would train with wrong gradients on GPUs."""
     x, cotangent, bias, *_ = inputs(shape, dtype)
     expected = jax.jit(activation._gelu_gradients)(x, bias, cotangent)
     results = jax.jit(partial(activation_gpu.gelu_gradients, interpret=True))(x, bias, cotangent)
@@ -117,7 +119,8 @@ def test_the_kernel_of_the_gelu_equals_the_native_one(shape, dtype, tolerance):
         assert relative(result, wanted.astype(jnp.float32)) <= tolerance
 
 
-def test_response_norm_alone_is_the_second_half():
+def test_gelu_and_response_norm_is_gelu_then_response_norm():
+    """The GRN layer and the blocks must compute one function: published weights are checked with either."""
     x, _, bias, gamma, beta = inputs((2, 3, 3, 8), jnp.float32)
     np.testing.assert_allclose(
         response_norm(gelu(x, bias), gamma, beta), gelu_and_response_norm(x, bias, gamma, beta), atol=1e-6

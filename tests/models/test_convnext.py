@@ -1,4 +1,4 @@
-"""The classifier: shapes, values, first weights, and what it says to bad arguments."""
+"""The classifier: shapes, values, initial weights, and its errors for bad arguments."""
 
 import math
 from functools import partial
@@ -38,7 +38,7 @@ def images():
                 'stage4': (2, 3, 320),
             },
         ),
-        (  # no multiples of 32: what is left over is left out, as in the original
+        (  # sides that are not multiples of 32: the remaining pixels are ignored, as in the original
             'convnextv2_atto',
             47,
             33,
@@ -54,21 +54,22 @@ def images():
     ],
 )
 def test_feature_names_and_shapes(name, height, width, expected):
-    """Detection and segmentation read maps by name, at strides 4 to 32."""
+    """Detection and segmentation use feature maps by name, at strides 4 to 32."""
     model = jax.eval_shape(partial(create_model, name), key=jax.random.key(0))
     images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
     maps = jax.eval_shape(lambda model, images: model.features(images), model, images)
     assert {name: leaf.shape for name, leaf in maps.items()} == {name: (2, *shape) for name, shape in expected.items()}
 
 
-def test_features_come_in_the_order_of_the_data(v1, images):
+def test_features_are_in_the_order_of_computation(v1, images):
+    """Callers that take the last feature map would get another one."""
     assert list(v1.features(images[:1])) == ['stem', 'stage1', 'stage2']
 
 
 @pytest.mark.parametrize(('name', 'num_classes'), [('convnext_atto', 7), ('convnext_isotropic_small', 1000)])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_logits_are_float32_of_num_classes(name, num_classes, dtype):
-    """A loss over bfloat16 logits loses the difference between near classes."""
+    """A loss over bfloat16 logits would not see small differences between classes."""
     build = partial(create_model, name, num_classes=num_classes, dtype=dtype)
     model = jax.eval_shape(build, key=jax.random.key(0))
     logits = jax.eval_shape(call, model, jax.ShapeDtypeStruct((3, 64, 64, 3), jnp.float32))
@@ -81,7 +82,7 @@ def layer_norm(x, scale, bias, epsilon=1e-6):
 
 
 def forward_in_numpy(variant, parameters, images, last_epsilon):
-    """The architecture as ../shared/reference/variants.md says it, in plain float64 numpy."""
+    """The architecture of both papers, written independently in float64 numpy."""
     p = {name: np.asarray(leaf, np.float64) for name, leaf in parameters.items()}
     erf = np.vectorize(math.erf)
 
@@ -105,8 +106,8 @@ def forward_in_numpy(variant, parameters, images, last_epsilon):
         y = y * (1 + erf(y / 2**0.5)) / 2
         if variant.grn:
             norms = np.sqrt((y**2).sum((1, 2), keepdims=True))
-            weights = norms / (norms.mean(-1, keepdims=True) + 1e-6)
-            y = p[f'{name}.grn.gamma'][i] * y * weights + p[f'{name}.grn.beta'][i] + y
+            relative = norms / (norms.mean(-1, keepdims=True) + 1e-6)
+            y = p[f'{name}.grn.gamma'][i] * y * relative + p[f'{name}.grn.beta'][i] + y
         y = y @ p[f'{name}.pointwise2.kernel'][i] + p[f'{name}.pointwise2.bias'][i]
         return x + (y * p[f'{name}.layer_scale'][i] if variant.layer_scale_init else y)
 
@@ -124,7 +125,7 @@ def forward_in_numpy(variant, parameters, images, last_epsilon):
     ('variant', 'epsilon'), [(V1, 0.5), (V2, 1e-6), (ISOTROPIC, 1e-12)], ids=['v1', 'v2', 'isotropic']
 )
 def test_logits_equal_a_plain_numpy_model(variant, epsilon, images):
-    """A part left out, doubled or moved, or an epsilon in the wrong norm: published weights lose their accuracy."""
+    """An omitted, repeated or misplaced layer would cost published weights their accuracy."""
     model = build(variant, layer_norm_eps=epsilon)
     expected = forward_in_numpy(variant, get_parameters(model), images, epsilon)
     assert np.abs(expected).max() > 0.3
@@ -142,7 +143,7 @@ def shapes(name, **options):
 
 @pytest.fixture(scope='module')
 def initial():
-    """The parameters of a new model."""
+    """The parameters of a newly initialised model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VARIANTS, 'two_stages', Variant((3, 2), (32, 64)))
         build = partial(create_model, 'two_stages', num_classes=100, head_init_scale=0.1, layer_scale_init=0.25)
@@ -151,13 +152,13 @@ def initial():
 
 
 def test_head_init_scale(initial):
-    """Fine-tuning starts from a small head: without the scale the first steps wreck the weights."""
+    """Without the small initial head, the first steps of fine-tuning would destroy the pretrained weights."""
     assert initial['head.kernel'].std() == pytest.approx(0.002, rel=0.05)
     assert not initial['head.bias'].any()
 
 
-def test_every_block_starts_from_its_own_weights_of_std_0_02(initial):
-    """Blocks or stages made from one key would start equal."""
+def test_every_block_has_independent_initial_weights_of_std_0_02(initial):
+    """Blocks or stages that share a key would have equal initial weights."""
     assert initial['stages.0.blocks.pointwise1.kernel'].shape == (3, 32, 128)
     kernels = {name: leaf for name, leaf in initial.items() if name.endswith('kernel') and name != 'head.kernel'}
     for name, kernel in kernels.items():
@@ -170,14 +171,14 @@ def test_every_block_starts_from_its_own_weights_of_std_0_02(initial):
 
 
 def test_layer_scale_init(initial):
-    """0 removes the layer scale, and a value gives one to any architecture."""
+    """The option would have no effect: 0 removes the layer scale, another value adds one to any architecture."""
     assert initial['stages.0.blocks.layer_scale'].shape == (3, 32)
     assert not [name for name in shapes('convnext_atto', layer_scale_init=0) if 'layer_scale' in name]
     assert shapes('convnextv2_atto', layer_scale_init=0.1)['stages.2.blocks.layer_scale'] == (6, 160)
 
 
 def test_patch_size_and_in_channels():
-    """Small and grey images need another stem; everything behind it stays as it is."""
+    """Small or greyscale images need another stem; all other parameters must keep their shapes."""
     plain, changed = shapes('convnextv2_atto'), shapes('convnextv2_atto', patch_size=2, in_channels=1)
     assert changed.pop('stem.conv.kernel') == (2, 2, 1, 40)
     assert plain.pop('stem.conv.kernel') == (4, 4, 3, 40)
@@ -209,7 +210,7 @@ def test_patch_size_and_in_channels():
     ],
 )
 def test_bad_arguments_of_create_model(options, message):
-    """A bad value must end in one line that names it, not deep inside JAX."""
+    """A bad value would cause an obscure error inside JAX, not one line that names it."""
     with pytest.raises(UserError, match=message):
         create_model(**({'name': 'convnext_atto', 'key': jax.random.key(0)} | options))
 
@@ -217,15 +218,15 @@ def test_bad_arguments_of_create_model(options, message):
 @pytest.mark.parametrize(
     ('shape', 'message'),
     [
-        ((16, 16, 3), r'images must be \(N, H, W, 3\), these are \(16, 16, 3\)'),
-        ((2, 16, 16, 1), r'images must be \(N, H, W, 3\), these are \(2, 16, 16, 1\)'),
-        ((2, 3, 16, 16), r'images must be \(N, H, W, 3\), these are \(2, 3, 16, 16\)'),
-        ((2, 7, 16, 3), 'images of 7×16 are smaller than the total stride of 8: enlarge them, or give a smaller'),
-        ((2, 16, 7, 3), 'images of 16×7 are smaller than the total stride of 8'),
+        ((16, 16, 3), r'images must have shape \(N, H, W, 3\), not \(16, 16, 3\)'),
+        ((2, 16, 16, 1), r'images must have shape \(N, H, W, 3\), not \(2, 16, 16, 1\)'),
+        ((2, 3, 16, 16), r'images must have shape \(N, H, W, 3\), not \(2, 3, 16, 16\)'),
+        ((2, 7, 16, 3), 'images of 7×16 pixels are smaller than the total stride of 8: enlarge them, or set a smaller'),
+        ((2, 16, 7, 3), 'images of 16×7 pixels are smaller than the total stride of 8'),
     ],
 )
 def test_bad_images(v1, shape, message):
-    """Channels first, or too small an image: without the check the mean of an empty map is NaN."""
+    """Images with channels first, or too small ones, whose last feature map is empty, would give NaN."""
     for use in (v1, v1.features):
         with pytest.raises(UserError, match=message):
             use(jnp.zeros(shape))

@@ -1,4 +1,4 @@
-"""The depthwise convolution as written for CPU against the compiler's own, in value and both gradients."""
+"""The depthwise convolution on CPU against the compiler's convolution: values and derivatives."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import pytest
 from convnext_jax.models.depthwise import _kernel_gradient_native as native_gradient
 from convnext_jax.models.depthwise import depthwise_conv
 
-CASES = [  # images, height, width, channels, kernel, and in some the dilation
+CASES = [  # N, H, W, C, kernel size and optionally the dilation
     (2, 1, 1, 3, 7),
     (1, 2, 5, 4, 7),
     (3, 9, 6, 5, 7),
@@ -48,18 +48,18 @@ def arrays(n, height, width, channels, size, dilation=1, dtype=jnp.float32):
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def value_and_gradients(conv, x, kernel, weights, dilation=1):
+def value_and_gradients(conv, x, kernel, cotangent, dilation=1):
     y, pullback = jax.vjp(partial(conv, dilation=dilation), x, kernel)
-    return (y, *pullback(weights.astype(y.dtype)))
+    return (y, *pullback(cotangent.astype(y.dtype)))
 
 
 @pytest.mark.parametrize('case', CASES, ids=str)
-def test_equals_the_compiler_s_convolution(case):
-    """A flipped kernel or a wrong border: published weights give other logits, or training a wrong gradient."""
-    x, kernel, weights = arrays(*case)
+def test_equals_the_native_convolution(case):
+    """A flipped kernel or wrong padding would change the logits of published weights or the gradients."""
+    x, kernel, cotangent = arrays(*case)
     dilation = case[5] if len(case) > 5 else 1
-    ours = value_and_gradients(depthwise_conv, x, kernel, weights, dilation)
-    theirs = value_and_gradients(native, x, kernel, weights, dilation)
+    ours = value_and_gradients(depthwise_conv, x, kernel, cotangent, dilation)
+    theirs = value_and_gradients(native, x, kernel, cotangent, dilation)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
@@ -68,13 +68,13 @@ def test_equals_the_compiler_s_convolution(case):
 
 @pytest.mark.parametrize('case', CASES[:4:2], ids=str)
 def test_bfloat16_rounds_once(case):
-    """Sums of up to 49 terms that round at every step would be off by percents.
+    """Sums of up to 49 terms that are rounded at every step would have errors of several percent.
 
-    Bound: the exact sum of the same bfloat16 inputs, rounded once to bfloat16 (2⁻⁸ relative).
+    The tolerance is one rounding to bfloat16 (2⁻⁸ relative) of the exact sum of the bfloat16 inputs.
     """
-    x, kernel, weights = (array.astype(jnp.bfloat16) for array in arrays(*case))
-    ours = value_and_gradients(depthwise_conv, x, kernel, weights)
-    exact = value_and_gradients(native, *(array.astype(jnp.float32) for array in (x, kernel, weights)))
+    x, kernel, cotangent = (array.astype(jnp.bfloat16) for array in arrays(*case))
+    ours = value_and_gradients(depthwise_conv, x, kernel, cotangent)
+    exact = value_and_gradients(native, *(array.astype(jnp.float32) for array in (x, kernel, cotangent)))
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-4)
@@ -92,13 +92,13 @@ DERIVATIVES = {
 @pytest.mark.parametrize('case', [(2, 4, 3, 2, 7, 1), (1, 3, 5, 2, 3, 2), (2, 3, 2, 1, 5, 1)], ids=str)
 @pytest.mark.parametrize('derivative', DERIVATIVES)
 def test_derivatives_of_any_order_are_exact(derivative, case):
-    """Curvature and adversarial methods take second derivatives; float64 tells a wrong term from rounding."""
+    """Second-order methods need exact second derivatives; float64 distinguishes a wrong term from rounding."""
     with jax.enable_x64(True):
-        x, kernel, weights = arrays(*case, dtype=jnp.float64)
+        x, kernel, cotangent = arrays(*case, dtype=jnp.float64)
 
         def results(conv):
             def loss(x, kernel):
-                return (jnp.sin(conv(x, kernel, dilation=case[5])) * weights).sum()
+                return (jnp.sin(conv(x, kernel, dilation=case[5])) * cotangent).sum()
 
             return jax.tree.leaves(jax.jit(DERIVATIVES[derivative](loss))(x, kernel))
 
@@ -108,8 +108,8 @@ def test_derivatives_of_any_order_are_exact(derivative, case):
 
 
 @pytest.mark.parametrize('axes', [(0, None), (None, 0), (0, 0), (2, None), (None, 2), (3, 1)], ids=str)
-def test_mapped_over_images_kernels_or_both(axes):
-    """Ensembles and gradients of each example map over either argument."""
+def test_vmap_over_images_kernels_or_both(axes):
+    """Ensembles and per-example gradients use `vmap` over either argument."""
     rng = np.random.default_rng(0)
     shapes = ((3, 2, 5, 4, 3), (3, 7, 7, 3))
     arrays = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
@@ -126,7 +126,7 @@ def test_mapped_over_images_kernels_or_both(axes):
 
 
 def test_no_images_and_no_jit():
-    """An empty part of a batch has a gradient of zero; JAX_DISABLE_JIT=1 steps through the model."""
+    """An empty batch must have a gradient of zero, and JAX_DISABLE_JIT=1 must work for debugging."""
     x, kernel, _ = arrays(2, 4, 4, 3, 7)
     gradients = jax.grad(lambda x, kernel: depthwise_conv(x, kernel).sum(), (0, 1))(x[:0], kernel)
     assert gradients[0].shape == (0, 4, 4, 3)
@@ -137,43 +137,43 @@ def test_no_images_and_no_jit():
 
 
 @pytest.mark.parametrize('case', CASES[:3] + CASES[-3:], ids=str)
-def test_a_float32_kernel_s_gradient_is_not_rounded(case):
-    """Gradients in bfloat16 lose bits again in every sum over devices."""
+def test_the_gradient_of_a_float32_kernel_is_not_rounded(case):
+    """Gradients in bfloat16 would lose precision again in every sum over devices."""
     shape, dilation = case[:5], case[5] if len(case) > 5 else 1
-    x, kernel, weights = arrays(*shape)
-    rounded, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
-    y, _, gradient = value_and_gradients(depthwise_conv, rounded, kernel, weights, dilation)
+    x, kernel, cotangent = arrays(*shape)
+    rounded, cotangent = x.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
+    y, _, gradient = value_and_gradients(depthwise_conv, rounded, kernel, cotangent, dilation)
     assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.float32)
-    wide = (array.astype(jnp.float32) for array in (rounded, kernel, weights))
+    wide = (array.astype(jnp.float32) for array in (rounded, kernel, cotangent))
     exact = value_and_gradients(native, *wide, dilation)[2]
     np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-5)
     on_accelerators = native_gradient(
-        rounded, weights, size=shape[4], dilation=dilation, pallas=False, dtype=jnp.float32
+        rounded, cotangent, size=shape[4], dilation=dilation, pallas=False, dtype=jnp.float32
     )
     np.testing.assert_allclose(on_accelerators, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_under_vmap_and_scan():
-    """Stages scan over stacked kernels, and users map over models: both must equal a plain loop."""
-    x, _, weights = arrays(2, 5, 4, 3, 7)
+    """Stages scan over stacked kernels, and users `vmap` over models: both must equal a Python loop."""
+    x, _, cotangent = arrays(2, 5, 4, 3, 7)
     kernels = jnp.asarray(np.random.default_rng(1).standard_normal((3, 7, 7, 3)), jnp.float32) / 7
 
     def mapped(conv):
         def total(x, kernels):
-            return (jax.vmap(conv, (None, 0))(x, kernels) * weights).sum()
+            return (jax.vmap(conv, (None, 0))(x, kernels) * cotangent).sum()
 
         return total
 
     def scanned(conv):
         def total(x, kernels):
-            return (jax.lax.scan(lambda x, kernel: (conv(x, kernel), None), x, kernels)[0] * weights).sum()
+            return (jax.lax.scan(lambda x, kernel: (conv(x, kernel), None), x, kernels)[0] * cotangent).sum()
 
         return total
 
     def looped(x, kernels):
         for kernel in kernels:
             x = native(x, kernel)
-        return (x * weights).sum()
+        return (x * cotangent).sum()
 
     def compare(ours, theirs):
         ours, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, kernels) for f in (ours, theirs))
@@ -185,17 +185,17 @@ def test_under_vmap_and_scan():
 
 @pytest.mark.parametrize('platform', ['cpu', 'tpu', 'cuda'])
 @pytest.mark.parametrize('types', [('float32', 'bfloat16'), ('bfloat16', 'float32'), ('float16', 'bfloat16')])
-def test_every_pair_of_types_has_a_program(types, platform):
-    """A model whose parameters somebody has cast must train on an accelerator as it does on CPU."""
-    x, kernel, weights = arrays(1, 8, 8, 4, 7)
+def test_every_pair_of_dtypes_can_be_lowered(types, platform):
+    """A model with parameters cast to another dtype could be trained on CPU but not on an accelerator."""
+    x, kernel, cotangent = arrays(1, 8, 8, 4, 7)
     program = jax.jit(lambda *args: value_and_gradients(depthwise_conv, *args))
-    traced = program.trace(x.astype(types[0]), kernel.astype(types[1]), weights)
+    traced = program.trace(x.astype(types[0]), kernel.astype(types[1]), cotangent)
     assert [leaf.dtype for leaf in jax.tree.leaves(traced.out_info)] == [types[0], types[0], types[1]]
     traced.lower(lowering_platforms=(platform,))
 
 
-def test_the_kernels_of_stacked_blocks_are_looked_up_once():
-    """Looked up for each of the 49 products anew, a training step on CPU takes a sixth longer."""
+def test_the_kernels_of_stacked_blocks_are_sliced_once():
+    """With a slice for each of the 49 products, a training step on CPU would take a sixth longer."""
     x, _, _ = arrays(1, 8, 8, 4, 7)
     kernels = jnp.ones((3, 7, 7, 4))
     blocks = jax.jit(partial(jax.lax.scan, lambda x, kernel: (depthwise_conv(x, kernel), None)))
@@ -205,13 +205,13 @@ def test_the_kernels_of_stacked_blocks_are_looked_up_once():
 
 
 def lowered(platform):
-    x, kernel, weights = arrays(1, 8, 8, 4, 7)
+    x, kernel, cotangent = arrays(1, 8, 8, 4, 7)
     step = jax.jit(lambda *args: value_and_gradients(depthwise_conv, *args))
-    return step.trace(x, kernel, weights).lower(lowering_platforms=(platform,)).as_text()
+    return step.trace(x, kernel, cotangent).lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_cpu_program_has_no_convolution_and_the_others_do():
-    """On CPU the compiler's own is up to a hundred times slower; on accelerators the shifted one is."""
+def test_the_program_has_no_convolution_on_cpu_only():
+    """The compiler's convolution is up to 100 times slower on CPU; shifted multiply-adds are, on accelerators."""
     assert 'stablehlo.convolution' not in lowered('cpu')
-    assert lowered('tpu').count('stablehlo.convolution') == 3  # the value and two gradients
+    assert lowered('tpu').count('stablehlo.convolution') == 3  # the value and the two gradients
     assert lowered('cuda').count('stablehlo.convolution') == 3

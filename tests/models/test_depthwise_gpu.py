@@ -1,4 +1,4 @@
-"""The depthwise kernels for NVIDIA GPUs, in interpret mode, against the compiler's convolution."""
+"""The Pallas kernels of the depthwise convolution for NVIDIA GPUs in interpret mode, against the native convolution."""
 
 import functools
 import subprocess
@@ -33,14 +33,14 @@ def arrays(shape, size, dtype=jnp.float32):
 @pytest.mark.parametrize(
     ('shape', 'size'),
     [
-        ((2, 8, 8, 64), 3),  # a window of 7 takes five times as long to compile: one case has it
+        ((2, 8, 8, 64), 3),  # a window of 7 takes five times as long to compile: only one case has it
         ((4, 7, 7, 40), 7),  # channels and columns that do not fill a strip; an odd number of rows
-        ((3, 9, 11, 32), 3),  # images that do not divide by four; two strips of columns
+        ((3, 9, 11, 32), 3),  # images not divisible by four; two strips of columns
         ((1, 3, 2, 130), 5),  # smaller than the window; two strips of channels
     ],
 )
 def test_the_kernels_equal_the_convolution_and_its_gradient(shape, size):
-    """A run on a GPU by a kernel that reads one row beside its own has trained another network."""
+    """A kernel that reads the wrong row would train another network on GPUs."""
     x, cotangent, kernel = arrays(shape, size)
     assert fits(x, size, 1)
     forward = jax.jit(functools.partial(depthwise_conv_on_gpu, interpret=True))
@@ -51,7 +51,7 @@ def test_the_kernels_equal_the_convolution_and_its_gradient(shape, size):
 
 
 def test_bfloat16_is_summed_in_float32():
-    """Sums of nine terms that round at every step would be off by a percent; so would those over an image."""
+    """Sums that are rounded to bfloat16 at every step would have errors of one percent or more."""
     x, cotangent, kernel = arrays((2, 6, 6, 32), 3, jnp.bfloat16)
     wide = [array.astype(jnp.float32) for array in (x, cotangent, kernel)]
     ours = depthwise_conv_on_gpu(x, kernel, interpret=True)
@@ -64,7 +64,7 @@ def test_bfloat16_is_summed_in_float32():
 
 
 def kernels_in_program(shape, dilation=1, gpu='NVIDIA H100 80GB HBM3'):
-    """How many of the three passes are ours in the program for a GPU that is described but not there."""
+    """The number of Pallas kernels in the program of the value and both gradients, lowered for a described GPU."""
 
     def loss(x, kernel):
         return jnp.sin(depthwise_conv(x, kernel, dilation=dilation)).sum()
@@ -76,18 +76,18 @@ def kernels_in_program(shape, dilation=1, gpu='NVIDIA H100 80GB HBM3'):
     return program.as_text().count('gpu$xla.gpu.triton')
 
 
-def test_the_kernels_are_in_programs_for_the_gpus_that_run_them():
-    """A GPU user would train several times slower; on a GPU without the kernels the program would not compile."""
+def test_the_kernels_are_used_on_the_gpus_that_support_them():
+    """Training would be several times slower, or on other GPUs the program would not compile."""
     assert kernels_in_program((8, 14, 14, 96)) == 3  # forward and both gradients
     assert kernels_in_program((8, 14, 14, 96), dilation=2) == 0
     assert kernels_in_program((8, 14, 14, 96), gpu='gfx942') == 0
 
 
 def test_the_package_works_without_the_triton_backend():
-    """JAX means to remove it: nobody could import the package from then on."""
+    """JAX plans to remove this backend: the package could no longer be imported."""
     program = """
 import sys
-sys.modules['jax.experimental.pallas.triton'] = None  # an import of it is an ImportError
+sys.modules['jax.experimental.pallas.triton'] = None  # importing it raises ImportError
 import jax, jax.numpy as jnp, convnext_jax as cx
 print(cx.create_model('convnext_atto', key=jax.random.key(0), num_classes=3)(jnp.zeros((1, 32, 32, 3))).shape)
 """

@@ -1,4 +1,4 @@
-"""The Pallas kernel: interpreted, against the compiler's convolution; and which programs for TPU it is in."""
+"""The Pallas kernel of the depthwise convolution for TPU in interpret mode, and the programs that contain it."""
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,14 @@ def arrays(shape, size, dtype=jnp.float32):
     ('shape', 'size', 'dilation'),
     [
         ((8, 14, 14, 96), 7, 1),
-        ((16, 7, 7, 256), 7, 1),  # two groups of images and two of channels; columns beyond the last four
+        ((16, 7, 7, 256), 7, 1),  # two groups of images and two of channels; columns after the last group of four
         ((8, 3, 2, 40), 7, 1),  # smaller than the window
         ((8, 9, 5, 40), 5, 2),
         ((8, 4, 8, 384), 3, 1),
     ],
 )
 def test_the_kernel_equals_the_convolution(shape, size, dilation):
-    """A pod trained by a kernel that reads one column beside its own has learnt another network."""
+    """A kernel that reads the wrong column would train another network on TPUs."""
     x, kernel = arrays(shape, size)
     assert fits(x, size, dilation)
     ours = depthwise_conv_on_tpu(x, kernel, dilation=dilation, interpret=True)
@@ -46,7 +46,7 @@ def test_the_kernel_equals_the_convolution(shape, size, dilation):
 
 
 def test_bfloat16_is_summed_in_float32():
-    """Sums of 49 terms that round at every step would be off by percents."""
+    """Sums of 49 terms that are rounded at every step would have errors of several percent."""
     x, kernel = arrays((8, 6, 6, 128), 7, jnp.bfloat16)
     ours = depthwise_conv_on_tpu(x, kernel, dilation=1, interpret=True)
     assert ours.dtype == jnp.bfloat16
@@ -55,7 +55,7 @@ def test_bfloat16_is_summed_in_float32():
 
 
 def kernels_in_program(shape, platform='tpu', pallas=True):
-    """How often the kernel is in the program of the value and both gradients."""
+    """The number of Pallas kernels in the program of the value and both gradients."""
 
     def loss(x, kernel):
         return jnp.sin(depthwise_conv(x, kernel, pallas=pallas)).sum()
@@ -65,8 +65,8 @@ def kernels_in_program(shape, platform='tpu', pallas=True):
     return program.as_text().count('tpu_custom_call')
 
 
-def test_the_kernel_is_where_it_was_asked_for_and_takes_the_shape():
-    """An option that changes nothing, or a program that does not fit the chip's memory."""
+def test_the_kernel_is_used_on_request_for_supported_shapes():
+    """The option would have no effect, or the program would not fit the memory of the chip."""
     assert kernels_in_program((8, 14, 14, 128)) == 2  # forward, and the gradient of x
     assert kernels_in_program((8, 14, 14, 128), pallas=False) == 0
     assert kernels_in_program((8, 14, 14, 128), platform='cpu') == 0
@@ -76,6 +76,7 @@ def test_the_kernel_is_where_it_was_asked_for_and_takes_the_shape():
     assert kernels_in_program((64, 56, 56, 96)) == 2  # ConvNeXt-T's first stage
 
 
-def test_other_platforms_compute_the_same_with_it():
+def test_the_option_has_no_effect_on_other_platforms():
+    """A config with `pallas=True` must give equal results on CPU."""
     x, kernel = arrays((8, 5, 5, 3), 7)
     np.testing.assert_array_equal(depthwise_conv(x, kernel, pallas=True), depthwise_conv(x, kernel))

@@ -1,4 +1,4 @@
-"""How a network is computed: one object, and its fields as keywords of every function that builds a network."""
+"""The options of computation: the object, and its fields as keywords of every function that builds a network."""
 
 import dataclasses
 from functools import partial
@@ -18,13 +18,13 @@ OPTIONS = {'dtype': jnp.bfloat16, 'remat': 'full', 'unroll': True, 'pallas': Tru
 
 
 def test_the_keywords_are_the_fields():
-    """An editor completes and a type checker accepts the keywords; a field missing there looks like an error."""
+    """Editors would not complete, and type checkers would reject, a keyword that is missing in `ExecutionOptions`."""
     assert list(ExecutionOptions.__annotations__) == [field.name for field in dataclasses.fields(Execution)]
     assert set(OPTIONS) == set(ExecutionOptions.__annotations__)
 
 
-def test_a_type_and_its_name_are_one_execution():
-    """Two models that differ in the spelling of a type would be two programs, compiled twice."""
+def test_a_dtype_and_its_name_give_equal_executions():
+    """Models that differ only in the spelling of a dtype would be compiled twice."""
     assert Execution(dtype=jnp.bfloat16) == Execution(dtype=jnp.dtype('bfloat16')) == Execution('bfloat16')
     assert hash(Execution(jnp.float32)) == hash(Execution())
 
@@ -38,7 +38,7 @@ def test_a_type_and_its_name_are_one_execution():
     ],
 )
 def test_bad_values(options, message):
-    """A bad value must end in one line that names it, by whatever way it comes in."""
+    """A bad value would cause an obscure error inside JAX, not one line that names it."""
     with pytest.raises(UserError, match=message):
         dataclasses.replace(Execution(), **options)
     with pytest.raises(UserError, match=message):
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.filterwarnings('ignore:the norms of stage2 are newly initialised')
 def test_options_reach_every_block(folder):
-    """An option that gets lost on the way is slow training or a full memory, without a word."""
+    """An option that does not reach every block would silently make training slower or take more memory."""
     expected = Execution(**OPTIONS)
     for build in (
         partial(create_model, SMALL, key=KEY),
@@ -79,8 +79,8 @@ def test_options_reach_every_block(folder):
         (partial(load_pretrained, 'nowhere'), 'read_pretrained'),
     ],
 )
-def test_a_misspelt_keyword_is_named_with_its_neighbour(build, name):
-    """`**options` hides the signature from Python, whose own message would name a class that the user never called."""
+def test_the_error_for_a_misspelt_keyword_suggests_the_right_one(build, name):
+    """Because of `**options`, Python's own message would name a class that the user never called."""
     with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'drop_path'. Did you"):
         build(drop_path=0.1)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'dtyp'. Did you mean 'dtype'\?$"):
@@ -89,15 +89,15 @@ def test_a_misspelt_keyword_is_named_with_its_neighbour(build, name):
         build(zzz=1)
 
 
-def test_networks_built_by_hand_have_the_defaults_of_the_functions():
-    """Both ways give one network: the same weights from the same key."""
-    for by_hand, by_name in (
+def test_the_constructors_have_the_defaults_of_the_functions():
+    """A constructor and its function would build different networks from one key."""
+    for constructed, created in (
         (ConvNeXt(SMALL, key=KEY), create_model(SMALL, key=KEY)),
         (Backbone(SMALL, key=KEY), create_backbone(SMALL, key=KEY)),
     ):
-        assert jax.tree.structure(by_hand) == jax.tree.structure(by_name)
-        for name, value in get_parameters(by_name).items():
-            np.testing.assert_array_equal(get_parameters(by_hand)[name], value, err_msg=name)
+        assert jax.tree.structure(constructed) == jax.tree.structure(created)
+        for name, value in get_parameters(created).items():
+            np.testing.assert_array_equal(get_parameters(constructed)[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,11 @@ def test_networks_built_by_hand_have_the_defaults_of_the_functions():
         (partial(ConvNeXt, layer_norm_eps=0), 'layer_norm_eps must be above 0, not 0'),
         (partial(ConvNeXt, drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), not 1.0'),
         (partial(ConvNeXt, in_channels=0), 'in_channels must be at least 1, not 0'),
-        (partial(Backbone, out_features=('stage5',)), 'out_features must be a choice of'),
+        (partial(Backbone, out_features=('stage5',)), 'out_features must be one or more of'),
         (partial(Backbone, output_stride=12), r'output_stride must be one of \(4, 8\), not 12'),
     ],
 )
-def test_networks_built_by_hand_check_their_arguments(build, message):
+def test_the_constructors_check_their_arguments(build, message):
+    """A bad value would cause an obscure error inside JAX, not one line that names it."""
     with pytest.raises(UserError, match=message):
         build(SMALL, key=KEY)

@@ -1,4 +1,4 @@
-"""The layer norm's kernels for NVIDIA GPUs, in interpret mode, against the native passes."""
+"""The Pallas kernels of the layer norm for NVIDIA GPUs in interpret mode, against the native computation."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from convnext_jax.models import layers, norm_gpu
 
 @pytest.mark.parametrize('shape', [(2, 5, 7, 96), (2, 2, 768), (40, 24)])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-8)])
-def test_the_kernels_equal_the_native_passes(shape, dtype, tolerance):
-    """Every layer norm of a model trained on a GPU: rows and channels that do not fill a block included."""
+def test_the_kernels_equal_the_native_computation(shape, dtype, tolerance):
+    """Layer norms would be wrong on GPUs, for instance where rows and channels do not fill a block."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, cotangent = ((3 * jax.random.normal(key, shape) + 1).astype(dtype) for key in keys[:2])
     scale = jax.random.normal(keys[2], shape[-1:])

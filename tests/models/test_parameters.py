@@ -1,4 +1,4 @@
-"""A model's parameters as a flat dict, and the way back."""
+"""A model's parameters and statistics as flat dicts, and a model from these dicts."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,15 @@ from convnext_jax.models import (
     parameter_roles,
     with_parameters,
 )
-from convnext_jax.models.layers import BatchNorm, Linear
+from convnext_jax.models.batch_norm import BatchNorm
+from convnext_jax.models.layers import Linear
 
 call = jax.jit(lambda model, images: model(images))
 
 
 @pytest.fixture(scope='module')
 def model():
-    """Small, with every parameter random, so that none can be left out unseen."""
+    """A small model whose parameters are all random, so that an omitted one changes the output."""
     variant = Variant((3, 2), (8, 16), grn=True, layer_scale_init=0)
     model = create_model(variant, num_classes=5, key=jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def names(name):
 
 
 def test_parameters_round_trip(model):
-    """Optimizer, checkpoint and EMA see the flat dict alone: what it drops or swaps is lost."""
+    """Optimizer, checkpoint and EMA use the flat dict only: a parameter missing or swapped in it would be lost."""
     images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 32, 32, 3)), jnp.float32)
     parameters = get_parameters(model)
     assert all(isinstance(leaf, jax.Array) for leaf in parameters.values())
@@ -52,11 +53,11 @@ def test_parameters_round_trip(model):
         assert list(get_parameters(restored)) == list(parameters)
     doubled = with_parameters(model, {name: 2 * leaf for name, leaf in parameters.items()})
     assert np.abs(call(doubled, images) - logits).max() > 0.01
-    np.testing.assert_array_equal(call(model, images), logits)  # the first model is left as it was
+    np.testing.assert_array_equal(call(model, images), logits)  # the first model is unchanged
 
 
 def test_parameter_names():
-    """Decay masks, layer decay and converters go by these names."""
+    """Layer decay, checkpoints and converters depend on these names."""
     assert names('convnextv2_atto')[:4] == [
         'head.bias',
         'head.kernel',
@@ -82,7 +83,7 @@ def test_parameter_names():
 
 
 def test_a_missing_parameter_is_an_error(model):
-    """A checkpoint without one of the weights must not be filled up in silence."""
+    """A missing parameter of a checkpoint would silently keep its initial value."""
     parameters = get_parameters(model)
     del parameters['head.bias']
     with pytest.raises(KeyError, match='head.bias'):
@@ -90,15 +91,15 @@ def test_a_missing_parameter_is_an_error(model):
 
 
 class Head(nnx.Module):
-    """A linear layer and its norm, as in heads for segmentation."""
+    """A linear layer and a BatchNorm, as in heads for segmentation."""
 
     def __init__(self):
         self.linear = Linear(4, 3, key=jax.random.key(0))
         self.norm = BatchNorm(3)
 
 
-def test_statistics_are_apart_from_parameters():
-    """An optimizer that saw a running mean would decay it, and its gradient is zero."""
+def test_statistics_are_separate_from_parameters():
+    """The optimizer would apply weight decay to a running mean."""
     head = jax.eval_shape(Head)
     assert list(get_parameters(head)) == ['linear.bias', 'linear.kernel', 'norm.bias', 'norm.scale']
     assert list(get_statistics(head)) == ['norm.mean', 'norm.variance']
@@ -111,4 +112,5 @@ def test_statistics_are_apart_from_parameters():
 
 
 def test_a_convnext_has_no_statistics(model):
+    """Checkpoints of existing runs have no statistics: with one, they could not be resumed."""
     assert get_statistics(model) == {}

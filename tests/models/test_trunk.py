@@ -1,4 +1,4 @@
-"""How the blocks run: drop path, devices, what is computed again, types of products, one loop for each stage."""
+"""The execution of the blocks: drop path, sharding, recomputation, dtypes, and one scan for each stage."""
 
 import re
 from functools import partial
@@ -36,7 +36,7 @@ def keys():
 
 
 def test_without_a_key_or_a_rate_nothing_is_dropped(v1, images):
-    """Evaluation must not depend on chance, nor on the drop path rate."""
+    """Evaluation would be random, or depend on the drop path rate."""
     logits = call(v1, images)
     np.testing.assert_array_equal(logits, call(v1, images))
     assert np.abs(call(v1, images, jax.random.key(0)) - logits).max() > 0.01
@@ -45,26 +45,26 @@ def test_without_a_key_or_a_rate_nothing_is_dropped(v1, images):
 
 
 def test_drop_rates_rise_linearly_from_zero_over_all_blocks():
-    """Rates that start anew in each stage would regularise the early blocks as strongly as the last."""
+    """With rates that start again from 0 in each stage, early blocks would be regularised as strongly as late ones."""
     model = jax.eval_shape(partial(create_model, 'convnext_tiny', drop_path_rate=0.34), key=jax.random.key(0))
     rates = [rate for stage in model.stages for rate in stage.drop_rates]
     np.testing.assert_allclose(rates, [0.02 * block for block in range(18)])
 
 
 def test_blocks_and_images_draw_independently():
-    """One key for every block, within a stage or across stages, drops a whole image's network at once."""
-    # Block i of this model adds 2 ** i to an empty image: the sum tells which blocks were kept.
+    """With one key for all blocks, all blocks of an image would be dropped together."""
+    # Block i of this model adds 2 ** i to an image of zeros: the sum shows which blocks were kept.
     count, blocks = 2048, sum(DEPTHS)
     model = build(Variant(DEPTHS, (8, 8), layer_scale_init=0))
     parameters = {name: jnp.zeros_like(leaf) for name, leaf in get_parameters(model).items()}
-    for stage, numbers in enumerate(np.split(np.arange(blocks), [DEPTHS[0]])):
-        parameters[f'stages.{stage}.blocks.pointwise2.bias'] += 2.0 ** numbers[:, None]
+    for stage, indices in enumerate(np.split(np.arange(blocks), [DEPTHS[0]])):
+        parameters[f'stages.{stage}.blocks.pointwise2.bias'] += 2.0 ** indices[:, None]
     model = with_parameters(model, parameters)
-    keys, empty = jax.random.split(jax.random.key(3), count), jnp.zeros((count, 1, 1, 8))
+    keys, zeros = jax.random.split(jax.random.key(3), count), jnp.zeros((count, 1, 1, 8))
     total = 0
     for stage in model.stages:
         stage.downsample, stage.drop_rates = None, (0.5,) * len(stage.drop_rates)
-        total += np.asarray(jax.jit(lambda stage, keys: stage(empty, keys))(stage, keys))[:, 0, 0, 0] / 2
+        total += np.asarray(jax.jit(lambda stage, keys: stage(zeros, keys))(stage, keys))[:, 0, 0, 0] / 2
     kept = total.astype(int)[:, None] >> np.arange(blocks) & 1
 
     assert np.abs(kept.mean(0) - 0.5).max() < 5 * 0.5 / count**0.5
@@ -72,17 +72,17 @@ def test_blocks_and_images_draw_independently():
     assert abs(np.corrcoef(kept[:-1].ravel(), kept[1:].ravel())[0, 1]) < 5 / kept.size**0.5
 
 
-def test_one_key_draws_for_each_image_apart(v1, images):
-    """One draw for the whole batch keeps the mean and loses the regularisation."""
-    same = jnp.broadcast_to(images[:1], images.shape)
-    logits = np.asarray(call(v1, same, jax.random.key(0)))
+def test_one_key_gives_each_image_its_own_draw(v1, images):
+    """One draw for the whole batch would have the right mean but would not regularise."""
+    equal = jnp.broadcast_to(images[:1], images.shape)
+    logits = np.asarray(call(v1, equal, jax.random.key(0)))
     assert len(np.unique(logits.round(4), axis=0)) > 4
-    np.testing.assert_array_equal(logits, call(v1, same, jax.random.key(0)))
-    assert np.abs(logits - call(v1, same, jax.random.key(1))).max() > 0.01
+    np.testing.assert_array_equal(logits, call(v1, equal, jax.random.key(0)))
+    assert np.abs(logits - call(v1, equal, jax.random.key(1))).max() > 0.01
 
 
-def test_what_an_image_draws_depends_on_its_key_alone(v1, images, keys):
-    """Gradient accumulation, another device count or another order would change the run."""
+def test_the_draw_of_an_image_depends_on_its_key_only(v1, images, keys):
+    """Gradient accumulation, another number of devices or another order would change the run."""
     logits = np.asarray(call(v1, images, keys))
     order = np.random.default_rng(0).permutation(len(images))
     np.testing.assert_allclose(call(v1, images[order], keys[order]), logits[order], rtol=1e-4, atol=1e-5)
@@ -90,21 +90,22 @@ def test_what_an_image_draws_depends_on_its_key_alone(v1, images, keys):
     assert np.abs(call(v1, images, keys[order]) - logits).max() > 0.01
 
 
-def test_sharded_batch_gives_the_same_logits(v2, images):
-    """A run on eight devices would be another run than on one, drop path included."""
+def test_a_sharded_batch_gives_equal_logits(v2, images):
+    """A run on eight devices would differ from a run on one device, for instance in drop path."""
     assert jax.device_count() >= 8, 'tests/conftest.py simulates eight devices'
     mesh = Mesh(np.asarray(jax.devices()[:8]), ('data',))
-    rows, everywhere = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
+    sharded, replicated = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
     key = jax.random.key(5)
-    logits = call(jax.device_put(v2, everywhere), jax.device_put(images, rows), jax.device_put(key, everywhere))
+    logits = call(jax.device_put(v2, replicated), jax.device_put(images, sharded), jax.device_put(key, replicated))
     assert len(logits.sharding.device_set) == 8
     np.testing.assert_allclose(logits, call(v2, images, key), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('variant', [Variant((2,), (8,), grn=True, layer_scale_init=0), Variant((3,), (8,))])
 def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, images, keys):
-    """Recomputed blocks that draw again give a gradient of another network than the one that was run."""
-    variant = variant.replace(depths=tuple(2 * depth for depth in variant.depths))  # what two blocks save is little
+    """If recomputed blocks drew other random numbers, the gradient would belong to another network."""
+    # Two blocks would save too little memory to measure.
+    variant = variant.replace(depths=tuple(2 * depth for depth in variant.depths))
 
     def loss(model, parameters):
         return jnp.square(with_parameters(model, parameters)(images, key=keys)).mean()
@@ -128,8 +129,8 @@ def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, imag
         build(variant, remat='half')
 
 
-def test_the_means_of_norms_are_kept(images):
-    """They are two numbers for each place, and computing them again takes three passes over the block's input."""
+def test_the_statistics_of_norms_are_saved(images):
+    """They are two numbers per position, and recomputing them would take three passes over the block's input."""
 
     def roots(remat):
         model = build(Variant((1,), (8,)), remat=remat)
@@ -140,8 +141,8 @@ def test_the_means_of_norms_are_kept(images):
 
 
 @pytest.mark.parametrize('remat', ['dots', 'full'])
-def test_unrolled_blocks_are_the_same_network_and_recompute_as_much(remat, images, keys):
-    """Without a loop to keep the two apart, the compiler would find the recomputed block equal to the first."""
+def test_unrolled_blocks_are_an_equal_network_and_also_recompute(remat, images, keys):
+    """Without a loop, the compiler would merge the recomputation with the forward pass, and memory would not shrink."""
 
     def run(unroll):
         model = build(Variant((3,), (8,)), remat=remat, unroll=unroll)
@@ -154,26 +155,26 @@ def test_unrolled_blocks_are_the_same_network_and_recompute_as_much(remat, image
         return *step(get_parameters(model)), program.count('optimization_barrier')
 
     value, gradient, barriers = run(False)
-    again, unrolled, apart = run(True)
+    again, unrolled, more_barriers = run(True)
     np.testing.assert_allclose(again, value, rtol=1e-5)
     for name, leaf in gradient.items():
         np.testing.assert_allclose(unrolled[name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
-    assert apart > barriers
+    assert more_barriers > barriers
 
 
-def test_bfloat16_computes_near_float32(v2, images):
-    """Half precision is for matrix products; parameters, norms and logits that lose bits lose accuracy."""
+def test_bfloat16_is_close_to_float32(v2, images):
+    """Accuracy would suffer if parameters, norms or logits were bfloat16, not only matrix products."""
     model = build(V2, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in get_parameters(model).values()} == {jnp.dtype('float32')}
     assert {leaf.dtype for leaf in jax.eval_shape(model.features, images).values()} == {jnp.dtype('bfloat16')}
     logits, exact = call(model, images, jax.random.key(5)), np.asarray(call(v2, images, jax.random.key(5)))
     assert logits.dtype == jnp.float32
     assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
-    assert (logits != logits.astype(jnp.bfloat16)).any()  # not float32 in name only
+    assert (logits != logits.astype(jnp.bfloat16)).any()  # computed in float32, not cast from bfloat16
 
 
 def products(model, images):
-    """Types of each product and convolution of the training step as it is for a TPU: (left, right, result)."""
+    """The dtypes (left, right, result) of each product and convolution in the gradient's program for a TPU."""
     grad = jax.jit(jax.grad(lambda model, images: jnp.square(model(images)).sum()))
     program = grad.trace(model, images).lower(lowering_platforms=('tpu',)).as_text()
     lines = [line for line in program.splitlines() if re.search(r'stablehlo\.(dot_general|convolution)', line)]
@@ -182,8 +183,8 @@ def products(model, images):
 
 @pytest.mark.parametrize('variant', [V1, V2])
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_bfloat16_leaves_no_float32_product_but_the_head_s_and_rounds_no_kernel_gradient(variant, remat, images):
-    """One product in float32 costs as much as ten others; gradients summed over 256 chips in bfloat16 lose bits."""
+def test_only_the_head_has_float32_products_and_kernel_gradients_are_float32(variant, remat, images):
+    """A float32 product costs as much as ten in bfloat16; bfloat16 gradients lose precision in sums over devices."""
     model = build(variant, dtype=jnp.bfloat16, remat=remat)
     found = products(model, images)
     kernels = [name for name in get_parameters(model) if name.endswith('.kernel') and not name.startswith('head')]
@@ -193,7 +194,7 @@ def test_bfloat16_leaves_no_float32_product_but_the_head_s_and_rounds_no_kernel_
 
 
 def scans(jaxpr):
-    """Lengths of the scans of a jaxpr that are not inside another scan."""
+    """The lengths of the scans of a jaxpr, except scans inside another scan."""
     lengths = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == 'scan':
@@ -206,7 +207,7 @@ def scans(jaxpr):
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 def test_blocks_of_a_stage_run_under_one_scan(remat):
-    """Unrolled, a model of 36 blocks takes minutes to compile."""
+    """A model of 36 unrolled blocks would take minutes to compile."""
     model = jax.eval_shape(partial(create_model, 'convnext_small', remat=remat), key=jax.random.key(0))
     jaxpr = jax.make_jaxpr(lambda model, images: model(images))(model, jnp.zeros((1, 32, 32, 3)))
     assert scans(jaxpr.jaxpr) == [3, 3, 27, 3]

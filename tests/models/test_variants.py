@@ -1,4 +1,4 @@
-"""The table of architectures against the published numbers (papers, and ../shared/reference/variants.md)."""
+"""The table of architectures against the numbers in the papers and the original repositories."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(('name', 'count'), PARAMETERS.items())
 def test_parameter_count_is_the_published_one(name, count):
-    """A wrong depth, width or missing part: no published weights would fit, no published accuracy be reached."""
+    """With a wrong depth, width or layer, published weights would not fit."""
     model = jax.eval_shape(partial(create_model, name), key=jax.random.key(0))
     parameters = get_parameters(model)
     assert sum(leaf.size for leaf in parameters.values()) == count
@@ -46,7 +46,7 @@ def test_parameter_count_is_the_published_one(name, count):
     ('size', 'giga'), {'tiny': 4.5, 'small': 8.7, 'base': 15.4, 'large': 34.4, 'xlarge': 60.9}.items()
 )
 def test_multiply_adds_are_the_papers(size, giga):
-    """Reported cost, and every utilisation figure made from it, would be wrong."""
+    """The reported FLOPs and FLOP utilisation would be wrong."""
     assert get_variant(f'convnext_{size}').multiply_adds() / 1e9 == pytest.approx(giga, abs=0.05)
 
 
@@ -54,12 +54,12 @@ def test_multiply_adds_are_the_papers(size, giga):
     ('name', 'strides'), [('convnext_tiny', 32), ('convnextv2_huge', 32), ('convnext_isotropic_base', 16)]
 )
 def test_total_stride(name, strides):
-    """Too small an image would be let through, or a fitting one turned away."""
+    """Images that are too small would be accepted, or valid ones rejected."""
     assert get_variant(name).total_stride == strides
 
 
 def test_layer_scale_and_grn_where_the_papers_have_them():
-    """V2 has GRN and no layer scale, V1 the reverse; of the isotropic models only the large has a layer scale."""
+    """V2 has GRN and no layer scale, V1 the opposite; only the largest isotropic model has a layer scale."""
     found = {name: (get_variant(name).grn, get_variant(name).layer_scale_init) for name in list_models()}
     for name, value in found.items():
         if name.startswith('convnextv2'):
@@ -71,12 +71,12 @@ def test_layer_scale_and_grn_where_the_papers_have_them():
 
 
 def test_list_models_is_sorted_and_complete():
-    """A model missing from the list cannot be found by its user."""
+    """Users could not find a model that is missing from the list."""
     assert list_models() == sorted(PARAMETERS)
 
 
 def test_replace_with_none_keeps_the_value():
-    """An option left unset would overwrite the architecture's own value; 0 is a value, not unset."""
+    """An option that is not set would overwrite the value of the architecture; 0 is a value, None is not."""
     variant = get_variant('convnext_tiny')
     assert variant.replace(patch_size=None, layer_scale_init=None) == variant
     assert variant.replace(patch_size=2, layer_scale_init=0).layer_scale_init == 0
@@ -84,16 +84,17 @@ def test_replace_with_none_keeps_the_value():
 
 
 @pytest.mark.parametrize(
-    ('name', 'neighbour'),
+    ('name', 'similar'),
     [('convnext_tinny', 'convnext_tiny'), ('convnextv2_attto', 'convnextv2_atto'), ('ConvNeXt_Base', 'convnext_base')],
 )
-def test_unknown_name_suggests_neighbours(name, neighbour):
-    """A typing error would cost a search through the documentation."""
-    with pytest.raises(UserError, match=f"there is no model '{name}': did you mean .*{neighbour}") as error:
+def test_an_unknown_name_suggests_similar_ones(name, similar):
+    """A typing error would cost a search in the documentation."""
+    with pytest.raises(UserError, match=f"there is no model '{name}': did you mean .*{similar}") as error:
         get_variant(name)
     assert '\n' not in str(error.value)
 
 
-def test_unknown_name_without_neighbour_says_where_the_list_is():
+def test_an_unknown_name_without_similar_ones_points_to_the_list():
+    """The message would not say where to find the valid names."""
     with pytest.raises(UserError, match='python -m convnext_jax models lists them'):
         get_variant('xyz')

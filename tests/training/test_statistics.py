@@ -26,7 +26,8 @@ from convnext_jax.models import (
     parameter_roles,
     with_parameters,
 )
-from convnext_jax.models.layers import BatchNorm, Linear, PatchConv
+from convnext_jax.models.batch_norm import BatchNorm
+from convnext_jax.models.layers import Linear, PatchConv
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import Loss, classification, make_task
 from convnext_jax.training.durations import make_durations
