@@ -1,4 +1,4 @@
-"""Class probabilities of photographs, in batches."""
+"""Class probabilities of image files."""
 
 import dataclasses
 import glob
@@ -20,14 +20,14 @@ from convnext_jax.paths import local_path
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model sees in one file.
+    """The prediction for one file.
 
     Attributes:
-        path: of the file.
-        best: (label, class name, probability) of the most probable classes, the best first; empty after an error, and
-            where the scores are not finite: NaN has no order. The probabilities of a multi-label head are
-            independent and need not add up to 1.
-        error: why the file could not be read, or ''.
+        path: the file.
+        best: (label, class name, probability) of the most probable classes in descending order; empty if the file could
+            not be read or the scores are not finite. The probabilities of a multi-label head are independent: their sum
+            may differ from 1.
+        error: the reason why the file could not be read, or ''.
     """
 
     path: Path
@@ -35,18 +35,18 @@ class Prediction:
     error: str = ''
 
 
-def find_photos(places: Iterable[str]) -> list[Path]:
-    """Finds the files that paths, folders and patterns like 'photos/*.jpg' name, in that order.
+def find_photos(arguments: Iterable[str]) -> list[Path]:
+    """The image files that the arguments of a command name, in their order.
 
-    Below a folder `find_images` says what counts as an image; a warning counts what is left out. A file that is named
-    itself, or by a pattern, is taken whatever it is.
+    An argument is a file, a folder, or a pattern such as 'photos/*.jpg'. In folders, `find_images` finds the images,
+    and a warning counts the files left out. Files that are given directly or by a pattern are returned in any case.
 
     Raises:
-        UserError: one of the places names no file.
+        UserError: an argument matches no file.
     """
     photos = []
-    for place in places:
-        path = local_path(place)
+    for argument in arguments:
+        path = local_path(argument)
         named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         found: list[Path] = []
         for entry in named:
@@ -58,7 +58,7 @@ def find_photos(places: Iterable[str]) -> list[Path]:
             else:
                 found.append(entry)
         if not found:
-            raise UserError(f'{place} is not a file, a folder with images or a pattern that matches any')
+            raise UserError(f'{argument} is not a file, a folder with images or a pattern that matches files')
         photos += found
     return photos
 
@@ -66,20 +66,20 @@ def find_photos(places: Iterable[str]) -> list[Path]:
 def predict(
     pretrained: Pretrained, photos: Iterable[Path], *, top: int = 5, batch_size: int = 16
 ) -> Iterator[Prediction]:
-    """One prediction for each photograph, in their order; a file that cannot be read gives one with its error.
+    """An iterator over the predictions for files, in their order; unreadable files give a prediction with an error.
 
     Args:
-        pretrained: model, preprocessing and class names; without them, ImageNet's preprocessing at 224 pixels and
-            'class 7' for a name.
-        photos: read batch by batch.
-        top: how many classes for each.
-        batch_size: photographs at once.
+        pretrained: model, preprocessing and class names. The defaults are ImageNet's preprocessing at 224 pixels, and
+            class names such as 'class 7'.
+        photos: the files, which are read batch by batch.
+        top: number of classes in a prediction.
+        batch_size: number of images in a batch.
 
     Raises:
-        UserError: the head is a regression, or the processor is of another model.
+        UserError: the model is a regression, or the processor does not match the model.
     """
     if pretrained.activation is None:
-        raise UserError('the head is a regression: its outputs are values, not probabilities of classes')
+        raise UserError('the model is a regression: its outputs are values, not probabilities of classes')
     activation = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}[pretrained.activation]
     processor = processor_for(pretrained.model.in_channels, pretrained.processor)
     classes = pretrained.model.head.bias.shape[0]
@@ -89,16 +89,16 @@ def predict(
     while batch := tuple(itertools.islice(photos, batch_size)):
         images = np.zeros((batch_size, processor.size, processor.size, len(processor.mean)), np.float32)
         errors = {}
-        for row, path in enumerate(batch):
+        for i, path in enumerate(batch):
             try:
-                images[row] = processor(path)[0]
+                images[i] = processor(path)[0]
             except UserError as error:
-                errors[row] = str(error)
-        rows = np.asarray(probabilities(pretrained.model, jnp.asarray(images)))
-        for row, path in enumerate(batch):
-            if row in errors:
-                yield Prediction(path, error=errors[row])
+                errors[i] = str(error)
+        scores = np.asarray(probabilities(pretrained.model, jnp.asarray(images)))
+        for i, path in enumerate(batch):
+            if i in errors:
+                yield Prediction(path, error=errors[i])
             else:
-                finite = np.isfinite(rows[row]).all()
-                best = np.argsort(-rows[row], kind='stable')[:top] if finite else ()
-                yield Prediction(path, tuple((int(label), names[label], float(rows[row, label])) for label in best))
+                finite = np.isfinite(scores[i]).all()
+                best = np.argsort(-scores[i], kind='stable')[:top] if finite else ()
+                yield Prediction(path, tuple((int(label), names[label], float(scores[i, label])) for label in best))

@@ -1,1 +1,1 @@
-"""Bytes on disk → one global batch on the devices, and its augmentation there; knows no models."""
+"""The input pipeline: from bytes on disk to a global batch on the devices, and its augmentation on the devices."""

@@ -1,6 +1,6 @@
-"""Pixels → the model's input, on the device: random changes by key, then normalising.
+"""Data augmentation and normalisation on the device.
 
-Each image draws from its own key, so that what it draws depends neither on the sharding nor on the rest of the batch.
+Each image has its own random key, so that its augmentation depends neither on the sharding nor on the other images.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from convnext_jax.data.color import jitter_colors, three_augment
 from convnext_jax.data.randaugment import parse_randaugment, rand_augment
 from convnext_jax.errors import UserError
 
-ERASED_AREA = (0.02, 1 / 3)  # of the image; this and the next as in arXiv:1708.04896 and timm
+ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; area and aspect ratio as in arXiv:1708.04896 and timm
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ERASING_TRIES = 10
 
@@ -30,19 +30,19 @@ def augment(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> jax.Array:
-    """Training images.
+    """Augmented and normalised training images.
 
     Args:
         images: (N, H, W, C) uint8.
-        keys: (N,), one for each image.
-        flip, crop_padding, policy, color_jitter, erasing, erasing_mode: as in the config's `augment`.
-        mean, std: of each channel, of pixels in [0, 1].
+        keys: (N,) random keys, one for each image.
+        flip, crop_padding, policy, color_jitter, erasing, erasing_mode: the fields of the config's `augment` section.
+        mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
 
     Returns:
         (N, H, W, C) float32, normalised.
 
     Raises:
-        UserError: `policy` or `erasing_mode` is none.
+        UserError: `policy` or `erasing_mode` is invalid.
     """
     flip_keys, crop_keys, policy_keys, color_keys, erasing_keys = jnp.unstack(
         jax.vmap(lambda key: jax.random.split(key, 5))(keys), axis=1
@@ -65,18 +65,24 @@ def augment(
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(pixels / 255 − mean) / std, one mean and std for each channel: (N, H, W, C) uint8 → float32."""
+    """(images / 255 − mean) / std, with the mean and std of each channel: (N, H, W, C) uint8 → float32."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability ½."""
+    """The images, (N, H, W, C), each mirrored left to right with probability ½; `keys` are (N,) random keys."""
     mirrored = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
-    """Shifts each image by up to `padding` pixels along each axis; zeros come in at the sides."""
+    """A random crop of each image after zero padding: (N, H, W, C) → (N, H, W, C).
+
+    Args:
+        images: (N, H, W, C).
+        keys: (N,) random keys, one for each image.
+        padding: rows or columns of zeros that are added at each side.
+    """
 
     def crop(image: jax.Array, key: jax.Array) -> jax.Array:
         padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
@@ -87,13 +93,16 @@ def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
 
 
 def random_erasing(images: jax.Array, keys: jax.Array, probability: float, mode: str) -> jax.Array:
-    """Erases a rectangle of each image with that probability (arXiv:1708.04896).
+    """Random erasing (arXiv:1708.04896): overwrites a random rectangle of an image.
 
     Args:
         images: (N, H, W, C) float32, normalised.
-        keys: (N,), one for each image.
-        probability: that an image loses a rectangle.
-        mode: what comes in its place: 'pixel' noise of N(0, 1), one such 'rand' value for each channel, or 'const' 0.
+        keys: (N,) random keys, one for each image.
+        probability: probability with which an image is changed.
+        mode: the new values: 'pixel' draws each value from N(0, 1), 'rand' draws one value per channel, 'const' is 0.
+
+    Returns:
+        (N, H, W, C) float32.
 
     Raises:
         UserError: an unknown mode.
@@ -113,7 +122,7 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float, mode:
 
 
 def _erased_box(key: jax.Array, height: int, width: int) -> jax.Array:
-    """(H, W) bool: the first of ten rectangles that is smaller than the image; none if all are larger."""
+    """The mask, (H, W) bool, of the first of ten random rectangles that fits; all False if none fits."""
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     area = height * width * jax.random.uniform(area_key, (ERASING_TRIES,), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
     low, high = jnp.log(jnp.asarray(ERASED_ASPECT))

@@ -1,4 +1,4 @@
-"""Which images of a split cannot be read, found before they are needed."""
+"""A check that all images of a split can be read, before training needs them."""
 
 import contextlib
 from collections.abc import Generator
@@ -11,28 +11,28 @@ from convnext_jax.data.loading import Waiting, load_batches
 from convnext_jax.data.pipeline import Share
 from convnext_jax.errors import UserError
 
-ROWS = 16
-"""Images that a thread decodes before the next is asked for: a signal is answered between them."""
+BATCH_SIZE = 16
+"""Images per batch: signals are handled between batches."""
 
-SHOWN = 3
-"""How many unreadable images a message names."""
+MAX_NAMED = 3
+"""Unreadable images that a message names."""
 
 
 def find_unreadable(
     dataset: Dataset, *, process: int, processes: int, waiting: Waiting
 ) -> Generator[dict[int, str], None, None]:
-    """Checks each example of this process's part of a split once, and yields those that cannot be read, part by part.
+    """Checks this process's share of the examples of a split, batch by batch.
 
     Args:
         dataset: the split.
-        process: which of the processes this is; each of them takes as many parts.
-        processes: how many processes share the work.
-        waiting: is called while a part is waited for.
+        process: index of this process; every process checks an equal number of batches.
+        processes: number of processes that share the work.
+        waiting: called while a batch is pending, see `loading.Waiting`.
 
     Yields:
-        Number of an example in the split → what is wrong with it.
+        For each batch: index of an unreadable example in the split → error message.
     """
-    share = Share(processes * ROWS, range(process * ROWS, (process + 1) * ROWS))
+    share = Share(processes * BATCH_SIZE, range(process * BATCH_SIZE, (process + 1) * BATCH_SIZE))
     errors: dict[int, str] = {}
 
     def load(local: int) -> Example:
@@ -44,26 +44,32 @@ def find_unreadable(
                 errors[index] = str(error)
         return {'index': np.int32(index)}
 
-    parts = load_batches(
+    batches = load_batches(
         load,
         range(-(-len(dataset) // share.batch_size)),
-        share.rows,
+        share.local_batch_size,
         {'index': jax.ShapeDtypeStruct((), np.int32)},
         workers=0,
         waiting=waiting,
         name=lambda local: dataset.name(min(share.position(local), len(dataset) - 1)),
     )
-    with contextlib.closing(parts):
-        for part in parts:
-            yield {int(index): errors[index] for index in part['index'] if index in errors}
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield {int(index): errors[index] for index in batch['index'] if index in errors}
 
 
 def describe_unreadable(errors: dict[int, str], images: int, split: str) -> str:
-    """One line that names the first of the unreadable images of a split, and says what to do."""
-    shown = '; '.join(errors[index] for index in sorted(errors)[:SHOWN])
-    more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
+    """An error message of one line: the number of unreadable images, the first of them, and what to do.
+
+    Args:
+        errors: index of an unreadable example → error message.
+        images: number of images in the split.
+        split: name of the split.
+    """
+    named = '; '.join(errors[index] for index in sorted(errors)[:MAX_NAMED])
+    more = f'; and {len(errors) - MAX_NAMED} more' if len(errors) > MAX_NAMED else ''
     return (
-        f'{len(errors)} of the {images} images of {split} cannot be read: {shown}{more}. '
-        'Remove or replace them (of a prepared data set: in its source, and prepare it again), '
-        'and run the same command again'
+        f'{len(errors)} of the {images} images of {split} cannot be read: {named}{more}. '
+        'Remove or replace them (for a prepared data set, in its source, and prepare it again), '
+        'then run the same command again'
     )

@@ -1,4 +1,4 @@
-"""Class names: which output of a model belongs to which class of a data set."""
+"""The matching of classes between data sets and models by class name."""
 
 import re
 import unicodedata
@@ -8,30 +8,30 @@ from collections.abc import Sequence
 from convnext_jax.errors import UserError
 
 WORDNET_ID = re.compile(r'n\d{8}')  # ImageNet's classes in TFDS and in its folders
-NUMBER = re.compile(r'(?:LABEL_|class )?(\d{1,9})')  # Hugging Face's LABEL_3, a tar's 3: no names
+NUMBER = re.compile(r'(?:LABEL_|class )?(\d{1,9})')  # placeholders: LABEL_3 from Hugging Face, 3 from tar shards
 MAX_LISTED = 5
 
 
 def normalize(name: str) -> str:
-    """The name in Unicode's composed form (NFC): file systems of Macs give 'é' as two characters."""
+    """The name in Unicode's composed form (NFC): macOS file systems store 'é' as two characters."""
     return unicodedata.normalize('NFC', name)
 
 
 def same_names(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether two lists hold the same names in the same order."""
+    """Whether two lists have equal names in equal order."""
     return list(map(normalize, names)) == list(map(normalize, others))
 
 
 def match_names(names: Sequence[str], known: Sequence[str], owner: str) -> list[int]:
-    """Finds the position of each name in another list.
+    """The position in the list `known` of each of the `names`.
 
     Args:
         names: the names to find.
-        known: the list to find them in.
-        owner: what the list belongs to, for error messages: 'the model', or a split.
+        known: the list in which to find them.
+        owner: owner of the list for error messages: 'the model', or a split.
 
     Raises:
-        UserError: a name is not in the list, or stands in one of the two lists several times and they differ.
+        UserError: a name is missing in `known`, or the lists differ and a name occurs several times in one of them.
     """
     if same_names(names, known):
         return list(range(len(names)))
@@ -42,35 +42,37 @@ def match_names(names: Sequence[str], known: Sequence[str], owner: str) -> list[
     counts = Counter(map(normalize, names))
     repeated = [name for name, count in counts.items() if count > 1 or len(positions[name]) > 1]
     if repeated:
-        raise UserError(f'several classes are called {_listed(repeated)}, so names do not tell which of them is meant')
+        raise UserError(f'several classes are called {_listed(repeated)}: class names must be unique to be matched')
     return [positions[normalize(name)][0] for name in names]
 
 
 def outputs_of_classes(
     data_names: Sequence[str], model_names: Sequence[str] | None, outputs: int
 ) -> tuple[list[int], str]:
-    """Finds the model's output for each class of a data set, by name where names are known.
+    """The index of the model's output for each class of a data set.
 
-    Where the model or the data has no names, class i is taken for output i. So it is for ImageNet's WordNet ids and a
-    model with ImageNet's names in words, which all libraries list in the order of the ids.
+    Classes are matched by name. They are matched by position instead if the model or the data set has no names, or if
+    the data set has ImageNet's WordNet ids and the model has ImageNet's English names, which all libraries list in the
+    order of the ids.
 
     Args:
-        data_names: of the data set's classes.
-        model_names: of the first outputs; None if unknown.
-        outputs: how many outputs the model has.
+        data_names: class names of the data set.
+        model_names: names of the model's first outputs; None if unknown.
+        outputs: number of outputs of the model.
 
     Returns:
-        The output of each class; and a line for the user where positions were trusted, else ''.
+        The output of each class, and a message for the user if classes were matched by position, else ''.
 
     Raises:
-        UserError: as `match_names`, or the model has fewer outputs than the data has classes.
+        UserError: as `match_names`, or the model has fewer outputs than the data set has classes.
     """
     if model_names is not None and not _trust_positions(data_names, model_names):
         return match_names(data_names, model_names, 'the model'), ''
     if len(data_names) > outputs:
-        raise UserError(f'the data has {len(data_names)} classes, and the model {outputs} outputs')
+        raise UserError(f'the data has {len(data_names)} classes, but the model has only {outputs} outputs')
     return list(range(len(data_names))), (
-        f'classes are matched by position, class 0 ({data_names[0]}) to output 0: {_why(data_names, model_names)} '
+        f'classes are matched by position, class 0 ({data_names[0]}) to output 0, because '
+        f'{_why(data_names, model_names)} '
         f'(classes of the data: {len(data_names)}, outputs of the model: {outputs})'
     )
 
@@ -78,17 +80,17 @@ def outputs_of_classes(
 def kept_outputs(
     new_names: Sequence[str], new_outputs: int, old_names: Sequence[str] | None, old_outputs: int
 ) -> tuple[list[int], str]:
-    """Finds the outputs of a trained head that a new head keeps, by name where names are known.
+    """The outputs of a trained head that a new head keeps; classes are matched by name if names are known.
 
     Args:
-        new_names: of the new head's first outputs.
-        new_outputs: how many outputs the new head has.
-        old_names: of the trained head's first outputs; None if unknown.
-        old_outputs: how many outputs the trained head has.
+        new_names: names of the new head's first outputs.
+        new_outputs: number of outputs of the new head.
+        old_names: names of the trained head's first outputs; None if unknown.
+        old_outputs: number of outputs of the trained head.
 
     Returns:
-        For each output of the new head the output of the trained one, or −1 if it has none and is newly initialised;
-        and a line for the user, '' if the two heads have the same classes.
+        For each output of the new head, the index of the trained output, or −1 if it must be newly initialised; and a
+        message for the user, '' if the two heads have equal classes.
     """
     if old_names is not None and new_outputs == old_outputs and same_names(new_names, old_names):
         return list(range(new_outputs)), ''
@@ -98,12 +100,12 @@ def kept_outputs(
                 f'the head is newly initialised: {new_outputs} classes here, {old_outputs} in the weights'
             )
         return list(range(new_outputs)), (
-            f'the head is kept, and classes are matched by position: {_why(new_names, old_names)} '
-            '(--config.init.head=new starts a new one)'
+            f'the head is kept, and classes are matched by position, because {_why(new_names, old_names)} '
+            '(--config.init.head=new initialises a new head)'
         )
     positions = _positions(old_names)
     names = [normalize(name) for name in new_names]
-    counts = Counter(names)  # of a name that stands for several classes, none is known to be the same
+    counts = Counter(names)  # classes that share a name cannot be matched
     kept = [positions[name][0] if len(positions.get(name, ())) == counts[name] == 1 else -1 for name in names]
     kept += [-1] * (new_outputs - len(kept))
     new = [name for name, output in zip(new_names, kept, strict=False) if output < 0]
@@ -123,16 +125,16 @@ def _positions(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _trust_positions(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether names cannot match the two lists, so that their order has to."""
+    """Whether the two lists can be matched only by position."""
     if not _positions(names).keys().isdisjoint(_positions(others)):
         return False
     if all(map(str.isdecimal, names)) and not _are_placeholders(names):
-        return False  # numbers that are not the positions: with LABEL_3, nobody knows which of the two is meant
+        return False  # numbers that differ from the positions: LABEL_3 might mean either
     return _are_placeholders(names) or _are_placeholders(others) or _wordnet_and_words(names, others)
 
 
 def _are_placeholders(names: Sequence[str]) -> bool:
-    """Whether each name only tells its position."""
+    """Whether each name is only the number of its position."""
     numbers = [NUMBER.fullmatch(name) for name in names]
     return all(number and int(number[1]) == position for position, number in enumerate(numbers))
 

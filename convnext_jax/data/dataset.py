@@ -1,4 +1,4 @@
-"""A data set as a task gives it to the loader: a split, and how an example of it becomes arrays."""
+"""The interface between a task and the data loader: the examples of one split as arrays."""
 
 import abc
 from collections.abc import Mapping
@@ -8,27 +8,27 @@ import jax
 import numpy as np
 
 Example = dict[str, np.ndarray | np.generic]
-"""One example: arrays by the names, shapes and types of `Dataset.features`."""
+"""One example: name → array, with the names, shapes and dtypes of `Dataset.features`."""
 
 Batch = dict[str, jax.Array]
-"""Examples stacked along the leading axis, on the devices, by the name of their field."""
+"""Examples of a global batch on the devices: name → array with a leading batch axis."""
 
 HostBatch = dict[str, np.ndarray]
-"""As `Batch`, in the memory of one process, which holds its rows alone."""
+"""Examples of a batch in the memory of one process, which holds its share of the global batch: name → array."""
 
 Features = dict[str, jax.ShapeDtypeStruct]
-"""Name → shape and type of each array of one example."""
+"""Name → shape and dtype of each array of one example."""
 
 
 class Dataset(abc.ABC):
-    """One split and how an example of it is loaded. Decoding processes receive a pickled copy.
+    """The examples of one split. Decoding processes receive a pickled copy.
 
     Attributes:
-        features: the arrays of an example. In evaluation, `weight` () float32 among them counts an example with
-            another weight than 1; 0 leaves it out.
-        facts: name → JSON value; a run that resumes must find the same values.
+        features: name → shape and dtype of the arrays of an example. A feature `weight`, () float32, is the weight of
+            the example in evaluation metrics, 1 by default; 0 ignores the example.
+        facts: name → JSON value; a run is resumed only if these values have not changed.
         random: whether `load` depends on `draw`. If not, a small split is loaded once and kept in memory.
-        about: a few words for the first lines of a run, such as '10 classes'.
+        about: a short description for the first lines of a run, such as '10 classes'.
     """
 
     features: Features
@@ -37,16 +37,17 @@ class Dataset(abc.ABC):
     about: str = ''
 
     @abc.abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """The number of examples."""
 
     @abc.abstractmethod
     def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
         """Loads one example.
 
         Args:
-            index: from 0 to the length of the data set.
-            draw: non-negative numbers that seed everything random: the seed of the run, the epoch, the index, and
-                which copy of the example in its batch this is.
+            index: index of the example, at least 0 and below the length of the data set.
+            draw: non-negative integers that seed all random choices: the seed of the run, the epoch, the index, and the
+                number of this copy of the example in its batch.
 
         Raises:
             UserError: the example cannot be read.
@@ -54,8 +55,8 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Says where an example is, for messages, without reading it."""
+        """The location of an example, for messages; the example is not read."""
 
     def check(self, index: int) -> None:
-        """Raises UserError if an example cannot be read. Override it where this is cheaper than to load it."""
+        """Raises UserError if an example cannot be read. Override it if a check is cheaper than `load`."""
         self.load(index, (0, 0, index, 0))

@@ -1,7 +1,7 @@
-"""Writes a TFDS data set in ArrayRecord form, without TensorFlow; the bytes of the images stay as they are.
+"""A writer of TFDS data sets in ArrayRecord format, which needs no TensorFlow and does not re-encode the images.
 
-It grows in DATA/NAME/incomplete.VERSION, one shard after another, and is renamed when it is whole. A call after one
-that was interrupted keeps the shards that are there.
+It writes the shards to DATA/NAME/incomplete.VERSION and renames this folder when the data set is complete. After an
+interruption, the next call keeps the complete shards.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import say, to_json
 from convnext_jax.paths import plain_path
 
-SHARD_BYTES = 2**29  # a reader keeps every shard open, and most systems allow 1,024 files
-READERS = 16  # the order on disk is random: many reads at once hide the seeks
-PLAN = 'plan.sha256'
+SHARD_BYTES = 2**29  # large, because a reader keeps all shards open, and most systems allow 1,024 open files
+READERS = 16  # threads; the images are read in random order, and parallel reads hide the seeks
+DIGEST = 'plan.sha256'  # file in the scratch folder: digest of the class names and images to be written
 
 Serialize = Callable[[dict], bytes]
 
 
 class Image(NamedTuple):
-    """An image that is to be written: its name in its split, its class, and where its bytes are."""
+    """An image to write: name in its split, class label, and the file, offset and size of its bytes."""
 
     name: str
     label: int
@@ -47,13 +47,13 @@ def write_dataset(
     """Writes a TFDS data set with the features `image`, `label` and `file_name`.
 
     Args:
-        directory: DATA/NAME/VERSION, where it will be.
-        class_names: of the labels.
-        splits: the images of each split, in any order: they are written in the order of TFDS, by hash of their names.
-        encoding_format: 'jpeg' or 'png' if all images are; it is for TFDS's own decoder.
+        directory: the folder DATA/NAME/VERSION that is created.
+        class_names: names of the labels.
+        splits: name of a split → its images in any order; they are written in TFDS's order, by the hash of their names.
+        encoding_format: 'jpeg' or 'png' if all images have this format; used by TFDS's own decoder.
 
     Raises:
-        UserError: an image cannot be read, the data set cannot be written, or another process is at it.
+        UserError: an image cannot be read, the data set cannot be written, or another process is writing it.
     """
     import tensorflow_datasets as tfds
 
@@ -66,8 +66,8 @@ def write_dataset(
     )
     scratch = directory.with_name(f'incomplete.{directory.name}')
     splits = {split: _in_order(split, images) for split, images in splits.items()}
-    with _alone(directory.parent):
-        _begin(scratch, _plan(class_names, splits))
+    with _locked(directory.parent):
+        _begin(scratch, _digest(class_names, splits))
         try:
             info = [
                 _write_split(scratch, f'{directory.parent.name}-{split}', split, images, features.serialize_example)
@@ -76,28 +76,32 @@ def write_dataset(
             features.save_config(scratch)
             _write_info(scratch / 'dataset_info.json', directory, info)
             scratch.rename(directory)
-            (directory / PLAN).unlink()
+            (directory / DIGEST).unlink()
         except OSError as error:
             raise UserError(f'{scratch} cannot be written: {error.strerror}') from error
     say(describe_dataset(directory))
 
 
 def describe_dataset(directory: Path) -> str:
-    """What a prepared data set holds, for people."""
+    """A message with the number of images in each split of a prepared data set.
+
+    Raises:
+        UserError: the data set is incomplete or damaged.
+    """
     try:
         splits = json.loads((directory / 'dataset_info.json').read_text(encoding='utf-8'))['splits']
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{directory} holds no whole data set: remove it, and prepare it again') from error
+        raise UserError(f'{directory} is not a complete data set: remove it and prepare it again') from error
     counts = [f'{split["name"]} {sum(map(int, split["shardLengths"])):,}' for split in splits]
     return f'{directory} holds {", ".join(counts)} images'
 
 
 def _in_order(split: str, images: list[Image]) -> list[Image]:
-    """The order of TFDS: a part such as 'train[:10%]' holds a fair sample of the classes, and the images of TFDS's."""
+    """TFDS's order, by hash of the name: 'train[:10%]' is a random sample, and has the images that it has in TFDS."""
     return sorted(images, key=lambda image: hashlib.md5(split.encode() + os.fsencode(image.name)).digest())
 
 
-def _plan(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
+def _digest(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
     digest = hashlib.sha256(repr((SHARD_BYTES, *class_names)).encode())
     for split, images in splits.items():
         for image in images:
@@ -106,14 +110,14 @@ def _plan(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; the lock ends with the process."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Creates the folder and holds an exclusive lock on it, which also ends with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f'another process is preparing {folder}: wait for its end') from error
+        raise UserError(f'another process is preparing {folder}: wait until it has finished') from error
     except OSError as error:
         raise UserError(f'{folder} cannot be written: {error.strerror}') from error
     try:
@@ -122,23 +126,23 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _begin(scratch: Path, plan: str) -> None:
-    """Makes the folder, or keeps what an interrupted call of the same plan has left there."""
+def _begin(scratch: Path, digest: str) -> None:
+    """Creates the scratch folder, or keeps it if an interrupted call has written shards of the same images there."""
     try:
-        if (scratch / PLAN).is_file() and (scratch / PLAN).read_text(encoding='utf-8') == plan:
-            say(f'{scratch} was interrupted: its whole shards are kept')
+        if (scratch / DIGEST).is_file() and (scratch / DIGEST).read_text(encoding='utf-8') == digest:
+            say(f'{scratch} is from an interrupted command: its complete shards are kept')
             return
         if scratch.exists():
-            say(f'{scratch} holds an interrupted set of other images: it is removed')
+            say(f'{scratch} is from an interrupted command with other images: it is removed')
             shutil.rmtree(scratch)
         scratch.mkdir()
-        (scratch / PLAN).write_text(plan, encoding='utf-8')
+        (scratch / DIGEST).write_text(digest, encoding='utf-8')
     except OSError as error:
         raise UserError(f'{scratch} cannot be written: {error.strerror}') from error
 
 
 def _write_split(scratch: Path, name: str, split: str, images: list[Image], serialize: Serialize) -> dict:
-    """Writes the shards of a split that are not there yet; returns its part of dataset_info.json."""
+    """Writes the missing shards of a split; returns the entry of the split in dataset_info.json."""
     count = min(max(round(sum(image.size for image in images) / SHARD_BYTES), 1), len(images))
     bounds = itertools.pairwise(len(images) * shard // count for shard in range(count + 1))
     shards = {scratch / f'{name}.array_record-{i:05}-of-{count:05}': images[slice(*b)] for i, b in enumerate(bounds)}
@@ -168,7 +172,7 @@ def _write_shard(path: Path, images: Sequence[Image], serialize: Serialize, bar:
                 record = {'image': data, 'label': image.label, 'file_name': os.fsencode(image.name)}
                 writer.write(serialize(record))
                 bar.update()
-        writer.close()  # says what failed in writing
+        writer.close()  # raises if a write has failed
     except RuntimeError as error:
         raise UserError(f'{path} cannot be written: {first_line(error)}') from error
     with scratch.open('rb') as file:

@@ -1,4 +1,4 @@
-"""Encoded bytes → uint8 pixels: the training crop and the evaluation resize."""
+"""Image decoding: encoded bytes → uint8 pixels, with the training crop and the evaluation resize."""
 
 import contextlib
 import io
@@ -14,62 +14,66 @@ from convnext_jax.errors import UserError, first_line
 
 try:
     import cykooz_resizer as fast  # four times as fast as Pillow's filter
-except ImportError:  # there is none for ARM processors under Linux
+except ImportError:  # not available on Linux with ARM processors
     fast = None
 
 JPEG = b'\xff\xd8\xff'
-MOST_PIXELS = 10**8  # of a resized image, as Pillow's own bound on what it opens
+MAX_PIXELS = 10**8  # of a resized image; similar to Pillow's limit for the images that it opens
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'JPEG2000', 'AVIF')
-"""Pillow's names of the formats that are decoded. The content tells the format, not the suffix. Pillow knows more, but
-would start Ghostscript for a PostScript file."""
+"""The formats that are decoded, by their names in Pillow. The content of a file determines its format, not the suffix.
+Other formats of Pillow are excluded, because it would start Ghostscript for a PostScript file."""
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, MemoryError)
-"""What Pillow raises for damaged files; RuntimeError comes from AVIF, MemoryError from a damaged size."""
+"""The errors that Pillow raises for damaged files: for instance RuntimeError for AVIF, MemoryError for a wrong size."""
 
 
 def decode(image: bytes, channels: int, name: str) -> Image.Image:
-    """Decodes a file to an upright 8-bit image: the one decoder of training, evaluation and prediction.
+    """The upright 8-bit image in an encoded file; training, evaluation and prediction all use this decoder.
 
-    The image is turned as its EXIF orientation says; of several frames the first is taken.
+    The image is rotated according to its EXIF orientation. Only the first of several frames is decoded.
 
     Args:
         image: the bytes of the file, in one of `FORMATS`.
-        channels: 1 (grey, mode 'L') or 3 (mode 'RGB').
+        channels: 1 (greyscale, mode 'L') or 3 (mode 'RGB').
         name: the file, for error messages.
 
     Raises:
-        UserError: the bytes are not a whole image, or its pixels have an unknown range (see `convert_mode`).
+        UserError: the bytes are not a complete image, or its pixel values have an unknown range (see `convert_mode`).
     """
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as file:
             converted = convert_mode(file, channels)
-            orientation = _orientation(file)  # after the pixels: a PNG may hold its EXIF data behind them
+            orientation = _orientation(file)  # after the pixels: in a PNG the EXIF data may follow them
     except Image.UnidentifiedImageError as error:
-        raise UserError(f'{name} cannot be decoded as an image: it is none of {", ".join(FORMATS)}') from error
+        raise UserError(f'{name} cannot be decoded as an image: its format is none of {", ".join(FORMATS)}') from error
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise UserError(f'{name} cannot be decoded as an image: {first_line(error)}') from error
-    return converted if orientation == 1 else Image.fromarray(_turn(np.asarray(converted), orientation))
+    return converted if orientation == 1 else Image.fromarray(_upright(np.asarray(converted), orientation))
 
 
 def convert_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Converts any Pillow image to 8 bits and 1 (mode 'L') or 3 (mode 'RGB') channels.
+    """The image as 8 bits in 1 (mode 'L') or 3 (mode 'RGB') channels.
 
-    Transparency is dropped, as timm and torchvision do. Deep grey images are scaled by the range of their type, where
-    Pillow's own conversion cuts off all values above 255: 16 bits (of a TIFF also 12) by the largest value, floats
-    from 0 to 1.
+    Transparency is dropped, as in timm and torchvision. Greyscale images of more than 8 bits are scaled by the largest
+    value of their type: 16 bits, 12 bits in some TIFF files, or 1.0 for floats. Pillow's own conversion would clip
+    their values at 255.
+
+    Args:
+        image: a Pillow image of any mode.
+        channels: 1 or 3.
 
     Raises:
-        UserError: integers of 32 bits, whose range is unknown, or floats outside 0 to 1.
+        UserError: the pixel values are 32-bit integers, whose range is unknown, or floats outside [0, 1].
     """
     if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
         image = _scale_to_8_bits(image)
-    elif image.mode == 'La':  # Pillow converts these three to few other modes
+    elif image.mode == 'La':  # Pillow converts this mode, and the next two, only to a few other modes
         image = image.convert('LA')
     elif image.mode == 'RGBa':
         image = image.convert('RGBA')
     elif image.mode == 'LAB':
         image = image.convert('RGB')
-    elif image.mode == 'P' and 'transparency' in image.info:  # direct conversion is the same, with a warning
+    elif image.mode == 'P' and 'transparency' in image.info:  # direct conversion gives an equal result with a warning
         image = image.convert('RGBA')
     return image.convert('L' if channels == 1 else 'RGB')
 
@@ -77,24 +81,24 @@ def convert_mode(image: Image.Image, channels: int) -> Image.Image:
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     image.load()
     pixels = np.asarray(image)
-    tags = getattr(image, 'tag_v2', {})  # of a TIFF
+    tags = getattr(image, 'tag_v2', {})  # only TIFF images have them
     if image.mode == 'F':
         if not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise UserError('its float pixels are not all from 0 to 1: save it with 8 or 16 bits')
+            raise UserError('its float pixel values are outside [0, 1]: save it with 8 or 16 bits')
         scaled = np.uint8(np.round(pixels * 255))
     elif image.mode == 'I' and image.format != 'PPM':  # Pillow reads a deep PGM as I with values up to 65535
-        raise UserError('its pixels are integers of unknown range (mode I): save it with 8 or 16 bits')
+        raise UserError('its pixel values are 32-bit integers of unknown range: save it with 8 or 16 bits')
     else:
         largest = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
         scaled = np.uint8((pixels.astype(np.uint32).clip(0, largest) * 255 + largest // 2) // largest)
-    white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0  # Pillow heeds it for up to 8 bits only
+    white_is_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0  # Pillow applies it up to 8 bits only
     return Image.fromarray(255 - scaled if white_is_zero else scaled)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an open file, 1 to 8; 1 (upright) if it has none or its EXIF data are damaged.
+    """The EXIF orientation of an open file, 1 to 8; 1 (upright) if it is missing or the EXIF data are damaged.
 
-    The tag counts no longer where Pillow has turned the image itself, as it does when it loads a TIFF.
+    When Pillow loads a TIFF it rotates the image itself and removes the tag.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -105,13 +109,13 @@ def _orientation(image: Image.Image) -> int:
         LookupError,
         OSError,
         struct.error,
-    ):  # the pixels are whole all the same
+    ):  # the pixels are valid even if the EXIF data are not
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of (H, W) or (H, W, C) pixels as the EXIF orientation wants them shown."""
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """An upright view of pixels, (H, W) or (H, W, C), that are stored with an EXIF orientation."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -122,7 +126,7 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def resize(image: Image.Image, size: int, *, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
-    """The whole image squashed to the square, (size, size, C) uint8."""
+    """The whole image resized to a square, without keeping the aspect ratio: (size, size, C) uint8."""
     return _pixels(image.resize((size, size), resample))
 
 
@@ -136,27 +140,27 @@ def train_crop(
     exact: bool = False,
     name: str = 'the image',
 ) -> np.ndarray:
-    """A random part of an encoded image, upright, at size×size: (size, size, C) uint8.
+    """A random resized crop of an encoded image, upright: (size, size, C) uint8.
 
-    The crop of arXiv:1409.4842 as torchvision draws it: area uniform in `scale` of the image's, aspect ratio
-    log-uniform from 3/4 to 4/3, ten tries, then the largest centre crop of an allowed ratio.
+    The crop of arXiv:1409.4842 as in torchvision: its area is uniform in `scale` times the image's area, its aspect
+    ratio log-uniform in [3/4, 4/3]; after ten crops that do not fit, the largest centre crop with an allowed ratio.
 
     Args:
-        image: the bytes of a file.
-        size: side of the result.
-        channels: 1 (grey) or 3 (RGB).
-        scale: least and most share of the area.
-        seed: what the crop is drawn from.
-        exact: the pixels of Pillow's decoder and bicubic filter. Otherwise JPEGs are decoded no larger than the crop
-            needs, and filtered with rounded weights: on photographs 0.2 grey levels apart on the mean, 1.1 where the
-            crop has more than four times the result's sides.
-        name: tells a person which image it is.
+        image: the bytes of the file.
+        size: side of the result in pixels.
+        channels: 1 (greyscale) or 3 (RGB).
+        scale: smallest and largest fraction of the image's area.
+        seed: non-negative integers that seed the random crop.
+        exact: use Pillow's decoder and bicubic filter. Otherwise JPEGs are decoded at the smallest sufficient
+            resolution and filtered with rounded weights; on photographs the pixel values differ by 0.2 on average, and
+            by 1.1 if the sides of the crop are more than four times `size`.
+        name: the file, for error messages.
 
     Raises:
-        UserError: the bytes are no whole image.
+        UserError: as `decode`.
     """
     if not exact and image.startswith(JPEG):
-        with contextlib.suppress(ValueError):  # of CMYK, or damaged: Pillow reads it, or says what is wrong with it
+        with contextlib.suppress(ValueError):  # CMYK or damaged: Pillow decodes it or reports the error
             return _fast_crop(image, size, channels, scale, seed)
     whole = decode(image, channels, name)
     box = _random_box(whole.width, whole.height, scale, seed)
@@ -167,28 +171,28 @@ def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float
     height, width, space, _ = simplejpeg.decode_jpeg_header(image)
     if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError
-    with Image.open(io.BytesIO(image), formats=('JPEG',)) as file:  # parses the header alone
+    with Image.open(io.BytesIO(image), formats=('JPEG',)) as file:  # parses only the header
         orientation = _orientation(file)
     stored_height, stored_width = height, width
     if orientation >= 5:
         height, width = width, height
     left, top, right, bottom = _random_box(width, height, scale, seed)
-    # libjpeg scales by powers of two at little cost, but softly: it leaves at least half of the work to the filter.
-    room = min(right - left, bottom - top) // (2 * size)
-    shrink = max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
+    # libjpeg downscales by powers of two at little cost, but blurs: the filter does the last factor of 2 or more.
+    limit = min(right - left, bottom - top) // (2 * size)
+    shrink = max(factor for factor in (1, 2, 4, 8) if factor <= max(limit, 1))
     pixels = simplejpeg.decode_jpeg(
         image,
         'RGB' if channels == 3 else 'GRAY',
         min_height=-(-stored_height // shrink),
         min_width=-(-stored_width // shrink),
     )
-    pixels = _turn(pixels, orientation)
-    across, down = pixels.shape[1] / width, pixels.shape[0] / height
-    return _filter(pixels, size, (left * across, top * down, right * across, bottom * down))
+    pixels = _upright(pixels, orientation)
+    x_scale, y_scale = pixels.shape[1] / width, pixels.shape[0] / height
+    return _filter(pixels, size, (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale))
 
 
 def _filter(pixels: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The box of an image at size×size by Pillow's antialiased bicubic, with its weights rounded to 16 bits."""
+    """A box of an image resized to (size, size, C), by Pillow's antialiased bicubic filter with 16-bit weights."""
     left, top = math.floor(box[0]), math.floor(box[1])
     part = pixels[top : math.ceil(box[3]), left : math.ceil(box[2])]
     inside = (box[0] - left, box[1] - top, min(box[2] - left, part.shape[1]), min(box[3] - top, part.shape[0]))
@@ -215,13 +219,21 @@ def eval_resize(
     resample: int = Image.Resampling.BICUBIC,
     name: str = 'the image',
 ) -> np.ndarray:
-    """The middle of the image, (size, size, C) uint8, as Hugging Face's ConvNeXt processor cuts it out.
+    """The evaluation resize and centre crop of Hugging Face's ConvNeXt processor: (size, size, C) uint8.
 
-    The shorter side goes to int(size / crop_pct), and the centre is cropped; with `squash`, by default from 384 on, the
-    whole image is squashed to the square.
+    The shorter side is resized to int(size / crop_pct), and the centre is cropped. With `squash` the whole image is
+    resized to a square instead.
+
+    Args:
+        image: an upright image.
+        size: side of the result in pixels.
+        crop_pct: `size` as a fraction of the shorter side after the resize.
+        squash: whether to ignore `crop_pct` and the aspect ratio; None means for sizes of 384 and above.
+        resample: Pillow's number of the resampling filter.
+        name: the file, for error messages.
 
     Raises:
-        UserError: as `eval_sides`; `name` says which image it is.
+        UserError: as `eval_sides`.
     """
     width, height = eval_sides(image.size, size, crop_pct, squash=squash, name=name)
     resized = image.resize((width, height), resample)
@@ -232,17 +244,22 @@ def eval_resize(
 def eval_sides(
     image_size: tuple[int, int], size: int, crop_pct: float, *, squash: bool | None = None, name: str = 'the image'
 ) -> tuple[int, int]:
-    """Width and height to which `eval_resize` resizes an image of a width and height, before the crop.
+    """Width and height to which `eval_resize` resizes an image before the crop, in pixels.
+
+    Args:
+        image_size: width and height of the image.
+        size, crop_pct, squash, name: as for `eval_resize`.
 
     Raises:
-        UserError: the image is so thin that this would take too much memory.
+        UserError: the aspect ratio is so extreme that the resized image would take too much memory.
     """
     if squash or (squash is None and size >= 384):
         return size, size
     width, height = (int(int(size / crop_pct) * side / min(image_size)) for side in image_size)
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise UserError(
-            f'{name}, {image_size[0]}×{image_size[1]} pixels, is too thin: resized it would be {width}×{height}'
+            f'{name} of {image_size[0]}×{image_size[1]} pixels is too narrow: resized it would have '
+            f'{width}×{height}. Crop or remove it'
         )
     return width, height
 

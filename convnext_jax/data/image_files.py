@@ -1,4 +1,4 @@
-"""Which files below a folder are images: one rule for training, evaluation, prepare and predict."""
+"""The search for image files in a folder, with one rule for training, evaluation, `prepare` and `predict`."""
 
 import os
 from collections import Counter
@@ -16,15 +16,15 @@ IMAGE_SUFFIXES = {
     *('.tif', '.tiff', '.bmp', '.dib', '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.pfm'),
     *('.jp2', '.j2k', '.jpc', '.jpf', '.jpx', '.j2c'),
 }
-"""The suffixes of the formats that `decode` reads."""
+"""The file name suffixes of the formats that `decode` reads."""
 
 
 class FoundImages(NamedTuple):
-    """What `find_images` found.
+    """The result of `find_images`.
 
     Attributes:
-        paths: the images, in the order of their names.
-        left_out: kind → how many of it were left out.
+        paths: the image files, sorted by name.
+        left_out: description of a kind of files or folders → number of them that were ignored.
     """
 
     paths: list[str]
@@ -32,17 +32,17 @@ class FoundImages(NamedTuple):
 
 
 def find_images(folder: Path, split: Path | None = None) -> FoundImages:
-    """Finds all images below a folder.
+    """Finds all images in a folder and its subfolders.
 
-    An image is a file with a suffix of `IMAGE_SUFFIXES`, or with another suffix or none and the content of an image.
-    (TIFF is the container of camera raw formats too, so there a foreign suffix is believed.) Hidden files, and all
-    that is below a hidden folder, are left out. A link to a folder is followed, but no folder is read twice. A link
-    that leads nowhere but has an image's suffix counts as an image, so that reading it tells that it is lost.
+    A file is an image if it has a suffix in `IMAGE_SUFFIXES`, or if its content is an image. The exception are files
+    with TIFF content and another suffix, which may be camera raw files. Hidden files and folders are ignored. Links to
+    folders are followed, but no folder is read twice. A broken link with an image suffix counts as an image, so that
+    the attempt to read it reports the problem.
 
     Args:
-        folder: where to search.
-        split: for a class folder, the folder of its split: links that lead to other parts of it are left out, since
-            the images there have another class.
+        folder: the folder to search.
+        split: for a class folder, the folder of its split: links to other class folders of the split are ignored,
+            because the images there have another class.
 
     Raises:
         UserError: a folder cannot be read.
@@ -51,7 +51,7 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
     left_out: Counter[str] = Counter()
     seen = set()
     folders = [str(folder)]
-    links: list[str] = []  # followed after all that is reached without links
+    links: list[str] = []  # followed after all folders that are reached without links
     while folders or links:
         directory = folders.pop() if folders else links.pop()
         try:
@@ -61,7 +61,7 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
         except OSError as error:
             raise UserError(f'{directory} cannot be read: {error.strerror}') from error
         if (status.st_dev, status.st_ino) in seen:
-            left_out['linked folders that were read already'] += 1
+            left_out['links to folders that were already read'] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
@@ -83,29 +83,29 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """The counts in words: 'left out: .txt files (1), hidden files (2)'."""
+    """The counts as text: 'left out: .txt files (1), hidden files (2)'."""
     return 'left out: ' + ', '.join(f'{kind} ({count})' for kind, count in sorted(left_out.items()))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself, or through a file
+    except OSError:  # a link to itself, or a path through a file
         return False
 
 
 def _kind_of_file(entry: os.DirEntry) -> str:
-    """'image', or the kind under which it is left out."""
+    """'image', or the kind under which the file is counted as ignored."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if os.path.exists(entry.path) and not os.path.isfile(entry.path):
-        return 'pipes, sockets and devices'  # which might never end when they are read
+        return 'pipes, sockets and devices'  # reading them might block forever
     if suffix in IMAGE_SUFFIXES:
         return 'image'
     try:
-        with Image.open(entry.path, formats=FORMATS) as image:  # reads the header alone
+        with Image.open(entry.path, formats=FORMATS) as image:  # reads only the header
             if image.format != 'TIFF' or not suffix:
                 return 'image'
-    except Image.DecompressionBombError:  # too large, which decoding it will say
+    except Image.DecompressionBombError:  # too large: decoding it reports the error
         return 'image'
     except DECODING_ERRORS:
         pass

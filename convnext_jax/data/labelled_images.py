@@ -1,4 +1,4 @@
-"""Images with labels as data sets: the random crop of training, and the resize of evaluation."""
+"""Data sets of labelled images: random crops for training, resized images for evaluation."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from convnext_jax.data.decode import JPEG, decode, eval_resize, eval_sides, resi
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
-MAX_LABELS = 32  # of one image; ReaL's have a dozen
+MAX_LABELS = 32  # labels of one image; ImageNet-ReaL has up to a dozen
 
 
 def image_features(size: int, channels: int) -> Features:
@@ -25,12 +25,12 @@ def image_features(size: int, channels: int) -> Features:
 
 
 class LabelledImages(Dataset):
-    """The examples of a source as decoded images with labels.
+    """The base class: examples of a source as decoded images with labels.
 
     Args:
-        source: of the encoded images.
-        size: side of the images in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        source: the encoded images and their labels.
+        size: side of the decoded images in pixels.
+        channels: 1 (greyscale) or 3 (RGB).
     """
 
     def __init__(self, source: Source, size: int, channels: int):
@@ -51,15 +51,15 @@ class LabelledImages(Dataset):
 
 
 class TrainImages(LabelledImages):
-    """Random crops, or the whole images squashed to the square.
+    """Training examples: random crops, or whole images resized to a square.
 
     Args:
-        source, size, channels: as `LabelledImages`.
-        crop_scale: least and largest share of the image's area in a crop; () for the whole image.
-        exact: decode and resize exactly as Pillow does, as in `train_crop`.
+        source, size, channels: as for `LabelledImages`.
+        crop_scale: smallest and largest area of a crop as a fraction of the image's area; () for the whole image.
+        exact: decode and resize exactly as Pillow does, see `train_crop`.
 
     Raises:
-        UserError: `crop_scale` is not a range of shares.
+        UserError: `crop_scale` is not a valid range.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TrainImages(LabelledImages):
     ):
         super().__init__(source, size, channels)
         if crop_scale and not (len(crop_scale) == 2 and 0 < crop_scale[0] <= crop_scale[1] <= 1):
-            raise UserError(f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {crop_scale}')
+            raise UserError(f'data.crop_scale must be two fractions of the area, 0 < min ≤ max ≤ 1, not {crop_scale}')
         self.crop_scale, self.exact = crop_scale, exact
         self.random = bool(crop_scale)
 
@@ -91,18 +91,21 @@ class TrainImages(LabelledImages):
             )
         else:
             pixels = resize(decode(example.image, self.channels, example.name), self.size)
-        return {'image': pixels, 'label': np.int32(cast(int, example.label))}  # open refuses tuples
+        return {
+            'image': pixels,
+            'label': np.int32(cast(int, example.label)),
+        }  # the task rejects sources with several labels
 
 
 class EvalImages(LabelledImages):
-    """Images as `eval_resize` gives them.
+    """Evaluation examples: images resized and cropped by `eval_resize`.
 
-    Where images have several labels or none, `label` is (MAX_LABELS,) int32, filled up with −1, and `weight` is 0 for
-    an image without a label.
+    If the images of the source have several labels or none, `label` is (MAX_LABELS,) int32, padded with −1, and
+    `weight`, () float32, is 0 for images without a label.
 
     Args:
-        source, size, channels: as `LabelledImages`.
-        crop_pct, squash, resample: as `eval_resize`.
+        source, size, channels: as for `LabelledImages`.
+        crop_pct, squash, resample: as for `eval_resize`.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class EvalImages(LabelledImages):
     ):
         super().__init__(source, size, channels)
         self.crop_pct, self.squash, self.resample = crop_pct, squash, resample
-        if source.many_labels:
+        if source.multi_label:
             self.features['label'] = jax.ShapeDtypeStruct((MAX_LABELS,), np.int32)
             self.features['weight'] = jax.ShapeDtypeStruct((), np.float32)
 
@@ -131,27 +134,29 @@ class EvalImages(LabelledImages):
         label = example.label
         if not isinstance(label, tuple):
             return {'image': pixels, 'label': np.int32(label)}
-        filled = np.array((*label, *(-1,) * (MAX_LABELS - len(label))), np.int32)
-        return {'image': pixels, 'label': filled, 'weight': np.float32(bool(label))}
+        padded = np.array((*label, *(-1,) * (MAX_LABELS - len(label))), np.int32)
+        return {'image': pixels, 'label': padded, 'weight': np.float32(bool(label))}
 
     def check(self, index: int) -> None:
-        """Decodes the image at an eighth of its size where that finds out whether all of it is there."""
+        """Raises UserError if the image cannot be decoded; JPEGs are decoded at 1/8 of their size, to save time."""
         example = self.source[index]
         sides = _check(example.image, self.channels, example.name)
         eval_sides(sides, self.size, self.crop_pct, squash=self.squash, name=example.name)
 
 
 def _check(image: bytes, channels: int, name: str) -> tuple[int, int]:
-    """Width and height of an image, decoded as cheaply as finds out whether all of it is there.
+    """Width and height of an image, which is decoded as cheaply as possible to check that it is complete.
 
     Raises:
         UserError: as `decode`.
     """
     if image.startswith(JPEG):
-        with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # `decode` says why
+        with contextlib.suppress(
+            OSError, SyntaxError, ValueError, Image.DecompressionBombError
+        ):  # `decode` reports the error
             opened = Image.open(io.BytesIO(image))
             sides = opened.size
-            opened.draft('L' if channels == 1 else 'RGB', (1, 1))  # an eighth of each side, and all of the bytes
+            opened.draft('L' if channels == 1 else 'RGB', (1, 1))  # decodes all bytes, at 1/8 of each side
             opened.load()
             return sides
     return decode(image, channels, name).size

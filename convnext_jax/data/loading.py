@@ -1,4 +1,4 @@
-"""Examples → batches, by threads or by processes, ahead of need and in order."""
+"""The loader: threads or processes load examples into batches in advance, in a fixed order."""
 
 import atexit
 import collections
@@ -27,37 +27,37 @@ import numpy as np
 from convnext_jax.data.dataset import Example, Features, HostBatch
 from convnext_jax.errors import UserError
 
-HELD_BACK = {signal.SIGINT, signal.SIGTERM}
+HANDLED_BY_PARENT = {signal.SIGINT, signal.SIGTERM}
 
 GRACE = 5.0
-"""So many seconds a thread or process has to end its batch when nobody needs it any more; one that hangs in a read is
-left to end with this process, or ended."""
+"""Seconds that a thread or process has on `close()` to finish its batch. After that, a thread that hangs in a read is
+abandoned until this process ends, and a process is terminated."""
 
 OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
-"""Of batches: closed at the end of the process, before Python takes itself apart, if nobody did it earlier."""
+"""The open batch iterators; an `atexit` hook closes them before the interpreter shuts down."""
 
 Waiting = Callable[[float, Callable[[], str]], None]
-"""Called again and again while a batch is waited for, with the seconds so far and a function that names the first
-example that is missing. What it raises ends the waiting."""
+"""A callback that is called repeatedly while a batch is pending. Its arguments are the seconds so far and a function
+that returns the name of the first missing example. An exception that it raises cancels the wait."""
 
 
 def no_word(_seconds: float, _what: object) -> None:
-    """Waits and says nothing."""
+    """A wait callback that does nothing."""
 
 
 def decoders(workers: int) -> tuple[int, int]:
-    """Processes that decode (0: threads of this one do), and the threads of each.
+    """The number of decoding processes (0 to decode in threads of this process), and of decoding threads in each.
 
-    Threads decode as fast as processes while Python's lock does not hold them up, and it is taken for about a fifth of
-    an image's time: few cores get threads, and many a process for every four.
+    Decoding an image holds Python's global lock for about a fifth of the time. Therefore a machine with few cores
+    decodes in threads, and one with eight or more in one process for every four cores.
 
     Args:
-        workers: how many processes; −1 leaves it to the machine.
+        workers: number of processes; −1 chooses it by the number of cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     if workers < 0:
         workers = cores // 4 if cores >= 8 else 0
-    # Without processes one core is left to the loop: on small images one more thread only fights.
+    # Without processes, one core is left to the training loop, which would compete with another thread.
     return workers, max(cores // workers if workers else cores - 1, 1)
 
 
@@ -70,25 +70,26 @@ def load_batches(
     waiting: Waiting = no_word,
     name: Callable[[int], str] = str,
 ) -> Generator[HostBatch, None, None]:
-    """Batch b holds examples b · `size` to (b + 1) · `size` − 1, stacked.
+    """An iterator over batches in order; batch b consists of examples b · `size` to (b + 1) · `size` − 1.
 
-    Batches come in order, from threads and from processes.
-
-    Closing the iterator, or an error, ends threads and processes, a thread that hangs in a read excepted: that one does
-    not keep this process from its end.
+    Closing the iterator, or an error, ends the threads and processes. A thread that hangs in a read is abandoned; it
+    does not prevent this process from ending.
 
     Args:
-        load: number of an example → the example. Runs in several threads at once; for processes, it can be pickled.
-        batches: their numbers, in order.
-        size: examples of a batch.
-        features: the arrays of an example.
-        workers: as in `decoders`.
-        waiting: is called while a batch is waited for.
-        name: number of an example → its name, for `waiting`.
+        load: index of an example → the example. Several threads call it at once; for processes it must be picklable.
+        batches: indices of the batches, in order.
+        size: number of examples in a batch.
+        features: name → shape and dtype of the arrays of an example.
+        workers: as for `decoders`.
+        waiting: callback while a batch is pending.
+        name: index of an example → its name, for `waiting`.
+
+    Yields:
+        Name → array, (size, …).
 
     Raises:
         UserError: as `load`, or there is too little shared memory, or a process was killed.
-        ValueError: an example does not fit the features.
+        ValueError: an example does not match the features.
     """
     processes, threads = decoders(workers)
     if processes:
@@ -115,9 +116,9 @@ def _by_threads(
     name: Callable[[int], str],
 ) -> Generator[HostBatch, None, None]:
     def fill(number: int, batch: HostBatch, loaded: np.ndarray) -> HostBatch:
-        for place in range(size):
-            _put(load(number * size + place), batch, place)
-            loaded[place] = True
+        for position in range(size):
+            _put(load(number * size + position), batch, position)
+            loaded[position] = True
         return batch
 
     def submit(number: int) -> tuple[Future, int, np.ndarray]:
@@ -131,7 +132,7 @@ def _by_threads(
 
 
 class _Threads:
-    """As ThreadPoolExecutor, but that a thread which hangs in a read does not keep the process from its end."""
+    """A thread pool with daemon threads: a thread that hangs in a read does not prevent the process from ending."""
 
     def __init__(self, count: int):
         self._calls: queue.SimpleQueue[tuple[Future, Callable] | None] = queue.SimpleQueue()
@@ -172,7 +173,7 @@ def _by_processes(
     waiting: Waiting,
     name: Callable[[int], str],
 ) -> Generator[HostBatch, None, None]:
-    """Each feature has a block of shared memory with a slot for each batch under way."""
+    """`load_batches` by processes: each feature has a block of shared memory with a slot for each pending batch."""
     slots = processes + 2
     sizes = {feature: slots * size * x.size * x.dtype.itemsize for feature, x in features.items()}
     total = sum(sizes.values())
@@ -181,48 +182,51 @@ def _by_processes(
     )
     if total > free:
         raise UserError(
-            f'{processes} processes need {total / 1e9:.1f} GB of shared memory, and {free / 1e9:.1f} are free: '
-            'enlarge /dev/shm, or lower data.workers; with 0 none is needed'
+            f'{processes} processes need {total / 1e9:.1f} GB of shared memory, but only {free / 1e9:.1f} GB are free: '
+            'enlarge /dev/shm, or reduce data.workers (0 needs no shared memory)'
         )
     main = sys.modules['__main__']
-    if not hasattr(main, '__spec__'):  # IPython's %run leaves it out, and multiprocessing reads it
+    if not hasattr(main, '__spec__'):  # missing under IPython's %run, but multiprocessing reads it
         main.__spec__ = None
-    spawn = multiprocessing.get_context('spawn')  # a fork would copy JAX's threads half
-    # Such an array has no name that could be left behind, and is a file where /dev/shm is too small for it.
+    spawn = multiprocessing.get_context('spawn')  # a forked process would have JAX's locks without its threads
+    # A RawArray has no name that would remain after a crash, and uses a file if /dev/shm is too small.
     memory = {feature: spawn.RawArray(ctypes.c_uint8, count) for feature, count in sizes.items()}
-    flags = spawn.RawArray(ctypes.c_bool, slots * size)  # which examples are in their slot
+    flags = spawn.RawArray(ctypes.c_bool, slots * size)  # whether each example of a slot is loaded
     arrays, loaded = _views(memory, flags, features, slots)
-    leash, end = spawn.Pipe(duplex=False)
-    work = (pickle.dumps(load), memory, flags, features, slots, threads, leash)
+    parent_end, stop_end = spawn.Pipe(duplex=False)
+    work = (pickle.dumps(load), memory, flags, features, slots, threads, parent_end)
+    workers = ProcessPoolExecutor(processes, spawn, initializer=_Worker.start, initargs=work)
     with (
-        _closing(ProcessPoolExecutor(processes, spawn, initializer=_Worker.begin, initargs=work), end) as (pool, busy),
-        # A thread of its own begins the processes: a signal would interrupt the main thread halfway through one, and
-        # a process has this thread's blocked signals until it has imported what it needs to answer them.
-        ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, HELD_BACK)) as beginner,
+        _closing(workers, stop_end) as (pool, busy),
+        # A separate thread starts the processes, because a signal could interrupt the main thread during a start. The
+        # processes inherit the blocked signals of this thread until they have imported their handlers.
+        ThreadPoolExecutor(
+            1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, HANDLED_BY_PARENT)
+        ) as starter,
     ):
 
         def submit(number: int, slot: int) -> tuple[Future, int, int]:
             loaded[slot] = False
-            busy[slot] = beginner.submit(pool.submit, _Worker.fill, number, slot).result()
+            busy[slot] = starter.submit(pool.submit, _Worker.fill, number, slot).result()
             return busy[slot], number, slot
 
-        numbered = (functools.partial(submit, number, place % slots) for place, number in enumerate(batches))
+        numbered = (functools.partial(submit, number, count % slots) for count, number in enumerate(batches))
         try:
             for future, number, slot in _ahead(numbered, slots - 1):
                 _result(future, waiting, lambda: name(number * size + int(loaded[slot].argmin())))  # noqa: B023
                 yield {feature: array[slot].copy() for feature, array in arrays.items()}
         except BrokenProcessPool as error:
             raise UserError(
-                'a process that decodes images ended: out of memory, or begun by a script that trains without '
-                "if __name__ == '__main__'? Lower data.workers; with 0 there are none"
+                'a decoding process has ended, because memory ran out or because the script that calls train() lacks '
+                "if __name__ == '__main__': reduce data.workers (0 starts no processes)"
             ) from error
 
 
 def _views(
     memory: dict[str, ctypes.Array], flags: ctypes.Array, features: Features, slots: int
 ) -> tuple[HostBatch, np.ndarray]:
-    """Shared memory as arrays: each feature's (slots, size, …), and (slots, size) bool, which examples are loaded."""
-    # NumPy's stubs do not count arrays of ctypes among the buffers.
+    """The shared memory as arrays: one per feature, (slots, size, …), and flags of loaded examples, (slots, size)."""
+    # NumPy's type stubs do not accept ctypes arrays as buffers.
     loaded = np.frombuffer(flags, bool).reshape(slots, -1)  # type: ignore[call-overload]
     arrays = {
         feature: np.frombuffer(memory[feature], x.dtype).reshape(*loaded.shape, *x.shape)  # type: ignore[call-overload]
@@ -232,7 +236,7 @@ def _views(
 
 
 class _Worker:
-    """What a decoding process holds; in the training process it is not used."""
+    """The state of a decoding process; the training process does not use it."""
 
     load: Callable[[int], Example]
     arrays: HostBatch
@@ -240,7 +244,7 @@ class _Worker:
     pool: Executor
 
     @classmethod
-    def begin(
+    def start(
         cls,
         load: bytes,
         memory: dict[str, ctypes.Array],
@@ -248,78 +252,78 @@ class _Worker:
         features: Features,
         slots: int,
         threads: int,
-        leash: Connection,
+        parent_end: Connection,
     ) -> None:
-        # Ctrl-C and a launcher's SIGTERM, which Slurm sends to every process, are the training process's to answer: it
-        # needs batches until all hosts have agreed on the step to stop at. This one ends with its leash.
-        for number in HELD_BACK:
+        # Only the training process handles Ctrl-C, and SIGTERM, which Slurm sends to every process: it needs batches
+        # until all hosts have agreed on the last step. This process ends when the training process closes the pipe.
+        for number in HANDLED_BY_PARENT:
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_BY_PARENT)
         cls.load = staticmethod(pickle.loads(load))
         cls.arrays, cls.loaded = _views(memory, flags, features, slots)
         cls.pool = ThreadPoolExecutor(threads)
-        threading.Thread(target=cls.end_with_parent, args=(leash,), daemon=True).start()
+        threading.Thread(target=cls.end_with_parent, args=(parent_end,), daemon=True).start()
 
     @classmethod
-    def end_with_parent(cls, leash: Connection) -> None:
+    def end_with_parent(cls, parent_end: Connection) -> None:
         parent: Any = multiprocessing.parent_process()  # None only in the main process
-        multiprocessing.connection.wait([parent.sentinel, leash])
+        multiprocessing.connection.wait([parent.sentinel, parent_end])
         os._exit(1)
 
     @classmethod
     def fill(cls, number: int, slot: int) -> None:
-        """Puts the examples of a batch into its slot."""
+        """Loads the examples of a batch into its slot."""
         batch, loaded = {feature: array[slot] for feature, array in cls.arrays.items()}, cls.loaded[slot]
 
-        def put(place: int) -> None:
-            _put(cls.load(number * len(loaded) + place), batch, place)
-            loaded[place] = True
+        def put(position: int) -> None:
+            _put(cls.load(number * len(loaded) + position), batch, position)
+            loaded[position] = True
 
         list(cls.pool.map(put, range(len(loaded))))
 
 
-def _put(example: Example, batch: HostBatch, place: int) -> None:
+def _put(example: Example, batch: HostBatch, position: int) -> None:
     """Copies an example into a batch.
 
     Raises:
-        ValueError: it has other names, shapes or types than the batch.
+        ValueError: the names, shapes or dtypes differ from those of the batch.
     """
     given = {feature: (np.shape(x), np.asarray(x).dtype) for feature, x in example.items()}
     wanted = {feature: (array.shape[1:], array.dtype) for feature, array in batch.items()}
     if given != wanted:
-        raise ValueError(f'an example does not fit the features of its data set: it is {given}, not {wanted}')
+        raise ValueError(f'an example does not match the features of its data set: it is {given}, not {wanted}')
     for feature, x in example.items():
-        batch[feature][place] = x
+        batch[feature][position] = x
 
 
 def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> Any:
-    """The future's result, waited for in short spells: between them signals are answered, and `waiting` is called."""
-    began = time.monotonic()
+    """The result of a future; between short waits for it, signals are handled and `waiting` is called."""
+    start = time.monotonic()
     while not future.done():
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         wait([future], timeout=min(max(seconds / 20, 0.001), 0.1))
         if not future.done():
-            waiting(time.monotonic() - began, missing)
+            waiting(time.monotonic() - start, missing)
     return future.result()
 
 
 def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
-    """Results of the calls, each made when its result is the `count`-th of those to come."""
-    made: collections.deque = collections.deque()
+    """The results of the calls in order; each call is made `count` results before its own is needed."""
+    pending: collections.deque = collections.deque()
     for call in calls:
-        made.append(call())
-        if len(made) > count:
-            yield made.popleft()
-    yield from made
+        pending.append(call())
+        if len(pending) > count:
+            yield pending.popleft()
+    yield from pending
 
 
 @contextlib.contextmanager
-def _closing(pool: Executor, end: Connection) -> Iterator[tuple[Executor, dict[int, Future]]]:
-    """The pool, and a place for the results that it is at; the closing of `end` ends its processes, hanging or not."""
+def _closing(pool: Executor, stop_end: Connection) -> Iterator[tuple[Executor, dict[int, Future]]]:
+    """The pool and a dict for its pending results; closing `stop_end` ends the processes even if they hang."""
     busy: dict[int, Future] = {}
     try:
         yield pool, busy
     finally:
         wait([future for future in busy.values() if not future.cancel()], GRACE)
-        end.close()
+        stop_end.close()
         pool.shutdown(cancel_futures=True)

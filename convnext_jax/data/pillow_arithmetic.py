@@ -1,4 +1,4 @@
-"""What Pillow does to the pixels of an image, on a batch: each image by its own numbers."""
+"""Pillow's operations on pixel values for a batch of images, with separate arguments for each image."""
 
 import functools
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LARGEST_BLUR = 2.0  # the largest radius of `gaussian_blur`
-BLUR_REACH = 2  # pixels to each side that one of its box blurs sees at that radius
+MAX_BLUR_RADIUS = 2.0  # largest radius of `gaussian_blur`, in pixels
+BLUR_REACH = 2  # pixels on each side that one box blur of this radius reads
 
 
 def grey(images: jax.Array) -> jax.Array:
-    """Mode L of RGB: (N, H, W, C) uint8 → (N, H, W, 1) uint8."""
+    """Conversion of RGB to greyscale, Pillow's mode L: (N, H, W, C) uint8 → (N, H, W, 1) uint8."""
     if images.shape[3] == 1:
         return images
     weighted = images.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
@@ -19,46 +19,63 @@ def grey(images: jax.Array) -> jax.Array:
 
 
 def mean_grey(images: jax.Array) -> jax.Array:
-    """The level that `ImageEnhance.Contrast` starts from: (N, H, W, C) uint8 → (N, 1, 1, 1) uint8."""
+    """The rounded mean grey value, as in `ImageEnhance.Contrast`: (N, H, W, C) uint8 → (N, 1, 1, 1) uint8."""
     return jnp.floor(grey(images).mean((1, 2, 3), dtype=jnp.float32, keepdims=True) + 0.5).astype(jnp.uint8)
 
 
 def blend(start: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
-    """`Image.blend`: factor 0 gives the start, 1 the image, beyond 1 it goes on in that direction; (N,) factors."""
+    """`Image.blend`: start + factor · (images − start), clipped.
+
+    Args:
+        start: uint8 that broadcasts to the shape of the images.
+        images: (N, H, W, C) uint8.
+        factor: (N,) float32; 0 gives `start`, 1 the images, more than 1 extrapolates.
+
+    Returns:
+        (N, H, W, C) uint8.
+    """
     start = start.astype(jnp.float32)
     mixed = start + factor[:, None, None, None] * (images.astype(jnp.float32) - start)
-    return grey_level(mixed).astype(jnp.uint8)
+    return clip_and_floor(mixed).astype(jnp.uint8)
 
 
-def grey_level(value: jax.Array) -> jax.Array:
-    """Cut off to a whole level from 0 to 255."""
+def clip_and_floor(value: jax.Array) -> jax.Array:
+    """Values clipped to [0, 255] and rounded down: any shape, float → int32."""
     return jnp.floor(jnp.clip(value, 0, 255)).astype(jnp.int32)
 
 
 def smooth(images: jax.Array) -> jax.Array:
-    """The filter SMOOTH, a 3×3 mean whose middle counts five times; the outermost pixels stay: uint8 → uint8."""
+    """`ImageFilter.SMOOTH`, a 3×3 mean with weight 5 at the centre: (N, H, W, C) uint8 → uint8.
+
+    The outermost pixels are unchanged.
+    """
     wide = images.astype(jnp.float32)
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
-    return images.at[:, 1:-1, 1:-1].set(grey_level(total / 13 + 0.5).astype(jnp.uint8))
+    return images.at[:, 1:-1, 1:-1].set(clip_and_floor(total / 13 + 0.5).astype(jnp.uint8))
 
 
 def gaussian_blur(images: jax.Array, radius: jax.Array) -> jax.Array:
     """`ImageFilter.GaussianBlur`: three box blurs along each axis (Gwosdek et al., SSVM 2011), rounded after each.
 
-    In Pillow's whole numbers (`BoxBlur.c`): many sums lie halfway between two levels.
+    It uses Pillow's integer arithmetic (`BoxBlur.c`), because many sums lie halfway between two pixel values.
 
     Args:
         images: (N, H, W, C) uint8.
-        radius: (N,), in (0, `LARGEST_BLUR`].
+        radius: (N,) float32, in (0, `MAX_BLUR_RADIUS`] pixels.
+
+    Returns:
+        (N, H, W, C) uint8.
     """
     variance = radius[:, None] ** 2 / 3
-    whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)  # pixels to each side that count fully
-    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))  # share of next
+    full = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)  # pixels on each side with full weight
+    edge = (
+        (2 * full + 1) * (full * (full + 1) - 3 * variance) / (6 * (variance - (full + 1) ** 2))
+    )  # weight of the next
     distance = jnp.abs(jnp.arange(-BLUR_REACH, BLUR_REACH + 1))
-    inner = jnp.floor(2**24 / (2 * (whole + edge) + 1))
-    outer = jnp.floor((2**24 - (2 * whole + 1) * inner) / 2)
-    weights = jnp.select([distance <= whole, distance == whole + 1], [inner, outer], 0).astype(jnp.uint32)
+    inner = jnp.floor(2**24 / (2 * (full + edge) + 1))
+    outer = jnp.floor((2**24 - (2 * full + 1) * inner) / 2)
+    weights = jnp.select([distance <= full, distance == full + 1], [inner, outer], 0).astype(jnp.uint32)
     for _ in range(3):
         images = _weighted(images, weights)
     images = images.swapaxes(1, 2)
@@ -68,37 +85,51 @@ def gaussian_blur(images: jax.Array, radius: jax.Array) -> jax.Array:
 
 
 def _weighted(images: jax.Array, weights: jax.Array) -> jax.Array:
-    """Neighbours along rows by `weights`, (N, taps), of 2²⁴; beyond the sides the outermost pixel goes on."""
+    """The weighted sum of the neighbours along W; `weights` are (N, taps) in units of 2⁻²⁴; borders are replicated."""
     width, taps = images.shape[2], weights.shape[1]
     padded = jnp.pad(images, ((0, 0), (0, 0), (taps // 2, taps // 2), (0, 0)), mode='edge').astype(jnp.uint32)
     terms = (weights[:, tap, None, None, None] * padded[:, :, tap : tap + width] for tap in range(taps))
     return ((functools.reduce(jnp.add, terms) + 2**23) >> 24).astype(jnp.uint8)
 
 
-def stretched(counts: jax.Array) -> jax.Array:
-    """`ImageOps.autocontrast`: the darkest level to 0, the brightest to 255. (…, 256) counts of levels → a table."""
+def autocontrast_table(counts: jax.Array) -> jax.Array:
+    """The look-up table of `ImageOps.autocontrast`, which maps the darkest value to 0 and the brightest to 255.
+
+    Args:
+        counts: (…, 256) int32, the histogram.
+
+    Returns:
+        (…, 256) int32.
+    """
     level = jnp.arange(256)
     low = jnp.where(counts > 0, level, 255).min(-1, keepdims=True)
     high = jnp.where(counts > 0, level, 0).max(-1, keepdims=True)
     scale = 255 / jnp.maximum(high - low, 1)
-    # As the reference: cut off, not rounded; the summand keeps a whole number from falling below itself by rounding.
-    return jnp.where(high > low, grey_level((level - low) * scale + 1e-4), level)
+    # Fractions are truncated, as in Pillow. The summand corrects integers that rounding errors have made smaller.
+    return jnp.where(high > low, clip_and_floor((level - low) * scale + 1e-4), level)
 
 
-def equalized(counts: jax.Array) -> jax.Array:
-    """`ImageOps.equalize`: each share of the range gets the same share of the pixels. (…, 256) counts → a table."""
+def equalize_table(counts: jax.Array) -> jax.Array:
+    """The look-up table of `ImageOps.equalize`, which makes the histogram as uniform as possible.
+
+    Args:
+        counts: (…, 256) int32, the histogram.
+
+    Returns:
+        (…, 256) int32.
+    """
     level = jnp.arange(256)
     brightest = jnp.where(counts > 0, level, 0).max(-1, keepdims=True)
-    of_brightest = jnp.take_along_axis(counts, brightest, -1)
-    step = (counts.sum(-1, keepdims=True) - of_brightest) // 255
+    brightest_count = jnp.take_along_axis(counts, brightest, -1)
+    step = (counts.sum(-1, keepdims=True) - brightest_count) // 255
     below = counts.cumsum(-1) - counts
     return jnp.where(step > 0, jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255), level)
 
 
 def histogram(images: jax.Array) -> jax.Array:
-    """Pixels of each grey level: (N, H, W, C) uint8 → (N, C, 256) int32.
+    """The number of pixels with each value: (N, H, W, C) uint8 → (N, C, 256) int32.
 
-    Accelerators count pairs of the level's two halves of four bits, by a matrix product of ones and zeros.
+    On accelerators it is a matrix product of one-hot vectors of the upper and the lower four bits.
     """
 
     def scatter(images: jax.Array) -> jax.Array:
@@ -114,10 +145,18 @@ def histogram(images: jax.Array) -> jax.Array:
 
 
 def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
-    """(N, H, W, C) uint8 and (N, C, 256) → (N, H, W, C) uint8.
+    """Each pixel value replaced by its entry in a table.
 
-    Accelerators fetch eight neighbouring entries by a matrix product with the level's upper bits, and one of them by
-    its lower three. bfloat16 holds every whole number up to 256.
+    On accelerators a matrix product selects eight neighbouring entries by the upper five bits of the value, and a
+    product with a one-hot vector of the lower three bits selects one of them. bfloat16 represents all integers up to
+    256 exactly.
+
+    Args:
+        images: (N, H, W, C) uint8.
+        tables: (N, C, 256) int, with entries from 0 to 255.
+
+    Returns:
+        (N, H, W, C) uint8.
     """
 
     def gather(images: jax.Array, tables: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""One global batch after another on the devices: which examples, in which order, decoded ahead of need.
+"""The batches of training and evaluation: order of the examples, share of each process, transfer to the devices.
 
-Everything follows from (seed, step): there is no iterator state to save, and a run that resumes at a step, on any
-number of processes, sees the examples that the unbroken run would have seen.
+The order is a function of seed and step. So there is no iterator state to save, and a resumed run, on any number of
+processes, gets the examples that the uninterrupted run would have got.
 """
 
 import collections
@@ -19,47 +19,48 @@ from convnext_jax.data.dataset import Batch, Dataset, Example, Features, HostBat
 from convnext_jax.data.loading import Waiting, load_batches, no_word
 from convnext_jax.errors import UserError
 
-REPLACE = 'replace each by a readable file of that name, or delete them and take another workdir'
-REPLACE_IN_EVALUATION = 'replace it by a readable file of that name, and run the same command again'
-ROUNDS = 4  # of the cipher that shuffles, as Grain itself takes
-CACHE_BYTES = 2**28  # a split whose examples are the same in every epoch stays in memory if it takes no more than this
+REPLACE = 'replace each with a readable file of that name, or delete them and choose another workdir'
+REPLACE_IN_EVALUATION = 'replace it with a readable file of that name, then run the same command again'
+ROUNDS = 4  # rounds of the cipher that shuffles, Grain's default
+CACHE_BYTES = 2**28  # a split without random augmentation on the host stays in memory up to this size
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The rows of every global batch that one process loads: those of its devices.
+    """The examples of every global batch that one process loads for its devices.
 
     Attributes:
-        batch_size: rows of the global batch.
-        places: which of them, in order; all of them by default.
+        batch_size: examples in a global batch.
+        indices: indices of this process's examples in a global batch, in order; by default all.
     """
 
     batch_size: int
-    places: Sequence[int] | None = None
+    indices: Sequence[int] | None = None
 
     @property
-    def rows(self) -> int:
-        return self.batch_size if self.places is None else len(self.places)
+    def local_batch_size(self) -> int:
+        """Examples in this process's part of a global batch."""
+        return self.batch_size if self.indices is None else len(self.indices)
 
     def position(self, local: int) -> int:
-        """The place in the global sequence of rows that the process's row number `local` has."""
-        batch, row = divmod(local, self.rows)
-        return batch * self.batch_size + (row if self.places is None else self.places[row])
+        """The index in the global sequence of examples of the process's example with index `local`."""
+        batch, index = divmod(local, self.local_batch_size)
+        return batch * self.batch_size + (index if self.indices is None else self.indices[index])
 
 
 class Unreadable:
-    """The training examples that could not be read, each with its error."""
+    """The training examples that could not be read, with their errors."""
 
     def __init__(self, dataset: Dataset):
         self._dataset = dataset
         self._errors: dict[int, UserError] = {}
-        self._told = 0
+        self._reported = 0
 
     def add(self, index: int) -> None:
-        """Counts an example, once.
+        """Adds the example with this index, if it is new.
 
         Raises:
-            UserError: they are more than one in a thousand: then it is no accident.
+            UserError: more than one example in a thousand is unreadable.
         """
         if index in self._errors:
             return
@@ -78,17 +79,17 @@ class Unreadable:
             self._dataset.check(index)
         except UserError as error:
             return error
-        return UserError(f'{self._dataset.name(index)} could not be read, and now it can')
+        return UserError(f'{self._dataset.name(index)} could not be read in a first attempt')
 
     def errors(self) -> list[tuple[int, str]]:
-        """Each example with what is wrong with it."""
+        """(index, error message) of each example."""
         return [(index, str(error)) for index, error in self._errors.items()]
 
     def merge(self, errors: Iterable[list[tuple[int, str]]]) -> None:
-        """Counts what other processes could not read.
+        """Adds the examples that other processes could not read.
 
         Args:
-            errors: `errors()` of each of them.
+            errors: the `errors()` of each process.
 
         Raises:
             UserError: as `add`.
@@ -97,24 +98,24 @@ class Unreadable:
             if index not in self._errors:
                 self._add(index, UserError(error))
 
-    def news(self) -> list[str]:
-        """A line for each example since the last call."""
-        errors = list(self._errors.values())[self._told :]
-        self._told = len(self._errors)
-        return [f'{error}: the next image stands in for it' for error in errors]
+    def new_messages(self) -> list[str]:
+        """A message for each example that was added since the last call."""
+        errors = list(self._errors.values())[self._reported :]
+        self._reported = len(self._errors)
+        return [f'{error}: the next image is used instead' for error in errors]
 
     def __len__(self) -> int:
         return len(self._errors)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches in an epoch; what is left over is dropped, other examples each epoch.
+    """The number of complete batches in an epoch; the remaining examples are dropped, different ones in each epoch.
 
     Raises:
         UserError: the split is smaller than one batch.
     """
     if images < batch_size:
-        raise UserError(f'batch_size={batch_size} is more than the {images} training images: lower it')
+        raise UserError(f'batch_size={batch_size} is larger than the {images} training images: lower it')
     return images // batch_size
 
 
@@ -129,36 +130,39 @@ def train_batches(
     workers: int = 0,
     waiting: Waiting = no_word,
 ) -> Generator[HostBatch, None, None]:
-    """Endless training batches of this process's rows, from `start_step` on, in a new order in each epoch.
+    """An endless iterator over this process's part of the training batches, shuffled again in each epoch.
 
-    An example that cannot be read is reported to `unreadable`, and the next example of the split stands in for it, so
-    that the batch does not depend on who loads it; without `unreadable` it is an error. Closing the iterator ends the
-    decoding threads or processes.
+    If `unreadable` is given, an example that cannot be read is added to it, and the next example of the split is used
+    instead, so that the batch does not depend on the process that loads it. Closing the iterator ends the decoding
+    threads or processes.
 
     Args:
         dataset: the split.
-        share: the rows of this process.
-        seed: of the order and of the examples' draws.
-        start_step: the first batch's number.
-        repeats: copies of each example in its batch, each with its own draw (arXiv:1902.05509); an epoch keeps its
-            length, and so holds only a part of the examples.
-        unreadable: collects what cannot be read.
-        workers: processes that decode, as in `decoders`.
-        waiting: is called while a batch is waited for.
+        share: the examples of a batch that this process loads.
+        seed: seed of the order and of the random choices in `Dataset.load`.
+        start_step: index of the first batch.
+        repeats: copies of each example in its batch, each with its own random choices (arXiv:1902.05509). The number of
+            batches in an epoch does not change, so that an epoch has only a part of the examples.
+        unreadable: collects unreadable examples; None makes them an error.
+        workers: number of decoding processes, as for `loading.decoders`.
+        waiting: callback while a batch is pending.
+
+    Yields:
+        Name → array, (local batch size, …), with the dataset's features.
 
     Raises:
-        UserError: the split is smaller than a batch, or the batch is not a multiple of `repeats`; while iterating, an
-            example cannot be read, or too many of them, or a process was killed.
+        UserError: the split is smaller than a batch, or the batch size is not a multiple of `repeats`; during the
+            iteration: an example, or too many, cannot be read, or a process was killed.
     """
     if share.batch_size % repeats:
-        raise UserError(f'batch_size={share.batch_size} is no multiple of data.repeats={repeats}')
+        raise UserError(f'batch_size={share.batch_size} must be a multiple of data.repeats={repeats}')
     examples = TrainExamples(dataset, share, seed, repeats, replace=unreadable is not None)
     batches = load_batches(
         examples,
         itertools.count(start_step),
-        share.rows,
+        share.local_batch_size,
         dataset.features | {'unreadable': jax.ShapeDtypeStruct((), np.int32)},
-        0 if examples.kept is not None else workers,
+        0 if examples.cache is not None else workers,
         waiting,
         examples.name,
     )
@@ -166,34 +170,35 @@ def train_batches(
 
 
 def fits_in_cache(dataset: Dataset) -> bool:
-    """Whether the examples stay in memory once they are loaded: each epoch has the same, and they are small."""
+    """Whether loaded examples are kept in memory: they are equal in each epoch, and small."""
     size = sum(x.size * x.dtype.itemsize for x in dataset.features.values())
     return not dataset.random and len(dataset) * size <= CACHE_BYTES
 
 
 class TrainExamples:
-    """Loads a training example by its number in this process's sequence; arguments as `train_batches`.
+    """Index in this process's sequence → training example; the arguments are those of `train_batches`.
 
     Attributes:
-        kept: the examples loaded so far, if they are kept.
+        cache: index in the split → loaded example; None if examples are not cache.
     """
 
     def __init__(self, dataset: Dataset, share: Share, seed: int, repeats: int, replace: bool):
         self._dataset, self._share, self._seed = dataset, share, seed
         self._distinct = share.batch_size // repeats
         self._steps = steps_per_epoch(len(dataset), share.batch_size)
-        self._tries = len(dataset) // 1000 + 2 if replace else 1  # more in a row are too many anyway
-        self.kept: dict[int, Example] | None = {} if fits_in_cache(dataset) else None
+        self._tries = len(dataset) // 1000 + 2 if replace else 1  # more unreadable examples in a row are an error
+        self.cache: dict[int, Example] | None = {} if fits_in_cache(dataset) else None
 
     def index(self, local: int) -> tuple[int, int, int]:
-        """The index in the split, the epoch, and which copy of the example in its batch it is."""
-        step, row = divmod(self._share.position(local), self._share.batch_size)
+        """The index in the split, the epoch, and the number of the copy in its batch."""
+        step, position = divmod(self._share.position(local), self._share.batch_size)
         epoch, batch = divmod(step, self._steps)
-        # An example and its copies lie far apart in the batch: mixup takes neighbours.
-        copy, place = divmod(row, self._distinct)
-        return shuffled(batch * self._distinct + place, len(self._dataset), self._seed, epoch), epoch, copy
+        # Copies of an example are far apart in the batch, because mixup uses neighbours.
+        copy, position = divmod(position, self._distinct)
+        return shuffled(batch * self._distinct + position, len(self._dataset), self._seed, epoch), epoch, copy
 
     def name(self, local: int) -> str:
+        """The location of an example, for messages."""
         return self._dataset.name(self.index(local)[0])
 
     def __call__(self, local: int) -> Example:
@@ -206,25 +211,31 @@ class TrainExamples:
                     raise UserError(f'{error}: {REPLACE}') from error
             else:
                 return example | {'unreadable': np.int32(index if skipped else -1)}
-        raise AssertionError('the last try raises or returns')
+        raise AssertionError('unreachable: the last try raises or returns')
 
     def _load(self, index: int, epoch: int, copy: int) -> Example:
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
         example = self._dataset.load(index, (self._seed, epoch, index, copy))
-        if self.kept is not None:
-            self.kept[index] = example
+        if self.cache is not None:
+            self.cache[index] = example
         return example
 
 
-def shuffled(place: int, images: int, seed: int, epoch: int) -> int:
-    """Which of so many images is at a place of an epoch's order, worked out without the rest of the order."""
-    # Where images − 1 is a power of four, Grain's cipher may repeat a number: there it orders one more, passed over.
+def shuffled(position: int, images: int, seed: int, epoch: int) -> int:
+    """The index of the image at a position of an epoch's random order, without computation of the whole order.
+
+    Args:
+        position: position in the order, at least 0 and below `images`.
+        images: number of images.
+        seed, epoch: they determine the order.
+    """
+    # Grain's cipher may repeat an index if images − 1 is a power of 4. Then one more index is shuffled, and skipped.
     largest = images if (images - 1).bit_count() == 1 else images - 1
     while True:
-        place = grain.experimental.index_shuffle(place, largest, _epoch_seed(seed, epoch), ROUNDS)
-        if place < images:
-            return place
+        position = grain.experimental.index_shuffle(position, largest, _epoch_seed(seed, epoch), ROUNDS)
+        if position < images:
+            return position
 
 
 @functools.lru_cache(maxsize=2)
@@ -235,7 +246,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 def _report(
     batches: Generator[HostBatch, None, None], unreadable: Unreadable | None
 ) -> Generator[HostBatch, None, None]:
-    """Takes out of the batches which examples could not be read, and reports them."""
+    """The batches without the feature `unreadable`, whose examples are added to `unreadable`."""
     with contextlib.closing(batches):
         for batch in batches:
             for index in batch.pop('unreadable'):
@@ -245,17 +256,20 @@ def _report(
 
 
 def eval_batches(dataset: Dataset, share: Share, waiting: Waiting = no_word) -> Generator[HostBatch, None, None]:
-    """This process's rows of a pass over the split, every example once; zeros of weight 0 fill up the last batch.
+    """An iterator over this process's part of the evaluation batches, in which every example occurs once.
 
-    A batch also has `weight` (N,) float32, which is 0 where a row only fills up the batch.
+    The last batch is padded with zeros. Batches also have `weight`, (N,) float32, which is 0 for padding.
 
     Args:
         dataset: the split.
-        share: the rows of this process.
-        waiting: is called while a batch is waited for.
+        share: the examples of a batch that this process loads.
+        waiting: callback while a batch is pending.
+
+    Yields:
+        Name → array, (local batch size, …), with the features of `eval_features`.
 
     Raises:
-        UserError: while iterating, an example cannot be read.
+        UserError: during the iteration, an example cannot be read.
     """
     features = eval_features(dataset)
 
@@ -273,26 +287,32 @@ def eval_batches(dataset: Dataset, share: Share, waiting: Waiting = no_word) -> 
     def name(local: int) -> str:
         return dataset.name(min(share.position(local), len(dataset) - 1))
 
-    return load_batches(load, steps, share.rows, features, workers=0, waiting=waiting, name=name)
+    return load_batches(load, steps, share.local_batch_size, features, workers=0, waiting=waiting, name=name)
 
 
 def eval_features(dataset: Dataset) -> Features:
-    """The arrays of an example in the batches of `eval_batches`."""
+    """Name → shape and dtype of the arrays of an example in `eval_batches`: the dataset's features and `weight`."""
     return {'weight': jax.ShapeDtypeStruct((), np.float32)} | dataset.features
 
 
 def abstract_batch(features: Features, size: int, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a global batch, with its sharding."""
+    """Name → shape, dtype and sharding of the arrays of a global batch with `size` examples."""
     return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharding) for name, x in features.items()}
 
 
 def prefetch_to_device(
     batches: Iterator[HostBatch], sharding: jax.sharding.Sharding, ahead: int = 2
 ) -> Generator[Batch, None, None]:
-    """Puts each process's rows on its devices as one global batch, `ahead` batches before they are asked for."""
+    """Global batches on the devices, each transferred `ahead` batches before it is needed.
+
+    Args:
+        batches: this process's part of each batch.
+        sharding: sharding of the global arrays.
+        ahead: number of batches that are on the devices in advance.
+    """
 
     def put(batch: HostBatch) -> Batch:
-        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
 
     queue = collections.deque(map(put, itertools.islice(batches, ahead)))
     while queue:

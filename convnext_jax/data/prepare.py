@@ -1,4 +1,4 @@
-"""Images in ImageNet's tars or in folders → a TFDS data set in ArrayRecord form, without TensorFlow."""
+"""The `prepare` command: converts ImageNet's tar files or a folder of images to a TFDS data set, without TensorFlow."""
 
 import re
 import sys
@@ -15,23 +15,29 @@ from convnext_jax.errors import UserError
 from convnext_jax.output import say
 
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
-OFFICIAL = {'train': 1_281_167, 'validation': 50_000}
+OFFICIAL_COUNTS = {'train': 1_281_167, 'validation': 50_000}
 
 
 def prepare_imagenet2012(manual_dir: Path, data_dir: Path) -> None:
-    """Writes `imagenet2012` from the official tars, as TFDS's version 5.1.0: its labels, names and order of images.
+    """Writes `imagenet2012` from the official tar files, with the labels, names and order of TFDS's version 5.1.0.
 
-    TFDS encodes 22 CMYK images and a PNG among the JPEGs anew; here they stay as they are, for the decoder takes them.
+    TFDS re-encodes 22 CMYK images and a PNG among the JPEGs. Here they are unchanged, because the decoder reads them.
+
+    Args:
+        manual_dir: folder of the tar files.
+        data_dir: TFDS data directory in which the data set is created.
 
     Raises:
-        UserError: a tar is not there or damaged, or holds what the official one does not; or as `write_dataset`.
+        UserError: a tar file is missing or damaged, or has unknown members; or as `write_dataset`.
     """
     directory = data_dir / 'imagenet2012' / '5.1.0'
     if _is_prepared(directory):
         return
     missing = [str(manual_dir / tar) for tar in TARS.values() if not (manual_dir / tar).is_file()]
     if missing:
-        raise UserError(f'{" and ".join(missing)} not there: --manual_dir holds the tars from image-net.org')
+        raise UserError(
+            f'missing: {" and ".join(missing)}. Download them from image-net.org, and give their folder as --manual_dir'
+        )
     class_names = _tfds_lines('labels.txt')
     splits = {
         'train': _imagenet_train(manual_dir / TARS['train'], class_names),
@@ -39,26 +45,31 @@ def prepare_imagenet2012(manual_dir: Path, data_dir: Path) -> None:
     }
     for split, images in splits.items():
         if not images:
-            raise UserError(f'{manual_dir / TARS[split]} holds no images')
-        if len(images) != OFFICIAL[split]:
-            held = f'{manual_dir / TARS[split]} holds {len(images):,} images'
-            say(f'warning: {held}, the official one {OFFICIAL[split]:,}', error=True)
+            raise UserError(f'{manual_dir / TARS[split]} contains no images: download it again')
+        if len(images) != OFFICIAL_COUNTS[split]:
+            found = f'{manual_dir / TARS[split]} contains {len(images):,} images'
+            say(f'warning: {found}, but the official file {OFFICIAL_COUNTS[split]:,}', error=True)
     write_dataset(directory, class_names, splits, encoding_format='jpeg')
 
 
 def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
-    """Writes `manual_dir/SPLIT/CLASS/*.jpg` as the data set `name`, version 1.0.0.
+    """Writes the images `manual_dir/SPLIT/CLASS/*.jpg` as the TFDS data set `name`, version 1.0.0.
+
+    Args:
+        manual_dir: folder with one folder per split.
+        data_dir: TFDS data directory in which the data set is created.
+        name: name of the data set.
 
     Raises:
-        UserError: the name is not free or not allowed, a split has a class that the split with the most classes lacks,
+        UserError: the name is taken or invalid, a split has a class that is missing in the split with the most classes,
             there is only one class, or a split is not a folder of class folders; or as `write_dataset`.
     """
     import tensorflow_datasets as tfds
 
     if not re.fullmatch('[a-z][a-z0-9_]*', name):
-        raise UserError(f"--name={name}: a TFDS name is made of the letters a-z, digits and '_'")
+        raise UserError(f"--name={name}: a TFDS name starts with a letter and consists of a-z, 0-9 and '_'")
     if name in ('folder', 'webdataset', *tfds.list_builders(with_community_datasets=False)):
-        raise UserError(f'--name={name} is the name of another data set: take another one')
+        raise UserError(f'--name={name} is the name of another data set: choose another name')
     directory = data_dir / name / '1.0.0'
     if _is_prepared(directory):
         return
@@ -66,20 +77,20 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
         raise UserError(f'--manual_dir={manual_dir} is not a folder')
     splits = sorted(path.name for path in manual_dir.iterdir() if path.is_dir() and not path.name.startswith('.'))
     if not splits:
-        raise UserError(f'{manual_dir} holds no folders: images are expected in {manual_dir}/SPLIT/CLASS/')
+        raise UserError(f'{manual_dir} contains no folders: put the images into {manual_dir}/SPLIT/CLASS/')
     sources = {split: FolderSource(manual_dir, split) for split in splits}
-    whole = max(splits, key=lambda split: len(sources[split].class_names))  # another split may lack a class
-    check_has_classes(sources[whole], str(manual_dir / whole))
-    class_names = sources[whole].class_names
-    for class_name in class_names:  # TFDS keeps them as lines of a file
+    largest = max(splits, key=lambda split: len(sources[split].class_names))  # other splits may have fewer
+    check_has_classes(sources[largest], str(manual_dir / largest))
+    class_names = sources[largest].class_names
+    for class_name in class_names:  # TFDS stores them as the lines of a file
         if class_name != class_name.strip() or len(class_name.splitlines()) != 1 or not class_name.isprintable():
-            raise UserError(f'{class_name!r} cannot be the name of a class in TFDS: rename its folder')
+            raise UserError(f'{class_name!r} is not a valid class name in TFDS: rename its folder')
     for split in sources:
         if not re.fullmatch(r'\w+', split) or split == 'all':
-            raise UserError(f"{manual_dir / split} cannot be a split's name: letters, digits and '_' alone")
+            raise UserError(f"{manual_dir / split} is not a valid split name: rename it to letters, digits and '_'")
     images = {}
     for split, source in sources.items():
-        labels = match_names(source.class_names, class_names, str(manual_dir / whole))
+        labels = match_names(source.class_names, class_names, str(manual_dir / largest))
         images[split] = _folder_images(manual_dir / split, source, labels)
     write_dataset(directory, class_names, images, encoding_format=None)
 
@@ -95,18 +106,19 @@ def _imagenet_train(path: Path, class_names: Sequence[str]) -> list[Image]:
     labels = {f'{synset}.tar': label for label, synset in enumerate(class_names)}
     for inner in tqdm(tar_members(path), 'reading the train tar', unit='tar', disable=not sys.stderr.isatty()):
         if inner.name not in labels:
-            raise UserError(f'{path} holds {inner.name}, which is no SYNSET.tar of the 1,000 classes')
-        images += [Image(name, labels[inner.name], path, *place) for name, *place in tar_members(path, inner)]
+            raise UserError(f'{path} contains {inner.name}, which is not the SYNSET.tar of one of the 1,000 classes')
+        label = labels[inner.name]
+        images += [Image(name, label, path, offset, size) for name, offset, size in tar_members(path, inner)]
     return images
 
 
 def _imagenet_validation(path: Path, class_names: Sequence[str]) -> list[Image]:
     images = []
-    synsets = _tfds_lines('validation_labels.txt')  # by the images' numbers, from 1
+    synsets = _tfds_lines('validation_labels.txt')  # line i is the class of image i, counted from 1
     for name, offset, size in tar_members(path):
         number = re.fullmatch(r'ILSVRC2012_val_(\d{8})\.JPEG', name)
         if not number or not 1 <= int(number[1]) <= len(synsets):
-            raise UserError(f'{path} holds {name}, which is none of ILSVRC2012_val_00000001.JPEG to …50000.JPEG')
+            raise UserError(f'{path} contains {name}, which is not one of ILSVRC2012_val_00000001.JPEG to …50000.JPEG')
         images.append(Image(name, class_names.index(synsets[int(number[1]) - 1]), path, offset, size))
     return images
 
@@ -121,5 +133,5 @@ def _folder_images(root: Path, source: FolderSource, labels: Sequence[int]) -> l
 
 def _is_prepared(directory: Path) -> bool:
     if directory.is_dir():
-        say(f'{describe_dataset(directory)}: nothing is left to do (remove it to prepare it again)')
+        say(f'{describe_dataset(directory)}: already prepared (remove it to prepare it again)')
     return directory.is_dir()

@@ -1,8 +1,8 @@
-"""RandAugment (arXiv:1909.13719) as timm has it, on the device: every image of a batch its own operations, by key.
+"""RandAugment (arXiv:1909.13719) in timm's version, on the device, with random operations for each image.
 
-Each operation gives what Pillow's does. All images go through one program, in which what an image did not draw is the
-identity: a table of 256 grey levels for each channel, a blend, and three shifts of rows and columns. On accelerators
-none of it gathers pixel by pixel, which TPUs do slowly.
+The results equal Pillow's, except for rotations (see `geometry`). One program computes all operations: a look-up table
+of 256 entries for each channel, a blend, and three shifts of rows and columns. Operations that an image does not use
+are the identity in it. On accelerators nothing is a gather of pixels, which is slow on TPUs.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from convnext_jax.data import pillow_arithmetic
-from convnext_jax.data.geometry import MOST_DEGREES, MOST_SHEAR, MOST_TRANSLATION, move
+from convnext_jax.data.geometry import MAX_DEGREES, MAX_SHEAR, MAX_TRANSLATION, move
 from convnext_jax.errors import UserError
 
 OPERATIONS = (
@@ -43,11 +43,12 @@ class RandAugment:
     """A policy.
 
     Attributes:
-        magnitude: mean strength, in [0, 10].
-        magnitude_std: its standard deviation; what falls outside of [0, 10] is clipped.
-        layers: operations drawn for each image, with replacement.
-        probability: that a drawn operation is applied.
-        increasing: posterize, solarize and the enhancements grow with the magnitude too, as timm's `inc1`.
+        magnitude: mean magnitude, in [0, 10].
+        magnitude_std: standard deviation of the magnitude, which is clipped to [0, 10].
+        layers: number of operations drawn for each image, with replacement.
+        probability: probability with which a drawn operation is applied.
+        increasing: whether posterize, solarize and the enhancements also become stronger with the magnitude, as in
+            timm's `inc1`.
     """
 
     magnitude: float = 10.0
@@ -58,10 +59,13 @@ class RandAugment:
 
 
 def parse_randaugment(text: str) -> RandAugment:
-    """timm's syntax, as in 'rand-m9-mstd0.5-inc1': m, mstd, n (layers), p (probability), inc.
+    """The policy that a text in timm's syntax describes.
+
+    Args:
+        text: 'rand' with m (magnitude), mstd, n (layers), p (probability) or inc, such as 'rand-m9-mstd0.5-inc1'.
 
     Raises:
-        UserError: another syntax, or a value out of its range.
+        UserError: a syntax error, or a value out of its range.
     """
     kind, *parts = text.split('-')
     fields = {'m': 'magnitude', 'mstd': 'magnitude_std', 'n': 'layers', 'p': 'probability', 'inc': 'increasing'}
@@ -69,23 +73,25 @@ def parse_randaugment(text: str) -> RandAugment:
     for part in parts:
         match = re.fullmatch(r'([a-z]+)(\d+\.?\d*)', part)
         if not match or match[1] not in fields:
-            raise UserError(f"augment.policy='{text}': '{part}' is none of {', '.join(fields)} with a number")
+            raise UserError(f"augment.policy='{text}': '{part}' is not one of {', '.join(fields)} with a number")
         values[fields[match[1]]] = float(match[2])
     policy = RandAugment(**values)
     layers = int(policy.layers)
     if kind != 'rand' or policy.magnitude > 10 or policy.probability > 1 or not 1 <= layers == policy.layers:
-        raise UserError(f"augment.policy='{text}' is neither 3a nor as rand-m9-mstd0.5-inc1: m to 10, n from 1, p to 1")
+        raise UserError(
+            f"augment.policy='{text}' must be '3a' or like 'rand-m9-mstd0.5-inc1', with m ≤ 10, n an integer ≥ 1, p ≤ 1"
+        )
     return dataclasses.replace(policy, layers=layers, increasing=bool(policy.increasing))
 
 
 def rand_augment(images: jax.Array, keys: jax.Array, policy: RandAugment, fill: Sequence[int]) -> jax.Array:
-    """Draws and applies the operations of each image.
+    """Images after random operations of the policy.
 
     Args:
         images: (N, H, W, C) uint8, C 1 or 3.
-        keys: (N,), one for each image.
-        policy: as `parse_randaugment` gives it.
-        fill: grey level of each channel, 0 to 255, that comes in at the sides.
+        keys: (N,) random keys, one for each image.
+        policy: the policy, as from `parse_randaugment`.
+        fill: value, 0 to 255, of each channel for pixels from outside the image.
 
     Returns:
         (N, H, W, C) uint8.
@@ -97,20 +103,23 @@ def rand_augment(images: jax.Array, keys: jax.Array, policy: RandAugment, fill: 
     def apply(images: jax.Array, drawn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         return apply_operations(images, *drawn, fill), None
 
-    # A loop, not unrolled, over what was drawn before: otherwise the CPU's compiler computes the first layer anew
-    # wherever the second reads a pixel, and the draws for every pixel.
+    # A scan, with all random draws before it: in an unrolled loop the CPU compiler would recompute the first layer for
+    # every pixel that the second layer reads, and the draws for every pixel.
     return lax.scan(apply, images, jax.vmap(draw)(jnp.arange(policy.layers)))[0]
 
 
 def apply_operations(images: jax.Array, operation: jax.Array, argument: jax.Array, fill: Sequence[int]) -> jax.Array:
-    """One operation on each image: (N, H, W, C) uint8 → the same.
+    """One operation on each image.
 
     Args:
         images: (N, H, W, C) uint8, C 1 or 3.
-        operation: (N,) int32, index into `OPERATIONS`; `IDENTITY` for none.
+        operation: (N,) int32, index into `OPERATIONS`, or `IDENTITY`.
         argument: (N,) float32. Rotate: degrees anticlockwise; Posterize: bits to keep; Solarize: threshold;
-            SolarizeAdd: what is added; the enhancements: factor; shears: tangent; translations: share of the side.
-        fill: grey level of each channel that comes in at the sides.
+            SolarizeAdd: summand; enhancements: factor; shears: tangent; translations: fraction of the side.
+        fill: value, 0 to 255, of each channel for pixels from outside the image.
+
+    Returns:
+        (N, H, W, C) uint8.
     """
 
     def where(name: str, otherwise: float) -> jax.Array:
@@ -130,7 +139,7 @@ def apply_operations(images: jax.Array, operation: jax.Array, argument: jax.Arra
 
 
 def _draw(key: jax.Array, policy: RandAugment) -> tuple[jax.Array, jax.Array]:
-    """Operation and argument of one image in one layer."""
+    """A random operation and its argument, for one image and layer."""
     choice_key, apply_key, level_key, sign_key = jax.random.split(key, 4)
     operation = jax.random.randint(choice_key, (), 0, len(OPERATIONS))
     level = policy.magnitude + policy.magnitude_std * jax.random.normal(level_key)
@@ -140,43 +149,53 @@ def _draw(key: jax.Array, policy: RandAugment) -> tuple[jax.Array, jax.Array]:
 
 
 def operation_argument(operation: jax.Array, level: jax.Array, negate: jax.Array, increasing: bool) -> jax.Array:
-    """The argument of `apply_operations` at a level from 0 to 10, by timm's rules (`auto_augment.py`)."""
-    share = jnp.clip(level, 0, 10) / 10
-    signed = jnp.where(negate, -share, share)
-    bits, threshold = jnp.floor(share * 4), jnp.floor(share * 256)
-    enhancement = 0.1 + 1.8 * share
+    """The argument of an operation for `apply_operations`, by the rules of timm's `auto_augment.py`.
+
+    Args:
+        operation: () int32, index into `OPERATIONS`.
+        level: () float32, magnitude, clipped to [0, 10].
+        negate: () bool, whether operations with a sign get a negative argument.
+        increasing: as in `RandAugment`.
+
+    Returns:
+        () float32.
+    """
+    fraction = jnp.clip(level, 0, 10) / 10
+    signed = jnp.where(negate, -fraction, fraction)
+    bits, threshold = jnp.floor(fraction * 4), jnp.floor(fraction * 256)
+    enhancement = 0.1 + 1.8 * fraction
     if increasing:
         bits, threshold = 4 - bits, 256 - threshold
         enhancement = jnp.maximum(0.1, 1 + 0.9 * signed)
     by_name = {
-        'Rotate': MOST_DEGREES * signed,
+        'Rotate': MAX_DEGREES * signed,
         'Posterize': bits,
         'Solarize': threshold,
-        'SolarizeAdd': jnp.floor(share * 110),
+        'SolarizeAdd': jnp.floor(fraction * 110),
         'Color': enhancement,
         'Contrast': enhancement,
         'Brightness': enhancement,
         'Sharpness': enhancement,
-        'ShearX': MOST_SHEAR * signed,
-        'ShearY': MOST_SHEAR * signed,
-        'TranslateX': MOST_TRANSLATION * signed,
-        'TranslateY': MOST_TRANSLATION * signed,
+        'ShearX': MAX_SHEAR * signed,
+        'ShearY': MAX_SHEAR * signed,
+        'TranslateX': MAX_TRANSLATION * signed,
+        'TranslateY': MAX_TRANSLATION * signed,
     }
     return jnp.select([operation == OPERATIONS.index(name) for name in by_name], list(by_name.values()), 0.0)
 
 
 def _tables(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax.Array:
-    """What each grey level becomes: (N, C, 256) int32."""
+    """The look-up tables of the images, (N, C, 256) int32."""
     level = jnp.arange(256)[None, None]
     operation, argument = operation[:, None, None], argument[:, None, None]
     threshold = argument.astype(jnp.int32)
     counts = pillow_arithmetic.histogram(images)
-    step_of_bits = jnp.left_shift(1, jnp.clip(8 - threshold, 0, 8))
+    step = jnp.left_shift(1, jnp.clip(8 - threshold, 0, 8))
     by_name = {
-        'AutoContrast': pillow_arithmetic.stretched(counts),
-        'Equalize': pillow_arithmetic.equalized(counts),
+        'AutoContrast': pillow_arithmetic.autocontrast_table(counts),
+        'Equalize': pillow_arithmetic.equalize_table(counts),
         'Invert': 255 - level,
-        'Posterize': level // step_of_bits * step_of_bits,
+        'Posterize': level // step * step,
         'Solarize': jnp.where(level < threshold, level, 255 - level),
         'SolarizeAdd': jnp.where(level < 128, jnp.minimum(level + threshold, 255), level),
     }
@@ -189,7 +208,7 @@ def _tables(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax
 
 
 def _enhance(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax.Array:
-    """The images that drew one of `ImageEnhance`'s four, blended; the others as they are."""
+    """The images after an enhancement of `ImageEnhance`; images with another operation are unchanged."""
     degenerate = {
         'Brightness': jnp.uint8(0),
         'Contrast': pillow_arithmetic.mean_grey(images),

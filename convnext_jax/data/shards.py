@@ -1,4 +1,4 @@
-"""Images inside tars: where each one lies, and an index of shards, made once, so that any image is read directly."""
+"""Random access to images in tar files: the positions of members, and an index of all shards of a split."""
 
 import glob
 import hashlib
@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from convnext_jax.errors import UserError, first_line
 
-BLOCK = 512  # a tar is made of such blocks, and one of zeros marks its end
-LONGEST_END = 2**21  # more than the zeros with which any tar is filled up
+BLOCK = 512  # bytes; a tar file consists of such blocks, and a block of zeros marks its end
+MAX_PADDING = 2**21  # bytes; longer than the zeros at the end of any tar file
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'convnext_jax'
 
 
 class Member(NamedTuple):
-    """A file inside a tar: its name there, and its bytes' place in the tar's file."""
+    """A file inside a tar file: its name, and the offset and size of its bytes in the tar file."""
 
     name: str
     offset: int
@@ -31,10 +31,15 @@ class Member(NamedTuple):
 
 
 def tar_members(path: Path, within: Member | None = None) -> list[Member]:
-    """The files in a tar, or in the tar that is itself a member of it.
+    """The regular files in a tar file.
+
+    Args:
+        path: the tar file.
+        within: a member that is itself a tar file; its members are returned then.
 
     Raises:
-        UserError: it is no tar, or damaged, or cut short: `tarfile` alone takes a damaged header for the end.
+        UserError: the tar file cannot be read, is damaged or truncated, or contains links. (`tarfile` treats a damaged
+            header as the end of the file.)
     """
     name = f'{path}, {within.name}' if within else str(path)
     try:
@@ -44,27 +49,29 @@ def tar_members(path: Path, within: Member | None = None) -> list[Member]:
                 entries = list(tar)
                 end = tar.offset
             file.seek(end)
-            left = within.offset + within.size - end if within else LONGEST_END
-            rest = file.read(max(min(left, LONGEST_END), 0))
+            remaining = within.offset + within.size - end if within else MAX_PADDING
+            rest = file.read(max(min(remaining, MAX_PADDING), 0))
     except tarfile.TarError as error:
-        raise UserError(f'{name} is no whole tar ({first_line(error)}): copy or download it again') from error
+        raise UserError(
+            f'{name} is not a complete tar file ({first_line(error)}): copy or download it again'
+        ) from error
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     if rest[:BLOCK] != bytes(BLOCK):
-        raise UserError(f'{name} is damaged or cut short at byte {end}: copy or download it again')
+        raise UserError(f'{name} is damaged or truncated at byte {end}: copy or download it again')
     if rest.strip(b'\0'):
-        raise UserError(f'{name} goes on behind its end at byte {end}: it is two tars in one, take them apart')
+        raise UserError(f'{name} continues after its end at byte {end}: split the concatenated tar files')
     for entry in entries:
         if entry.islnk():
-            raise UserError(f'{name}: {entry.name} is a link to {entry.linkname}, and no file: pack it without links')
+            raise UserError(f'{name}: {entry.name} is a link to {entry.linkname}: create the tar file without links')
     return [Member(entry.name, entry.offset_data, entry.size) for entry in entries if entry.isfile()]
 
 
 def read_bytes(path: Path, offset: int, size: int) -> bytes:
-    """A part of a file; nothing stays open, so that any thread or process may ask.
+    """Part of a file, `size` bytes from `offset`; no file stays open, so that any thread or process may call it.
 
     Raises:
-        UserError: it cannot be read, or the file ends before.
+        UserError: the file cannot be read, or is shorter.
     """
     try:
         with path.open('rb', buffering=0) as file:
@@ -72,35 +79,43 @@ def read_bytes(path: Path, offset: int, size: int) -> bytes:
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     if len(data) < size:
-        raise UserError(f'{path} ends before byte {offset + size}: it is cut short')
+        raise UserError(f'{path} ends before byte {offset + size}: it is truncated, copy it again')
     return data
 
 
 def find_shards(directory: Path, split: str) -> list[Path]:
-    """`directory/split/*.tar`, or else `directory/*split-*.tar`, such as train-0001.tar or imagenet-train-000001.tar.
+    """The tar shards of a split, sorted by name: `directory/split/*.tar`, or else `directory/*split-NUMBER.tar`.
+
+    Examples of the second form are train-0001.tar and imagenet-train-000001.tar.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no shards.
     """
     name = re.compile(rf'(.*[-_.])?{re.escape(split)}[-_.]\d+\.tar')
     shards = sorted((directory / split).glob('*.tar'))
     shards = shards or sorted(path for path in directory.glob('*.tar') if name.fullmatch(path.name))
     if not shards:
         raise UserError(
-            f"{directory} holds no shards of split '{split}', {split}/*.tar or *{split}-NUMBER.tar: say with "
-            '--config.data.dir=DIR where they are'
+            f"{directory} contains no shards of split '{split}' ({split}/*.tar or *{split}-NUMBER.tar): set "
+            '--config.data.dir=DIR to their folder'
         )
     return shards
 
 
 def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Set[str]) -> np.memmap:
-    """A row for each image: `shard` by number, `offset`, `size`, `label`, `name`; mapped, so it costs no memory.
+    """The index of a split: a memory-mapped record array with `shard`, `offset`, `size`, `label`, `name` of each image.
 
-    It is kept beside the shards, or in the user's cache where they cannot be written. Its name follows from the shards'
-    names, sizes and times and from the suffixes, so that a new one is made when they change.
+    It is stored in the folder of the shards, or in the user's cache if that folder is not writable. The file name has
+    a hash of the suffixes and of the shards' names, sizes and times, so that a change creates a new index.
+
+    Args:
+        directory: folder of the shards.
+        split: name of the split.
+        shards: the tar files.
+        suffixes: lower-case suffixes of images, with the dot.
 
     Raises:
-        UserError: as `index_shard`, or it cannot be written.
+        UserError: as `index_shard`, or the index cannot be written.
     """
     name = f'{split}.index-{_fingerprint(shards, suffixes)}.npy'
     if (directory / name).is_file() or os.access(directory, os.W_OK):
@@ -110,10 +125,10 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Se
     index = _read_index(path)
     if index is None:
         if path.parent != directory:
-            warnings.warn(f'{directory} cannot be written: the index of its shards becomes {path}', stacklevel=3)
+            warnings.warn(f'{directory} is not writable: the index of its shards is stored as {path}', stacklevel=3)
         bar = tqdm(enumerate(shards), f'indexing {split}', len(shards), unit='tar', disable=not sys.stderr.isatty())
-        rows = [index_shard(shard, number, suffixes) for number, shard in bar]
-        _write_index(path, np.concatenate(rows))
+        records = [index_shard(shard, number, suffixes) for number, shard in bar]
+        _write_index(path, np.concatenate(records))
         for other in path.parent.glob(f'{glob.escape(split)}.index-*.npy'):
             if other != path:  # outdated
                 other.unlink(missing_ok=True)
@@ -122,13 +137,21 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Se
 
 
 def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
-    """The rows of one shard. As in WebDataset, a key is a name up to the first dot of its last part.
+    """The index records of one shard. As in WebDataset, a key is a path up to the first dot of its file name.
 
-    Members that are hidden, or in a hidden folder, are left out, with a warning that counts them.
+    Hidden members, and members of hidden folders, are ignored with a warning that counts them.
+
+    Args:
+        path: the shard.
+        number: index of the shard in its split.
+        suffixes: lower-case suffixes of images, with the dot.
+
+    Returns:
+        (images,) records with the fields that `open_index` describes.
 
     Raises:
-        UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or that is no number, two
-            images or labels of one key, a key with a dot, or no images at all.
+        UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or without a number, two
+            images or labels with one key, a key with a dot, or no images.
     """
     images: dict[str, Member] = {}
     labels: dict[str, Member] = {}
@@ -140,34 +163,34 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
         folder, _, file = member.name.rpartition('/')
         stem, _, suffix = file.partition('.')
         if suffix.endswith('.cls'):
-            raise UserError(f'{path}: {member.name} has a dot in its key, where WebDataset ends the key')
+            raise UserError(f'{path}: {member.name} has a dot in its key, at which WebDataset ends the key: rename it')
         kind = labels if suffix == 'cls' else images if f'.{suffix.lower()}' in suffixes else None
-        if kind is None:  # what else a sample holds: .json, .txt
+        if kind is None:  # other files of the sample, such as .json or .txt
             continue
         key = f'{folder}/{stem}'
         if key in kind:
-            raise UserError(f'{path} holds {kind[key].name} and {member.name}, of the same key: keep one')
+            raise UserError(f'{path} contains {kind[key].name} and {member.name} with one key: remove one of them')
         kind[key] = member
     if hidden:
         warnings.warn(f'{path}: left out: hidden files ({hidden})', stacklevel=2)
     if not images:
-        raise UserError(f'{path} holds no images: KEY.jpg (or {", ".join(sorted(suffixes))}) with KEY.cls beside it')
+        raise UserError(f'{path} contains no images: it needs KEY.jpg (or {", ".join(sorted(suffixes))}) and KEY.cls')
     for key in images.keys() ^ labels.keys():
-        alone = (images.get(key) or labels[key]).name
-        raise UserError(f'{path}: {alone} has no {"KEY.cls" if key in images else "image"} of the same key')
+        name = (images.get(key) or labels[key]).name
+        raise UserError(f'{path}: {name} has no {"KEY.cls" if key in images else "image"} with its key')
     classes: dict[str, int] = {}
     with path.open('rb') as tar:
         for key, member in labels.items():
             tar.seek(member.offset)
             text = tar.read(member.size).strip()
             if not re.fullmatch(rb'\d{1,9}', text):
-                raise UserError(f'{path}: {member.name} holds {text[:20]!r}, not the number of a class')
+                raise UserError(f'{path}: {member.name} contains {text[:20]!r}, not a class number')
             classes[key] = int(text)
     names = [image.name.encode(errors='surrogateescape') for image in images.values()]
     longest = max(map(len, names))
-    kinds = [('shard', 'i4'), ('offset', 'i8'), ('size', 'i8'), ('label', 'i4'), ('name', f'S{longest}')]
-    rows = [(number, image.offset, image.size, classes[key]) for key, image in images.items()]
-    return np.array([(*row, name) for row, name in zip(rows, names, strict=True)], kinds)
+    fields = [('shard', 'i4'), ('offset', 'i8'), ('size', 'i8'), ('label', 'i4'), ('name', f'S{longest}')]
+    records = [(number, image.offset, image.size, classes[key]) for key, image in images.items()]
+    return np.array([(*record, name) for record, name in zip(records, names, strict=True)], fields)
 
 
 def _fingerprint(shards: Sequence[Path], suffixes: Set[str]) -> str:
@@ -182,19 +205,19 @@ def _fingerprint(shards: Sequence[Path], suffixes: Set[str]) -> str:
 
 
 def _read_index(path: Path) -> np.memmap | None:
-    """None if it is not there, or damaged."""
+    """The index, or None if it is missing or damaged."""
     try:
         return np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
 
 
-def _write_index(path: Path, rows: np.ndarray) -> None:
-    scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')  # several processes on several machines may be at it
+def _write_index(path: Path, records: np.ndarray) -> None:
+    scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')  # several machines may write it at once
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open('wb') as file:
-            np.save(file, rows, allow_pickle=False)
+            np.save(file, records, allow_pickle=False)
         scratch.replace(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where examples come from: random access to encoded images and their labels."""
+"""Data sources: random access to encoded images and their labels in folders, tar shards and TFDS data sets."""
 
 import contextlib
 import dataclasses
@@ -18,9 +18,10 @@ from convnext_jax.errors import UserError, first_line
 from convnext_jax.paths import local_path, plain_path
 
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
-# ImageNet-A (arXiv:1907.07174) and -R (arXiv:2006.16241) hold 200 of ImageNet's classes, and score among these alone.
-SOME_CLASSES = ('imagenet_a', 'imagenet_r')
-MOST_CLASSES = 10**6  # a larger label is something else, an image's number say
+# ImageNet-A (arXiv:1907.07174) and ImageNet-R (arXiv:2006.16241) have 200 of ImageNet's classes. By their protocol only
+# these 200 outputs of a model are compared.
+SUBSET_DATASETS = ('imagenet_a', 'imagenet_r')
+MAX_CLASSES = 10**6  # a larger label is not a class number, but for instance the number of the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Example:
     """One encoded image.
 
     Attributes:
-        image: the bytes of its file.
-        label: its class; or the classes that all count as right, of which there may be none.
-        name: tells a person where it is.
+        image: the bytes of the file.
+        label: the class; or a tuple, possibly empty, of classes that are all correct.
+        name: location of the image, for messages.
     """
 
     image: bytes
@@ -42,38 +43,38 @@ class Source(Protocol):
     """One split of a data set.
 
     Attributes:
-        class_names: of all labels.
-        many_labels: whether an example's label is a tuple.
-        judged: the labels that an evaluation chooses among; None for all.
+        class_names: the names of the labels, in order.
+        multi_label: whether the labels of the examples are tuples.
+        eval_classes: the labels that an evaluation compares; None for all.
     """
 
     @property
     def class_names(self) -> Sequence[str]: ...
 
     @property
-    def many_labels(self) -> bool: ...
+    def multi_label(self) -> bool: ...
 
     @property
-    def judged(self) -> tuple[int, ...] | None: ...
+    def eval_classes(self) -> tuple[int, ...] | None: ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
     def name(self, index: int) -> str:
-        """Tells a person where an example is, without reading it."""
+        """The location of an example, for messages; the example is not read."""
 
 
 def open_source(name: str, directory: str, split: str) -> Source:
-    """Opens one split.
+    """Opens one split of a data set.
 
     Args:
         name: 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or the name of a TFDS data set of labelled images.
-        directory: the folder of images or of tar shards, or the TFDS data directory; the bundled set needs none.
-        split: a folder's or the shards' name, a TFDS split, or a part of either such as 'train[:99%]'.
+        directory: the folder of the images or tar shards, or the TFDS data directory; '' for the bundled data set.
+        split: name of the split, or a part of a split in TFDS's notation, such as 'train[:99%]'.
 
     Raises:
-        UserError: the data set, the split or an image is not there, or the data set is not one of labelled images.
+        UserError: the data set, the split or its images are missing, or the data set does not have labelled images.
     """
     files: dict[str, Callable[[Path, str], Source]] = {'folder': FolderSource, 'webdataset': WebDatasetSource}
     if name not in files:
@@ -84,74 +85,87 @@ def open_source(name: str, directory: str, split: str) -> Source:
 
 
 def check_has_classes(source: Source, name: str) -> None:
-    """Refuses to learn from a set with one class: the loss is 0 from the first step, and the accuracy 100 %.
+    """Checks that a training split has several classes; with one class the loss would be 0 from the first step.
 
     Args:
         source: the training split.
-        name: where it is, for the error message.
+        name: its location, for the error message.
 
     Raises:
-        UserError: the set has one class.
+        UserError: the split has only one class.
     """
     if len(source.class_names) == 1:
-        only, below = source.class_names[0], _folders_below(source)
-        raise UserError(f"{name} has one class, '{only}', and a classifier needs two or more{below}")
+        only, below = source.class_names[0], _folders_hint(source)
+        raise UserError(f"{name} has one class, '{only}': a classifier needs two or more{below}")
 
 
 def with_classes_of_model(source: Source, class_names: Sequence[str] | None, outputs: int) -> tuple[Source, str]:
-    """Gives the examples of a split the labels of a model's outputs, matched by class name.
+    """A split with the labels and class names of a model, matched by class name as in `outputs_of_classes`.
 
     Args:
-        source: a split.
-        class_names: of the model's first outputs; None if unknown.
-        outputs: how many outputs the model has.
+        source: the split.
+        class_names: names of the model's first outputs; None if unknown.
+        outputs: number of outputs of the model.
 
     Returns:
-        The split with the model's labels and class names; and a line for the user, as `outputs_of_classes`.
+        The relabelled split, and a message for the user if classes were matched by position, else ''.
 
     Raises:
         UserError: as `outputs_of_classes`.
     """
-    with _hint_at_folders_below(source):
+    with _with_folders_hint(source):
         labels, note = outputs_of_classes(source.class_names, class_names, outputs)
     return _relabelled(source, labels, class_names or source.class_names), note
 
 
 def with_classes_of_split(source: Source, other: Source, split: str) -> Source:
-    """Gives the examples of a split the labels that their classes have in another split, called `split`.
+    """A split with the labels and class names of another split, matched by class name.
+
+    Args:
+        source: the split.
+        other: the other split.
+        split: name of the other split, for messages.
 
     Raises:
-        UserError: the other split lacks a class.
+        UserError: a class is missing in the other split.
     """
-    with _hint_at_folders_below(source):
+    with _with_folders_hint(source):
         labels = match_names(source.class_names, other.class_names, f'split {split}')
     return _relabelled(source, labels, other.class_names)
 
 
 @contextlib.contextmanager
-def _hint_at_folders_below(source: Source) -> Iterator[None]:
+def _with_folders_hint(source: Source) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f'{error}{_folders_below(source)}') from error
+        raise UserError(f'{error}{_folders_hint(source)}') from error
 
 
-def _folders_below(source: Source) -> str:
-    return source.folders_below() if isinstance(source, FolderSource) else ''
+def _folders_hint(source: Source) -> str:
+    return source.subfolders_hint() if isinstance(source, FolderSource) else ''
 
 
 def _relabelled(source: Source, labels: list[int], class_names: Sequence[str]) -> Source:
-    same = labels == list(range(len(class_names)))
-    return source if same else Relabelled(source, labels, class_names)
+    unchanged = labels == list(range(len(class_names)))
+    return source if unchanged else Relabelled(source, labels, class_names)
 
 
 class Relabelled:
-    """A source under the class names of a model; `labels` gives the model's output for each class of the source."""
+    """A source with new labels.
+
+    Args:
+        source: the original source.
+        labels: the new label of each class of the source.
+        class_names: the names of the new labels.
+    """
 
     def __init__(self, source: Source, labels: Sequence[int], class_names: Sequence[str]):
         self._source, self._labels = source, list(labels)
-        self.class_names, self.many_labels = list(class_names), source.many_labels
-        self.judged = None if source.judged is None else tuple(sorted(self._labels[label] for label in source.judged))
+        self.class_names, self.multi_label = list(class_names), source.multi_label
+        self.eval_classes = (
+            None if source.eval_classes is None else tuple(sorted(self._labels[label] for label in source.eval_classes))
+        )
 
     def __len__(self) -> int:
         return len(self._source)
@@ -167,29 +181,32 @@ class Relabelled:
 
 
 class FolderSource:
-    """A folder of images, `directory/split/CLASS/*.jpg`: classes are numbered in the order of their names.
+    """A folder of images, `directory/split/CLASS/*.jpg`, with classes in alphabetical order.
 
-    `find_images` says what counts as an image, at any depth; a warning counts what is left out.
+    `find_images` finds the images of a class, also in subfolders. A warning counts the ignored files.
+
+    Raises:
+        UserError: a folder is missing, cannot be read, or contains no images.
     """
 
-    many_labels = False
-    judged = None
+    multi_label = False
+    eval_classes = None
 
     def __init__(self, directory: Path, split: str):
         root = directory / split
         if not root.is_dir():
             raise UserError(
-                f'{root} is not a folder: data.dir holds one folder for each split, and in it one for each class. '
-                '--config.data.dir=DIR says where'
+                f'{root} is not a folder: set --config.data.dir=DIR to a folder that contains a folder for each split, '
+                'with a folder for each class'
             )
         everything = sorted(root.iterdir(), key=lambda path: normalize(path.name))
         entries = [path for path in everything if not path.name.startswith('.')]
-        lost = [path.name for path in entries if path.is_symlink() and not path.exists()]
-        if lost:
-            raise UserError(f'{root} has links that lead nowhere: {", ".join(lost)}')
+        broken = [path.name for path in entries if path.is_symlink() and not path.exists()]
+        if broken:
+            raise UserError(f'{root} contains broken links: {", ".join(broken)}. Remove or repair them')
         folders = [path for path in entries if path.is_dir()]
         if not folders:
-            raise UserError(f'{root} holds no folders: images are expected in {root}/CLASS/')
+            raise UserError(f'{root} contains no folders: put the images into {root}/CLASS/')
         self._split, self._folders = split, folders
         self.class_names = [folder.name for folder in folders]
         self.files: list[tuple[str, int]] = []
@@ -198,10 +215,10 @@ class FolderSource:
         for label, folder in enumerate(folders):
             found = find_images(folder, root)
             if not found.paths:
-                left = f'; {describe_left_out(found.left_out)}' if found.left_out else ''
-                raise UserError(f'class folder {folder} holds no images{left}')
+                ignored = f' ({describe_left_out(found.left_out)})' if found.left_out else ''
+                raise UserError(f'class folder {folder} contains no images{ignored}: add images or remove the folder')
             left_out += found.left_out
-            self.files += [(path, label) for path in found.paths]  # strings: a Path is slow to send to a process
+            self.files += [(path, label) for path in found.paths]  # strings, because Paths are slow to pickle
         if left_out:
             warnings.warn(f'{root}: {describe_left_out(left_out)}', stacklevel=3)
 
@@ -218,8 +235,8 @@ class FolderSource:
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
-    def folders_below(self) -> str:
-        """A hint, for an error message, that the folders below the only class folder may be the classes; or ''."""
+    def subfolders_hint(self) -> str:
+        """A hint for an error message if the subfolders of the only class folder may be the classes; else ''."""
         folder, *others = self._folders
         names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
         if others or not names:
@@ -227,30 +244,37 @@ class FolderSource:
         shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
         split = f'{self._split}/{folder.name}'
         return (
-            f'. {folder} holds the folders {shown}: if they are the classes, move them up into {folder.parent}, '
+            f'. {folder} contains the folders {shown}: if they are the classes, move them to {folder.parent}, '
             f'or train with the split {split}'
         )
 
 
 class WebDatasetSource:
-    """Tar shards of KEY.jpg and KEY.cls, the number of its class, as WebDataset writes them, read in any order.
+    """WebDataset's tar shards with KEY.jpg and KEY.cls (the number of the class), with random access.
 
-    Classes are named by `directory/classnames.txt`, one a line, or else by their numbers.
+    The class names are the lines of `directory/classnames.txt`. Without this file they are the numbers.
+
+    Raises:
+        UserError: as `find_shards` and `open_index`, or a label is too large.
     """
 
-    many_labels = False
-    judged = None
+    multi_label = False
+    eval_classes = None
 
     def __init__(self, directory: Path, split: str):
         self._shards = find_shards(directory, split)
         self._index = open_index(directory, split, self._shards, IMAGE_SUFFIXES)
         largest = int(self._index['label'].max())
         path = directory / 'classnames.txt'
-        if largest >= MOST_CLASSES:
-            raise UserError(f'{directory}: {split} has an image of class {largest}, which can be no number of a class')
+        if largest >= MAX_CLASSES:
+            raise UserError(
+                f'{directory}: {split} has an image of class {largest}: .cls files must contain class numbers'
+            )
         self.class_names = _lines(path) if path.is_file() else [str(label) for label in range(largest + 1)]
         if largest >= len(self.class_names):
-            raise UserError(f'{path} names {len(self.class_names)} classes; {split} has images of class {largest}')
+            raise UserError(
+                f'{path} has {len(self.class_names)} class names, but {split} has images of class {largest}'
+            )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -277,12 +301,16 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read as UTF-8: {first_line(error)}') from error
     if not all(lines):
-        raise UserError(f'{path} has an empty line {lines.index("") + 1}: a class has a name')
+        raise UserError(f'{path}: line {lines.index("") + 1} is empty, but each line must be a class name')
     return lines
 
 
 class Part:
-    """A part of a source, 'train[:99%]' in TFDS's notation, cut out of an order in which the classes are mixed."""
+    """A part of a source in TFDS's notation, such as 'train[:99%]', taken from a fixed random order of the examples.
+
+    Raises:
+        UserError: the notation is invalid, or the part is empty.
+    """
 
     def __init__(self, source: Source, split: str):
         import tensorflow_datasets as tfds
@@ -291,14 +319,18 @@ class Part:
         try:
             part, *more = tfds.core.ReadInstruction.from_spec(split).to_absolute({whole.name: whole})
         except (ValueError, AssertionError) as error:
-            raise UserError(f"split '{split}' is not as train[:99%] or train[1000:]: {first_line(error)}") from error
+            raise UserError(f"split '{split}' must be like train[:99%] or train[1000:]: {first_line(error)}") from error
         if more:
-            raise UserError(f"split '{split}': of a folder or of shards one part is taken, as train[:99%]")
+            raise UserError(f"split '{split}': a folder or tar shards can have only one part, such as train[:99%]")
         self._source = source
         self._indices = np.random.default_rng(0).permutation(len(source))[part.from_ : part.to]
         if not len(self._indices):
-            raise UserError(f"split '{split}' holds none of the {len(source)} images")
-        self.class_names, self.many_labels, self.judged = source.class_names, source.many_labels, source.judged
+            raise UserError(f"split '{split}' contains none of the {len(source)} images")
+        self.class_names, self.multi_label, self.eval_classes = (
+            source.class_names,
+            source.multi_label,
+            source.eval_classes,
+        )
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -311,19 +343,23 @@ class Part:
 
 
 class TfdsSource:
-    """A TFDS data set in ArrayRecord form, read without TensorFlow: features `image`, and `label` or `real_label`."""
+    """A TFDS data set in ArrayRecord format with features `image` and `label` or `real_label`, read without TensorFlow.
+
+    Raises:
+        UserError: the data set or split is missing, damaged, or does not have labelled images.
+    """
 
     def __init__(self, name: str, directory: str, split: str):
-        import tensorflow_datasets as tfds  # takes half a second: only where it is needed
+        import tensorflow_datasets as tfds  # imported here because the import takes half a second
 
         builder = _tfds_builder(name, directory)
         features = builder.info.features
-        self.many_labels = 'real_label' in features
-        self._field = 'real_label' if self.many_labels else 'label'
-        label: Any = features[self._field] if self._field in features else None  # noqa: SIM401 - no dict
-        label = getattr(label, 'feature', label)  # of a sequence
+        self.multi_label = 'real_label' in features
+        self._field = 'real_label' if self.multi_label else 'label'
+        label: Any = features[self._field] if self._field in features else None  # noqa: SIM401 - not a dict
+        label = getattr(label, 'feature', label)  # the label in a sequence of labels
         if 'image' not in features or not hasattr(label, 'names'):
-            raise UserError(f'{name} is no image classification: its features are {sorted(features)}')
+            raise UserError(f'{name} has no labelled images: its features are {sorted(features)}')
 
         def records(split: str) -> Sequence:
             return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
@@ -331,12 +367,12 @@ class TfdsSource:
         try:
             self._records = records(split)
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"{name} has no split '{split}' in ArrayRecord form: {first_line(error)}") from error
+            raise UserError(f"{name} has no split '{split}' in ArrayRecord format: {first_line(error)}") from error
         self.class_names = list(label.names)
         self._split = f'{name} {split}'
-        self.judged = None
-        if builder.name in SOME_CLASSES:
-            self.judged = tuple(sorted({int(record['label']) for record in records(split.split('[')[0])}))
+        self.eval_classes = None
+        if builder.name in SUBSET_DATASETS:
+            self.eval_classes = tuple(sorted({int(record['label']) for record in records(split.split('[')[0])}))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -350,9 +386,9 @@ class TfdsSource:
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f'{self.name(index)} cannot be read: {first_line(error)}') from error
         label, name = record[self._field], self.name(index)
-        if record.get('file_name'):  # as `prepare` stores it
+        if record.get('file_name'):  # stored by `prepare`
             name += f' ({os.fsdecode(record["file_name"])})'
-        return Example(record['image'], tuple(map(int, label)) if self.many_labels else int(label), name)
+        return Example(record['image'], tuple(map(int, label)) if self.multi_label else int(label), name)
 
 
 def _tfds_builder(name: str, directory: str):
@@ -362,20 +398,18 @@ def _tfds_builder(name: str, directory: str):
     if name in BUNDLED and not directory:
         return tfds.builder_from_directory(BUNDLED[name])
     if not directory:
-        raise UserError(f'data.dir is not set: say with --config.data.dir=DIR where {name} is on this machine')
+        raise UserError(f'data.dir is not set: set --config.data.dir=DIR to the folder of {name}')
     folder = local_path(directory)
     if not folder.is_dir():
-        raise UserError(
-            f'data.dir={directory} is not a folder: say with --config.data.dir=DIR where {name} is on this machine'
-        )
+        raise UserError(f'data.dir={directory} is not a folder: set --config.data.dir=DIR to the folder of {name}')
     try:
         builder = tfds.builder(name, data_dir=str(plain_path(folder)))
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"TFDS knows no data set '{name}', and there is none of that name in {directory}") from error
+        raise UserError(f"there is no data set '{name}' in {directory}, and TFDS does not know this name") from error
     except ParseError as error:
         raise UserError(f'the dataset_info.json of {name} in {directory} is damaged: {first_line(error)}') from error
     except (ValueError, AssertionError) as error:
-        raise UserError(f"'{name}' is no TFDS name, config or version: {first_line(error)}") from error
+        raise UserError(f"'{name}' is not a TFDS name, config or version: {first_line(error)}") from error
     if not builder.info.splits:
-        raise UserError(f'{directory} holds no prepared {name}: prepare it with TFDS, file_format=array_record')
+        raise UserError(f'{directory} does not contain {name}: prepare it with TFDS and file_format=array_record')
     return builder

@@ -21,14 +21,14 @@ class Accuracy(Evaluator):
     Attributes:
         mean, std: of each channel, of pixels in [0, 1].
         class_names: of the first outputs.
-        judged: the labels to choose among; None for all.
+        eval_classes: the labels to choose among; None for all.
         flip: average the logits with those of the mirrored image.
     """
 
     mean: Sequence[float]
     std: Sequence[float]
     class_names: Sequence[str] = ()
-    judged: Sequence[int] | None = None
+    eval_classes: Sequence[int] | None = None
     flip: bool = False
 
     def measure(self, model: ConvNeXt, batch: Batch) -> Measured:
@@ -42,8 +42,8 @@ class Accuracy(Evaluator):
         logits = model(images)
         if self.flip:
             logits = (logits + model(images[:, :, ::-1])) / 2
-        if self.judged is not None:
-            among = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(self.judged)].set(True)
+        if self.eval_classes is not None:
+            among = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(self.eval_classes)].set(True)
             logits = jnp.where(among, logits, -jnp.inf)
         labels, weights = batch['label'].reshape(len(logits), -1), batch['weight']
         log_shares = jax.nn.log_softmax(logits)

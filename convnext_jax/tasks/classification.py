@@ -119,7 +119,7 @@ class Classification(Task):
         data = self.config.data
         train = open_source(data.name, data.dir, data.train_split)
         evaluation = open_source(data.name, data.dir, data.eval_split)
-        if train.many_labels:
+        if train.multi_label:
             raise UserError(f'{data.name} has images of several labels or none: it is for evaluation')
         check_has_classes(train, f'split {data.train_split}')
         classes = len(train.class_names)
@@ -174,7 +174,7 @@ class Classification(Task):
 
     def evaluator(self, dataset: EvalImages) -> Accuracy:
         data, source = self.config.data, dataset.source
-        return Accuracy(data.mean, data.std, source.class_names, source.judged, self.config.eval.flip)
+        return Accuracy(data.mean, data.std, source.class_names, source.eval_classes, self.config.eval.flip)
 
     def assume_data(self) -> None:
         """As many classes as ImageNet-1k, where `model.num_classes` is 0."""

@@ -346,7 +346,7 @@ class Run(Program):
         }
         seconds_left = (self.durations.total_steps - step) * self.config.batch_size / metrics['images_per_second']
         log.train(step, self.durations.epoch(step), metrics, seconds_left)
-        for line in [*self.unreadable.news(), *stragglers]:
+        for line in [*self.unreadable.new_messages(), *stragglers]:
             log.say(line)
         skips = sum(metrics['skips_in_a_row'] > 0 for metrics in fetched)
         if skips:

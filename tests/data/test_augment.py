@@ -1,4 +1,4 @@
-"""Augmentation on the device: what it does to an image, and that each image draws for itself."""
+"""Augmentation on the device: its effect on an image, and independent draws for each image."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from convnext_jax.data.augment import augment, normalize, random_crop, random_erasing, random_flip
 from convnext_jax.errors import UserError
 
-PLAIN = {'mean': (0.0,), 'std': (1 / 255,)}  # normalising that leaves the pixels' values
+PLAIN = {'mean': (0.0,), 'std': (1 / 255,)}  # normalisation that does not change the pixel values
 PLAIN |= {'policy': '', 'color_jitter': 0.0, 'erasing': 0.0, 'erasing_mode': 'pixel'}
 
 
@@ -21,7 +21,7 @@ def noise(count, height=5, width=6, channels=3):
 
 
 def test_normalize_values():
-    """Published weights expect ImageNet's mean and std, channel by channel."""
+    """Published weights expect images normalised by the mean and std of each channel."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = noise(3)
     images[0, 0, 0], images[0, 0, 1] = 0, 255
@@ -33,7 +33,7 @@ def test_normalize_values():
 
 
 def test_flip_mirrors_left_to_right_half_the_time():
-    """Upside-down images, or a flip of the whole batch at once, train another model."""
+    """Images that are flipped vertically, or all at once, would train another model."""
     images = np.broadcast_to(noise(1), (1024, 5, 6, 3))
     flipped = np.asarray(random_flip(jnp.asarray(images), keys(1024)))
     mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
@@ -43,7 +43,7 @@ def test_flip_mirrors_left_to_right_half_the_time():
 
 
 def test_crop_shifts_and_fills_with_zeros():
-    """Every shift up to the padding, each equally often, the same in all channels."""
+    """Some shifts would be missing or more frequent, or the channels shifted differently."""
     image, padding, count = noise(1)[0], 2, 2500
     images = jnp.asarray(np.broadcast_to(image, (count, *image.shape)))
     cropped = np.asarray(random_crop(images, keys(count), padding))
@@ -57,7 +57,7 @@ def test_crop_shifts_and_fills_with_zeros():
 
 
 def test_flip_and_crop_are_independent():
-    """Flip and shift that share their bits always come in the same pairs."""
+    """A flip and a crop from one key would be correlated."""
     count = 9000
     images = np.zeros((count, 5, 5, 1), np.uint8)
     images[:, 2, 2], images[:, 2, 3] = 100, 200
@@ -70,8 +70,8 @@ def test_flip_and_crop_are_independent():
     assert np.abs(pairs - count / 18).max() < 5 * (count / 18) ** 0.5
 
 
-def test_what_an_image_draws_depends_on_its_key_alone():
-    """Gradient accumulation, sharding and another batch size would change the run."""
+def test_the_draw_of_an_image_depends_on_its_key_only():
+    """Gradient accumulation, sharding or another batch size would change the run."""
     images, draws = jnp.asarray(noise(32)), keys(32)
     run = jax.jit(lambda images, draws: augment(images, draws, flip=True, crop_padding=2, **PLAIN))
     out = np.asarray(run(images, draws))
@@ -84,24 +84,24 @@ def test_what_an_image_draws_depends_on_its_key_alone():
 
 @pytest.mark.parametrize(('flip', 'crop_padding'), [(False, 0), (True, 0), (False, 2)])
 def test_each_part_can_be_switched_off(flip, crop_padding):
-    """Digits must not be mirrored; `flip=False` that still flips is seen in no metric's name."""
+    """Digits must not be mirrored, and no metric would show an augmentation that cannot be switched off."""
     images = noise(64)
     out = np.asarray(augment(jnp.asarray(images), keys(64), flip=flip, crop_padding=crop_padding, **PLAIN)).round()
-    same = (out == images).all((1, 2, 3))
+    unchanged = (out == images).all((1, 2, 3))
     mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
     if flip:
-        assert (same | mirrored).all()
+        assert (unchanged | mirrored).all()
         assert mirrored.any()
     elif crop_padding:
         assert not mirrored.any()
-        assert not same.all()
+        assert not unchanged.all()
     else:
-        assert same.all()
+        assert unchanged.all()
 
 
 @pytest.mark.parametrize('changed', [{'policy': '3a'}, {'policy': 'rand-m9-mstd0.5-inc1'}, {'color_jitter': 0.4}])
-def test_policy_and_jitter_come_by_their_fields(changed):
-    """A field that does nothing leaves a run without the recipe's augmentation, and no metric says so."""
+def test_policy_and_jitter_are_switched_on_by_their_fields(changed):
+    """A field without effect would silently remove the augmentation of the recipe."""
     images = noise(32)
     run = jax.jit(lambda x, k: augment(x, k, flip=False, crop_padding=0, **PLAIN | changed))
     out = np.asarray(run(jnp.asarray(images), keys(32)))
@@ -114,42 +114,46 @@ def erased(mode, probability=1.0, count=2000):
     return out, (out != 7).any(-1)
 
 
-def test_erasing_takes_one_rectangle_of_the_published_area_and_aspect():
-    _, gone = erased('pixel')
+def test_erasing_overwrites_one_rectangle_of_the_published_area_and_aspect():
+    """Another distribution of rectangles would be another recipe."""
+    _, mask = erased('pixel')
     areas, aspects = [], []
-    for mask in gone:
-        ys, xs = np.nonzero(mask)
-        assert mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].all()
-        areas.append(mask.mean())
+    for one in mask:
+        ys, xs = np.nonzero(one)
+        assert one[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].all()
+        areas.append(one.mean())
         aspects.append((np.ptp(ys) + 1) / (np.ptp(xs) + 1))
     assert min(areas) > 0.01
     assert max(areas) < 0.36
     assert abs(np.mean(areas) - 0.17) < 0.02
     assert min(aspects) > 0.2
     assert max(aspects) < 4.5
-    covered = gone.mean(0)
-    assert covered.min() > 0, 'every pixel is erased now and then, the corners among them'
+    covered = mask.mean(0)
+    assert covered.min() > 0, 'every pixel is erased in some images, also the corners'
 
 
 @pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
-def test_what_comes_in_place_of_the_erased(mode):
-    out, gone = erased(mode)
-    values = out[gone]
+def test_the_values_of_erased_pixels(mode):
+    """The three modes would not differ, or the noise would have another scale than in the paper."""
+    out, mask = erased(mode)
+    values = out[mask]
     if mode == 'const':
         assert (values == 0).all()
         return
     assert abs(values.mean()) < 0.1
     assert abs(values.std() - 1) < 0.1
-    one = out[0][gone[0]]
-    assert len(np.unique(one[:, 0])) == (1 if mode == 'rand' else len(one))
-    assert len(np.unique(one[0])) == 3
+    first = out[0][mask[0]]
+    assert len(np.unique(first[:, 0])) == (1 if mode == 'rand' else len(first))
+    assert len(np.unique(first[0])) == 3
 
 
-def test_erasing_comes_by_its_probability_and_the_rest_stays():
-    _, gone = erased('pixel', probability=0.25)
-    assert abs(gone.any((1, 2)).mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+def test_erasing_changes_an_image_with_the_given_probability():
+    """Recipes erase a quarter of the images, not all."""
+    _, mask = erased('pixel', probability=0.25)
+    assert abs(mask.any((1, 2)).mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
 
 
-def test_an_unknown_way_of_erasing_is_refused():
+def test_an_unknown_erasing_mode_is_refused():
+    """A misspelt mode would silently use another one."""
     with pytest.raises(UserError, match="augment.erasing_mode must be 'pixel', 'rand' or 'const', not 'mean'"):
         erased('mean')

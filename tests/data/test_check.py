@@ -1,4 +1,4 @@
-"""Images of the evaluation that cannot be read are found before the first step."""
+"""The check that finds unreadable evaluation images before the first step."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_jax.data.check import SHOWN, describe_unreadable, find_unreadable
+from convnext_jax.data.check import MAX_NAMED, describe_unreadable, find_unreadable
 from convnext_jax.data.labelled_images import EvalImages
 from convnext_jax.data.sources import FolderSource
 
@@ -20,7 +20,7 @@ def encoded(kind='jpeg', size=(60, 40), mode='RGB'):
 
 @pytest.fixture
 def folder(tmp_path):
-    """80 images of two classes, of several formats; what a test adds sorts behind them."""
+    """80 images of two classes, in several formats."""
     for name in ('ant', 'bee'):
         (tmp_path / 'val' / name).mkdir(parents=True)
     images = [encoded(), encoded('png'), encoded(mode='CMYK'), encoded(mode='L')]
@@ -39,7 +39,7 @@ def unreadable(folder, process=0, processes=1, waiting=lambda seconds, name: Non
 
 
 def test_every_kind_of_unreadable_image_is_found(folder):
-    """One of them would end the run at its first evaluation, after an epoch that was paid for."""
+    """An unreadable image would end the run at its first evaluation, after an expensive epoch."""
     assert unreadable(folder) == {}
     broken = {
         'ant/01.jpg': b'',
@@ -55,21 +55,22 @@ def test_every_kind_of_unreadable_image_is_found(folder):
     found = unreadable(folder)
     assert found.keys() == {*broken, 'bee/50.jpg'}
     assert all(name in error for name, error in found.items())
-    assert 'too thin' in found['bee/79.jpg']
+    assert 'too narrow' in found['bee/79.jpg']
 
 
-def test_each_of_several_processes_checks_its_part(folder):
-    """Each would wait for the others in as many parts, and an image that nobody checks would end the job later."""
+def test_several_processes_share_the_images(folder):
+    """An image that no process checks would end the job later."""
     for name in ('ant/00.jpg', 'ant/20.jpg', 'bee/47.jpg', 'bee/79.jpg'):
         (folder / 'val' / name).write_bytes(b'')
     parts = [unreadable(folder, process, 3) for process in range(3)]
     assert [sorted(part) for part in parts] == [['ant/00.jpg'], ['ant/20.jpg', 'bee/79.jpg'], ['bee/47.jpg']]
 
 
-def test_a_few_are_named_and_all_are_counted():
-    errors = {index: f'image {index} is damaged' for index in range(SHOWN + 2)}
+def test_the_message_names_a_few_images_and_counts_all():
+    """A message with thousands of names would be unreadable."""
+    errors = {index: f'image {index} is damaged' for index in range(MAX_NAMED + 2)}
     line = describe_unreadable(errors, 100, 'val')
-    assert line.startswith(f'{SHOWN + 2} of the 100 images of val cannot be read: image 0 is damaged; image 1')
-    assert f'image {SHOWN} ' not in line
+    assert line.startswith(f'{MAX_NAMED + 2} of the 100 images of val cannot be read: image 0 is damaged; image 1')
+    assert f'image {MAX_NAMED} ' not in line
     assert 'and 2 more. Remove or replace them' in line
     assert 'more' not in describe_unreadable({3: 'image 3 is damaged'}, 100, 'val').replace('Remove', '')

@@ -1,4 +1,4 @@
-"""Labels and heads are matched by class name, and by position only where there are no names, with a word."""
+"""The matching of classes by name, and with a message by position if there are no names."""
 
 import unicodedata
 
@@ -8,7 +8,9 @@ from convnext_jax.data.class_names import kept_outputs, match_names, outputs_of_
 from convnext_jax.errors import UserError
 
 UNNAMED = 'the weights have no class names'
-KEPT = 'the head is kept, and classes are matched by position: {} (--config.init.head=new starts a new one)'
+KEPT = (
+    'the head is kept, and classes are matched by position, because {} (--config.init.head=new initialises a new head)'
+)
 NEW = 'the head is newly initialised: '
 SYNSETS = ['n01440764', 'n01443537', 'n01484850']
 WORDS = ['tench, Tinca tinca', 'goldfish, Carassius auratus', 'great white shark']
@@ -20,14 +22,18 @@ WORDS = ['tench, Tinca tinca', 'goldfish, Carassius auratus', 'great white shark
         (['ant', 'bee'], ['ant', 'bee'], [0, 1]),
         (['bee', 'cat'], ['ant', 'bee', 'cat'], [1, 2]),
         (['ant', 'bee'], ['bee', 'ant'], [1, 0]),
-        (['1', '2'], ['0', '1', '2'], [1, 2]),  # digits are names where both have them
-        (['crane', 'crane'], ['crane', 'crane'], [0, 1]),  # ImageNet's two, where the lists agree
+        (['1', '2'], ['0', '1', '2'], [1, 2]),  # numbers are names if both lists have numbers
+        (
+            ['crane', 'crane'],
+            ['crane', 'crane'],
+            [0, 1],
+        ),  # ImageNet has two classes with this name; equal lists need no matching
         ([unicodedata.normalize('NFD', 'żubr')], ['ant', 'żubr'], [1]),  # a folder copied from a Mac
         (SYNSETS[1:], SYNSETS, [1, 2]),
     ],
 )
 def test_outputs_follow_names(data, model, expected):
-    """By position a data set that lacks a class, or lists its classes in another order, is scored wrongly."""
+    """Matched by position, a data set that lacks a class or has another order would get a wrong accuracy."""
     assert outputs_of_classes(data, model, len(model)) == (expected, '')
     assert match_names(data, model, 'train') == expected
 
@@ -41,12 +47,12 @@ def test_outputs_follow_names(data, model, expected):
         (SYNSETS, WORDS, 'the data names its classes n01440764, …, the weights tench, Tinca tinca, …'),
     ],
 )
-def test_positions_are_trusted_with_a_word_where_there_are_no_names(data, model, why):
-    """Published ImageNet weights have words or no names for classes that data sets call by WordNet ids."""
+def test_classes_without_names_are_matched_by_position_with_a_message(data, model, why):
+    """Published ImageNet weights, with English names or none, could not be used with data sets with WordNet ids."""
     outputs, note = outputs_of_classes(data, model, 3)
     assert outputs == [0, 1, 2]
     assert note == (
-        f'classes are matched by position, class 0 ({data[0]}) to output 0: {why} '
+        f'classes are matched by position, class 0 ({data[0]}) to output 0, because {why} '
         '(classes of the data: 3, outputs of the model: 3)'
     )
     kept, note = kept_outputs(data, 3, model, 3)
@@ -60,19 +66,19 @@ def test_positions_are_trusted_with_a_word_where_there_are_no_names(data, model,
         (list('abcdefgh'), list('stuvwxyz'), 8, 'the model lacks these classes: a, b, c, d, e and 3 more'),
         (['0', '1', '5'], ['0', '1', '2'], 3, 'the model lacks these classes: 5'),
         (['crane'], ['crane', 'heron', 'crane'], 3, 'several classes are called crane'),
-        (['ant', 'bee', 'cat'], None, 2, 'the data has 3 classes, and the model 2 outputs'),
+        (['ant', 'bee', 'cat'], None, 2, 'the data has 3 classes, but the model has only 2 outputs'),
         (SYNSETS[1:], WORDS, 3, 'the model lacks these classes: n01443537'),
         (
             ['0', '1', '10', '11'],
             [f'LABEL_{i}' for i in range(4)],
             4,
             'the model lacks',
-        ),  # LABEL_10?
-        (WORDS, SYNSETS, 3, 'the model lacks'),  # words in the order of the alphabet, perhaps
+        ),  # '10' might be LABEL_10 or LABEL_2
+        (WORDS, SYNSETS, 3, 'the model lacks'),  # the words may be in alphabetical order
     ],
 )
 def test_classes_that_cannot_be_matched_are_refused(data, model, outputs, message):
-    """A guess would be a wrong accuracy with exit status 0."""
+    """A guess would silently give a wrong accuracy."""
     with pytest.raises(UserError, match=f'^{message}'):
         outputs_of_classes(data, model, outputs)
 
@@ -109,12 +115,13 @@ def test_classes_that_cannot_be_matched_are_refused(data, model, outputs, messag
         ),
     ],
 )
-def test_a_row_of_the_head_follows_its_name(new, old, kept, note):
-    """Rows of other classes start from a loss far above ln(classes), and nobody sees why."""
+def test_the_head_keeps_the_outputs_of_known_classes(new, old, kept, note):
+    """With the weights of other classes, training would start from a loss far above ln(classes)."""
     assert kept_outputs(new, len(new), old, 2 if old is None else len(old)) == (kept, note)
 
 
-def test_outputs_beyond_the_names_are_newly_initialised():
+def test_outputs_without_names_are_newly_initialised():
+    """They would get the weights of unrelated classes."""
     kept, note = kept_outputs(['ant', 'dog'], 4, ['ant', 'bee'], 2)
     assert kept == [0, -1, -1, -1]
     assert note == 'the head keeps 1 of 2 classes by their names; newly initialised: dog, 2 outputs without a class'

@@ -1,4 +1,4 @@
-"""Colour jitter and three-augment on the device, with Pillow as judge."""
+"""Colour jitter and three-augment on the device, compared with Pillow."""
 
 import itertools
 
@@ -21,7 +21,7 @@ from convnext_jax.data.color import (
 from convnext_jax.data.pillow_arithmetic import gaussian_blur
 from tests.data.test_randaugment import photos  # noqa: F401 - a fixture
 
-ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]  # by number of the kind
+ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]  # indexed by kind
 
 run_adjust = jax.jit(adjust)
 run_blur = jax.jit(gaussian_blur)
@@ -39,16 +39,16 @@ def keys(count, seed=0):
 
 @pytest.mark.parametrize('factor', [0.0, 0.6, 1.0, 1.31, 2.0])
 @pytest.mark.parametrize('kind', range(3))
-def test_adjusting_equals_pillow_to_a_grey_level(photos, kind, factor):  # noqa: F811
-    """Another saturation or contrast than torchvision's on PIL images is another recipe."""
+def test_adjust_differs_from_pillow_by_at_most_1(photos, kind, factor):  # noqa: F811
+    """Another saturation or contrast than torchvision's would be another recipe."""
     ours = run_adjust(photos, jnp.full(len(photos), kind), jnp.full(len(photos), factor))
     theirs = [ENHANCERS[kind](Image.fromarray(image)).enhance(factor) for image in photos]
     assert difference(ours, theirs).max() <= 1
     assert difference(ours, theirs).mean() < 0.02
 
 
-def test_jitter_equals_pillow_by_the_drawn_order_and_factors(photos):  # noqa: F811
-    """The order matters: what brightness cuts off at 255, contrast cannot bring back."""
+def test_jitter_equals_pillow_with_the_drawn_order_and_factors(photos):  # noqa: F811
+    """The order matters, because each adjustment clips at 255."""
     images = np.concatenate([photos] * 8)
     draws = keys(len(images))
     ours = run_jitter(images, draws, strength=0.4)
@@ -62,31 +62,32 @@ def test_jitter_equals_pillow_by_the_drawn_order_and_factors(photos):  # noqa: F
     assert difference(ours, theirs).mean() < 0.02
 
 
-@pytest.mark.parametrize(('strength', 'least', 'most'), [(0.3, 0.7, 1.3), (1.5, 0.0, 2.5)])
-def test_jitter_draws_every_order_and_factors_over_the_whole_range(strength, least, most):
-    """A jitter that is weaker than asked for, or always in one order, is seen in no loss."""
+@pytest.mark.parametrize(('strength', 'low', 'high'), [(0.3, 0.7, 1.3), (1.5, 0.0, 2.5)])
+def test_jitter_draws_every_order_and_factors_over_the_whole_range(strength, low, high):
+    """No metric would show a jitter that is too weak or always in one order."""
     count = 6000
     order, factors = jax.vmap(lambda key: _draw_jitter(key, strength))(keys(count))
     found = [int((np.asarray(order) == permutation).all(1).sum()) for permutation in itertools.permutations(range(3))]
     assert sum(found) == count
     assert np.abs(np.asarray(found) - count / 6).max() < 5 * (count / 6) ** 0.5
     factors = np.asarray(factors)
-    assert least <= factors.min() < least + 0.01
-    assert most - 0.01 < factors.max() <= most
-    assert np.abs(factors.mean(0) - (least + most) / 2).max() < 5 * (most - least) / (12 * count) ** 0.5
+    assert low <= factors.min() < low + 0.01
+    assert high - 0.01 < factors.max() <= high
+    assert np.abs(factors.mean(0) - (low + high) / 2).max() < 5 * (high - low) / (12 * count) ** 0.5
     assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 5 / count**0.5
 
 
 @pytest.mark.parametrize('radius', [0.1, 0.3, 0.7, 1.0, 1.37, 1.9, 2.0])
-def test_blur_equals_pillow_to_a_grey_level(photos, radius):  # noqa: F811
+def test_blur_differs_from_pillow_by_at_most_1(photos, radius):  # noqa: F811
+    """Another blur would be another recipe than DeiT III's."""
     ours = run_blur(photos, jnp.full(len(photos), radius))
     theirs = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)) for image in photos]
     assert difference(ours, theirs).max() <= 1
     assert difference(ours, theirs).mean() < 0.02
 
 
-def test_three_augment_gives_each_image_the_one_it_drew(photos):  # noqa: F811
-    """A blur that leaks into the solarized images, or grey by other weights, is not DeiT III's recipe."""
+def test_three_augment_applies_the_drawn_operation_to_each_image(photos):  # noqa: F811
+    """An image with the wrong operation, or two of them, would be another recipe than DeiT III's."""
     images = np.concatenate([photos] * 4)
     draws = keys(len(images))
     choice, radius = jax.vmap(_draw_three)(draws)
@@ -104,7 +105,8 @@ def test_three_augment_gives_each_image_the_one_it_drew(photos):  # noqa: F811
     assert difference(run_three(images, draws), theirs).max() <= 1
 
 
-def test_three_augment_draws_even_odds_and_radii_of_deit():
+def test_three_augment_draws_uniformly():
+    """Other probabilities or blur radii would be another recipe than DeiT III's."""
     count = 6000
     choice, radius = jax.vmap(_draw_three)(keys(count))
     assert np.abs(np.bincount(np.asarray(choice)) - count / 3).max() < 5 * (count / 3) ** 0.5
@@ -114,8 +116,8 @@ def test_three_augment_draws_even_odds_and_radii_of_deit():
 
 
 @pytest.mark.parametrize('run', [run_three, lambda images, keys: run_jitter(images, keys, strength=0.4)])
-def test_what_an_image_draws_depends_on_its_key_alone(photos, run):  # noqa: F811
-    """Gradient accumulation, sharding and another batch size would change the run."""
+def test_the_draw_of_an_image_depends_on_its_key_only(photos, run):  # noqa: F811
+    """Gradient accumulation, sharding or another batch size would change the run."""
     draws = keys(6)
     out = np.asarray(run(photos, draws))
     order = np.asarray([3, 1, 0, 5, 4, 2])
@@ -123,8 +125,8 @@ def test_what_an_image_draws_depends_on_its_key_alone(photos, run):  # noqa: F81
     assert (np.asarray(run(photos, keys(6, seed=1))) != out).any()
 
 
-def test_grey_images_are_taken(photos):  # noqa: F811
-    """Fashion-MNIST has one channel."""
+def test_greyscale_images_are_supported(photos):  # noqa: F811
+    """The recipes would fail for Fashion-MNIST, which has one channel."""
     grey = photos[:, :, :, :1]
     assert run_three(grey, keys(6)).shape == grey.shape
     assert run_jitter(grey, keys(6), strength=0.4).shape == grey.shape

@@ -1,4 +1,4 @@
-"""Bytes to pixels: every kind of file that data sets hold, the evaluation resize, and the training crop."""
+"""Image decoding: file formats and modes, the evaluation resize, and the training crop."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def noise(width, height, seed=0):
 
 
 def with_palette(alpha):
-    """A palette image of COLOUR; with `alpha` the palette has an opacity for each entry."""
+    """A palette image of COLOUR; with `alpha` all entries of the palette have this opacity."""
     image = Image.new('RGB', (9, 7), COLOUR).convert('P', palette=Image.Palette.ADAPTIVE)
     if alpha is not None:
         image.info['transparency'] = bytes([alpha] * 256)
@@ -45,7 +45,7 @@ def solid(mode, value):
     return Image.new(mode, (9, 7), value)
 
 
-MODES = {  # an image of each Pillow mode and its RGB value; of transparency nothing is seen, as in timm and torchvision
+MODES = {  # an image of each Pillow mode and its RGB value; transparency is dropped, as in timm and torchvision
     '1': (solid('1', 1), (255, 255, 255)),
     'L': (solid('L', 90), (90, 90, 90)),
     'LA': (solid('LA', (90, 40)), (90, 90, 90)),
@@ -66,7 +66,7 @@ MODES = {  # an image of each Pillow mode and its RGB value; of transparency not
     'F': (solid('F', 0.25), (64, 64, 64)),
 }
 LOSSLESS = {'WEBP': {'lossless': True, 'exact': True}, 'JPEG': {'quality': 95, 'subsampling': 0}}
-OWN_CONVERSION = {  # modes that Pillow changes when it saves: the file holds another image
+OWN_CONVERSION = {  # modes that Pillow changes when it saves a file in this format
     ('JPEG2000', 'I;16B'),
     *(('WEBP', mode) for mode in ('I;16', 'I;16B', 'F', 'La', 'RGBa')),
     *(('GIF', mode) for mode in ('I;16', 'I;16B', 'F', 'LA', 'RGBA', 'P with transparency')),
@@ -76,9 +76,9 @@ OWN_CONVERSION = {  # modes that Pillow changes when it saves: the file holds an
 
 @pytest.mark.parametrize('mode', MODES)
 def test_every_kind_of_file_gives_its_colour(mode):
-    """Users hold scans of 16 bits, palettes, CMYK; white, black or inverted images among them go unseen for long.
+    """16-bit scans, palette or CMYK images would silently become white, black or inverted.
 
-    Training, evaluation and prediction must see the same.
+    Training, evaluation and prediction must get equal pixels.
     """
     image, rgb = MODES[mode]
     grey = round(np.dot(rgb, (0.299, 0.587, 0.114)))
@@ -87,7 +87,7 @@ def test_every_kind_of_file_gives_its_colour(mode):
         with contextlib.suppress(OSError, ValueError):  # a format without this mode
             if (form, mode) not in OWN_CONVERSION:
                 files[form] = encoded(image, form, **LOSSLESS.get(form, {}))
-    assert files or mode in ('La', 'RGBa', 'RGBX', 'HSV'), 'no format holds it'
+    assert files or mode in ('La', 'RGBa', 'RGBX', 'HSV'), 'no format supports this mode'
     for form, data in files.items():
         for channels, expected in {3: rgb, 1: grey}.items():
             pixels = np.asarray(decode(data, channels, 'x'), np.int32)
@@ -103,19 +103,19 @@ def test_every_kind_of_file_gives_its_colour(mode):
 
 @pytest.mark.parametrize(('low', 'high'), [(0, 20000), (45000, 65535), (0, 65535)])
 @pytest.mark.parametrize('form', ['PNG', 'TIFF', 'PPM', 'JPEG2000'])
-def test_sixteen_bits_become_eight_by_their_range(form, low, high):
-    """Pillow's conversion makes all values above 255 white: X-rays and scans would train as blank sheets."""
+def test_16_bit_images_are_scaled_to_8_bits(form, low, high):
+    """Pillow's conversion clips at 255: X-rays and scans would become white."""
     values = np.random.default_rng(0).integers(low, high, (40, 40), dtype=np.uint16)
     data = encoded(Image.fromarray(values), form, **({'irreversible': False} if form == 'JPEG2000' else {}))
     np.testing.assert_array_equal(decode(data, 1, 'x'), np.round(values / 257).astype(np.uint8))
     np.testing.assert_array_equal(np.asarray(decode(data, 3, 'x'))[:, :, 1], decode(data, 1, 'x'))
 
 
-def test_tiffs_of_twelve_bits_and_of_ink():
-    """Microscopes write 12 bits, scanners the amount of black: both train as near-black or inverted images."""
+def test_tiffs_with_12_bits_or_inverted_values():
+    """Images from microscopes (12 bits) would be almost black, and those from some scanners inverted."""
     values = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
-    ink = encoded(Image.fromarray(values), 'TIFF', tiffinfo={262: 0})
-    np.testing.assert_array_equal(decode(ink, 1, 'x'), 255 - np.round(values / 257).astype(np.uint8))
+    inverted = encoded(Image.fromarray(values), 'TIFF', tiffinfo={262: 0})
+    np.testing.assert_array_equal(decode(inverted, 1, 'x'), 255 - np.round(values / 257).astype(np.uint8))
     twelve = Image.open(io.BytesIO(encoded(Image.fromarray(values // 16), 'TIFF')))
     twelve.load()
     twelve.tag_v2[258] = (12,)
@@ -123,7 +123,7 @@ def test_tiffs_of_twelve_bits_and_of_ink():
 
 
 def test_a_damaged_avif_is_one_line():
-    """Pillow's AVIF reader raises RuntimeError, and the user saw a traceback that does not name the file."""
+    """Pillow's AVIF reader raises RuntimeError: users would get a traceback without the file name."""
     data = encoded(photograph(40, 30), 'AVIF')
     start = data.index(b'mdat') + 4
     with pytest.raises(UserError, match='^photo.avif cannot be decoded as an image'):
@@ -131,20 +131,22 @@ def test_a_damaged_avif_is_one_line():
 
 
 def test_deep_pixels_of_unknown_range_are_refused():
-    """Integers of 32 bits may end at 255, at 4095 or at 65535: a guess would be wrong without a word."""
+    """The maximum of 32-bit integers may be 255, 4095 or 65535: a guess would silently be wrong."""
     integers = encoded(Image.fromarray(np.arange(12, dtype=np.int32).reshape(3, 4)), 'TIFF')
-    with pytest.raises(UserError, match='scan.tif cannot be decoded as an image: its pixels are integers of unkn'):
+    with pytest.raises(
+        UserError, match='scan.tif cannot be decoded as an image: its pixel values are 32-bit integers of'
+    ):
         decode(integers, 3, 'scan.tif')
     for wrong in (200.0, -0.1, np.nan):
         floats = encoded(Image.fromarray(np.full((3, 4), wrong, np.float32)), 'TIFF')
-        with pytest.raises(UserError, match='its float pixels are not all from 0 to 1'):
+        with pytest.raises(UserError, match=r'its float pixel values are outside \[0, 1\]'):
             decode(floats, 3, 'scan.tif')
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
 def test_photographs_are_upright(form, orientation):
-    """Phones store pixels lying down and say so: trained one way and predicted the other, nothing is recognised."""
+    """Phones store rotated pixels with an EXIF orientation: without it, photographs would be used sideways."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     photo = photograph(300, 200)
@@ -159,30 +161,38 @@ def test_photographs_are_upright(form, orientation):
     assert np.abs(train_crop(data, 64, **options).astype(int) - expected).mean() < (1 if form == 'JPEG' else 1e-9)
 
 
-def test_damaged_exif_data_leave_the_image_whole():
-    """A camera's odd metadata must not make a photograph unreadable that trained before."""
+def test_damaged_exif_data_do_not_make_an_image_unreadable():
+    """Wrong metadata from a camera would make valid photographs unreadable."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     whole = encoded(photograph(80, 60), 'JPEG', exif=exif)
     start = whole.index(b'Exif\0\0') + 6
-    for place, value in ((0, b'XX'), (2, b'\xff\xff'), (4, b'\xff\xff\xff\x7f'), (10, b'\xff\xff'), (18, b'\x63\x00')):
-        data = whole[: start + place] + value + whole[start + place + len(value) :]
+    for position, value in (
+        (0, b'XX'),
+        (2, b'\xff\xff'),
+        (4, b'\xff\xff\xff\x7f'),
+        (10, b'\xff\xff'),
+        (18, b'\x63\x00'),
+    ):
+        data = whole[: start + position] + value + whole[start + position + len(value) :]
         assert decode(data, 3, 'x').size in ((80, 60), (60, 80))
         assert train_crop(data, 32, channels=3, scale=(0.3, 1.0), seed=(0,)).shape == (32, 32, 3)
 
 
-def test_formats_are_told_by_content_and_postscript_is_not_run():
-    """A file called .jpg may hold anything; Pillow hands PostScript to Ghostscript, a program."""
+def test_the_content_determines_the_format_and_postscript_is_refused():
+    """A file .jpg may have any content, and Pillow would start Ghostscript for PostScript."""
     frames = [Image.new('RGB', (9, 7), colour) for colour in (COLOUR, (0, 255, 0))]
     moving = encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])
     assert np.abs(np.asarray(decode(moving, 3, 'x'), int) - COLOUR).max() <= 3
-    with pytest.raises(UserError, match='poster.jpg cannot be decoded as an image: it is none of JPEG, PNG, .*, AVIF'):
+    with pytest.raises(
+        UserError, match='poster.jpg cannot be decoded as an image: its format is none of JPEG, PNG, .*, AVIF'
+    ):
         decode(encoded(frames[0], 'EPS'), 3, 'poster.jpg')
 
 
 @pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP', 'BMP'])
 def test_truncated_bytes_name_the_image(form):
-    """Half a download must not train as a half-grey image, nor end in a traceback without its name."""
+    """An incomplete download would be used as a half-grey image, or give a traceback without its name."""
     data = encoded(noise(40, 30), form)
     for part in (data[:0], data[:10], data[: len(data) // 2], data[:-40]):
         with pytest.raises(UserError, match='^train/dog/7.jpg cannot be decoded as an image: .') as error:
@@ -190,20 +200,21 @@ def test_truncated_bytes_name_the_image(form):
         assert '\n' not in str(error.value)
 
 
-def test_other_files_name_themselves():
-    with pytest.raises(UserError, match='notes.jpg cannot be decoded as an image: it is none of JPEG, '):
+def test_a_file_that_is_not_an_image_is_named():
+    """The user could not find the file without its name."""
+    with pytest.raises(UserError, match='notes.jpg cannot be decoded as an image: its format is none of JPEG, '):
         decode(b'<html>Not found</html>' * 100, 3, 'notes.jpg')
 
 
-def test_enormous_image_names_itself(monkeypatch):
-    """Pillow refuses images above a limit, by an error that is neither an OSError nor a ValueError."""
+def test_an_enormous_image_is_named(monkeypatch):
+    """Pillow's error for images above its limit is neither an OSError nor a ValueError."""
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     with pytest.raises(UserError, match='poster.png cannot be decoded as an image'):
         decode(encoded(noise(40, 30), 'PNG'), 3, 'poster.png')
 
 
 def eval_resize_by_pillow(image, size, crop_pct):
-    """torchvision's, but for an odd margin: the smaller half is at the left and top, as in Hugging Face's."""
+    """As torchvision, except that the smaller half of an odd margin is left or top, as in Hugging Face's processor."""
     if size >= 384:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     (width, height), shorter = image.size, int(size / crop_pct)
@@ -230,25 +241,27 @@ def eval_resize_by_pillow(image, size, crop_pct):
         ((450, 600), 383, 0.875),
         ((450, 600), 384, 0.875),
         ((450, 300), 448, 1.0),
-        # 256 · 147 / 98 is 384, and 147 · (256 / 98) is not quite
+        # 256 · 147 / 98 is 384, but 147 · (256 / 98) is slightly less
         ((147, 98), 224, 0.875),
         ((196, 343), 224, 0.875),
     ],
 )
-def test_eval_resize_is_the_references(sides, size, crop_pct):
-    """A pixel or a filter beside it costs tenths of a percent of the published accuracies."""
+def test_eval_resize_equals_the_references(sides, size, crop_pct):
+    """A shift by one pixel or another filter would cost tenths of a percent of the published accuracies."""
     image = noise(*sides)
     pixels = eval_resize(image, size, crop_pct)
     assert (pixels.shape, pixels.dtype) == ((size, size, 3), np.uint8)
     np.testing.assert_array_equal(pixels, eval_resize_by_pillow(image, size, crop_pct))
 
 
-def test_eval_resize_of_the_same_size_leaves_the_pixels():
+def test_eval_resize_does_not_change_an_image_of_the_final_size():
+    """Small images, such as Fashion-MNIST's, would be blurred."""
     image = noise(28, 28)
     np.testing.assert_array_equal(eval_resize(image, 28, 1.0), image)
 
 
-def test_grey_images_keep_a_channel_axis():
+def test_greyscale_images_have_a_channel_axis():
+    """Models with one input channel could not be trained."""
     image = noise(50, 40).convert('L')
     assert eval_resize(image, 32, 0.875).shape == (32, 32, 1)
     assert eval_resize(image, 400, 0.875).shape == (400, 400, 1)
@@ -261,7 +274,7 @@ WIDTH, HEIGHT = 200, 120
 
 
 def crops(width, height, scale, count):
-    """Left, top, width and height of random crops, read off an image whose colours are its coordinates."""
+    """Left, top, width and height of random crops, measured in an image whose colours are its coordinates."""
     y, x = np.mgrid[:height, :width].astype(np.uint8)
     image, size = encoded(Image.fromarray(np.stack([x, y, 0 * x], -1)), 'BMP'), 32
     for number in range(count):
@@ -272,17 +285,17 @@ def crops(width, height, scale, count):
         yield columns[15:17].mean() + 0.5 - w / 2, rows[15:17].mean() + 0.5 - h / 2, w, h
 
 
-def test_train_crop_draws_area_ratio_and_place_evenly():
-    """Another distribution of crops is another recipe: the published accuracies are out of reach."""
-    count = 4000  # tells a log-uniform ratio from a uniform one
+def test_train_crop_has_the_right_distribution_of_area_ratio_and_position():
+    """With another distribution of crops, the published accuracies could not be reached."""
+    count = 4000  # enough to distinguish a log-uniform ratio from a uniform one
     left, top, w, h = np.array(list(crops(WIDTH, HEIGHT, (0.1, 0.4), count))).T
     quarters = np.array([0.25, 0.5, 0.75])
 
-    def check_uniform(values, least, most):
+    def check_uniform(values, low, high):
         tolerance = 5 * 0.5 / count**0.5
-        np.testing.assert_allclose((np.quantile(values, quarters) - least) / (most - least), quarters, atol=tolerance)
-        assert values.min() > least - 0.1 * (most - least)
-        assert values.max() < most + 0.1 * (most - least)
+        np.testing.assert_allclose((np.quantile(values, quarters) - low) / (high - low), quarters, atol=tolerance)
+        assert values.min() > low - 0.1 * (high - low)
+        assert values.max() < high + 0.1 * (high - low)
 
     check_uniform(w * h / (WIDTH * HEIGHT), 0.1, 0.4)
     check_uniform(np.log(w / h), np.log(3 / 4), np.log(4 / 3))
@@ -295,20 +308,21 @@ def test_train_crop_draws_area_ratio_and_place_evenly():
     ('width', 'height', 'box'), [(240, 12, (112, 0, 128, 12)), (12, 240, (0, 112, 12, 128)), (1, 90, (0, 44, 1, 45))]
 )
 def test_train_crop_falls_back_to_the_centre(width, height, box):
-    """A panorama fits no crop of an allowed ratio: it must give its middle, not an error or a squashed whole."""
+    """A panorama, in which no crop of an allowed ratio fits, would give an error or a distorted image."""
     image = noise(width, height)
     pixels = train_crop(encoded(image, 'PNG'), 32, channels=3, scale=(1.0, 1.0), seed=(0,))
     np.testing.assert_array_equal(pixels, image.crop(box).resize((32, 32), Image.Resampling.BICUBIC))
 
 
-def test_resize_squashes_the_whole_image():
-    """Small centred images (the demo's) are trained on whole; what has the size already stays as it is."""
+def test_resize_ignores_the_aspect_ratio():
+    """The demo trains on whole images; images of the final size must not be changed."""
     small, wide = noise(28, 28), noise(40, 20)
     np.testing.assert_array_equal(resize(small, 28), small)
     np.testing.assert_array_equal(resize(wide, 28), wide.resize((28, 28), Image.Resampling.BICUBIC))
 
 
-def test_train_crop_follows_its_seed():
+def test_train_crop_depends_on_its_seed():
+    """A resumed run would get other crops."""
     image = encoded(noise(50, 40), 'PNG')
     first, again, other = (train_crop(image, 16, channels=3, scale=(0.1, 1.0), seed=(seed,)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -316,7 +330,7 @@ def test_train_crop_follows_its_seed():
 
 
 def photograph(width, height, seed=0):
-    """Noise as photographs are: its power falls with the frequency, and the channels go together."""
+    """Noise like a photograph: its power falls with the frequency, and the channels are correlated."""
     rng = np.random.default_rng(seed)
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     power = np.maximum(np.hypot(down, across), 1 / max(width, height)) ** -1.5
@@ -327,7 +341,7 @@ def photograph(width, height, seed=0):
 
 
 def difference(data, size, seed, channels=3):
-    """Mean difference in grey levels between the fast crop and Pillow's."""
+    """Mean difference of the pixel values between the fast crop and Pillow's."""
     options = {'channels': channels, 'scale': (0.3, 1.0), 'seed': (seed,)}
     fast = train_crop(data, size, **options)
     return np.abs(fast.astype(int) - train_crop(data, size, exact=True, **options)).mean()
@@ -338,21 +352,21 @@ def difference(data, size, seed, channels=3):
     [
         ((500, 375), 224, 0.4),
         ((375, 500), 384, 0.4),  # enlarged
-        ((901, 700), 96, 1.0),  # decoded at a half
-        ((1801, 1500), 96, 1.0),  # at a quarter
-        ((3001, 2303), 64, 1.0),  # at an eighth
+        ((901, 700), 96, 1.0),  # decoded at 1/2
+        ((1801, 1500), 96, 1.0),  # decoded at 1/4
+        ((3001, 2303), 64, 1.0),  # decoded at 1/8
     ],
 )
-def test_fast_crop_is_pillow_s(sides, size, bound, monkeypatch):
-    """A softer or shifted image than the one that the recipe was tuned on costs accuracy that nobody can explain."""
+def test_the_fast_crop_is_close_to_pillow(sides, size, bound, monkeypatch):
+    """Blurred or shifted crops would cost accuracy."""
     data = encoded(photograph(*sides), 'JPEG', quality=92)
     assert np.mean([difference(data, size, seed) for seed in range(5)]) < bound
     monkeypatch.setattr(decode_module, 'decode', None)
-    train_crop(data, size, channels=3, scale=(0.3, 1.0), seed=(0,))  # and does not go by Pillow in secret
+    train_crop(data, size, channels=3, scale=(0.3, 1.0), seed=(0,))  # without Pillow's decoder
 
 
-def test_fast_crop_of_grey_and_coloured_jpegs():
-    """Grey ImageNet photographs train as RGB, and a set of colour photographs may be trained on in grey."""
+def test_fast_crop_converts_between_greyscale_and_colour():
+    """Greyscale images of ImageNet are used as RGB, and colour images may be used as greyscale."""
     photo = photograph(200, 150)
     assert difference(encoded(photo.convert('L'), 'JPEG'), 64, 0, channels=3) < 0.4
     assert difference(encoded(photo.convert('L'), 'JPEG'), 64, 0, channels=1) < 0.4
@@ -360,15 +374,15 @@ def test_fast_crop_of_grey_and_coloured_jpegs():
 
 
 def test_fast_crop_without_the_fast_filter(monkeypatch):
-    """There is none for ARM processors under Linux: the pixels must be the same there but for rounding."""
+    """The filter is not available on Linux with ARM processors: pixels may differ there only by rounding."""
     data, options = encoded(photograph(500, 375), 'JPEG'), {'channels': 3, 'scale': (0.3, 1.0), 'seed': (0,)}
     fast = train_crop(data, 64, **options)
     monkeypatch.setattr(decode_module, 'fast', None)
     assert 0 < np.abs(fast.astype(int) - train_crop(data, 64, **options)).mean() < 0.4
 
 
-def test_train_crop_of_what_is_no_plain_jpeg():
-    """A CMYK or damaged JPEG, or a PNG that is called JPEG, is read as Pillow reads it, or named."""
+def test_train_crop_of_other_files_uses_pillow():
+    """CMYK JPEGs and other formats would not be decoded, or damaged JPEGs not be named."""
     options = {'scale': (0.3, 1.0), 'seed': (0,), 'channels': 3}
     for data in (encoded(photograph(80, 60).convert('CMYK'), 'JPEG'), encoded(photograph(80, 60), 'PNG')):
         np.testing.assert_array_equal(train_crop(data, 32, **options), train_crop(data, 32, exact=True, **options))
@@ -378,9 +392,9 @@ def test_train_crop_of_what_is_no_plain_jpeg():
             train_crop(part, 32, name='7.jpg', **options)
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason=f'{SAMPLES} with photographs is not there')
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason=f'{SAMPLES} with photographs is missing')
 def test_fast_crop_of_photographs():
-    """The figure that the README gives: at 224 pixels 0.2 grey levels on the mean."""
+    """The docstring of `train_crop` promises a mean difference of 0.2 at 224 pixels."""
     differences = [difference(path.read_bytes(), 224, seed) for seed, path in enumerate(sorted(SAMPLES.iterdir()))]
     assert np.mean(differences) < 0.2
     assert max(differences) < 1

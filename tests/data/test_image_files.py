@@ -1,4 +1,4 @@
-"""Which files count as images: below hidden and linked folders, and whatever they are called."""
+"""The search for image files: hidden files, links, and files without a known suffix."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
-    """Thumbnails, notebook copies and the files of a Mac's archive would train as examples."""
+    """Thumbnails, copies in notebook folders and macOS metadata would become training examples."""
     for name in ('a.jpg', 'deep/b.png', '.thumbnails/a.jpg', '.ipynb_checkpoints/deep/b.png', 'deep/.c.png'):
         write(tmp_path / name)
     (tmp_path / '._a.jpg').write_bytes(b'Mac OS X')
@@ -30,20 +30,20 @@ def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path):
 
 
 def test_linked_folders_are_followed_once(tmp_path):
-    """torchvision and timm follow them; a circle of links must end, and a folder linked twice must not count twice."""
+    """As in torchvision and timm, links are followed; a circle must end, and a folder with two links count once."""
     folder, elsewhere = tmp_path / 'set', tmp_path / 'elsewhere'
     write(folder / 'own/a.jpg')
     write(elsewhere / 'b.jpg')
-    (folder / 'again').symlink_to(folder / 'own')  # by name before what it leads to
+    (folder / 'again').symlink_to(folder / 'own')  # sorted before its target
     (folder / 'batch2').symlink_to(elsewhere)
     (folder / 'batch3').symlink_to(elsewhere)
     (elsewhere / 'circle').symlink_to(folder)
     assert names(folder) == ['batch3/b.jpg', 'own/a.jpg'] or names(folder) == ['batch2/b.jpg', 'own/a.jpg']
-    assert find_images(folder).left_out == {'linked folders that were read already': 3}
+    assert find_images(folder).left_out == {'links to folders that were already read': 3}
 
 
 def test_links_to_other_classes_are_left_out(tmp_path):
-    """Their images would train twice, under labels that contradict each other."""
+    """Their images would occur twice, with different labels."""
     write(tmp_path / 'ant/a.jpg')
     write(tmp_path / 'bee/deep/b.jpg')
     (tmp_path / 'ant/up').symlink_to('..')
@@ -54,7 +54,7 @@ def test_links_to_other_classes_are_left_out(tmp_path):
 
 
 def test_links_in_a_circle_and_pipes_do_not_end_the_search(tmp_path):
-    """One odd entry among a million must not cost the run, or make it wait for ever."""
+    """One such entry among a million files would end the run, or block it forever."""
     write(tmp_path / 'a.jpg')
     (tmp_path / 'self').symlink_to('self')
     (tmp_path / 'through').symlink_to('a.jpg/x')
@@ -64,8 +64,8 @@ def test_links_in_a_circle_and_pipes_do_not_end_the_search(tmp_path):
     assert find_images(tmp_path).left_out == {'files without a suffix': 2, 'pipes, sockets and devices': 2}
 
 
-def test_a_link_that_leads_nowhere_is_an_image_that_is_lost(tmp_path):
-    """Images on a disk that is not mounted would vanish unseen."""
+def test_a_broken_link_with_an_image_suffix_is_an_image(tmp_path):
+    """Images on a disk that is not mounted would silently be ignored."""
     (tmp_path / 'lost.jpg').symlink_to(tmp_path / 'unmounted.jpg')
     (tmp_path / 'lost').symlink_to(tmp_path / 'unmounted')
     assert names(tmp_path) == ['lost.jpg']
@@ -73,8 +73,8 @@ def test_a_link_that_leads_nowhere_is_an_image_that_is_lost(tmp_path):
 
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM'])
-def test_the_content_tells_an_image_whatever_the_file_is_called(tmp_path, form):
-    """Downloads lose their suffix, and cameras invent theirs."""
+def test_the_content_identifies_an_image_without_a_known_suffix(tmp_path, form):
+    """Downloaded images without a suffix, or with an unusual one, would be ignored."""
     write(tmp_path / 'download', form)
     assert names(tmp_path) == ['download']
     if form != 'TIFF':
@@ -82,8 +82,8 @@ def test_the_content_tells_an_image_whatever_the_file_is_called(tmp_path, form):
         assert names(tmp_path) == ['download', 'photo.jpg_large']
 
 
-def test_other_files_are_left_out_by_their_suffix(tmp_path):
-    """A camera raw file is a TIFF with a thumbnail: 160 pixels must not stand in for the photograph."""
+def test_other_files_are_left_out_and_counted_by_suffix(tmp_path):
+    """For a camera raw file, which is a TIFF, the thumbnail of 160 pixels would be used."""
     write(tmp_path / 'raw.NEF', 'TIFF')
     (tmp_path / 'notes.txt').write_text('P1 notes')
     (tmp_path / 'movie').write_bytes(bytes(100))
@@ -92,7 +92,7 @@ def test_other_files_are_left_out_by_their_suffix(tmp_path):
     assert find_images(tmp_path).left_out == {'.nef files': 1, '.txt files': 1, 'files without a suffix': 1}
 
 
-def test_every_format_that_is_decoded_has_its_suffixes():
-    """A suffix of Pillow's that is missing here makes every such file be opened at each start."""
+def test_all_suffixes_of_the_decoded_formats_are_known():
+    """Every file with a missing suffix would be opened at each start."""
     theirs = {suffix for suffix, form in Image.registered_extensions().items() if form in (*FORMATS, 'MPO')}
     assert theirs == IMAGE_SUFFIXES

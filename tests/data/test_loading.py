@@ -1,4 +1,4 @@
-"""Batches by threads and by processes: the same, in order, and nothing is left behind however they end."""
+"""Batches loaded by threads and by processes: contents, order, errors, and clean shutdown."""
 
 import dataclasses
 import itertools
@@ -29,32 +29,32 @@ FEATURES = {'image': jax.ShapeDtypeStruct(SHAPE, np.uint8), 'label': jax.ShapeDt
 
 @dataclasses.dataclass
 class Load:
-    """A row of its own number; slow where the number says so, an error or the end of the process at one of them."""
+    """Index → example filled with the index; some examples are slow, and one may fail, hang or kill the process."""
 
     broken: int = -1
-    deadly: int = -1
-    stuck: int = -1
+    killing: int = -1
+    hanging: int = -1
     pipe: str = ''
 
-    def __call__(self, row):
-        if row == self.stuck:
-            open(self.pipe).close()  # waits for somebody who writes, whatever comes
-        time.sleep(0.01 * (row % 3 == 0))
-        if row == self.broken:
-            raise UserError(f'row {row} is broken')
-        if row == self.deadly:
+    def __call__(self, index):
+        if index == self.hanging:
+            open(self.pipe).close()  # blocks until another process opens the pipe for writing
+        time.sleep(0.01 * (index % 3 == 0))
+        if index == self.broken:
+            raise UserError(f'example {index} is broken')
+        if index == self.killing:
             os.kill(os.getpid(), signal.SIGKILL)
-        return {'image': np.full(SHAPE, row % 256, np.uint8), 'label': np.int32(row)}
+        return {'image': np.full(SHAPE, index % 256, np.uint8), 'label': np.int32(index)}
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_batches_come_in_order_and_whole(workers):
-    """A batch that overtakes another, or images of another batch in a slot that was given back too early."""
+def test_batches_are_complete_and_in_order(workers):
+    """Batches could come in another order, or have images of a later batch from a reused slot."""
     batches = list(itertools.islice(load_batches(Load(), itertools.count(5), 4, FEATURES, workers), 12))
     assert [batch['label'].tolist() for batch in batches] == [list(range(4 * b, 4 * b + 4)) for b in range(5, 17)]
     for batch in batches:
         assert (batch['image'] == batch['label'][:, None, None, None]).all()
-        assert {name: (rows.shape, rows.dtype.name) for name, rows in batch.items()} == {
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
             'image': ((4, *SHAPE), 'uint8'),
             'label': ((4,), 'int32'),
         }
@@ -62,56 +62,56 @@ def test_batches_come_in_order_and_whole(workers):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_an_error_comes_through(workers):
-    """An error in a thread or process must reach the training with its text, not hang it."""
+def test_an_error_is_raised_in_the_training_process(workers):
+    """An error in a thread or process would block the training, or lose its message."""
     batches = load_batches(Load(broken=9), itertools.count(), 4, FEATURES, workers)
     assert len([next(batches), next(batches)]) == 2
-    with pytest.raises(UserError, match='^row 9 is broken$'):
+    with pytest.raises(UserError, match='^example 9 is broken$'):
         next(batches)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_an_example_of_another_shape_is_no_example(workers):
-    """A row of a mask that NumPy spreads over all of it trains, and nobody sees why it trains badly."""
+def test_an_example_of_another_shape_is_an_error(workers):
+    """NumPy would silently broadcast, for instance, one row of a mask to the whole mask."""
     features = FEATURES | {'image': jax.ShapeDtypeStruct((4, *SHAPE), np.uint8)}
     with pytest.raises(
-        ValueError, match=r'an example does not fit the features .*image.*\(2, 3, 1\).*not.*\(4, 2, 3, 1\)'
+        ValueError, match=r'an example does not match the features .*image.*\(2, 3, 1\).*not.*\(4, 2, 3, 1\)'
     ):
         next(load_batches(Load(), range(3), 4, features, workers))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_read_that_hangs_is_heard_of_and_can_be_given_up(workers, tmp_path, monkeypatch):
-    """A file server that is gone must not keep the training from saving and ending."""
+def test_a_read_that_hangs_is_reported_and_can_be_cancelled(workers, tmp_path, monkeypatch):
+    """A file server that does not answer would prevent the training from saving and ending."""
     monkeypatch.setattr(loading, 'GRACE', 0.5)
     os.mkfifo(tmp_path / 'pipe')
-    heard, name = [], 'example {}'.format
+    calls, name = [], 'example {}'.format
 
     def waiting(seconds, example):
-        heard.append((seconds, example()))
+        calls.append((seconds, example()))
         if example() == 'example 9' and seconds > 0.3:
             raise InterruptedError
 
-    load = Load(stuck=9, pipe=str(tmp_path / 'pipe'))
+    load = Load(hanging=9, pipe=str(tmp_path / 'pipe'))
     batches = load_batches(load, itertools.count(), 4, FEATURES, workers, waiting, name)
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(InterruptedError):
         next(batches)
-    assert [example for _, example in heard][-5:] == ['example 9'] * 5
-    assert 0.3 < heard[-1][0] < 30
+    assert [example for _, example in calls][-5:] == ['example 9'] * 5
+    assert 0.3 < calls[-1][0] < 30
     assert multiprocessing.active_children() == []
     with open(os.open(tmp_path / 'pipe', os.O_RDWR | os.O_NONBLOCK), 'w'):
-        time.sleep(0.1)  # lets the thread go
+        time.sleep(0.1)  # unblocks the thread
 
 
-def test_a_killed_process_is_told():
-    """The kernel kills what takes too much memory: the training must say so instead of waiting for ever."""
-    with pytest.raises(UserError, match='a process that decodes images ended: out of memory.*Lower data.workers'):
-        list(load_batches(Load(deadly=9), range(10), 4, FEATURES, workers=2))
+def test_a_killed_process_is_reported():
+    """After the kernel has killed a process for lack of memory, the training would wait forever."""
+    with pytest.raises(UserError, match='a decoding process has ended, because memory ran out.*reduce data.workers'):
+        list(load_batches(Load(killing=9), range(10), 4, FEATURES, workers=2))
 
 
-def test_a_signal_to_all_processes_stops_no_decoding():
-    """Slurm sends SIGTERM to every process of a job: the hosts need batches until they stop, all at the same step."""
+def test_decoding_continues_after_a_signal_to_all_processes():
+    """Slurm sends SIGTERM to every process of a job, but the hosts still need batches to stop at one step."""
     batches = load_batches(Load(), itertools.count(), 4, FEATURES, workers=2)
     next(batches)
     for process in multiprocessing.active_children():
@@ -123,8 +123,8 @@ def test_a_signal_to_all_processes_stops_no_decoding():
     assert multiprocessing.active_children() == []
 
 
-def test_processes_give_the_batches_of_threads():
-    """Another number of workers must not be another run; the sources must reach them."""
+def test_processes_and_threads_give_equal_batches():
+    """Another number of workers would change the run."""
     images = TrainImages(open_source('fashion_mnist_mini', '', 'train'), 28, 1, crop_scale=(0.3, 1.0))
     options = {'seed': 0, 'start_step': 3, 'unreadable': Unreadable(images)}
     by_threads, by_processes = (
@@ -136,17 +136,17 @@ def test_processes_give_the_batches_of_threads():
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_too_little_shared_memory_is_told_before_it_is_taken(monkeypatch):
-    """A container's /dev/shm of 64 MB ends the process by a bus error, without a line."""
+def test_too_little_shared_memory_is_an_error(monkeypatch):
+    """With the /dev/shm of 64 MB in a container, the process would end with a bus error and no message."""
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=100))
     with pytest.raises(
-        UserError, match='2 processes need 0.0 GB of shared memory.*enlarge /dev/shm, or lower data.work'
+        UserError, match='2 processes need 0.0 GB of shared memory.*enlarge /dev/shm, or reduce data.wor'
     ):
         next(load_batches(Load(), range(3), 8, FEATURES, workers=2))
 
 
-def test_how_many_decode(monkeypatch):
-    """A laptop must not start processes for each evaluation, nor a pod host decode by one process."""
+def test_the_number_of_processes_and_threads(monkeypatch):
+    """A laptop would start processes for each evaluation, or the host of a pod would decode in one process."""
     for cores, expected in {1: (0, 1), 2: (0, 1), 4: (0, 3), 8: (2, 4), 96: (24, 4)}.items():
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, cores=cores: range(cores), raising=False)
         assert decoders(-1) == expected
@@ -175,26 +175,26 @@ if __name__ == '__main__':
 
 def processes_of_session(session):
     lines = subprocess.run(['ps', '-eo', 'pid=,sess=,stat='], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in lines.splitlines()]
-    return [int(pid) for pid, of_session, state in rows if int(of_session) == session and not state.startswith('Z')]
+    fields = [line.split() for line in lines.splitlines()]
+    return [int(pid) for pid, other, state in fields if int(other) == session and not state.startswith('Z')]
 
 
 def shared_memory():
-    """Names of the blocks of shared memory on this machine, of Python's both kinds."""
+    """Names of the shared memory blocks that Python has created on this machine."""
     names = os.listdir('/dev/shm') if os.path.isdir('/dev/shm') else []
     return {name for name in names if name.startswith(('psm_', 'pym-'))}
 
 
-def test_processes_of_a_notebook_s_run(monkeypatch):
-    """IPython's %run gives the script's module no `__spec__`, and `multiprocessing` ended with an AttributeError."""
+def test_processes_can_be_started_under_ipython_run(monkeypatch):
+    """Under IPython's %run `__main__` has no `__spec__`: `multiprocessing` would raise an AttributeError."""
     monkeypatch.delattr(sys.modules['__main__'], '__spec__')
     (batch,) = load_batches(Load(), [0], 4, FEATURES, workers=1)
     assert len(batch['image']) == 4
 
 
 @pytest.mark.parametrize('how', ['interrupt', 'interrupt while they start', 'kill'])
-def test_nothing_is_left_behind(how, tmp_path):
-    """Processes that live on after Ctrl-C or a kill hold memory for days; their tracebacks hide ours."""
+def test_no_process_or_shared_memory_remains(how, tmp_path):
+    """Processes that survive Ctrl-C or a kill would hold memory for days."""
     path = tmp_path / 'program.py'
     path.write_text(textwrap.dedent(PROGRAM))
     before = shared_memory()

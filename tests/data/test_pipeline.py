@@ -1,4 +1,4 @@
-"""Which examples, in which order, in which process: everything follows from (seed, step)."""
+"""The batches of training and evaluation: the order as a function of seed and step, and the share of each process."""
 
 import io
 import itertools
@@ -25,9 +25,9 @@ from convnext_jax.errors import UserError
 
 
 class Numbered:
-    """Images of noise; the label of each is its index. `broken` are those that cannot be decoded."""
+    """Images of noise whose labels are their indices; those in `broken` cannot be decoded."""
 
-    many_labels = False
+    multi_label = False
 
     def __init__(self, count, broken=()):
         self.class_names = [str(index) for index in range(count)]
@@ -73,37 +73,38 @@ def assert_equal(ours, theirs):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_types_and_shapes_of_a_batch():
-    """What crosses to the device is uint8: float32 images are four times the traffic."""
+def test_dtypes_and_shapes_of_a_batch():
+    """The transfer of float32 images to the device would take four times as long as that of uint8."""
     fields = {'image': ((4, 4, 4, 1), 'uint8'), 'label': ((4,), 'int32')}
-    weighted = fields | {'weight': ((4,), 'float32')}  # training has no padding to leave out
+    weighted = fields | {'weight': ((4,), 'float32')}  # training batches have no padding
     for batch, expected in ((train(steps=1)[0], fields), (evaluation(23, Share(4))[0], weighted)):
-        assert {name: (rows.shape, rows.dtype.name) for name, rows in batch.items()} == expected
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == expected
 
 
-def test_an_epoch_holds_each_example_at_most_once_in_whole_batches():
-    """Sampling with replacement sees a third of the data never in an epoch."""
+def test_an_epoch_has_each_example_at_most_once():
+    """With sampling with replacement, an epoch would not contain a third of the data."""
     batches = train(steps=15)
     epochs = [labels(batches[first : first + 5]) for first in (0, 5, 10)]
     assert all(len(set(epoch)) == 20 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3, 'each epoch has its own order'
-    assert len({frozenset(epoch) for epoch in epochs}) > 1, 'the same three examples are left out in every epoch'
+    assert len({tuple(epoch) for epoch in epochs}) == 3, 'each epoch has another order'
+    assert len({frozenset(epoch) for epoch in epochs}) > 1, 'different examples are dropped in each epoch'
     assert epochs[0] != sorted(epochs[0])
 
 
 @pytest.mark.parametrize('images', [1, 2, 3, 5, 17, 1000, 65536, 65537])
 def test_an_order_is_a_permutation(images):
-    """Grain's cipher repeats a number in splits of 65,537 images: one image would never come."""
-    assert len({shuffled(place, images, seed=1, epoch=2) for place in range(images)}) == images
+    """Grain's cipher repeats an index in splits of 65,537 images: one image would never be used."""
+    assert len({shuffled(position, images, seed=1, epoch=2) for position in range(images)}) == images
 
 
-def test_whole_epochs_hold_every_example():
-    """An epoch whose batches divide the split leaves nothing out, and does not run into the next."""
+def test_an_epoch_has_every_example_if_the_batch_size_divides_the_split():
+    """Some examples would be dropped, or belong to the next epoch."""
     for epoch in (train(24, steps=6), train(24, steps=6, start_step=6)):
         assert sorted(labels(epoch)) == list(range(24))
 
 
-def test_images_belong_to_their_labels():
+def test_images_have_their_own_labels():
+    """Images with the labels of others would spoil the training."""
     source = Numbered(23)
     for batch in train(steps=6, crop_scale=()):
         for pixels, label in zip(batch['image'], batch['label'], strict=True):
@@ -111,38 +112,41 @@ def test_images_belong_to_their_labels():
             np.testing.assert_array_equal(pixels[:, :, 0], image)
 
 
-def test_small_images_that_do_not_change_are_decoded_once(monkeypatch):
-    """Decoding the same small image every epoch is most of the host's work; what would fill the memory is not kept."""
+def test_small_images_without_random_crops_are_decoded_once(monkeypatch):
+    """Decoding small images in each epoch would be most of the host's work; large splits would fill the memory."""
     reads = []
-    whole = Numbered.__getitem__
-    monkeypatch.setattr(Numbered, '__getitem__', lambda self, index: reads.append(index) or whole(self, index))
-    kept = train(23, steps=30, crop_scale=())
+    original = Numbered.__getitem__
+    monkeypatch.setattr(Numbered, '__getitem__', lambda self, index: reads.append(index) or original(self, index))
+    cached = train(23, steps=30, crop_scale=())
     assert sorted(set(reads)) == list(range(23))
-    assert len(reads) <= 2 * 23, 'threads may meet at an image, epochs may not'
+    assert len(reads) <= 2 * 23, 'two threads may load an image at once, but not two epochs'
     monkeypatch.setattr(pipeline, 'CACHE_BYTES', 23 * 16 - 1)
     reads.clear()
-    assert_equal(train(23, steps=30, crop_scale=()), kept)
+    assert_equal(train(23, steps=30, crop_scale=()), cached)
     assert len(reads) >= 120
     monkeypatch.undo()
-    assert not any((a['image'] == b['image']).all() for a, b in itertools.pairwise(train(4, steps=5))), 'crops are not'
+    assert not any((a['image'] == b['image']).all() for a, b in itertools.pairwise(train(4, steps=5))), (
+        'crops are not cached'
+    )
 
 
-def test_order_and_crops_follow_the_seed():
+def test_order_and_crops_depend_on_the_seed():
+    """A run could not be repeated, or every run would have one order."""
     assert_equal(train(steps=5), train(steps=5))
     assert labels(train(steps=5)) != labels(train(steps=5, seed=1))
 
 
-def test_an_example_is_cropped_anew_each_epoch():
-    """The same crop every time is no augmentation."""
-    rows = {}
+def test_the_crop_of_an_example_changes_in_each_epoch():
+    """One crop for all epochs would not be an augmentation."""
+    crops = {}
     for batch in train(24, steps=12):
         for pixels, label in zip(batch['image'], batch['label'], strict=True):
-            rows.setdefault(int(label), []).append(pixels)
-    assert sum((first != second).any() for first, second in rows.values()) > 20
+            crops.setdefault(int(label), []).append(pixels)
+    assert sum((first != second).any() for first, second in crops.values()) > 20
 
 
 def test_repeated_augmentation():
-    """Copies that are equal are no augmentation; copies that lie side by side are mixed with themselves."""
+    """Equal copies would not be an augmentation, and neighbouring copies would be mixed with each other by mixup."""
     batches = train(24, Share(12), steps=4, repeats=3)
     for batch in batches:
         first, second, third = batch['label'].reshape(3, 4)
@@ -151,34 +155,34 @@ def test_repeated_augmentation():
         assert len(set(first)) == 4
         copies = batch['image'].reshape(3, 4, -1)
         assert sum((copies[a] != copies[b]).any() for a, b in ((0, 1), (0, 2), (1, 2))) == 3
-    assert len(set(labels(batches[:2]))) == 8, 'an epoch keeps its length'
-    assert len(set(labels(batches))) > 8, 'and takes other images each time'
+    assert len(set(labels(batches[:2]))) == 8, 'the number of steps in an epoch does not change'
+    assert len(set(labels(batches))) > 8, 'each epoch has other images'
     assert_equal(train(24, Share(12), steps=2, start_step=2, repeats=3), batches[2:])
-    with pytest.raises(UserError, match='batch_size=12 is no multiple of data.repeats=5'):
+    with pytest.raises(UserError, match='batch_size=12 must be a multiple of data.repeats=5'):
         train(24, Share(12), steps=1, repeats=5)
 
 
 @pytest.mark.parametrize('start_step', [1, 5, 12])
-def test_the_same_step_gives_the_same_batch_wherever_the_run_starts(start_step):
-    """A resumed run would see some examples twice and others never."""
+def test_a_step_gives_the_same_batch_wherever_the_run_starts(start_step):
+    """A resumed run would use some examples twice and others never."""
     assert_equal(train(steps=3, start_step=start_step), train(steps=start_step + 3)[start_step:])
 
 
-def test_a_late_step_comes_at_once():
-    """Resuming must not read through what was seen before: at ImageNet's size that takes hours."""
+def test_a_late_step_does_not_read_the_earlier_ones():
+    """A resumed ImageNet run would read earlier batches for hours."""
     batches = train(steps=2, start_step=10**9)
     assert len(set(labels(batches))) == 8
 
 
 def share_of(process, processes, batch_size=4):
-    """Neighbouring rows, as a mesh in the order of the processes gives them."""
-    rows = batch_size // processes
-    return Share(batch_size, range(process * rows, (process + 1) * rows))
+    """The share of a process for a mesh in the order of the processes."""
+    size = batch_size // processes
+    return Share(batch_size, range(process * size, (process + 1) * size))
 
 
 @pytest.mark.parametrize('processes', [2, 4])
-def test_processes_share_out_the_rows_of_one_process(processes):
-    """A run on four hosts would be another run than on one, or see examples twice."""
+def test_several_processes_load_the_batches_of_one_process(processes):
+    """A run on four hosts would differ from a run on one, or use examples twice."""
     parts = [train(steps=7, share=share_of(process, processes)) for process in range(processes)]
     joined = [
         {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -187,19 +191,19 @@ def test_processes_share_out_the_rows_of_one_process(processes):
     assert_equal(joined, train(steps=7))
 
 
-def test_a_process_with_scattered_devices_loads_their_rows():
-    """A topology's best order of devices may mix the hosts: the example of a row must stay the same."""
+def test_a_process_with_scattered_devices_loads_their_examples():
+    """The best order of devices for a topology may mix the hosts, which must not change the batch."""
     scattered = train(steps=7, share=Share(4, (0, 3)))
-    assert_equal(scattered, [{name: rows[[0, 3]] for name, rows in batch.items()} for batch in train(steps=7)])
+    assert_equal(scattered, [{name: array[[0, 3]] for name, array in batch.items()} for batch in train(steps=7)])
 
 
 @pytest.mark.parametrize(
     ('batch_size', 'processes'), [(1, 1), (7, 1), (23, 1), (64, 1), (1024, 1), (6, 2), (4, 4), (64, 4), (1032, 8)]
 )
 def test_evaluation_counts_every_example_once(batch_size, processes):
-    """An accuracy over a part of the split, or with padding in it, is not the split's accuracy."""
+    """The accuracy would be that of a part of the split, or include padding."""
     parts = [evaluation(23, share_of(process, processes, batch_size)) for process in range(processes)]
-    assert {len(part) for part in parts} == {-(-23 // batch_size)}, 'processes must take the same number of steps'
+    assert {len(part) for part in parts} == {-(-23 // batch_size)}, 'all processes have the same number of steps'
     counted = []
     for batches in zip(*parts, strict=True):
         weight, label, image = (
@@ -212,15 +216,16 @@ def test_evaluation_counts_every_example_once(batch_size, processes):
     assert counted == list(range(23))
 
 
-def test_evaluation_pixels_are_the_example_s():
+def test_evaluation_images_are_in_order():
+    """Images with the labels of others would give a wrong accuracy."""
     source, batches = Numbered(23), evaluation(23, Share(8))
     for index in (0, 9, 22):
         image = Image.open(io.BytesIO(source[index].image)).resize((4, 4), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(batches[index // 8]['image'][index % 8, :, :, 0], image)
 
 
-def test_batches_arrive_sharded_and_complete():
-    """A batch on one device leaves the other seven idle; one that is held back in the queue is never evaluated."""
+def test_prefetched_batches_are_sharded_and_complete():
+    """A batch on one device would leave seven idle, and a batch that remains in the queue would not be evaluated."""
     assert jax.device_count() >= 8, 'tests/conftest.py simulates eight devices'
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:8]), ('data',)), PartitionSpec('data'))
     host = evaluation(40, Share(16))
@@ -233,34 +238,35 @@ def test_batches_arrive_sharded_and_complete():
             assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {2}
 
 
-def test_batches_are_put_ahead_of_need():
-    """The device waits for the host at every step if the next batch is first asked for when it is needed."""
-    asked = []
-    batches = (asked.append(step) or batch for step, batch in enumerate(evaluation(40, Share(8))))
+def test_batches_are_transferred_in_advance():
+    """The device would wait at every step for the transfer of the next batch."""
+    requested = []
+    batches = (requested.append(step) or batch for step, batch in enumerate(evaluation(40, Share(8))))
     ours = prefetch_to_device(batches, jax.sharding.SingleDeviceSharding(jax.devices()[0]), ahead=2)
     next(ours)
-    assert asked == [0, 1, 2]
+    assert requested == [0, 1, 2]
     next(ours)
-    assert asked == [0, 1, 2, 3]
+    assert requested == [0, 1, 2, 3]
 
 
-def test_split_smaller_than_a_batch():
-    """An endless wait for the first batch, or a division by zero, tells nobody to lower the batch size."""
+def test_a_split_smaller_than_a_batch_is_an_error():
+    """The run would wait forever for the first batch, or divide by zero."""
     assert steps_per_epoch(24, 24) == 1
     assert steps_per_epoch(47, 24) == 1
     for use in (lambda: steps_per_epoch(23, 24), lambda: train(23, Share(24), steps=1)):
-        with pytest.raises(UserError, match='batch_size=24 is more than the 23 training images: lower it'):
+        with pytest.raises(UserError, match='batch_size=24 is larger than the 23 training images: lower it'):
             use()
 
 
 @pytest.mark.parametrize('crop_scale', [(0.5,), (0.0, 1.0), (0.8, 0.2), (0.5, 1.5), (0.1, 0.2, 0.3)])
 def test_bad_crop_scale(crop_scale):
-    with pytest.raises(UserError, match='data.crop_scale must be two shares of the area'):
+    """A reversed range would give crops of wrong sizes."""
+    with pytest.raises(UserError, match='data.crop_scale must be two fractions of the area'):
         train(steps=1, crop_scale=crop_scale)
 
 
-def test_image_that_cannot_be_decoded_is_named():
-    """The loading threads must hand the error on, with the image's name, in training and in evaluation."""
+def test_an_image_that_cannot_be_decoded_is_named():
+    """An error in a loading thread would be lost, or not name the image."""
     training = train_batches(images(8, broken=(5,)), Share(4), seed=0, start_step=0)
     evaluation = eval_batches(EvalImages(Numbered(8, broken=(5,)), 4, 1, crop_pct=1.0), Share(4))
     for batches in (training, evaluation):
@@ -269,41 +275,44 @@ def test_image_that_cannot_be_decoded_is_named():
 
 
 @pytest.mark.parametrize('crop_scale', [(), (0.3, 1.0)])
-def test_an_unreadable_image_is_told_and_the_next_stands_in_for_it(crop_scale):
-    """One broken file of a million must not end a run of days; another order of loading must not change the batch."""
+def test_an_unreadable_image_is_reported_and_replaced_by_the_next(crop_scale):
+    """One damaged file would end a run of days, or the batch would depend on the order of loading."""
     options = {'seed': 0, 'start_step': 0}
-    whole = train(1000, Share(50), steps=20, crop_scale=crop_scale)
+    expected = train(1000, Share(50), steps=20, crop_scale=crop_scale)
     dataset = images(1000, broken=(5,), crop_scale=crop_scale)
     unreadable = Unreadable(dataset)
     batches = train_batches(dataset, Share(50), unreadable=unreadable, **options)
-    mended = list(itertools.islice(batches, 20))
-    assert_equal([{'label': np.where(batch['label'] == 5, 6, batch['label'])} for batch in whole], labels_of(mended))
+    repaired = list(itertools.islice(batches, 20))
+    assert_equal(
+        [{'label': np.where(batch['label'] == 5, 6, batch['label'])} for batch in expected], labels_of(repaired)
+    )
     again = train_batches(dataset, Share(50), unreadable=Unreadable(dataset), **options)
-    assert_equal(list(itertools.islice(again, 20)), mended)
+    assert_equal(list(itertools.islice(again, 20)), repaired)
     assert len(unreadable) == 1
-    (line,) = unreadable.news()
+    (line,) = unreadable.new_messages()
     assert 'number 5 cannot be decoded' in line
-    assert line.endswith('the next image stands in for it')
-    assert unreadable.news() == []
+    assert line.endswith('the next image is used instead')
+    assert unreadable.new_messages() == []
 
 
 def labels_of(batches):
     return [{'label': batch['label']} for batch in batches]
 
 
-def test_each_of_several_broken_neighbours_is_told():
-    """A damaged shard breaks images in a row: all but the first would stay unnamed and uncounted."""
+def test_several_unreadable_neighbours_are_all_reported():
+    """In a damaged shard, only the first of several images would be named and counted."""
     dataset = images(3000, broken=(5, 6))
     unreadable = Unreadable(dataset)
     loaded = train_batches(dataset, Share(100), seed=0, start_step=0, unreadable=unreadable)
     batches = list(itertools.islice(loaded, 30))
     assert labels(batches).count(7) == 3
-    assert sorted(line.split(' cannot')[0] for line in unreadable.news()) == ['number 5', 'number 6']
+    assert sorted(line.split(' cannot')[0] for line in unreadable.new_messages()) == ['number 5', 'number 6']
 
 
-def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
+def test_more_than_one_unreadable_image_in_a_thousand_is_an_error():
+    """Training would continue on a small part of the data."""
     unreadable = Unreadable(images(2000, broken=(3, 7, 9)))
-    for index in (3, 3, 7):  # an image counts once, however often it comes
+    for index in (3, 3, 7):  # an image counts once
         unreadable.add(index)
     with pytest.raises(
         UserError,
@@ -312,17 +321,17 @@ def test_more_than_one_unreadable_image_in_a_thousand_is_no_accident():
         unreadable.add(9)
 
 
-def test_what_other_processes_could_not_read_counts_and_is_told():
-    """Each of 1,000 hosts sees a few broken images: the first alone tells, and all must stop at one in a thousand."""
+def test_the_unreadable_images_of_other_processes_count():
+    """Only the main process reports, and each of 1,000 hosts alone would see too few unreadable images to stop."""
     dataset = images(2000, broken=(3, 7, 9))
     here, there = Unreadable(dataset), Unreadable(dataset)
     here.add(3)
     there.add(3)
     there.add(7)
-    everybody = [here.errors(), there.errors()]
-    here.merge(everybody)
+    gathered = [here.errors(), there.errors()]
+    here.merge(gathered)
     assert len(here) == 2
-    assert [line.split(' cannot')[0] for line in here.news()] == ['number 3', 'number 7']
+    assert [line.split(' cannot')[0] for line in here.new_messages()] == ['number 3', 'number 7']
     with pytest.raises(UserError, match='number 9 cannot.*3 of the 2000 training images'):
         here.add(9)
     there.merge([[(3, 'number 3 is broken'), (7, 'number 7 is broken')]])
@@ -330,15 +339,17 @@ def test_what_other_processes_could_not_read_counts_and_is_told():
         there.merge([[(9, 'number 9 is broken')]])
 
 
-def test_a_long_row_of_unreadable_images_ends():
-    """Where all is broken there is no next image to stand in: the search for one must not go on for ever."""
+def test_a_split_of_unreadable_images_is_an_error():
+    """The search for a readable image would not end."""
     dataset = images(50, broken=range(50))
     with pytest.raises(UserError, match='number .* cannot be decoded as an image'):
         next(train_batches(dataset, Share(4), seed=0, start_step=0, unreadable=Unreadable(dataset)))
 
 
-def test_an_image_that_can_be_read_again_is_told_so():
-    """A file server that was away for a second: the log must not say that the image is broken."""
+def test_the_message_for_an_image_that_is_readable_again():
+    """After a short failure of a file server, the log would call the image damaged."""
     unreadable = Unreadable(images(2000))
     unreadable.add(4)
-    assert unreadable.news() == ['number 4 could not be read, and now it can: the next image stands in for it']
+    assert unreadable.new_messages() == [
+        'number 4 could not be read in a first attempt: the next image is used instead'
+    ]

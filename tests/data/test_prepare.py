@@ -1,4 +1,4 @@
-"""`prepare`: the official tars and folders become data sets that TFDS reads, whole or not at all."""
+"""The `prepare` command: complete data sets for TFDS from the official tar files and from folders."""
 
 import collections
 import fcntl
@@ -44,7 +44,7 @@ def tar_of(members):
 
 @pytest.fixture
 def tars(tmp_path):
-    """The official tars in small: three classes of five images, and four validation images, not in order."""
+    """Small versions of the official tar files: three classes of five images, and four validation images, unordered."""
     folder = tmp_path / 'tars'
     folder.mkdir()
     inner = {
@@ -59,7 +59,7 @@ def tars(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of two classes; 30 + 4 images, of several formats, one name that needs more than ASCII."""
+    """Two splits of two classes with 30 + 4 images, in several formats, and with names that are not ASCII."""
     root = tmp_path / 'photos'
     for split, count in {'train': 15, 'val': 2}.items():
         for c, name in enumerate(['ant hill', 'żubr']):
@@ -83,15 +83,15 @@ def error_of(function, *arguments):
 
 
 def test_imagenet_by_the_command(commands, tars, tmp_path):
-    """The README's first step; a wrong label or byte would be found after weeks of training, if ever."""
+    """A wrong label or byte would be found after weeks of training, or never."""
     flags = (f'--manual_dir={tars}', f'--data_dir={tmp_path / "data"}')
     done = commands.run('-m', 'convnext_jax', 'prepare', 'imagenet2012', *flags)
     directory = tmp_path / 'data' / 'imagenet2012' / '5.1.0'
     line = f'{directory} holds train 15, validation 4 images'
     assert done.stdout == f'{line}\n'
     assert done.stderr.splitlines() == [
-        f'warning: {tars / "ILSVRC2012_img_train.tar"} holds 15 images, the official one 1,281,167',
-        f'warning: {tars / "ILSVRC2012_img_val.tar"} holds 4 images, the official one 50,000',
+        f'warning: {tars / "ILSVRC2012_img_train.tar"} contains 15 images, but the official file 1,281,167',
+        f'warning: {tars / "ILSVRC2012_img_val.tar"} contains 4 images, but the official file 50,000',
     ]
     source, examples = prepared(tmp_path, 'imagenet2012', 'train')
     assert len(source.class_names) == 1000
@@ -104,18 +104,18 @@ def test_imagenet_by_the_command(commands, tars, tmp_path):
     assert len(prepared(tmp_path, 'imagenet2012', 'train[:60%]')[1]) == 9
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     again = commands.run('-m', 'convnext_jax', 'prepare', 'imagenet2012', *flags)
-    assert again.stdout == f'{line}: nothing is left to do (remove it to prepare it again)\n'
+    assert again.stdout == f'{line}: already prepared (remove it to prepare it again)\n'
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
-def test_imagenet_reads_as_the_set_that_tfds_prepares(tars, tmp_path):
-    """TFDS and its users would find other features, other class numbers, or other images in 'train[:10%]'."""
+def test_imagenet_equals_the_data_set_that_tfds_prepares(tars, tmp_path):
+    """Users of TFDS would get other features, other class numbers, or other images in 'train[:10%]'."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.hashing import Hasher
 
     prepare_imagenet2012(tars, tmp_path / 'data')
     builder = tfds.builder('imagenet2012', data_dir=tmp_path / 'data')
-    theirs = tfds.builder('imagenet2012', data_dir=tmp_path / 'nowhere')  # of TFDS's code
+    theirs = tfds.builder('imagenet2012', data_dir=tmp_path / 'nowhere')  # the definition in TFDS
     assert builder.info.features.to_json() == theirs.info.features.to_json()
     assert builder.info.features['label'].names == theirs.info.features['label'].names
     assert (builder.info.version, builder.info.supervised_keys) == (theirs.info.version, theirs.info.supervised_keys)
@@ -125,7 +125,7 @@ def test_imagenet_reads_as_the_set_that_tfds_prepares(tars, tmp_path):
 
 
 def test_folder_by_the_command(commands, folder, tmp_path):
-    """Photographs that were encoded anew lose quality; classes that were renamed lose their meaning."""
+    """Re-encoded photographs would lose quality, and renamed classes their meaning."""
     arguments = ('prepare', 'folder', f'--manual_dir={folder}', f'--data_dir={tmp_path / "data"}', '--name=my_photos')
     done = commands.run('-m', 'convnext_jax', *arguments)
     directory = tmp_path / 'data' / 'my_photos' / '1.0.0'
@@ -160,18 +160,21 @@ prepare.prepare_folder(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 'my
 """
 
 
-def test_killed_and_called_again(folder, tmp_path, monkeypatch, capsys):
-    """Hours of copying would start anew; or half a data set would look like a whole one."""
+def test_complete_shards_are_kept_after_a_kill(folder, tmp_path, monkeypatch, capsys):
+    """Hours of copying would be repeated, or an incomplete data set would look complete."""
     command = [sys.executable, '-c', KILLED, str(folder), str(tmp_path / 'data')]
     assert subprocess.run(command, cwd=ROOT, timeout=LONGEST).returncode == -9
     scratch = tmp_path / 'data' / 'my_photos' / 'incomplete.1.0.0'
     kept = {path.name: path.stat().st_mtime_ns for path in scratch.glob('*array_record-*-of-?????')}
     assert len(kept) == 2
     assert [path.name[-8:] for path in scratch.glob('*.writing')] == ['.writing']
-    assert 'there is none of that name' in error_of(open_source, 'my_photos', str(tmp_path / 'data'), 'train')
+    assert "there is no data set 'my_photos'" in error_of(open_source, 'my_photos', str(tmp_path / 'data'), 'train')
     monkeypatch.setattr(dataset_writer, 'SHARD_BYTES', 1500)
     prepare_folder(folder, tmp_path / 'data', 'my_photos')
-    assert capsys.readouterr().out.splitlines()[0] == f'{scratch} was interrupted: its whole shards are kept'
+    assert (
+        capsys.readouterr().out.splitlines()[0]
+        == f'{scratch} is from an interrupted command: its complete shards are kept'
+    )
     directory = scratch.with_name('1.0.0')
     assert not scratch.exists()
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}.items()
@@ -181,18 +184,18 @@ def test_killed_and_called_again(folder, tmp_path, monkeypatch, capsys):
     assert sorted(e.image for e in examples) == sorted(path.read_bytes() for path in (folder / 'train').rglob('*.jpg'))
 
 
-def test_interrupted_with_other_images_is_made_anew(folder, tmp_path, monkeypatch, capsys):
+def test_shards_of_other_images_are_removed(folder, tmp_path, monkeypatch, capsys):
     """Shards of two different folders would be mixed."""
     subprocess.run([sys.executable, '-c', KILLED, str(folder), str(tmp_path / 'data')], cwd=ROOT, timeout=LONGEST)
     (folder / 'train' / 'żubr' / '3 é.jpg').unlink()
     monkeypatch.setattr(dataset_writer, 'SHARD_BYTES', 1500)
     prepare_folder(folder, tmp_path / 'data', 'my_photos')
-    assert 'holds an interrupted set of other images: it is removed' in capsys.readouterr().out
+    assert 'is from an interrupted command with other images: it is removed' in capsys.readouterr().out
     assert len(prepared(tmp_path, 'my_photos', 'train')[1]) == 29
 
 
-def test_full_disk_is_one_line(folder, tmp_path):
-    """A shard that lacks its last images would be renamed as if it were whole."""
+def test_a_full_disk_is_a_user_error(folder, tmp_path):
+    """An incomplete shard would be renamed as if it were complete."""
     code = """
 import pathlib, resource, sys
 from convnext_jax.data.prepare import prepare_folder
@@ -207,8 +210,8 @@ prepare_folder(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 'my_photos'
     assert not shard.exists()
 
 
-def test_image_that_cannot_be_read_is_named(folder, tmp_path):
-    """One lost file among a million must be found by the message alone."""
+def test_an_image_that_cannot_be_read_is_named(folder, tmp_path):
+    """The user could not find one missing file among a million."""
     directory = tmp_path / 'data' / 'my_photos' / '1.0.0'
     lost, kept = folder / 'lost.jpg', folder / 'train' / 'ant hill' / '1 é.jpg'
     images = [Image('kept', 0, kept, 0, kept.stat().st_size), Image('lost', 0, lost, 0, 10)]
@@ -216,24 +219,24 @@ def test_image_that_cannot_be_read_is_named(folder, tmp_path):
     assert message == f'{lost} cannot be read: No such file or directory'
     lost.write_bytes(b'short')
     message = error_of(write_dataset, directory, ['ant hill'], {'train': images}, None)
-    assert message == f'{lost} ends before byte 10: it is cut short'
+    assert message == f'{lost} ends before byte 10: it is truncated, copy it again'
     assert not directory.exists()
 
 
-def test_another_process_at_the_same_data_set(folder, tmp_path):
-    """Two calls would write into the same files."""
+def test_another_process_that_prepares_the_data_set_is_an_error(folder, tmp_path):
+    """Two processes would write to the same files."""
     directory = tmp_path / 'data' / 'my_photos'
     directory.mkdir(parents=True)
     lock = os.open(directory, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     message = error_of(prepare_folder, folder, tmp_path / 'data', 'my_photos')
-    assert message == f'another process is preparing {directory}: wait for its end'
+    assert message == f'another process is preparing {directory}: wait until it has finished'
     os.close(lock)
     prepare_folder(folder, tmp_path / 'data', 'my_photos')
 
 
-def test_imagenet_tars_that_are_missing_damaged_or_others(tars, tmp_path):
-    """A truncated download would become a data set that lacks classes."""
+def test_missing_damaged_or_wrong_imagenet_tars(tars, tmp_path):
+    """A truncated download would give a data set without some classes."""
 
     def message():
         text = error_of(prepare_imagenet2012, tars, tmp_path / 'data')
@@ -249,40 +252,42 @@ def test_imagenet_tars_that_are_missing_damaged_or_others(tars, tmp_path):
     train.write_bytes(whole[:-9000])
     assert message().startswith(f'{train} is ')
     train.write_bytes(tar_of({'n99999999.tar': inner}))
-    assert message() == f'{train} holds n99999999.tar, which is no SYNSET.tar of the 1,000 classes'
+    assert message() == f'{train} contains n99999999.tar, which is not the SYNSET.tar of one of the 1,000 classes'
     train.write_bytes(tar_of({}))
-    assert message() == f'{train} holds no images'
+    assert message() == f'{train} contains no images: download it again'
     train.write_bytes(whole)
     validation.write_bytes(tar_of({'ILSVRC2012_val_00050001.JPEG': b''}))
-    assert message().startswith(f'{validation} holds ILSVRC2012_val_00050001.JPEG, which is none of')
+    assert message().startswith(f'{validation} contains ILSVRC2012_val_00050001.JPEG, which is not one of')
     train.unlink()
     validation.unlink()
-    assert message() == f'{train} and {validation} not there: --manual_dir holds the tars from image-net.org'
+    assert message().startswith(f'missing: {train} and {validation}. Download them from image-net.org')
 
 
-def test_folders_that_are_no_data_set(folder, tmp_path):
+def test_invalid_names_and_folders(folder, tmp_path):
+    """TFDS could not read a data set with such a name, split or class."""
+
     def message(name='my_photos', root=folder):
         return error_of(prepare_folder, root, tmp_path / 'data', name)
 
-    assert message('My-Photos') == "--name=My-Photos: a TFDS name is made of the letters a-z, digits and '_'"
-    assert message('mnist') == '--name=mnist is the name of another data set: take another one'
-    assert message('folder') == '--name=folder is the name of another data set: take another one'
+    assert message('My-Photos') == "--name=My-Photos: a TFDS name starts with a letter and consists of a-z, 0-9 and '_'"
+    assert message('mnist') == '--name=mnist is the name of another data set: choose another name'
+    assert message('folder') == '--name=folder is the name of another data set: choose another name'
     assert message(root=folder / 'nowhere') == f'--manual_dir={folder / "nowhere"} is not a folder'
-    assert message(root=folder / 'val' / 'żubr').startswith(f'{folder / "val" / "żubr"} holds no folders')
+    assert message(root=folder / 'val' / 'żubr').startswith(f'{folder / "val" / "żubr"} contains no folders')
     (folder / 'val' / 'żubr').rename(folder / 'val' / 'bee')
     assert message() == f'{folder / "train"} lacks these classes: bee'
     (folder / 'val').rename(folder / 'a-b')
-    assert message() == f"{folder / 'a-b'} cannot be a split's name: letters, digits and '_' alone"
+    assert message() == f"{folder / 'a-b'} is not a valid split name: rename it to letters, digits and '_'"
 
 
 @pytest.mark.parametrize('name', [' dog', 'two\nlines', 'a\udcff'])
-def test_class_names_that_tfds_cannot_keep(tmp_path, name):
-    """They come back as other names, or as two, and the images under the wrong ones."""
+def test_class_names_that_tfds_cannot_store(tmp_path, name):
+    """TFDS would read another name or two names, and images would have wrong classes."""
     for class_name in (name, 'cat'):
         path = tmp_path / 'images' / 'train' / class_name / '0.png'
         path.parent.mkdir(parents=True)
         Picture.new('RGB', (4, 4)).save(path)
-    with pytest.raises(UserError, match='cannot be the name of a class in TFDS: rename its folder'):
+    with pytest.raises(UserError, match='is not a valid class name in TFDS: rename its folder'):
         prepare_folder(tmp_path / 'images', tmp_path / 'data', 'mine')
     assert not (tmp_path / 'data').exists()
 
@@ -297,15 +302,16 @@ def test_class_names_that_tfds_cannot_keep(tmp_path, name):
         (('folder', '--manual_dir=a', '--data_dir=b'), '--name is missing'),
     ],
 )
-def test_prepare_refuses_what_it_cannot_do(arguments, line):
+def test_prepare_refuses_incomplete_arguments(arguments, line):
+    """A missing flag would cause a traceback."""
     with pytest.raises(UserError, match=line):
         package_command.main(['convnext_jax', 'prepare', *arguments])
 
 
-def test_damaged_data_set_is_not_called_prepared(folder, tmp_path):
-    """The second call would say that all is well."""
+def test_a_damaged_data_set_is_an_error(folder, tmp_path):
+    """The next call would report a damaged data set as already prepared."""
     prepare_folder(folder, tmp_path / 'data', 'my_photos')
     info = tmp_path / 'data/my_photos/1.0.0/dataset_info.json'
     info.write_text(json.dumps({}))
     message = error_of(prepare_folder, folder, tmp_path / 'data', 'my_photos')
-    assert message == f'{info.parent} holds no whole data set: remove it, and prepare it again'
+    assert message == f'{info.parent} is not a complete data set: remove it and prepare it again'

@@ -1,4 +1,4 @@
-"""RandAugment on the device: Pillow's operations, and timm's strengths as `tests/reference` stores them."""
+"""RandAugment on the device, compared with Pillow's operations and with timm's arguments from `tests/reference`."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def affine(image, *matrix):
     return image.transform(image.size, Image.Transform.AFFINE, matrix, **TRANSFORM)
 
 
-# What timm's operations call.
+# The Pillow functions that timm's operations call.
 PILLOW = {
     'AutoContrast': lambda image, _: ImageOps.autocontrast(image),
     'Equalize': lambda image, _: ImageOps.equalize(image),
@@ -42,8 +42,8 @@ PILLOW = {
     'Sharpness': lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
     'ShearX': lambda image, factor: affine(image, 1, factor, 0, 0, 1, 0),
     'ShearY': lambda image, factor: affine(image, 1, 0, 0, factor, 1, 0),
-    'TranslateX': lambda image, share: affine(image, 1, 0, share * image.width, 0, 1, 0),
-    'TranslateY': lambda image, share: affine(image, 1, 0, 0, 0, 1, share * image.height),
+    'TranslateX': lambda image, fraction: affine(image, 1, 0, fraction * image.width, 0, 1, 0),
+    'TranslateY': lambda image, fraction: affine(image, 1, 0, 0, 0, 1, fraction * image.height),
 }
 ARGUMENTS = {
     'AutoContrast': [0],
@@ -67,7 +67,7 @@ apply = jax.jit(lambda images, operation, argument: apply_operations(images, ope
 
 @pytest.fixture(scope='module')
 def photos():
-    """Smooth, with edges and noise, as photographs are; one of a single grey level, one dark. Not square."""
+    """Four smooth images with edges and noise, like photographs, one of a single value and a dark one; not square."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(4):
@@ -87,46 +87,47 @@ def differences(photos, name, argument):
 
 
 @pytest.mark.parametrize(('name', 'argument'), [case for case in CASES if case[0] != 'Rotate'])
-def test_equals_pillow_to_a_grey_level(photos, name, argument):
-    """Published recipes were trained with Pillow's operations: another contrast or border is another recipe."""
+def test_differs_from_pillow_by_at_most_1(photos, name, argument):
+    """Published recipes use Pillow's operations: another contrast or border would be another recipe."""
     difference = differences(photos, name, argument)
     assert difference.max() <= 1
     assert difference.mean() < 0.02
 
 
 @pytest.mark.parametrize('degrees', ARGUMENTS['Rotate'])
-def test_rotation_is_near_pillow_s(photos, degrees):
-    """Resampled three times in place of once: on the mean within 1.5 grey levels, more only at sharp edges."""
+def test_rotation_is_close_to_pillow(photos, degrees):
+    """Rotations are resampled three times, not once: larger differences than these would be another recipe."""
     difference = differences(photos, 'Rotate', degrees)
     assert difference.mean() < 1.5
     assert np.percentile(difference, 99) <= 12
 
 
-def test_each_image_takes_its_own_operation_and_the_others_stay(photos):
-    """One program computes all: what an image did not draw must leave no trace in it."""
+def test_each_image_gets_only_its_own_operation(photos):
+    """One program computes all operations: those of other images could change an image."""
     names = ['Equalize', 'Rotate', 'Color', 'ShearX']
     operation = jnp.asarray([*map(OPERATIONS.index, names), IDENTITY, IDENTITY])
     argument = jnp.asarray([0, 20, 0.3, 0.2, 0.7, -0.7])
     together = np.asarray(apply(photos, operation, argument))
-    for row, name in enumerate(names):
-        alone = apply(photos, jnp.full(6, OPERATIONS.index(name)), jnp.full(6, argument[row]))
-        np.testing.assert_array_equal(together[row], alone[row], err_msg=name)
+    for i, name in enumerate(names):
+        alone = apply(photos, jnp.full(6, OPERATIONS.index(name)), jnp.full(6, argument[i]))
+        np.testing.assert_array_equal(together[i], alone[i], err_msg=name)
     np.testing.assert_array_equal(together[4:], photos[4:])
 
 
-def test_grey_images_take_every_operation(photos):
+def test_greyscale_images_support_every_operation(photos):
+    """The recipes would fail for Fashion-MNIST, which has one channel."""
     grey = photos[:, :, :, :1]
     run = jax.jit(lambda images, operation: apply_operations(images, operation, jnp.full(6, 0.5), FILL[:1]))
     for number, name in enumerate(OPERATIONS):
         out = np.asarray(run(grey, jnp.full(6, number)))
         assert out.shape == grey.shape
-        assert (out != grey).any() == (name not in ('Color', 'SolarizeAdd')), name  # it adds half a level: nothing
+        assert (out != grey).any() == (name not in ('Color', 'SolarizeAdd')), name  # it adds 0.5, rounded down
 
 
-def test_accelerators_program_equals_the_one_for_cpu(photos, monkeypatch):
-    """Histogram and table are written twice: this host runs only one of them."""
+def test_the_program_for_accelerators_equals_that_for_cpu(photos, monkeypatch):
+    """Histogram and look-up table have two implementations, of which this host runs only one."""
     expected = [np.asarray(apply(photos, jnp.full(6, number), jnp.full(6, 3.0))) for number in range(15)]
-    take_default = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - stands in for a function
+    take_default = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - replaces a function
     monkeypatch.setattr('convnext_jax.data.pillow_arithmetic.lax.platform_dependent', take_default)
     run = jax.jit(lambda images, operation, argument: apply_operations(images, operation, argument, FILL))
     for number, image in enumerate(expected):
@@ -135,8 +136,8 @@ def test_accelerators_program_equals_the_one_for_cpu(photos, monkeypatch):
 
 @pytest.mark.parametrize('increasing', [False, True])
 @pytest.mark.parametrize('level', cases.LEVELS)
-def test_arguments_are_timm_s(level, increasing):
-    """Posterize that grows where the recipe's falls, or a translation of other size, is another strength."""
+def test_arguments_equal_timm(level, increasing):
+    """With other arguments, the augmentation would be stronger or weaker than the recipe's."""
     stored = reference.table('randaugment')['increasing' if increasing else 'plain'][str(level)]
     assert [name.removesuffix('Increasing').removesuffix('Rel') for name, _ in stored] == list(OPERATIONS)
     for number, (name, theirs) in enumerate(stored):
@@ -145,8 +146,8 @@ def test_arguments_are_timm_s(level, increasing):
             np.testing.assert_allclose(sorted(ours), theirs, rtol=1e-6, err_msg=name)
 
 
-def test_draws_are_even_and_of_the_policy_s_strength():
-    """An operation that never comes, or comes always, is seen in no loss."""
+def test_operations_are_uniform_and_magnitudes_follow_the_policy():
+    """No metric would show an operation that is never used, or always."""
     policy = RandAugment(magnitude=9, magnitude_std=0.5, probability=0.5, increasing=True)
     from convnext_jax.data.randaugment import _draw
 
@@ -160,7 +161,8 @@ def test_draws_are_even_and_of_the_policy_s_strength():
     assert abs((degrees < 0).mean() - 0.5) < 0.08
 
 
-def test_what_an_image_draws_depends_on_its_key_alone(photos):
+def test_the_draw_of_an_image_depends_on_its_key_only(photos):
+    """Gradient accumulation, sharding or another batch size would change the run."""
     policy = parse_randaugment('rand-m9-mstd0.5-inc1')
     run = jax.jit(lambda images, keys: rand_augment(images, keys, policy, FILL))
     keys = jax.random.split(jax.random.key(0), 6)
@@ -170,7 +172,8 @@ def test_what_an_image_draws_depends_on_its_key_alone(photos):
     assert (np.asarray(run(photos, jax.random.split(jax.random.key(1), 6))) != out).any()
 
 
-def test_the_recipe_s_text():
+def test_parse_randaugment():
+    """The policy of the published recipe would be read wrongly."""
     policy = parse_randaugment('rand-m9-mstd0.5-inc1')
     assert policy == RandAugment(magnitude=9, magnitude_std=0.5, layers=2, probability=0.5, increasing=True)
     assert parse_randaugment('rand-m5-n3-p1') == RandAugment(magnitude=5, layers=3, probability=1)
@@ -179,6 +182,7 @@ def test_the_recipe_s_text():
 @pytest.mark.parametrize(
     'text', ['augmix-m3', 'rand-m9-w0', 'rand-m11', 'rand-mstd', 'rand-n0', 'rand-n1.5', 'rand-p2']
 )
-def test_another_text_is_refused(text):
+def test_invalid_policies_are_refused(text):
+    """A misspelt policy would silently be another one."""
     with pytest.raises(UserError, match=f"augment.policy='{text}'"):
         parse_randaugment(text)

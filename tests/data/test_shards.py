@@ -1,4 +1,4 @@
-"""Tar shards: found, indexed once, read in any order, and what errors say."""
+"""Tar shards: search, index, random access, and error messages."""
 
 import concurrent.futures
 import io
@@ -42,7 +42,7 @@ def sample(key, value, label, suffix='png'):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Two shards of three images in all; the label stands before its image once, and one key is in both shards."""
+    """Two shards with three images; one label precedes its image, and one key occurs in both shards."""
     backwards = reversed(sample('deep.er/b', 2, 0, suffix='PNG'))
     write_tar(tmp_path / 'mini-train-000000.tar', [*sample('a', 1, 2), *backwards, ('a.seg.png', png(9))])
     write_tar(tmp_path / 'mini-train-000001.tar', sample('a', 3, '1\n', suffix='jpeg'))
@@ -61,7 +61,7 @@ def values(source):
 
 
 def test_images_and_labels_of_all_shards(directory):
-    """An image under another's label, or one left out, spoils training unseen."""
+    """Images with wrong labels, or omitted images, would spoil the training."""
     source = open_source('webdataset', str(directory), 'train')
     assert values(source) == [1, 2, 3]
     assert [source[i].label for i in range(3)] == [2, 0, 1]
@@ -78,7 +78,7 @@ def test_images_and_labels_of_all_shards(directory):
 @pytest.mark.parametrize(
     'name', ['train-0001.tar', 'imagenet-train-000001.tar', 'in1k_train_01.tar', 'train/anything.tar', 'train.0.tar']
 )
-def test_shards_are_found_under_the_names_in_use(tmp_path, name):
+def test_shards_are_found_by_their_usual_names(tmp_path, name):
     """Users would have to rename thousands of files."""
     for other in ('val-0001.tar', 'retrain-0001.tar', 'train-val-0001.tar'):
         write_tar(tmp_path / other, sample('other', 9, 9))
@@ -87,24 +87,24 @@ def test_shards_are_found_under_the_names_in_use(tmp_path, name):
 
 
 def test_class_names(directory):
-    """Predictions would name numbers; and names that are too few would name the wrong classes."""
+    """Predictions would have numbers instead of names, or the names of other classes."""
     (directory / 'classnames.txt').write_text('ant\nbee\ncat\ndog\n')
     assert open_source('webdataset', str(directory), 'train').class_names == ['ant', 'bee', 'cat', 'dog']
     (directory / 'classnames.txt').write_text('ant\nbee\n')
-    assert error_of(directory).endswith('classnames.txt names 2 classes; train has images of class 2')
+    assert error_of(directory).endswith('classnames.txt has 2 class names, but train has images of class 2')
 
 
-def test_index_is_made_once_and_anew_when_a_shard_changes(directory, monkeypatch):
-    """A million images would be indexed at every start; or the old places be read in a new file."""
+def test_the_index_is_created_once_and_again_when_a_shard_changes(directory, monkeypatch):
+    """A million images would be indexed at every start, or old offsets be used in a new file."""
     open_source('webdataset', str(directory), 'train')
     (index,) = directory.glob('*.npy')
     with monkeypatch.context() as patch:
-        patch.setattr(shards, 'index_shard', None)  # whoever indexes fails
+        patch.setattr(shards, 'index_shard', None)  # a call would fail
         assert values(open_source('webdataset', str(directory), 'train')) == [1, 2, 3]
     shard = directory / 'mini-train-000001.tar'
     stat = shard.stat()
     write_tar(shard, sample('longer_name', 5, 1))
-    assert shard.stat().st_size == stat.st_size  # the time alone tells
+    assert shard.stat().st_size == stat.st_size  # only the time differs
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     source = open_source('webdataset', str(directory), 'train')
     assert (values(source), source[2].name) == ([1, 2, 5], f'{shard}, longer_name.png')
@@ -112,19 +112,21 @@ def test_index_is_made_once_and_anew_when_a_shard_changes(directory, monkeypatch
     assert not index.exists()
 
 
-def test_folder_that_cannot_be_written(directory, tmp_path_factory, monkeypatch):
-    """Shared data is often read-only: the index must be kept somewhere, and the user be told where."""
+def test_the_index_of_a_read_only_folder_is_in_the_cache(directory, tmp_path_factory, monkeypatch):
+    """Shared data are often read-only: they could not be used, or be indexed at every start."""
     cache = tmp_path_factory.mktemp('cache')
     monkeypatch.setattr(shards, 'CACHE', cache)
-    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # the tests may run as root, who may write anywhere
-    with pytest.warns(UserWarning, match=f'{directory} cannot be written: the index of its shards becomes {cache}'):
+    monkeypatch.setattr(
+        os, 'access', lambda path, mode: False
+    )  # the tests may run as root, which can write to any folder
+    with pytest.warns(UserWarning, match=f'{directory} is not writable: the index of its shards is stored as {cache}'):
         source = open_source('webdataset', str(directory), 'train')
     assert values(source) == values(open_source('webdataset', str(directory), 'train')) == [1, 2, 3]  # no warning
     assert not list(directory.glob('*.npy'))
 
 
-def test_source_goes_to_other_processes_and_threads(directory):
-    """Loaders copy it: a copy that holds the index costs gigabytes, one that holds a file's position mixes up reads."""
+def test_a_source_can_be_used_by_processes_and_threads(directory):
+    """A pickled index would take gigabytes, and a shared file position would mix up concurrent reads."""
     write_tar(directory / 'big-0.tar', [member for i in range(600) for member in sample(f'{i:04}', i % 256, i % 10)])
     source = open_source('webdataset', str(directory), 'big')
     pickled = cloudpickle.dumps(source)
@@ -139,8 +141,8 @@ def test_source_goes_to_other_processes_and_threads(directory):
     assert read == [png(i % 256) for i in order]
 
 
-def test_processes_may_open_at_once(directory):
-    """Every process of a pod opens the data in the same second."""
+def test_several_processes_can_open_a_split_at_once(directory):
+    """All processes of a pod open the data at the same time."""
     root = Path(__file__).parents[2]
     code = f"""
 from convnext_jax.data.sources import open_source
@@ -156,20 +158,20 @@ print(len(source), source[2].label)
 @pytest.mark.parametrize(
     ('members', 'line'),
     [
-        ([('a.png', png())], 'a.png has no KEY.cls of the same key'),
-        ([*sample('b', 0, 0), ('a.cls', b'1')], 'a.cls has no image of the same key'),
-        (sample('a', 0, 'cat'), "a.cls holds b'cat', not the number of a class"),
-        (sample('a', 0, -1), "a.cls holds b'-1', not the number of a class"),
-        (sample('a', 0, ''), "a.cls holds b'', not the number of a class"),
-        ([*sample('a', 0, 0), ('a.jpg', png())], 'holds a.png and a.jpg, of the same key: keep one'),
-        ([*sample('a', 0, 0), ('a.cls', b'1')], 'holds a.cls and a.cls, of the same key: keep one'),
+        ([('a.png', png())], 'a.png has no KEY.cls with its key'),
+        ([*sample('b', 0, 0), ('a.cls', b'1')], 'a.cls has no image with its key'),
+        (sample('a', 0, 'cat'), "a.cls contains b'cat', not a class number"),
+        (sample('a', 0, -1), "a.cls contains b'-1', not a class number"),
+        (sample('a', 0, ''), "a.cls contains b'', not a class number"),
+        ([*sample('a', 0, 0), ('a.jpg', png())], 'contains a.png and a.jpg with one key: remove one of them'),
+        ([*sample('a', 0, 0), ('a.cls', b'1')], 'contains a.cls and a.cls with one key: remove one of them'),
         (sample('a.1', 0, 1), 'a.1.cls has a dot in its key'),
-        ([], 'holds no images: KEY.jpg'),
-        ([('a.txt', b'')], 'holds no images: KEY.jpg'),
+        ([], 'contains no images: it needs KEY.jpg'),
+        ([('a.txt', b'')], 'contains no images: it needs KEY.jpg'),
     ],
 )
-def test_shard_that_holds_something_else_is_named(directory, members, line):
-    """Guessing a label, or leaving an image out, would go unseen."""
+def test_an_invalid_shard_is_named(directory, members, line):
+    """A guessed label or an omitted image would spoil the training."""
     shard = directory / 'mini-train-000001.tar'
     write_tar(shard, members)
     message = error_of(directory)
@@ -178,18 +180,18 @@ def test_shard_that_holds_something_else_is_named(directory, members, line):
     assert not list(directory.glob('*npy*'))
 
 
-@pytest.mark.parametrize('damage', ['header', 'cut in data', 'cut in header', 'cut at the end mark', 'empty', 'gzip'])
-def test_damaged_shard_is_named(directory, damage):
-    """`tarfile` ends in silence at a damaged header: half a shard would be missing from training."""
+@pytest.mark.parametrize('damage', ['header', 'truncated data', 'truncated header', 'no end mark', 'empty', 'gzip'])
+def test_a_damaged_shard_is_named(directory, damage):
+    """`tarfile` silently stops at a damaged header: half a shard would be missing in training."""
     shard = directory / 'mini-train-000000.tar'
     data = shard.read_bytes()
     second = shards.tar_members(shard)[1].offset
     shard.write_bytes(
         {
             'header': data[: second - 512] + b'\xff' * 512 + data[second:],
-            'cut in data': data[: second + 1],
-            'cut in header': data[: second - 300],
-            'cut at the end mark': data[: shards.tar_members(shard)[-1].offset + 512],
+            'truncated data': data[: second + 1],
+            'truncated header': data[: second - 300],
+            'no end mark': data[: shards.tar_members(shard)[-1].offset + 512],
             'empty': b'',
             'gzip': b'\x1f\x8b' + bytes(2000),
         }[damage]
@@ -199,8 +201,8 @@ def test_damaged_shard_is_named(directory, damage):
     assert message.endswith('copy or download it again')
 
 
-def test_shard_cut_after_it_was_opened(directory):
-    """One lost shard among a thousand must be found by the message alone."""
+def test_a_shard_that_was_truncated_after_it_was_opened_is_named(directory):
+    """The user could not find one damaged shard among a thousand."""
     source = open_source('webdataset', str(directory), 'train')
     shard = directory / 'mini-train-000001.tar'
     shard.write_bytes(shard.read_bytes()[:520])
@@ -211,22 +213,23 @@ def test_shard_cut_after_it_was_opened(directory):
         source[2]
 
 
-def test_missing_split(directory):
+def test_a_missing_split_is_an_error(directory):
+    """The message would not say which file names are expected."""
     assert error_of(directory, 'val') == (
-        f"{directory} holds no shards of split 'val', val/*.tar or *val-NUMBER.tar: "
-        'say with --config.data.dir=DIR where they are'
+        f"{directory} contains no shards of split 'val' (val/*.tar or *val-NUMBER.tar): "
+        'set --config.data.dir=DIR to their folder'
     )
 
 
-def test_tar_that_goes_on_behind_its_end(directory):
-    """`cat a.tar b.tar` is no tar: what is behind the first end would be left out without a word."""
+def test_concatenated_tars_are_an_error(directory):
+    """The images of the second file in `cat a.tar b.tar` would silently be ignored."""
     first, second = (directory / f'mini-train-00000{number}.tar' for number in range(2))
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    assert 'goes on behind its end at byte' in error_of(directory)
+    assert 'continues after its end at byte' in error_of(directory)
 
 
-def test_link_in_a_tar_is_named(directory):
-    """GNU tar packs a second name of a file as a link: an image less, unseen."""
+def test_a_link_in_a_tar_is_an_error(directory):
+    """GNU tar stores the second name of a file as a link: this image would silently be ignored."""
     with tarfile.open(directory / 'mini-train-000001.tar', 'a') as tar:
         link = tarfile.TarInfo('c.png')
         link.type, link.linkname = tarfile.LNKTYPE, 'a.jpeg'
@@ -234,8 +237,8 @@ def test_link_in_a_tar_is_named(directory):
     assert 'c.png is a link to a.jpeg' in error_of(directory)
 
 
-def test_damaged_index_is_made_anew(directory):
-    """A full disk or a crash leaves half an index: nobody knows that such a file is to be removed."""
+def test_a_damaged_index_is_created_again(directory):
+    """After a full disk or a crash, users would have to find and remove a damaged index."""
     expected = values(open_source('webdataset', str(directory), 'train'))
     (index,) = directory.glob('train.index-*.npy')
     for damaged in (b'', index.read_bytes()[:40], index.read_bytes()[:-9]):
@@ -246,23 +249,24 @@ def test_damaged_index_is_made_anew(directory):
 @pytest.mark.parametrize(
     ('text', 'line'),
     [
-        (b'cat\n\ndog\n', 'has an empty line 2'),
+        (b'cat\n\ndog\n', 'line 2 is empty'),
         ('Käfer\nb\nc\n'.encode('latin-1'), 'cannot be read as UTF-8'),
-        (b'cat\ndog\n', 'names 2 classes; train has images of class 2'),
+        (b'cat\ndog\n', 'has 2 class names, but train has images of class 2'),
     ],
 )
-def test_class_names_that_are_none(directory, text, line):
-    """A blank line shifts or adds a class; the numbers would be right and the names wrong."""
+def test_invalid_class_names(directory, text, line):
+    """An empty line would shift or add a class: the numbers would be right but the names wrong."""
     (directory / 'classnames.txt').write_bytes(text)
     assert line in error_of(directory)
 
 
-def test_byte_order_mark_is_no_part_of_a_name(directory):
+def test_a_byte_order_mark_is_not_part_of_a_name(directory):
+    """The first class of a file from Windows would not match."""
     (directory / 'classnames.txt').write_bytes(b'\xef\xbb\xbfcat\nd\x0cog\nowl')
     assert open_source('webdataset', str(directory), 'train').class_names == ['cat', 'd\x0cog', 'owl']
 
 
-def test_label_that_is_no_class(directory):
-    """An image's number in KEY.cls would make a billion classes, and take all memory."""
+def test_a_label_that_is_not_a_class_number(directory):
+    """With the number of the image in KEY.cls there would be a billion classes, which take all memory."""
     write_tar(directory / 'mini-train-000002.tar', sample('x', 1, 999_999_999))
     assert 'has an image of class 999999999' in error_of(directory)

@@ -132,7 +132,7 @@ def test_what_is_no_image_is_refused(tmp_path):
         ([], 'no images'),
         ([3], 'image 0 is a int'),
         (3, 'must be an image or many'),
-        (tmp_path / 'thin.png', 'is too thin'),
+        (tmp_path / 'thin.png', 'is too narrow'),
     ):
         with pytest.raises(UserError, match=match):
             ImageProcessor()(image)

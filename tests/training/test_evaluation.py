@@ -154,17 +154,17 @@ def test_an_image_of_several_labels_is_right_with_any_of_them():
     assert (sums['top1'], sums['top5'], sums['count']) == (8, 12, COUNT)
 
 
-def test_judged_labels_are_the_only_ones_to_choose_from():
+def test_eval_classes_are_the_only_ones_to_choose_from():
     """ImageNet-A and -R score among their 200 classes: with all 1,000 the figures are others than the published."""
     model, raw, _ = build(10)
     images, _ = examples(10)
-    judged = (1, 4, 7)
-    among = logits_of(model, raw, images)[:, judged].astype(np.float64)
-    labels = np.asarray(judged, np.int32)[among.argmax(-1)]
-    labels[:5] = np.asarray(judged)[among[:5].argmin(-1)]
-    sums = run(model, raw, images, labels, judged=judged)
+    eval_classes = (1, 4, 7)
+    among = logits_of(model, raw, images)[:, eval_classes].astype(np.float64)
+    labels = np.asarray(eval_classes, np.int32)[among.argmax(-1)]
+    labels[:5] = np.asarray(eval_classes)[among[:5].argmin(-1)]
+    sums = run(model, raw, images, labels, eval_classes=eval_classes)
     assert sums['top1'] == COUNT - 5
-    chosen = np.log(np.exp(among).sum(-1)) - among[np.arange(COUNT), [judged.index(label) for label in labels]]
+    chosen = np.log(np.exp(among).sum(-1)) - among[np.arange(COUNT), [eval_classes.index(label) for label in labels]]
     assert sums['loss'] == pytest.approx(chosen.sum(), rel=1e-5)
 
 
