@@ -1,4 +1,4 @@
-"""A model as a StableHLO program that runs without this package, beside its weights."""
+"""Export of a model as a StableHLO program and a weights file, which run without this package."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.paths import local_path
 
 DECODING = 'turned upright by the EXIF orientation; transparency dropped; 16-bit grey scaled by 255 / 65535'
-"""What `data.decode.decode` does, in `model.json` for those who decode with another library."""
+"""A description in `model.json` of `data.decode.decode`, for users of other decoders."""
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 
@@ -29,17 +29,18 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         weights = safetensors.numpy.load_file('FOLDER/model.safetensors')
         logits = jax.jit(program.call)(weights, images)
 
-    `images` are (N, size, size, C) uint8, decoded, resized and cropped as `model.json` says; the program normalises
-    them. The logits are (N, classes) float32. `activation` in `model.json` is the function from them to probabilities:
-    "softmax", "sigmoid" (multi-label, or one output), or null for a regression, whose outputs are values. The weights
-    stay out of the program: as constants they make ConvNeXt-L start ten times slower, and stop at 2 GB.
+    `images` are (N, size, size, C) uint8, decoded, resized and cropped as described in `model.json`; the program
+    normalises them. The logits are (N, classes) float32. `activation` in `model.json` is the function from logits to
+    probabilities: "softmax", "sigmoid" (multi-label, or one output), or null for a regression, whose outputs are
+    values. The weights are arguments of the program: as constants they would be limited to 2 GB, and ConvNeXt-L would
+    start ten times slower.
 
     Args:
         pretrained: model, preprocessing (by default ImageNet's at 224 pixels) and class names.
-        folder: new or empty.
+        folder: a new or empty folder.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or processor or class names are of another model.
+        UserError: the folder is not empty or not writable, or processor or class names do not match the model.
     """
     model = pretrained.model
     processor = processor_for(model.in_channels, pretrained.processor)
@@ -59,10 +60,10 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         'resample': Image.Resampling(processor.resample).name.lower(),
         'decoding': DECODING,
     }
-    about = {
+    description = {
         'preprocessing': preprocessing,
         'class_names': pretrained.class_names,
         'activation': pretrained.activation,
     }
-    files: dict[str, dict | bytes] = {'model.stablehlo': bytes(program.serialize()), 'model.json': about}
+    files: dict[str, dict | bytes] = {'model.stablehlo': bytes(program.serialize()), 'model.json': description}
     write_folder(local_path(folder), jax.tree.map(np.asarray, weights), files)

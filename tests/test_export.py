@@ -1,4 +1,4 @@
-"""An exported model runs where this package is not, and says the same."""
+"""Export: the program runs without this package and gives equal logits."""
 
 import json
 import os
@@ -36,7 +36,7 @@ for size in (1, 3):
 
 
 def run_elsewhere(folder):
-    """The logits of one and of three images, from a process that cannot import this package."""
+    """The logits of one image and of three, from a process that cannot import this package."""
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     command = [sys.executable, '-c', ELSEWHERE, str(folder)]
     subprocess.run(command, cwd=folder, env=environment, check=True, timeout=LONGEST)
@@ -55,7 +55,7 @@ def randomized(model):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
 def test_runs_in_a_process_without_this_package(tmp_path, name):
-    """Who deploys has uint8 images, jax and the folder, and wants the model's own logits at any batch size."""
+    """A deployed model, with only jax and the folder, would give other logits or need a fixed batch size."""
     model = randomized(create_model(name, key=jax.random.key(0), num_classes=7))
     processor = ImageProcessor(size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
     pretrained = Pretrained(model, 'timm', tuple('abcdefg'), processor, (), [])
@@ -88,7 +88,7 @@ def test_the_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
 
 
 def test_the_command_exports_a_run(finished_run, tmp_path, capsys):
-    """Of the average too: what a run evaluates best is what people deploy."""
+    """The moving average of a run, which is usually deployed, could not be exported."""
     main(['convnext_jax', 'export', str(finished_run), str(tmp_path / 'out'), '--params=ema'])
     assert f'model.safetensors (the ema weights of {finished_run}, step 24)' in capsys.readouterr().out
     average = get_parameters(read_weights(str(finished_run), 'ema', None).model)
@@ -108,7 +108,7 @@ def test_the_command_exports_a_run(finished_run, tmp_path, capsys):
     ],
 )
 def test_how_logits_become_probabilities_is_written_down(tmp_path, classes, kind, activation):
-    """Who deploys a multi-label model and takes a softmax gets other probabilities. Two classes may share a name."""
+    """With a softmax, a deployed multi-label model would give wrong probabilities. Two classes may have one name."""
     model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=classes)
     export_stablehlo(Pretrained(model, 'timm', ('crane',) * classes, None, (), [], kind), tmp_path / 'out')
     about = json.loads((tmp_path / 'out' / 'model.json').read_text())

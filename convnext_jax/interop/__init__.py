@@ -1,4 +1,4 @@
-"""Other people's files: weights and image processors of Hugging Face, timm and the original, in and out."""
+"""Import and export of weights and image processors of Hugging Face, timm and the original repositories."""
 
 from convnext_jax.interop.backbone import create_backbone
 from convnext_jax.interop.pretrained import Pretrained, load_pretrained, read_pretrained, save_pretrained

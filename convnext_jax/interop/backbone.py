@@ -1,4 +1,4 @@
-"""create_backbone: feature maps with anybody's weights, in and out of Hugging Face's ConvNextBackbone folders."""
+"""create_backbone, with the weights of any supported library, and the layout of Hugging Face's ConvNextBackbone."""
 
 import re
 import warnings
@@ -40,34 +40,36 @@ def create_backbone(
     drop_path_rate: float = 0.0,
     **options: Unpack[ExecutionOptions],
 ) -> Backbone:
-    """Stem and stages that give the chosen feature maps, each through a LayerNorm of its own.
+    """A backbone: stem and stages that return feature maps, each normalised by its own LayerNorm.
 
         backbone = cx.create_backbone('facebook/convnext-tiny-224', out_features=('stage2', 'stage4'))
         maps = backbone(images)  # {'stage2': (N, H / 8, W / 8, 192), 'stage4': (N, H / 32, W / 32, 768)}
         backbone.channels['stage2'], backbone.strides['stage2']  # 192, 8
 
     Args:
-        source: one of `list_models()`, or an architecture, for a newly initialised one; or weights, as
-            `load_pretrained` reads them, with or without a head (a folder that has a model's name as './name'). Norms
-            that the file does not have start as the identity, and a warning says so.
-        out_features: of 'stem', 'stage1', 'stage2' …; by default those of the folder's config, or else the stages.
-        output_stride: the largest stride, 8 or 16 where the model's own is 32: the stages after it are dilated, and
-            their weights are the same.
-        key: random key of a newly initialised one.
-        entry, revision: of weights, as `read_pretrained`.
-        in_channels: of a newly initialised one.
-        drop_path_rate: as `create_model`.
-        options: how the backbone is computed, as `create_model`: dtype='bfloat16', remat='full' …
+        source: one of `list_models()` or a `Variant`, for a newly initialised backbone; or the path or hub id of
+            weights, as for `load_pretrained`, with or without a head. Write './name' for a folder that has the name of
+            a model. Norms that are missing in the file start as the identity, with a warning.
+        out_features: names of the returned feature maps, out of 'stem', 'stage1', 'stage2', …; by default those in the
+            folder's config, or else all stages.
+        output_stride: the largest stride in pixels, such as 8 or 16 for a model with stride 32: later stages are
+            dilated instead, with unchanged weights.
+        key: random key of the initialisation; only for a newly initialised backbone.
+        entry, revision: as for `read_pretrained`; only for weights.
+        in_channels: channels of the images; only for a newly initialised backbone.
+        drop_path_rate: as for `create_model`.
+        options: how the backbone is computed, as for `create_model`: dtype='bfloat16', remat='full', …
 
     Raises:
-        UserError: there is no such model or file, it does not fit, or a value is out of its range.
+        TypeError: an unknown keyword.
+        UserError: the model or file does not exist, the weights do not match, or a value is out of its range.
     """
     execution = Execution.from_keywords(create_backbone, options)
     if _is_architecture(source):
         variant = get_variant(source)
         if key is None:
             raise UserError(
-                f'a new {source} is initialised at random: give key=jax.random.key(…), or ./{source} for a folder'
+                f'a new {source} needs a random key: pass key=jax.random.key(…), or ./{source} for a folder'
             )
         return Backbone(
             variant,
@@ -94,14 +96,16 @@ def create_backbone(
         ),
         jax.random.key(0),
     )
-    fresh = [name for name in model.out_features if name not in given]
+    missing = [name for name in model.out_features if name not in given]
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
-    norms = {f'norms.{name}.{part}': shapes.pop(f'norms.{name}.{part}') for name in fresh for part in ('scale', 'bias')}
-    unasked = set(model.channels) - set(model.out_features)
-    kept = _without_heads(opened.tensors, opened.layout, unasked)
-    parameters = from_layout(kept, shapes, opened.variant, opened.layout)
-    if fresh:
-        warnings.warn(f'the norms of {", ".join(fresh)} are newly initialised: the file has none', stacklevel=2)
+    norms = {
+        f'norms.{name}.{part}': shapes.pop(f'norms.{name}.{part}') for name in missing for part in ('scale', 'bias')
+    }
+    unused = set(model.channels) - set(model.out_features)
+    tensors = _without_heads(opened.tensors, opened.layout, unused)
+    parameters = from_layout(tensors, shapes, opened.variant, opened.layout)
+    if missing:
+        warnings.warn(f'the norms of {", ".join(missing)} are newly initialised: the file has none', stacklevel=2)
         parameters |= {
             name: jnp.full(shape, float(name.endswith('scale')), jnp.float32) for name, shape in norms.items()
         }
@@ -109,20 +113,20 @@ def create_backbone(
 
 
 def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
-    """As ConvNextBackbone or ConvNextV2Backbone names and shapes them: without the classifier's prefix."""
+    """The parameters with the names and shapes of ConvNextBackbone or ConvNextV2Backbone, which have no prefix."""
     tensors = to_layout(jax.device_get(get_parameters(backbone)), backbone.variant, 'huggingface')
     return {name.split('.', 1)[1]: x for name, x in tensors.items()}
 
 
 def _is_architecture(source: str | Path | Variant) -> TypeGuard[str | Variant]:
-    """Whether it is no place of weights: a name of ours, or what can only be one, perhaps misspelt."""
+    """Whether `source` is an architecture or the name of one, possibly misspelt, and not a path or hub id."""
     if isinstance(source, str):
         return source in VARIANTS or bool(re.fullmatch(r'\w{1,64}', source) and not Path(source).exists())
     return isinstance(source, Variant)
 
 
-def _without_heads(tensors: Tensors, layout: str, unasked: set[str]) -> Tensors:
-    """Without last norm and head, and without the norms of feature maps that nobody asked for."""
+def _without_heads(tensors: Tensors, layout: str, unused: set[str]) -> Tensors:
+    """The tensors without last norm, head, and the norms of the unused feature maps."""
     norms = {name: match[1] for name in tensors if (match := NORM_NAMES.fullmatch(name))}
     heads = HEADS[layout] + LAST_NORMS[layout]
-    return {name: x for name, x in tensors.items() if not name.startswith(heads) and norms.get(name) not in unasked}
+    return {name: x for name, x in tensors.items() if not name.startswith(heads) and norms.get(name) not in unused}

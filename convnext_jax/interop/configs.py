@@ -1,4 +1,4 @@
-"""The `config.json` that Hugging Face's and timm's models are built from."""
+"""The `config.json` from which Hugging Face and timm build their models."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ def classifier_config(
     processor: ImageProcessor,
     problem_type: str | None,
 ) -> dict[str, dict]:
-    """The layout's `config.json`, if it has one; arguments as `save_pretrained`.
+    """'config.json' → its content, {} for a layout without this file; arguments as for `save_pretrained`.
 
     Raises:
-        UserError: the class names are no names of these classes, `problem_type` is unknown or does not fit, or the
-            other library has no such model.
+        UserError: the number of class names is wrong, `problem_type` is unknown or does not fit, or the other library
+            does not support the architecture.
     """
     num_classes = model.head.bias.shape[0]
     if class_names is not None:
@@ -29,30 +29,31 @@ def classifier_config(
     check_problem_type(problem_type)
     if layout == 'huggingface':
         if num_classes == 1 and problem_type == 'single_label_classification':
-            raise UserError(f'transformers refuses {problem_type} with one class: give problem_type=None')
+            raise UserError(f'transformers does not support {problem_type} with one class: pass problem_type=None')
         return {'config.json': _huggingface_config(model, class_names, processor, problem_type)}
     if activation(problem_type, num_classes) != activation(None, num_classes):
         warnings.warn(
-            f'{layout} has no place for problem_type={problem_type}: who loads these weights must know it', stacklevel=3
+            f'the {layout} layout does not store problem_type={problem_type}: users of the weights must know it',
+            stacklevel=3,
         )
     if model.norm.epsilon != 1e-6:
-        warnings.warn(f"{layout} has no place for the last norm's epsilon of {model.norm.epsilon}", stacklevel=3)
+        warnings.warn(f"the {layout} layout does not store the last norm's epsilon, {model.norm.epsilon}", stacklevel=3)
     return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
-    """Refuses what is not one name for each class; two classes may share one, as ImageNet's two called crane.
+    """Checks that there is one name for each class; names may be repeated, as 'crane' in ImageNet.
 
     Raises:
-        UserError: too few, too many, or one that is not a text.
+        UserError: there are too few or too many names, or one is not a string.
     """
     names = [] if isinstance(class_names, str) else list(class_names)
     if len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{len(names)} class names for {num_classes} classes: give one text for each class')
+        raise UserError(f'{len(names)} class names for {num_classes} classes: pass one string for each class')
 
 
 def check_problem_type(problem_type: object) -> None:
-    """Refuses a `problem_type` that transformers does not know; None is one that is not given.
+    """Checks that `problem_type` is None or known to transformers.
 
     Raises:
         UserError: it is neither None nor one of `PROBLEM_TYPES`.
@@ -62,7 +63,7 @@ def check_problem_type(problem_type: object) -> None:
 
 
 def activation(problem_type: str | None, num_classes: int) -> str | None:
-    """The function from logits to probabilities, chosen as transformers' image-classification pipeline does.
+    """The function from logits to probabilities that transformers' image-classification pipeline uses.
 
     Returns:
         'softmax', 'sigmoid', or None for a regression, whose outputs are not probabilities.
@@ -73,15 +74,15 @@ def activation(problem_type: str | None, num_classes: int) -> str | None:
 
 
 def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
-    """`config.json` of a ConvNextBackbone folder.
+    """The content of the `config.json` of a ConvNextBackbone folder.
 
     Raises:
-        UserError: the backbone is dilated, which Hugging Face's is not.
+        UserError: the backbone is dilated, which Hugging Face does not support.
     """
     if backbone.output_stride != backbone.variant.total_stride:
         raise UserError(
-            f'Hugging Face has no backbone of output_stride={backbone.output_stride}: save it without, the weights '
-            'are the same'
+            f'Hugging Face has no backbone of output_stride={backbone.output_stride}: create it without output_stride, '
+            'which does not change the weights'
         )
     names = list(backbone.channels)
     return _common(backbone, 'Backbone', processor) | {
@@ -99,15 +100,15 @@ def _huggingface_config(
     config = _common(model, 'ForImageClassification', processor) | {
         'layer_norm_eps': float(model.norm.epsilon),
         'id2label': {str(label): name for label, name in enumerate(names)},
-        'label2id': {name: label for label, name in enumerate(names)},  # of two classes of one name the last
+        'label2id': {name: label for label, name in enumerate(names)},  # the last of several classes with one name
     }
     return config | ({'problem_type': problem_type} if problem_type else {})
 
 
 def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
     variant, num_classes = model.variant, model.head.bias.shape[0]
-    same = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
-    names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == same]
+    wanted = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
+    names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == wanted]
     if not names:
         scale = 'with' if variant.layer_scale_init > 0 else 'without'
         raise UserError(
@@ -126,7 +127,7 @@ def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: 
 
 
 def _common(model: ConvNeXt | Backbone, architecture: str, processor: ImageProcessor) -> dict:
-    """What every `config.json` of a ConvNeXt of Hugging Face's has; `architecture` as in 'ForImageClassification'."""
+    """The common part of Hugging Face's `config.json`; `architecture` is for instance 'ForImageClassification'."""
     variant = model.variant
     kind = 'ConvNextV2' if variant.grn else 'ConvNext'
     config = {

@@ -1,7 +1,7 @@
-"""Our parameters under the names, and in the shapes, of the Hugging Face, timm and original models, and back.
+"""Conversion of our parameters to the names and shapes of the Hugging Face, timm and original models, and back.
 
-The three store the same numbers: convolutions as (out, in, H, W) where ours are (H, W, in, out), linear layers as
-(out, in) where ours are (in, out), and each block by itself where ours are stacked along a leading axis.
+The layouts differ in three ways. Convolution kernels are (out, in, H, W) there and (H, W, in, out) here. Linear kernels
+are (out, in) there and (in, out) here. Blocks are separate tensors there and stacked along a leading axis here.
 """
 
 import collections
@@ -18,10 +18,10 @@ from convnext_jax.interop.files import Tensors, printable
 from convnext_jax.models import Parameters, Variant
 
 LAYOUTS = ('huggingface', 'timm', 'original')
-TIMM_STRIDE = 32  # its `output_stride` by default
+TIMM_STRIDE = 32  # timm's default `output_stride`
 MAX_LISTED = 50
 
-# Module names: ours → theirs, in the order of LAYOUTS. S stands for the stage, B for the block.
+# Our module name → names in the order of LAYOUTS. S is the index of the stage, B of the block.
 TRUNK = {
     'stem.conv': ('embeddings.patch_embeddings', 'stem.0', 'downsample_layers.0.0'),
     'stem.norm': ('embeddings.layernorm', 'stem.1', 'downsample_layers.0.1'),
@@ -39,7 +39,7 @@ TRUNK = {
     'norm': ('layernorm', 'head.norm', 'norm'),
     'head': ('classifier', 'head.fc', 'head'),
 }
-# Layout → how the names of the head, and of the last norm before it, begin.
+# Layout → prefixes of the tensors of the head, and of the norm before it.
 HEADS = {'huggingface': ('classifier.',), 'timm': ('head.fc.',), 'original': ('head.',)}
 LAST_NORMS = {
     'huggingface': ('convnext.layernorm.', 'convnextv2.layernorm.'),
@@ -62,7 +62,7 @@ BLOCK = {
 
 
 class Entry(NamedTuple):
-    """One tensor of another layout: which of our parameters it is, and which block of it, if that is stacked."""
+    """One tensor of another layout: its name, the name of our parameter, and the block's index if that is stacked."""
 
     theirs: str
     ours: str
@@ -70,29 +70,29 @@ class Entry(NamedTuple):
 
 
 def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> list[Entry]:
-    """All tensors of a layout.
+    """The tensors of a model in a layout.
 
     Args:
-        shapes: our parameters' names → shapes.
-        variant: their architecture.
+        shapes: name → shape of our parameters.
+        variant: the architecture.
         layout: one of `LAYOUTS`.
 
     Raises:
-        UserError: an unknown layout, or one that has no such architecture.
+        UserError: the layout is unknown, or its library does not support the architecture.
     """
     if layout not in LAYOUTS:
-        raise UserError(f"there is no layout '{layout}': {', '.join(LAYOUTS)}")
+        raise UserError(f"there is no layout '{layout}': choose one of {', '.join(LAYOUTS)}")
     isotropic = len(variant.depths) == 1
     if isotropic and layout != 'original':
-        raise UserError(f'the {layout} library has no isotropic ConvNeXt: only the original layout holds it')
+        raise UserError(f'the {layout} library has no isotropic ConvNeXt: use the original layout')
     if not isotropic and not variant.stem_norm:
-        raise UserError(f'the {layout} library has no ConvNeXt of several stages without a norm in the stem')
+        raise UserError(f'the {layout} library has no ConvNeXt with several stages and without a norm in the stem')
     if layout == 'huggingface' and variant.grn and variant.layer_scale_init > 0:
-        raise UserError("Hugging Face's ConvNeXt V2 has no layer scale, and this model has one")
+        raise UserError("Hugging Face's ConvNeXt V2 has no layer scale, but this model has one")
     if layout == 'timm' and (variant.patch_size == 2 or variant.strides[-2] >= TIMM_STRIDE):
         raise UserError(
-            f'timm builds a ConvNeXt of patch_size={variant.patch_size} otherwise: from 2 with one more downsampling, '
-            f'beyond a stride of {TIMM_STRIDE} with dilated stages'
+            f'timm builds a different network for patch_size={variant.patch_size}: with one more downsampling for 2, '
+            f'and with dilated stages above a stride of {TIMM_STRIDE}'
         )
     result = []
     for ours, shape in shapes.items():
@@ -104,7 +104,12 @@ def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
 
 
 def to_layout(parameters: Mapping[str, np.ndarray], variant: Variant, layout: str) -> dict[str, np.ndarray]:
-    """Our parameters as another layout's tensors, float32: views of ours where that is possible.
+    """Our parameters as float32 tensors of another layout; they are views of ours where possible.
+
+    Args:
+        parameters: name → array.
+        variant: the architecture.
+        layout: one of `LAYOUTS`.
 
     Raises:
         UserError: as `entries`.
@@ -114,22 +119,24 @@ def to_layout(parameters: Mapping[str, np.ndarray], variant: Variant, layout: st
     for theirs, ours, block in entries(shapes, variant, layout):
         array = np.asarray(parameters[ours])
         tensors[theirs] = np.ascontiguousarray(
-            _outward(array if block is None else array[block], ours, variant, layout)
+            _to_their_shape(array if block is None else array[block], ours, variant, layout)
         )
     return tensors
 
 
 def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> Parameters:
-    """Another layout's tensors as our parameters, float32; beyond them it takes the memory of one.
+    """The tensors of another layout as our float32 parameters.
+
+    The additional memory is that of the largest parameter.
 
     Args:
-        tensors: all of the model and nothing else.
-        shapes: our parameters' names → shapes, which the result has.
+        tensors: all tensors of the model, and no others.
+        shapes: name → shape of our parameters.
         variant: the architecture.
         layout: one of `LAYOUTS`.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; they are listed, up to 50.
+        UserError: tensors are missing, unexpected or of another shape; the message lists up to 50 of them.
     """
     wanted = entries(shapes, variant, layout)
     names = {entry.theirs for entry in wanted}
@@ -137,7 +144,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
     problems += [f'{printable(name)} is unexpected' for name in tensors if name not in names]
     for theirs, ours, block in wanted:
         shape = shapes[ours] if block is None else shapes[ours][1:]
-        expected = _outward(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
+        expected = _to_their_shape(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
         allowed = {expected}
         if layout == 'timm' and '.pointwise' in ours and ours.endswith('.kernel'):  # its conv_mlp
             allowed = {expected[:2], (*expected[:2], 1, 1)}
@@ -146,27 +153,30 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
     if problems:
         more = f'; and {len(problems) - MAX_LISTED} more' if len(problems) > MAX_LISTED else ''
         listed = '; '.join(sorted(problems)[:MAX_LISTED])
-        raise UserError(f'the {layout} weights do not fit the model: {listed}{more}')
+        raise UserError(f'the {layout} weights do not match the model: {listed}{more}')
     sources = collections.defaultdict(list)
     for theirs, ours, block in wanted:
         sources[ours].append((theirs, block))
     parameters = {}
-    # The largest first: each is there twice for a moment, and the others are not yet there.
+    # The largest first: each parameter is in memory twice for a moment, when the smaller ones do not exist yet.
     for ours in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
         array = np.empty(shapes[ours], np.float32)
         for theirs, block in sources[ours]:
             target = array if block is None else array[block]
-            target[...] = _inward(np.asarray(tensors[theirs]), ours, target.shape)
+            target[...] = _to_our_shape(np.asarray(tensors[theirs]), ours, target.shape)
         parameters[ours] = jax.device_put(array)
     return {ours: parameters[ours] for ours in shapes}
 
 
 def dense_encoder(tensors: Tensors) -> Tensors:
-    """The encoder of an FCMAE pre-training, kept as sparse convolutions, as the dense original; others as they are.
+    """The encoder of an FCMAE pre-training with sparse convolutions, converted to the dense original layout.
 
-    A sparse kernel is (places, in, out), or (places, channels) where each channel is by itself, and counts its places
-    column by column. Names have a level more, as in `norm.ln.weight` (ConvNeXt-V2, utils.py); `encoder.`, with which
-    they begin, is already taken off.
+    Other tensors are returned unchanged. A sparse kernel is (positions, in, out), or (positions, channels) if it is
+    depthwise, with positions in column-major order. Some names have an additional level, as in `norm.ln.weight`
+    (ConvNeXt-V2, utils.py). The prefix `encoder.` must have been removed.
+
+    Raises:
+        UserError: a sparse kernel does not have a square number of positions.
     """
     if not any(name.endswith('.kernel') for name in tensors):
         return tensors
@@ -177,7 +187,7 @@ def dense_encoder(tensors: Tensors) -> Tensors:
         if name.endswith('.kernel'):
             side = math.isqrt(len(x)) if x.ndim else 0
             if x.ndim not in (2, 3) or side**2 != len(x) or 0 in x.shape:
-                raise UserError(f'{printable(name)} has shape {x.shape}: no sparse kernel of a square')
+                raise UserError(f'{printable(name)} has shape {x.shape}, which is not that of a square sparse kernel')
             x = rearrange(x, '(w h) i o -> o i h w' if x.ndim == 3 else '(w h) c -> c 1 h w', h=side)
             name = name.removesuffix('kernel') + 'weight'
         elif name.endswith('.bias'):
@@ -219,14 +229,14 @@ def _prefix(module: str, variant: Variant, layout: str) -> str:
     return 'convnextv2.' if variant.grn else 'convnext.'
 
 
-def _outward(array: np.ndarray, ours: str, variant: Variant, layout: str) -> np.ndarray:
-    """One of our parameters, a block of it if it is stacked, in their shape."""
+def _to_their_shape(array: np.ndarray, ours: str, variant: Variant, layout: str) -> np.ndarray:
+    """One of our parameters, or one block of a stacked parameter, in the shape of the layout."""
     if ours.endswith('depthwise.kernel'):
         return rearrange(array, 'h w c -> c 1 h w')
     if ours.endswith('conv.kernel'):
         return rearrange(array, 'h w i o -> o i h w')
     if ours.endswith('.kernel'):
-        # timm's sizes below tiny run their linear layers as 1×1 convolutions.
+        # timm's variants smaller than tiny have 1×1 convolutions as linear layers.
         as_convolution = layout == 'timm' and 'pointwise' in ours and variant.widths[0] < 96
         return rearrange(array, 'i o -> o i 1 1' if as_convolution else 'i o -> o i')
     if '.grn.' in ours and layout != 'timm':
@@ -234,8 +244,8 @@ def _outward(array: np.ndarray, ours: str, variant: Variant, layout: str) -> np.
     return array
 
 
-def _inward(tensor: np.ndarray, ours: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One of their tensors in our shape."""
+def _to_our_shape(tensor: np.ndarray, ours: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of another layout in the shape of our parameter."""
     if ours.endswith('depthwise.kernel'):
         return rearrange(tensor, 'c 1 h w -> h w c')
     if ours.endswith('conv.kernel'):

@@ -1,4 +1,4 @@
-"""load_pretrained and save_pretrained: whole models in the folders and files of the other libraries."""
+"""load_pretrained and save_pretrained: models in the folders and files of other libraries."""
 
 import math
 import warnings
@@ -22,17 +22,18 @@ HEAD = ('head.kernel', 'head.bias')
 
 
 class Pretrained(NamedTuple):
-    """A model and what else its folder says.
+    """A model with the other information of its folder.
 
     Attributes:
-        layout: the names its tensors had.
-        class_names: of the head's outputs, where the folder gives them.
-        processor: how it wants its images, where the folder says it.
-        fresh: the parameters that the file does not give, which are newly initialised.
-        notes: lines for the user, about these or about other weights in the same place.
-        problem_type: of Hugging Face's config: 'single_label_classification', 'multi_label_classification',
-            'regression', or None where nothing says it.
-        origin: which weights of which file, folder or run these are, in words for messages.
+        model: the classifier.
+        layout: the layout of its file, one of `layouts.LAYOUTS`.
+        class_names: names of the head's outputs; None if unknown.
+        processor: the preprocessing of images; None if unknown.
+        fresh: names of the parameters that are missing in the file and were newly initialised.
+        notes: messages for the user, about newly initialised parameters or about other weights of the file or run.
+        problem_type: 'single_label_classification', 'multi_label_classification' or 'regression', from Hugging Face's
+            config; None if unknown.
+        origin: description, for messages, of the file, folder or run of the weights.
     """
 
     model: ConvNeXt
@@ -51,14 +52,15 @@ class Pretrained(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known of the data the model was trained on, as `data.dataset.Dataset.facts`."""
+        """What is known about the training data, in the form of `data.dataset.Dataset.facts`."""
         return {} if self.class_names is None else {'class names': list(self.class_names)}
 
 
 def load_pretrained(where: str | Path, **arguments) -> ConvNeXt:
-    """A model with the weights of the Hugging Face, timm or original libraries; arguments as `read_pretrained`.
+    """A model with the weights of the Hugging Face, timm or original libraries.
 
-    Warns where a part of the model is newly initialised. `read_pretrained` also gives class names and preprocessing.
+    A warning lists the parts of the model that are newly initialised. `read_pretrained`, which has the same arguments
+    and errors, also returns class names and preprocessing.
     """
     loaded = read_pretrained(where, **arguments)
     for note in loaded.notes:
@@ -79,26 +81,26 @@ def read_pretrained(
     head_init_scale: float = 1.0,
     **options: Unpack[ExecutionOptions],
 ) -> Pretrained:
-    """A model with the weights of another library, and what its folder says about classes and images.
+    """A model with the weights of another library, and the class names and preprocessing of its folder.
 
     Args:
-        where: a folder of Hugging Face (`config.json` with safetensors, in one file or several, or
-            `pytorch_model.bin`) or of timm; a hub id of either; a safetensors or PyTorch file of any name. The layout
-            follows from the tensors' names, of which what wrappers put before them (`module.`, `model.`) is taken off.
-        name: the architecture to insist on; by default as the folder's config, or the names and shapes, say.
-        entry: which weights of a PyTorch file that holds several: the name of an entry, or 'ema' for 'model_ema' or
-            'state_dict_ema'; by default 'model' or 'state_dict', or the only entry that is a state dict.
+        where: a Hugging Face folder (`config.json` and safetensors, in one or more files, or `pytorch_model.bin`) or a
+            timm folder; a hub id of either; or a safetensors or PyTorch file with any name. The names of the tensors
+            determine the layout. Prefixes that wrappers have added (`module.`, `model.`) are removed.
+        name: name of the architecture; by default it is determined by the folder's config, or by names and shapes.
+        entry: name of one of several state dicts in a PyTorch file, or 'ema' for 'model_ema' or 'state_dict_ema'. The
+            default is 'model' or 'state_dict', or the only state dict.
         revision: branch, tag or commit on the hub.
-        num_classes: if it is not the file's, the head is newly initialised.
-        new_classes: outputs of a newly initialised head where the file has none; as `num_classes`, but a file's head
-            stays whatever its size.
-        key: random key of a new head.
-        drop_path_rate, head_init_scale: as `create_model`.
-        options: how the model is computed, as `create_model`: dtype='bfloat16', remat='full' …
+        num_classes: outputs of the head; if the file's head has another number, the head is newly initialised.
+        new_classes: outputs of the newly initialised head of a file without a head; ignored if the file has one.
+        key: random key of a newly initialised head.
+        drop_path_rate, head_init_scale: as for `create_model`.
+        options: how the model is computed, as for `create_model`: dtype='bfloat16', remat='full', …
 
     Raises:
-        UserError: the file cannot be read, is of another model, or has tensors that are missing, unexpected or of
-            another shape; these are listed.
+        TypeError: an unknown keyword.
+        UserError: the file cannot be read, has another model, or has missing or unexpected tensors or tensors of
+            another shape, which the message lists.
     """
     execution = Execution.from_keywords(read_pretrained, options)
     opened = open_weights(str(where), name=name, entry=entry, revision=revision)
@@ -106,7 +108,7 @@ def read_pretrained(
     bias = tensors.get(f'{HEADS[layout][0]}bias')
     saved_classes = None if bias is None else math.prod(bias.shape)
     sizes = [size for size in (num_classes, saved_classes, new_classes) if size is not None]
-    num_classes = sizes[0] if sizes else 1  # without a size, what else does not fit is listed first
+    num_classes = sizes[0] if sizes else 1  # without any size, `from_layout` reports other problems first
 
     def build(key: jax.Array) -> ConvNeXt:
         return ConvNeXt(
@@ -132,11 +134,11 @@ def read_pretrained(
         raise UserError(f'{where} has no head: load_pretrained(…, num_classes=, key=) initialises one')
     if fresh:
         if key is None:
-            raise UserError(f'{"; ".join(notes)}: give key=jax.random.key(…)')
+            raise UserError(f'{"; ".join(notes)}: pass key=jax.random.key(…)')
         drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in fresh})(key)
         parameters |= drawn
     model = with_parameters(model, parameters)
-    if fresh:  # the names and the problem type are of another head
+    if fresh:  # names and problem type in the config describe another head
         return Pretrained(model, layout, None, _processor(opened), fresh, notes)
     class_names, problem_type = _class_names(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
@@ -152,29 +154,29 @@ def save_pretrained(
     processor: ImageProcessor | None = None,
     problem_type: str | None = None,
 ) -> None:
-    """Writes a folder that the other library loads as it is.
+    """Writes a folder that another library can load.
 
-    'huggingface': `AutoModelForImageClassification.from_pretrained(folder)`, or `ConvNextBackbone`, and its processor.
-    'timm': `timm.create_model('local-dir:FOLDER')`, or `checkpoint_path=FOLDER/model.safetensors`. 'original':
-    `torch.load('FOLDER/model.pth')['model']`; it takes torch to write.
+    - 'huggingface': `AutoModelForImageClassification.from_pretrained(folder)`, or `ConvNextBackbone`, with processor.
+    - 'timm': `timm.create_model('local-dir:FOLDER')`, or `checkpoint_path=FOLDER/model.safetensors`.
+    - 'original': `torch.load('FOLDER/model.pth')['model']`; torch must be installed to write it.
 
     Args:
-        model: to save; a backbone has the Hugging Face layout alone.
-        folder: new or empty.
+        model: the model; a backbone can only be saved in the Hugging Face layout.
+        folder: a new or empty folder.
         layout: one of `LAYOUTS`.
-        class_names: of the head's outputs.
-        processor: how images are prepared; by default the published one at 224 pixels.
-        problem_type: as `Pretrained.problem_type`. Hugging Face's layout alone holds it; a warning says so where the
-            other libraries would read the logits otherwise.
+        class_names: names of the head's outputs.
+        processor: preprocessing of images; by default that of the published models at 224 pixels.
+        problem_type: as in `Pretrained`. Only the Hugging Face layout stores it; for the others there is a warning if
+            the library would interpret the logits differently.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, a value is not as above, or the other library has no
-            such model.
+        UserError: the folder is not empty or not writable, a value is invalid, or the other library does not support
+            the architecture.
     """
     processor = processor_for(model.in_channels, processor)
     if isinstance(model, Backbone):
         if layout != 'huggingface' or class_names is not None or problem_type is not None:
-            raise UserError('a backbone has no classes, and only the huggingface layout holds one')
+            raise UserError('a backbone has no classes and can only be saved in the huggingface layout')
         tensors, files = backbone_tensors(model), {'config.json': backbone_config(model, processor)}
     else:
         tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
@@ -187,7 +189,7 @@ def save_pretrained(
 def _fresh_parts(
     tensors: Tensors, saved_classes: int | None, num_classes: int, layout: str
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Lines on what the file does not give, and the names of those parameters."""
+    """Messages about the parts that are missing in the file, and the names of their parameters."""
     if saved_classes == num_classes:
         return [], ()
     if saved_classes is not None:
@@ -198,19 +200,19 @@ def _fresh_parts(
 
 
 def _class_names(config: dict, num_classes: int) -> tuple[str, ...] | None:
-    """The names that Hugging Face's or timm's config gives, as a list or as a dictionary by label; None without any.
+    """The class names in Hugging Face's or timm's config, a list or a dict by label; None if there are none.
 
-    Warns where it does not name every class.
+    There is a warning if they do not name every class.
     """
-    of_timm = config['pretrained_cfg'] if isinstance(config.get('pretrained_cfg'), dict) else {}
-    names = config.get('id2label') or config.get('label_names') or of_timm.get('label_names')
+    timm_config = config['pretrained_cfg'] if isinstance(config.get('pretrained_cfg'), dict) else {}
+    names = config.get('id2label') or config.get('label_names') or timm_config.get('label_names')
     if not names:
         return None
     if isinstance(names, dict):
-        names = [names.get(str(label)) for label in range(num_classes)]  # keys of JSON are texts
+        names = [names.get(str(label)) for label in range(num_classes)]  # JSON keys are strings
     if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
         warnings.warn(
-            f'config.json does not name each of the {num_classes} classes: its names are left out', stacklevel=3
+            f'config.json does not name each of the {num_classes} classes: its names are ignored', stacklevel=3
         )
         return None
     return tuple(names)

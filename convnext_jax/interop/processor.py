@@ -1,4 +1,4 @@
-"""Photographs → what a model takes: the Hugging Face ConvNeXt processor, over the data pipeline's own resize."""
+"""The image preprocessing of Hugging Face's ConvNeXt processor, with the resize of the data pipeline."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from convnext_jax.output import to_json
 from convnext_jax.paths import local_path
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)  # mean and std of a preprocessor_config.json that gives none
+HALF = (0.5, 0.5, 0.5)  # default mean and std of a preprocessor_config.json
 TIMM_RESAMPLING = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 
 Picture = Image.Image | np.ndarray | str | Path
@@ -22,15 +22,18 @@ Picture = Image.Image | np.ndarray | str | Path
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Resizes, crops, rescales and normalises.
+    """The preprocessing of images: resize, crop, rescaling and normalisation.
 
     Attributes:
         size: side of the result in pixels.
-        crop_pct: below 384, the share of the shorter side that the crop keeps.
-        resample: Pillow's filter, by its number: 2 is bilinear, 3 bicubic.
-        squash: resize straight to the square, without a crop; None: from 384 pixels on.
-        rescale_factor: what a grey level from 0 to 255 is multiplied by.
-        mean, std: of each channel after rescaling; one value for grey, three for RGB.
+        crop_pct: `size` as a fraction of the shorter side before the crop; not used with `squash`.
+        resample: Pillow's number of the resampling filter: 2 is bilinear, 3 bicubic.
+        squash: resize to a square without a crop or the aspect ratio; None means for sizes of 384 and above.
+        rescale_factor: factor by which pixel values from 0 to 255 are multiplied.
+        mean, std: mean and standard deviation of each channel after rescaling; one value for greyscale, three for RGB.
+
+    Raises:
+        UserError: a value is out of its range.
     """
 
     size: int = 224
@@ -43,8 +46,8 @@ class ImageProcessor:
 
     def __post_init__(self):
         numbers = (self.size, self.crop_pct, self.rescale_factor, *self.mean, *self.std)
-        if not all(isinstance(value, int | float) and abs(value) < 1e9 for value in numbers):  # nor NaN
-            raise UserError(f'an image processor takes numbers, not {numbers}')
+        if not all(isinstance(value, int | float) and abs(value) < 1e9 for value in numbers):  # False for NaN
+            raise UserError(f'an image processor needs numbers, not {numbers}')
         if not (isinstance(self.size, int) and 1 <= self.size <= 8192):
             raise UserError(f'the size of an image processor must be in [1, 8192] pixels, not {self.size}')
         if not 0.1 <= self.crop_pct <= 1:
@@ -56,10 +59,14 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, where: str, *, revision: str | None = None) -> 'ImageProcessor':
-        """From the `preprocessor_config.json` of a Hugging Face folder or hub id, or the `config.json` of timm.
+        """A processor from Hugging Face's `preprocessor_config.json` or timm's `config.json`.
+
+        Args:
+            where: a folder or hub id.
+            revision: branch, tag or commit on the hub.
 
         Raises:
-            UserError: there is neither, or it asks for what a ConvNeXt processor does not do.
+            UserError: neither file exists, or it describes another kind of processor.
         """
         folder = locate(str(where), revision)
         if (folder / 'preprocessor_config.json').is_file():
@@ -68,18 +75,18 @@ class ImageProcessor:
             config = read_json(folder / 'config.json')
             if 'pretrained_cfg' in config:
                 return cls.from_timm(config['pretrained_cfg'])
-        raise UserError(f'{where} holds no preprocessor_config.json, nor a config.json of timm')
+        raise UserError(f'{where} contains neither a preprocessor_config.json nor a config.json of timm')
 
     @classmethod
     def from_huggingface(cls, config: dict) -> 'ImageProcessor':
-        """From the content of a `preprocessor_config.json`; what it does not give has that class's defaults.
+        """A processor from the content of a `preprocessor_config.json`, with Hugging Face's default values.
 
         Raises:
-            UserError: it is of another kind of processor.
+            UserError: the content describes another kind of processor.
         """
         if not config.get('do_resize', True) or config.get('do_center_crop'):
             raise UserError(
-                'preprocessor_config.json: a ConvNeXt processor with do_resize=false or do_center_crop=true'
+                'preprocessor_config.json: do_resize=false and do_center_crop=true are not supported for ConvNeXt'
             )
         size = config.get('size', 384)
         size = size.get('shortest_edge') if isinstance(size, dict) else size
@@ -97,20 +104,20 @@ class ImageProcessor:
 
     @classmethod
     def from_timm(cls, config: dict) -> 'ImageProcessor':
-        """From timm's `pretrained_cfg`: the training size, not the larger `test_input_size`.
+        """A processor from timm's `pretrained_cfg`, with the training size, not the larger `test_input_size`.
 
-        Where the margin around the crop is odd, timm's crop is one pixel further right and down than ours.
+        If the margin around the crop is odd, timm's crop is one pixel further right and down than ours.
 
         Raises:
-            UserError: a resampling or crop that ConvNeXt's do not use.
+            UserError: the config is invalid, or has a resampling filter or crop mode that ConvNeXts do not use.
         """
         input_size = config.get('input_size') if isinstance(config, dict) else None
         if not (isinstance(input_size, list) and len(input_size) == 3 and input_size[1] == input_size[2]):
             raise UserError(f'config.json of timm: input_size must be [channels, side, side], not {input_size}')
         interpolation, mode = config.get('interpolation', 'bicubic'), config.get('crop_mode', 'center')
-        if interpolation not in list(TIMM_RESAMPLING) or mode not in ('center', 'squash'):  # it may be no string
+        if interpolation not in list(TIMM_RESAMPLING) or mode not in ('center', 'squash'):  # it may not be hashable
             raise UserError(
-                f"config.json of timm: interpolation '{interpolation}' with crop_mode '{mode}' is not known"
+                f"config.json of timm: interpolation '{interpolation}' with crop_mode '{mode}' is not supported"
             )
         return cls(
             size=input_size[1],
@@ -125,12 +132,12 @@ class ImageProcessor:
         """The content of a `preprocessor_config.json`.
 
         Raises:
-            UserError: it resizes as timm does, and Hugging Face's does not.
+            UserError: `squash` has a value that Hugging Face's processor does not support at this size.
         """
         if self.squashes != (self.size >= 384):
             raise UserError(
                 f"at {self.size} pixels Hugging Face's processor {'crops' if self.squashes else 'does not crop'}: "
-                'give one with squash=None'
+                'use a processor with squash=None'
             )
         return {
             'image_processor_type': 'ConvNextImageProcessor',
@@ -146,10 +153,14 @@ class ImageProcessor:
         }
 
     def to_timm(self) -> dict:
-        """The part of timm's `pretrained_cfg` about images."""
+        """The entries for images in timm's `pretrained_cfg`.
+
+        Raises:
+            UserError: timm does not support the resampling filter.
+        """
         names = {int(number): name for name, number in TIMM_RESAMPLING.items()}
         if int(self.resample) not in names:
-            raise UserError(f'timm knows {list(TIMM_RESAMPLING)}, not resample={self.resample}')
+            raise UserError(f'timm supports {list(TIMM_RESAMPLING)}, not resample={self.resample}')
         mean, std = self.mean_and_std_of_255()  # timm always divides by 255
         return {
             'input_size': [len(self.mean), self.size, self.size],
@@ -161,13 +172,13 @@ class ImageProcessor:
         }
 
     def mean_and_std_of_255(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std that give the same where a grey level is divided by 255."""
+        """The equivalent mean and std for a rescale factor of 1 / 255."""
         factor = 255 * self.rescale_factor
         return tuple(value / factor for value in self.mean), tuple(value / factor for value in self.std)
 
     @property
     def squashes(self) -> bool:
-        """Whether the image goes straight to the square."""
+        """Whether images are resized to a square without a crop."""
         return self.size >= 384 if self.squash is None else self.squash
 
     def save(self, folder: str | Path) -> None:
@@ -176,20 +187,20 @@ class ImageProcessor:
         (local_path(folder) / 'preprocessor_config.json').write_text(text, encoding='utf-8')
 
     def __call__(self, images: Picture | Sequence[Picture]) -> np.ndarray:
-        """One image or many → (N, size, size, C) float32.
+        """The preprocessed images, (N, size, size, C) float32.
 
         Args:
-            images: Pillow images of any mode; arrays (H, W) or (H, W, C), uint8 from 0 to 255 or float from 0 to 1;
-                or paths. A file is decoded as in training and evaluation (`data.decode.decode`), upright as its EXIF
-                orientation says; a Pillow image is not turned.
+            images: one image or a sequence. An image is a Pillow image of any mode; an array (H, W) or (H, W, C), uint8
+                from 0 to 255 or float from 0 to 1; or a path. Files are decoded as in training and evaluation
+                (`data.decode.decode`) and rotated by their EXIF orientation. Pillow images are not rotated.
 
         Raises:
-            UserError: an image that cannot be read, or an array of another shape, type or range.
+            UserError: an image cannot be read, or an array has another shape, dtype or range.
         """
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         if not hasattr(images, '__len__'):
-            raise UserError(f'images must be an image or many, not a {type(images).__name__}')
+            raise UserError(f'images must be one image or a sequence of images, not {type(images).__name__}')
         if len(images) == 0:
             raise UserError('there are no images to process')
         channels = len(self.mean)
@@ -197,24 +208,30 @@ class ImageProcessor:
         return np.stack([self.normalize(self.resize(image)) for image in opened])
 
     def resize(self, image: Image.Image) -> np.ndarray:
-        """(size, size, C) uint8: resized and cropped."""
+        """The image resized and cropped: (size, size, C) uint8."""
         image = convert_mode(image, len(self.mean))
         return eval_resize(image, self.size, self.crop_pct, squash=self.squash, resample=self.resample)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 → float32, in the reference's order of roundings."""
+        """(…, C) uint8 → float32, rounded in the order of Hugging Face's processor."""
         rescaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
         return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
 def processor_for(channels: int, given: ImageProcessor | None = None) -> ImageProcessor:
-    """The processor that was given, or by default ImageNet's at 224 pixels; of grey images to the range of ±1.
+    """The given processor, or a default one for 224 pixels.
+
+    The default is ImageNet's normalisation for RGB images, and a scaling to [−1, 1] for greyscale images.
+
+    Args:
+        channels: channels of the model's images.
+        given: a processor, or None.
 
     Raises:
-        UserError: it is for another number of channels, or none was given for neither 1 nor 3.
+        UserError: the processor has another number of channels, or there is no default for this number.
     """
     if given is None and channels not in (1, 3):
-        raise UserError(f'images of {channels} channels have no processor: it prepares grey and RGB')
+        raise UserError(f'images of {channels} channels have no processor: only greyscale and RGB images have one')
     processor = given or (ImageProcessor(mean=(0.5,), std=(0.5,)) if channels == 1 else ImageProcessor())
     if len(processor.mean) != channels:
         raise UserError(f'the processor is for {len(processor.mean)} channels, the model for {channels}')
@@ -242,13 +259,15 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         raise UserError(f'{name} has shape {array.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)')
     if array.dtype.kind == 'f':
         if not (array.min() >= 0 and array.max() <= 1):
-            raise UserError(f'{name} is {array.dtype} outside 0 to 1: give uint8 for grey levels')
-        array = (array * 255).astype(np.uint8)  # cuts off as the reference does
+            raise UserError(
+                f'{name} is {array.dtype} with values outside [0, 1]: use uint8 for pixel values from 0 to 255'
+            )
+        array = (array * 255).astype(np.uint8)  # truncates as Hugging Face's processor
     if array.dtype != np.uint8:
         raise UserError(f'{name} is {array.dtype}, not uint8 or float')
     return Image.fromarray(array)
 
 
 def _three(values: object) -> tuple:
-    """One number stands for all three channels; a list of one is of grey images."""
+    """A value for each channel: a number is used for three channels, and a list of one is for greyscale images."""
     return tuple(values) if isinstance(values, list | tuple) else (values,) * 3

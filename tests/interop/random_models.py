@@ -1,4 +1,4 @@
-"""Models with drawn weights, and their tensors, for the tests of files."""
+"""Models with random weights, and their tensors, for the tests of files."""
 
 from pathlib import Path
 
@@ -28,13 +28,13 @@ def assert_equal(a: ConvNeXt, b: ConvNeXt, but: tuple[str, ...] = ()) -> None:
 
 
 def state_dict(model: ConvNeXt, layout: str = 'original') -> dict[str, np.ndarray]:
-    """The tensors by the names of a layout, as that library has them in its memory."""
+    """The tensors of a model in a layout."""
     tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
     return {name: np.array(x) for name, x in tensors.items()}
 
 
 def fcmae_state_dict(model: ConvNeXt) -> dict[str, np.ndarray]:
-    """The encoder as the original pre-trains it: sparse kernels count their places column by column."""
+    """The encoder as in the original pre-training: sparse kernels have their positions in column-major order."""
     sparse = {}
     for name, x in state_dict(model).items():
         if name.startswith(('norm.', 'head.')):

@@ -1,4 +1,4 @@
-"""Feature maps as the backbones of transformers and timm give them: their values are stored in `tests/reference`."""
+"""create_backbone, compared with the feature maps of transformers and timm in `tests/reference`."""
 
 import json
 import warnings
@@ -16,11 +16,11 @@ from convnext_jax.models import Variant, get_parameters, get_variant, with_param
 from tests import reference
 from tests.reference import cases
 
-BOUND = 2e-5  # of the reference's standard deviation, float32
+BOUND = 2e-5  # in standard deviations of the reference, for float32
 
 
 def random_backbone(name='convnextv2_atto', **arguments):
-    """Every parameter away from its first value, and of a size that matters."""
+    """A backbone whose parameters are all random and large enough to matter."""
     return randomized(jax.eval_shape(lambda key: create_backbone(name, key=key, **arguments), jax.random.key(0)))
 
 
@@ -34,7 +34,7 @@ def images(height, width):
 
 
 def largest_difference(maps, case):
-    """In standard deviations of the stored value, over all features of a case."""
+    """The largest difference over all features of a case, in standard deviations of the stored values."""
     arrays = reference.arrays('backbones')
     stored = {key.rpartition('/')[2]: x for key, x in arrays.items() if key.rpartition('/')[0] == case}
     assert set(maps) == set(stored) - {'strides', 'channels'}
@@ -48,13 +48,13 @@ call = jax.jit(lambda backbone, x: backbone(x))
 
 @pytest.mark.parametrize('name', cases.BACKBONES)
 def test_equals_the_backbone_of_transformers(name):
-    """Detectors that were trained on Hugging Face's maps would see others; 100×143 is no multiple of any stride."""
+    """Detectors trained on Hugging Face's backbone would get other maps; 100×143 is not a multiple of any stride."""
     backbone = random_backbone(name, out_features=cases.BACKBONE_FEATURES)
     assert largest_difference(call(backbone, cases.images(cases.ODD_SIZE)), name) < BOUND
 
 
-def test_a_backbone_s_folder_of_transformers_loads(tmp_path):
-    """With the features that its config chooses, and nothing newly initialised."""
+def test_a_backbone_folder_of_transformers_loads(tmp_path):
+    """Features or norms of the folder would be ignored."""
     from safetensors.numpy import save_file
 
     stored = reference.table('hugging_face_folders')['backbone']
@@ -73,7 +73,7 @@ def test_a_backbone_s_folder_of_transformers_loads(tmp_path):
 
 @pytest.mark.parametrize(('name', 'patch_size', 'output_stride'), cases.DILATED)
 def test_dilated_stages_equal_timm(name, patch_size, output_stride):
-    """Segmentation keeps the resolution: a dilation or padding that is off by one moves every mask."""
+    """A wrong dilation or padding would shift every segmentation mask."""
     variant = get_variant(name).replace(patch_size=patch_size)
     backbone = random_backbone(variant, output_stride=output_stride)
     maps = jax.jit(lambda backbone, x: backbone.features(x))(backbone, cases.images(cases.ODD_SIZE))
@@ -86,20 +86,21 @@ def test_dilated_stages_equal_timm(name, patch_size, output_stride):
 
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm'])
-def test_a_classifier_s_folder_gives_its_trunk_and_says_that_the_norms_are_fresh(tmp_path, layout):
+def test_a_classifier_folder_gives_a_backbone_with_new_norms_and_a_warning(tmp_path, layout):
+    """Users would not notice that the norms are untrained."""
     model = randomized(create_model('convnext_atto', key=jax.random.key(0), num_classes=3))
     save_pretrained(model, tmp_path / 'out', layout=layout)
     with pytest.warns(UserWarning, match='the norms of stage1, stage3 are newly initialised: the file has none'):
         backbone = create_backbone(tmp_path / 'out', out_features=('stage3', 'stage1'), output_stride=8)
-    assert backbone.out_features == ('stage1', 'stage3'), 'in the order of the data'
+    assert backbone.out_features == ('stage1', 'stage3'), 'in the order of computation'
     trunk = get_parameters(model)
     for name, value in get_parameters(backbone).items():
         expected = trunk.get(name, np.full(value.shape, name.endswith('scale'), np.float32))
         np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
-def test_other_features_of_a_backbone_s_folder(tmp_path):
-    """What was trained stays, what the file does not have is told, what is not asked for is left out."""
+def test_other_features_of_a_backbone_folder(tmp_path):
+    """Trained norms would be lost, or unused ones be an error."""
     backbone = random_backbone(out_features=('stage1', 'stage2'))
     save_pretrained(backbone, tmp_path / 'out')
     with pytest.warns(UserWarning, match='the norms of stage4 are newly initialised'):
@@ -109,7 +110,7 @@ def test_other_features_of_a_backbone_s_folder(tmp_path):
 
 
 def test_a_wrapped_backbone_loads(tmp_path):
-    """Detectors and segmenters keep it as one of their parts."""
+    """Backbones inside a detector or segmentation model could not be loaded."""
     from safetensors.numpy import load_file, save_file
 
     backbone = random_backbone(out_features=('stage1', 'stage2'))
@@ -121,7 +122,8 @@ def test_a_wrapped_backbone_loads(tmp_path):
         np.testing.assert_array_equal(value, get_parameters(again)[name], err_msg=name)
 
 
-def test_tensors_that_do_not_fit_are_listed(tmp_path):
+def test_tensors_that_do_not_match_are_listed(tmp_path):
+    """A part of the backbone would silently keep its initial weights."""
     from safetensors.numpy import load_file, save_file
 
     save_pretrained(random_backbone(), tmp_path / 'out')
@@ -135,7 +137,8 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
         create_backbone(tmp_path / 'out')
 
 
-def test_gradients_reach_every_parameter_and_keys_drop_paths():
+def test_every_parameter_has_a_gradient_and_keys_drop_paths():
+    """A part of the backbone would not be trained."""
     backbone = random_backbone(Variant((2, 2), (8, 16), grn=True), output_stride=4, drop_path_rate=0.5)
     x = images(32, 32)
 
@@ -153,7 +156,7 @@ def test_gradients_reach_every_parameter_and_keys_drop_paths():
     ('arguments', 'match'),
     [
         ({'source': 'convnext_tinny'}, "there is no model 'convnext_tinny': did you mean convnext_tiny"),
-        ({'key': None}, 'give key='),
+        ({'key': None}, 'pass key='),
         ({'out_features': ('stage5',)}, r"out_features must be one or more of \('stem', 'stage1'"),
         ({'out_features': 'stage1'}, 'out_features must be one or more of'),
         ({'out_features': ()}, 'out_features must be one or more of'),
@@ -161,36 +164,40 @@ def test_gradients_reach_every_parameter_and_keys_drop_paths():
         ({'output_stride': 8.0}, r'output_stride must be one of \(4, 8, 16, 32\), not 8.0'),
         ({'out_features': 5}, 'out_features must be one or more of'),
         ({'out_features': [['stage1']]}, 'out_features must be one or more of'),
-        ({'source': 'x' * 5000}, 'is no path'),
-        ({'source': 'nope.safetensors'}, 'nope.safetensors is no file or folder'),
+        ({'source': 'x' * 5000}, 'is not a path'),
+        ({'source': 'nope.safetensors'}, 'nope.safetensors is not a file, a folder'),
         ({'output_stride': 0}, r'output_stride must be one of \(4, 8, 16, 32\), not 0'),
         ({'dtype': 'int8'}, 'dtype must be one of'),
     ],
 )
 def test_bad_arguments(arguments, match):
+    """A bad value would cause an obscure error, not one line that names it."""
     options = {'source': 'convnext_atto', 'key': jax.random.key(0)} | arguments
     with pytest.raises(UserError, match=match):
         create_backbone(options.pop('source'), **options)
 
 
-def test_what_the_other_libraries_do_not_have_is_not_written(tmp_path):
-    with pytest.raises(UserError, match='only the huggingface layout holds'):
+def test_backbones_that_other_libraries_do_not_support_are_not_written(tmp_path):
+    """The other library could not load the folder, or would compute other maps."""
+    with pytest.raises(UserError, match='can only be saved in the huggingface layout'):
         save_pretrained(random_backbone(), tmp_path / 'a', layout='timm')
     with pytest.raises(UserError, match='no backbone of output_stride=16'):
         save_pretrained(random_backbone(output_stride=16), tmp_path / 'b')
     assert not list(tmp_path.iterdir())
 
 
-def test_features_may_come_one_by_one():
+def test_features_may_be_an_iterator():
+    """A generator would be empty after the first check."""
     assert random_backbone(out_features=(f'stage{i}' for i in (1, 2))).out_features == ('stage1', 'stage2')
 
 
-def test_a_folder_with_a_model_s_name_is_read_and_not_drawn_at_random(tmp_path, monkeypatch):
+def test_a_folder_with_the_name_of_a_model(tmp_path, monkeypatch):
+    """The weights in ./convnext_atto would be ignored, and the backbone be random."""
     monkeypatch.chdir(tmp_path)
     backbone = random_backbone(Variant((1, 1), (8, 16)))
     save_pretrained(backbone, 'convnext_atto')
-    for place in (Path('convnext_atto'), './convnext_atto', tmp_path / 'convnext_atto'):
-        assert create_backbone(place, key=jax.random.key(0)).variant.depths == (1, 1)
+    for path in (Path('convnext_atto'), './convnext_atto', tmp_path / 'convnext_atto'):
+        assert create_backbone(path, key=jax.random.key(0)).variant.depths == (1, 1)
     with pytest.raises(UserError, match='or ./convnext_atto for a folder'):
         create_backbone('convnext_atto')
 
@@ -199,7 +206,8 @@ def test_a_folder_with_a_model_s_name_is_read_and_not_drawn_at_random(tmp_path, 
     ('features', 'expected'),
     [(['stage2'], ('stage2',)), (None, ('stem', 'stage1', 'stage2')), (['stage9'], None), (5, None)],
 )
-def test_the_config_says_which_features_go_out(tmp_path, features, expected):
+def test_the_config_determines_the_default_features(tmp_path, features, expected):
+    """A detector would get other feature maps than with Hugging Face."""
     save_pretrained(random_backbone(out_features=('stem', 'stage1', 'stage2')), tmp_path / 'out')
     path = tmp_path / 'out' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'out_features': features}))
@@ -210,15 +218,16 @@ def test_the_config_says_which_features_go_out(tmp_path, features, expected):
             create_backbone(tmp_path / 'out')
 
 
-def test_fresh_norms_are_float32_as_all_parameters(tmp_path):
-    """A weak type compiles the training step twice, and is float64 where that is on."""
+def test_new_norms_are_float32(tmp_path):
+    """With a weak type the training step would be compiled twice, or be float64 with x64 enabled."""
     save_pretrained(create_model('convnext_atto', key=jax.random.key(0)), tmp_path / 'out')
     with pytest.warns(UserWarning, match='are newly initialised'):
         backbone = create_backbone(tmp_path / 'out')
     assert all(x.dtype == jnp.float32 and not x.weak_type for x in get_parameters(backbone).values())
 
 
-def test_a_grey_v1_without_layer_scale_keeps_its_config(tmp_path):
+def test_a_greyscale_v1_without_layer_scale_round_trips(tmp_path):
+    """The config would describe another architecture."""
     variant = Variant((1, 1), (8, 16), patch_size=2, layer_scale_init=0)
     backbone = Backbone(variant, key=jax.random.key(0), out_features=('stage2',), in_channels=1)
     save_pretrained(backbone, tmp_path / 'out')

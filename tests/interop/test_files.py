@@ -1,4 +1,4 @@
-"""Files are read as data, and in one line refused: lying headers, half folders. `tests/judges` has PyTorch files."""
+"""Reading of weights files: formats, wrappers, damaged or hostile files. `tests/judges` has the PyTorch files."""
 
 import json
 import sys
@@ -19,6 +19,7 @@ NAMES = ('cat', 'dog', 'emu')
 
 
 def test_half_precision_files_load_exactly(tmp_path):
+    """16-bit weights from the hub would be rounded or refused."""
     for dtype in (jax.numpy.bfloat16, np.float16):
         halves = {name: x.astype(dtype) for name, x in state_dict(random_model(), 'timm').items()}
         save(halves, tmp_path / 'model.safetensors')
@@ -29,7 +30,8 @@ def test_half_precision_files_load_exactly(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'model.bin', 'checkpoint'])
-def test_the_content_and_not_the_name_tells_what_a_file_is(tmp_path, name):
+def test_the_content_determines_the_format(tmp_path, name):
+    """Files with other names could not be loaded."""
     model, file = random_model(), tmp_path / name
     save(state_dict(model), file)
     assert_equal(load_pretrained(file), model)
@@ -39,8 +41,8 @@ def test_the_content_and_not_the_name_tells_what_a_file_is(tmp_path, name):
             load_pretrained(file)
 
 
-def test_a_pytorch_file_says_that_it_takes_torch(tmp_path, monkeypatch):
-    """It is no requirement: whoever brings an old checkpoint must hear what to install."""
+def test_the_error_for_a_pytorch_file_without_torch(tmp_path, monkeypatch):
+    """torch is optional: users of old checkpoints would not know what to install."""
     monkeypatch.setitem(sys.modules, 'torch', None)
     (tmp_path / 'model.pth').write_bytes(b'PK\3\4 and more')
     with pytest.raises(UserError, match='model.pth is a PyTorch file: pip install torch to read it'):
@@ -53,7 +55,7 @@ def test_a_pytorch_file_says_that_it_takes_torch(tmp_path, monkeypatch):
 @pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
 @pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', 'module._orig_mod.', 'model.', 'net.backbone.'])
 def test_names_of_wrapped_models_load(tmp_path, layout, wrapper):
-    """DataParallel, torch.compile and Lightning wrap a model, and its names say so."""
+    """Files of models wrapped by DataParallel, torch.compile or Lightning could not be loaded."""
     model = random_model()
     tensors = {wrapper + name: x for name, x in state_dict(model, layout).items()}
     counters = {'n_averaged': np.array(7), f'{wrapper}bn.num_batches_tracked': np.array(3)}
@@ -62,37 +64,37 @@ def test_names_of_wrapped_models_load(tmp_path, layout, wrapper):
 
 
 def test_a_head_beside_the_wrapped_trunk_is_found(tmp_path):
-    """Hugging Face's classifier is outside of `convnext.`, and other people's often beside their backbone."""
+    """The head would be missing if it does not have the prefix of the trunk, as in Hugging Face's classifiers."""
     model, file = random_model(), tmp_path / 'model.safetensors'
     tensors = state_dict(model)
     names = {name: name if name.startswith('head.') else f'backbone.{name}' for name in tensors}
     save({f'model.{names[name]}': x for name, x in tensors.items()}, file)
     assert_equal(load_pretrained(file), model)
     save({names[name]: x for name, x in tensors.items()} | {'loss.weight': np.ones(3, np.float32)}, file)
-    with pytest.raises(UserError, match='do not fit the model: loss.weight is unexpected$'):
+    with pytest.raises(UserError, match='do not match the model: loss.weight is unexpected$'):
         load_pretrained(file)
 
 
-def test_several_models_in_one_state_dict_are_told_apart(tmp_path):
-    """Which of them is meant nobody can guess, and a mixture of both would be silent nonsense."""
+def test_several_models_in_one_state_dict_are_an_error(tmp_path):
+    """The model would be a mixture of both."""
     tensors, file = state_dict(random_model()), tmp_path / 'last.safetensors'
-    save({f'{who}.backbone.{name}': x for who in ('student', 'teacher') for name, x in tensors.items()}, file)
-    with pytest.raises(UserError, match="several models, .* begin with 'student.backbone.', 'teacher.backbone.'"):
+    save({f'{model}.backbone.{name}': x for model in ('student', 'teacher') for name, x in tensors.items()}, file)
+    with pytest.raises(UserError, match="several models with the prefixes 'student.backbone.', 'teacher.backbone.'"):
         load_pretrained(file)
     save({f'model.{name}': x for name, x in tensors.items()} | {'norm.bias': np.ones(320, np.float32)}, file)
-    with pytest.raises(UserError, match='holds norm.bias twice, once below model'):
+    with pytest.raises(UserError, match='contains norm.bias twice, once with the prefix model'):
         load_pretrained(file)
 
 
-def test_float64_weights_load_where_float32_holds_them(tmp_path):
-    """Rounded in silence they would not be the weights that were trained."""
+def test_float64_weights_load_if_float32_represents_them(tmp_path):
+    """Weights would silently be rounded."""
     model, file = random_model(), tmp_path / 'model.safetensors'
     tensors = {name: x.astype(np.float64) for name, x in state_dict(model).items()} | {'steps': np.array(5)}
     save(tensors, file)
     assert_equal(load_pretrained(file), model)
     tensors['norm.bias'] = tensors['norm.bias'] + 1e-12
     save(tensors, file)
-    with pytest.raises(UserError, match='float64 values that float32 does not hold exactly, as in norm.bias'):
+    with pytest.raises(UserError, match='float64 values that float32 does not represent exactly, as in norm.bias'):
         load_pretrained(file)
 
 
@@ -106,16 +108,18 @@ HOSTILE = {
     'empty': b'',
     'a header longer than the file': (10**12).to_bytes(8, 'little') + b'{}',
     'a claim of 10 GB': header(**{'stem.0.weight': STEM | {'shape': [2_500_000_000], 'data_offsets': [0, 10**10]}}),
-    'a shape that is not its bytes': header(**{'stem.0.weight': STEM | {'shape': [96, 3, 4, 40]}}) + bytes(18432),
-    'cut short': header(**{'stem.0.weight': STEM}) + bytes(100),
-    'no JSON': (4).to_bytes(8, 'little') + b'\xff\xfe\x00\x01',
+    'a shape that does not match the bytes': header(**{'stem.0.weight': STEM | {'shape': [96, 3, 4, 40]}})
+    + bytes(18432),
+    'truncated': header(**{'stem.0.weight': STEM}) + bytes(100),
+    'not JSON': (4).to_bytes(8, 'little') + b'\xff\xfe\x00\x01',
 }
 
 
 @pytest.mark.parametrize('content', HOSTILE.values(), ids=HOSTILE.keys())
-def test_broken_and_hostile_safetensors_are_one_line(tmp_path, content):
+def test_damaged_and_hostile_safetensors_are_user_errors(tmp_path, content):
+    """A damaged file would cause a traceback or fill the memory."""
     (tmp_path / 'model.safetensors').write_bytes(content)
-    with pytest.raises(UserError, match='is no whole safetensors file'):
+    with pytest.raises(UserError, match='is not a complete safetensors file'):
         load_pretrained(tmp_path / 'model.safetensors')
 
 
@@ -125,31 +129,33 @@ def test_broken_and_hostile_safetensors_are_one_line(tmp_path, content):
         (
             'model.safetensors.index.json',
             '{"weight_map": {"a": "../secret.safetensors"}}',
-            'no safetensors of its folder',
+            'not safetensors files in its folder',
         ),
-        ('model.safetensors.index.json', '{"weight_map": {"a": "/etc/passwd"}}', 'no safetensors of its folder'),
+        ('model.safetensors.index.json', '{"weight_map": {"a": "/etc/passwd"}}', 'not safetensors files in its folder'),
         ('model.safetensors.index.json', '{"weight_map": 3}', 'has no weight_map'),
         ('model.safetensors.index.json', '{"weight_map": {"a": "gone.safetensors"}}', 'there is no file'),
         ('model.safetensors.index.json', '{', 'is damaged'),
-        ('notes.txt', '', 'holds no weights: none of model.safetensors'),
+        ('notes.txt', '', 'contains none of model.safetensors'),
     ],
 )
-def test_broken_folders_are_one_line(tmp_path, name, content, match):
+def test_damaged_folders_are_user_errors(tmp_path, name, content, match):
+    """A damaged index would cause a traceback, or read files outside the folder."""
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=match):
         load_pretrained(tmp_path)
 
 
-def test_where_there_is_nothing_the_line_says_so(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match='is no file or folder, and no hub id'):
+def test_missing_files_and_hub_ids_are_user_errors(tmp_path, monkeypatch):
+    """The errors of huggingface_hub fill a screen."""
+    with pytest.raises(UserError, match='is not a file, a folder or a hub id'):
         load_pretrained(tmp_path / 'nowhere' / 'at' / 'all')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(UserError, match='the hub cannot be reached for it'):
+    with pytest.raises(UserError, match='the hub cannot be reached'):
         load_pretrained('facebook/convnext-tiny-224')
 
 
 def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
-    """Machines without a network work from what was downloaded before."""
+    """Machines without a network could not use weights that were downloaded before."""
     model = random_model()
     save_pretrained(model, tmp_path / 'out')
     repository = tmp_path / 'cache' / 'models--someone--convnext'
@@ -163,15 +169,16 @@ def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     assert_equal(load_pretrained('someone/convnext'), model)
 
 
-def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
+def test_a_folder_that_is_not_empty_is_not_overwritten(tmp_path):
+    """Files of the user would be lost."""
     (tmp_path / 'precious').write_text('')
     with pytest.raises(UserError, match='is not empty'):
         save_pretrained(random_model(), tmp_path)
 
 
-@pytest.mark.parametrize('change', ['cut', 'removed', 'other shape', 'other type'])
+@pytest.mark.parametrize('change', ['truncated', 'removed', 'other shape', 'other dtype'])
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, change):
-    """A download that goes on beside the reading, or a folder that is saved over."""
+    """During a download, or while the folder is overwritten, the model would be a mixture."""
     from safetensors.numpy import load_file, save_file
 
     from convnext_jax.interop import pretrained
@@ -183,7 +190,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, 
     read = pretrained.from_layout
 
     def change_then_read(*arguments):
-        if change == 'cut':
+        if change == 'truncated':
             file.write_bytes(content[: len(content) // 2])
         elif change == 'removed':
             file.unlink()
@@ -197,8 +204,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, 
         load_pretrained(tmp_path / 'out')
 
 
-def test_saving_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    """A folder with weights and no config would be refused as not empty the next time."""
+def test_a_failed_save_leaves_no_folder(tmp_path, monkeypatch):
+    """An incomplete folder would be refused as not empty the next time."""
     from convnext_jax.interop import files
 
     model = random_model()
@@ -214,16 +221,18 @@ def test_saving_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     save_pretrained(model, tmp_path / 'out', class_names=NAMES)
 
 
-def test_a_file_of_thousands_of_tensors_is_refused_at_once(tmp_path):
+def test_a_file_with_thousands_of_tensors_is_refused(tmp_path):
+    """The file of a large language model would take minutes to be refused."""
     from safetensors.numpy import save_file
 
     tensors = {f'x{i}': np.zeros(0, np.float32) for i in range(4000)} | {'a.kernel': np.zeros((1, 1), np.float32)}
     save_file(tensors, tmp_path / 'many.safetensors')
-    with pytest.raises(UserError, match='holds 4001 tensors: no ConvNeXt has so many'):
+    with pytest.raises(UserError, match='contains 4001 tensors, which is too many'):
         load_pretrained(tmp_path / 'many.safetensors')
 
 
 def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
+    """One of two different tensors would be chosen at random."""
     from safetensors.numpy import load_file, save_file
 
     save_pretrained(random_model(), tmp_path / 'out')
@@ -234,15 +243,15 @@ def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
     file.unlink()
     index = {'weight_map': dict.fromkeys(tensors, 'a.safetensors')}
     file.with_name('model.safetensors.index.json').write_text(json.dumps(index))
-    assert_equal(load_pretrained(tmp_path / 'out'), random_model())  # what no index names is not read
+    assert_equal(load_pretrained(tmp_path / 'out'), random_model())  # files that are not in the index are not read
     index['weight_map']['classifier.weight'] = 'b.safetensors'
     file.with_name('model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(UserError, match='and its files differ in classifier.bias, classifier.weight'):
         load_pretrained(tmp_path / 'out')
 
 
-def test_an_empty_folder_stays_the_folder_that_it_is(tmp_path, monkeypatch):
-    """`convert … .` put another folder in the place of the current one, and the shell saw an empty one."""
+def test_an_empty_folder_is_not_replaced(tmp_path, monkeypatch):
+    """After `convert … .` the current folder of the shell would be a deleted, empty one."""
     folder = tmp_path / 'out'
     folder.mkdir()
     monkeypatch.chdir(folder)

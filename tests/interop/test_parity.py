@@ -1,4 +1,4 @@
-"""The numerics of the originals, on weights of which none is trivial: the values of transformers, timm and torch.
+"""Numerical parity with transformers, timm and torch, by stored values for random weights.
 
 `tests/judges` compares with the libraries themselves.
 """
@@ -14,11 +14,11 @@ from convnext_jax.models import create_model, get_parameters, get_variant, list_
 from tests import reference
 from tests.reference import cases
 
-BOUND = 2e-5  # of the reference's standard deviation, float32
+BOUND = 2e-5  # in standard deviations of the reference, for float32
 
 
 def random_model(name: str, **arguments):
-    """Every parameter away from its first value, and large enough that each matters in the output."""
+    """A model whose parameters are all random and large enough to matter, and the parameters."""
     build = functools.partial(create_model, name, num_classes=cases.CLASSES, **arguments)
     model = jax.eval_shape(lambda key: build(key=key), jax.random.key(0))
     parameters = reference.draw_parameters({name: x.shape for name, x in get_parameters(model).items()})
@@ -32,7 +32,7 @@ def outputs(model, x) -> dict:
 
 @pytest.mark.parametrize(('judge', 'name', 'epsilon'), cases.MODELS)
 def test_logits_and_maps_equal_the_originals(judge, name, epsilon):
-    """Published weights would give other predictions: a padding, an epsilon or an order that is off by a little."""
+    """With a slightly different padding, epsilon or order, published weights would give other predictions."""
     model, _ = random_model(name, layer_norm_eps=epsilon)
     found = outputs(model, cases.images(cases.SIZE))
     stored = reference.arrays('models')
@@ -44,7 +44,7 @@ def test_logits_and_maps_equal_the_originals(judge, name, epsilon):
 
 @pytest.mark.parametrize('name', [name for name in list_models() if 'isotropic' not in name])
 def test_every_model_has_the_names_and_shapes_of_timm_and_transformers(name):
-    """Without weights: views of one small number."""
+    """Published weights of a variant could not be loaded. Broadcast zeros replace the weights, to save memory."""
     model = jax.eval_shape(lambda key: create_model(name, key=key, num_classes=cases.CLASSES), jax.random.key(0))
     ours = {parameter: np.broadcast_to(np.int8(0), x.shape) for parameter, x in get_parameters(model).items()}
     stored = names_and_shapes()[name]
@@ -61,7 +61,8 @@ def names_and_shapes() -> dict:
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
-def test_there_and_back_is_bit_exact(name, layout):
+def test_conversion_and_back_is_bit_exact(name, layout):
+    """Weights would change when they are converted."""
     _, parameters = random_model(name)
     shapes = {parameter: value.shape for parameter, value in parameters.items()}
     variant = get_variant(name)
@@ -71,7 +72,8 @@ def test_there_and_back_is_bit_exact(name, layout):
         np.testing.assert_array_equal(back[parameter], value, err_msg=parameter)
 
 
-def test_missing_left_over_and_misshapen_tensors_are_all_named():
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed():
+    """Users would have to find the problems one after the other."""
     _, parameters = random_model('convnext_atto')
     shapes = {parameter: value.shape for parameter, value in parameters.items()}
     variant = get_variant('convnext_atto')

@@ -1,4 +1,4 @@
-"""Weights come in from each library and go out to it without a bit of difference, or not at all."""
+"""load_pretrained and save_pretrained: bit-exact conversion, configs, class names, and error messages."""
 
 import json
 import warnings
@@ -18,12 +18,13 @@ from tests import reference
 from tests.reference import cases
 
 NAMES = cases.NAMES
-BOUND = 2e-5  # of the reference's standard deviation, float32
+BOUND = 2e-5  # in standard deviations of the reference, for float32
 
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm'])
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto', 'convnext_tiny'])
 def test_round_trip_is_bit_exact(tmp_path, name, layout):
+    """Weights would change when they are saved and loaded."""
     model = random_model(name)
     save_pretrained(model, tmp_path / 'out', layout=layout, class_names=NAMES)
     loaded = read_pretrained(tmp_path / 'out')
@@ -33,8 +34,8 @@ def test_round_trip_is_bit_exact(tmp_path, name, layout):
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto', 'convnext_isotropic_small'])
-def test_the_original_s_names_load(tmp_path, name):
-    """Those files are PyTorch's, for which `tests/judges` has the same; the names do not depend on the format."""
+def test_the_original_layout_loads(tmp_path, name):
+    """Weights of the original repositories could not be used; `tests/judges` tests their PyTorch files."""
     model = random_model(name)
     save(state_dict(model), tmp_path / 'model.safetensors')
     loaded = read_pretrained(tmp_path / 'model.safetensors')
@@ -43,35 +44,36 @@ def test_the_original_s_names_load(tmp_path, name):
 
 
 def test_timm_has_no_isotropic_models(tmp_path):
+    """timm could not load the folder."""
     with pytest.raises(UserError, match='timm library has no isotropic'):
         save_pretrained(random_model('convnext_isotropic_small'), tmp_path / 'other', layout='timm')
 
 
 def write_folder(folder, files, shapes, shards=1):
-    """A folder as another library saves it, with drawn tensors: its files, the tensors' names and shapes."""
+    """Writes a folder with the files, tensor names and shapes of another library, and with random tensors."""
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     tensors = {name: cases.foreign_tensor(name, tuple(shape)) for name, shape in shapes.items()}
     if shards == 1:
         save(tensors, folder / 'model.safetensors')
         return tensors
-    places = {name: f'model-{number % shards:05}.safetensors' for number, name in enumerate(tensors)}
-    for place in set(places.values()):
-        save({name: x for name, x in tensors.items() if places[name] == place}, folder / place)
-    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': places}))
+    weight_map = {name: f'model-{number % shards:05}.safetensors' for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save({name: x for name, x in tensors.items() if weight_map[name] == file}, folder / file)
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
     return tensors
 
 
 def assert_holds(model, tensors, layout):
     ours = state_dict(model, layout)
     assert ours.keys() == tensors.keys()
-    for name, value in tensors.items():  # a product may be stored as a convolution of one pixel
+    for name, value in tensors.items():  # a linear kernel may be stored as a 1×1 convolution
         np.testing.assert_array_equal(ours[name].reshape(value.shape), value, err_msg=name)
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
-def test_what_transformers_saves_loads(tmp_path, name):
-    """Configs of its own, several files with an index, the preprocessing: all that the hub's folders hold."""
+def test_a_folder_of_transformers_loads(tmp_path, name):
+    """Folders from the hub, with several weights files, config and preprocessing, could not be used."""
     stored = reference.table('hugging_face_folders')[name]
     tensors = write_folder(tmp_path, stored['files'], stored['shapes'], shards=3)
     loaded = read_pretrained(tmp_path)
@@ -82,8 +84,8 @@ def test_what_transformers_saves_loads(tmp_path, name):
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
-def test_configs_say_what_those_of_transformers_say(tmp_path, name):
-    """Its classes read our config.json: a field with another meaning builds another network."""
+def test_configs_equal_those_of_transformers(tmp_path, name):
+    """transformers would build another network from our config.json."""
     stored = reference.table('hugging_face_folders')[name]['files']
     model = random_model(name, layer_norm_eps=1e-12)
     processor = ImageProcessor(size=288, crop_pct=0.9, resample=2, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -102,7 +104,8 @@ REQUIRED = {
 }
 
 
-def test_a_hugging_face_model_without_a_head_takes_a_fresh_one(tmp_path):
+def test_a_hugging_face_model_without_a_head_gets_a_new_one(tmp_path):
+    """Pretrained trunks could not be fine-tuned."""
     stored = reference.table('hugging_face_folders')['without head']
     write_folder(tmp_path, stored['files'], stored['shapes'])
     with pytest.raises(UserError, match='has no head: load_pretrained\\(…, num_classes=, key=\\) initialises one'):
@@ -113,15 +116,16 @@ def test_a_hugging_face_model_without_a_head_takes_a_fresh_one(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
-def test_a_file_of_timm_loads_by_the_name_of_its_model(tmp_path, name):
+def test_a_timm_file_loads_with_the_name_of_its_model(tmp_path, name):
+    """Names with timm's tags would be rejected."""
     model = random_model(name)
     save(state_dict(model, 'timm'), tmp_path / 'model.safetensors')
     assert_equal(load_pretrained(tmp_path / 'model.safetensors', name=f'{name}.fb_in1k'), model)
 
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
-def test_every_model_is_told_by_its_names_and_shapes(layout):
-    """Of none is the memory taken: a zero of no strides stands for each tensor."""
+def test_every_model_is_recognised_by_names_and_shapes(layout):
+    """Files without a config could not be loaded. Broadcast zeros replace the tensors, to save memory."""
     for name in list_models():
         if 'isotropic' in name and layout != 'original':
             continue
@@ -134,17 +138,17 @@ def test_every_model_is_told_by_its_names_and_shapes(layout):
 
 
 def _shapes(parameters, variant, layout):
-    from convnext_jax.interop.layouts import _outward, entries
+    from convnext_jax.interop.layouts import _to_their_shape, entries
 
     shapes = {name: x.shape for name, x in parameters.items()}
     return {
-        theirs: _outward(parameters[ours] if block is None else parameters[ours][block], ours, variant, layout)
+        theirs: _to_their_shape(parameters[ours] if block is None else parameters[ours][block], ours, variant, layout)
         for theirs, ours, block in entries(shapes, variant, layout)
     }
 
 
-def test_another_patch_size_and_grey_images_survive(tmp_path):
-    """The demo's model."""
+def test_patch_size_and_greyscale_are_preserved(tmp_path):
+    """The demo's model could not be saved and loaded."""
     model = random_model('convnextv2_atto', patch_size=2, in_channels=1)
     grey = ImageProcessor(size=32, crop_pct=1.0, mean=(0.3,), std=(0.4,))
     save_pretrained(model, tmp_path / 'huggingface', processor=grey)
@@ -156,13 +160,13 @@ def test_another_patch_size_and_grey_images_survive(tmp_path):
     loaded = read_pretrained(tmp_path / 'original.safetensors')
     assert_equal(loaded.model, model)
     assert loaded.model.variant.patch_size == 2
-    with pytest.raises(UserError, match='timm builds a ConvNeXt of patch_size=2 otherwise'):
+    with pytest.raises(UserError, match='timm builds a different network for patch_size=2'):
         save_pretrained(model, tmp_path / 'timm', layout='timm', processor=grey)
 
 
 @pytest.mark.parametrize('wrapper', ['', 'module.'])
 def test_an_fcmae_encoder_becomes_dense(tmp_path, wrapper):
-    """A pre-trained encoder that lost a transposition would start fine-tuning from noise."""
+    """With a missing transposition, fine-tuning would start from meaningless weights."""
     model = random_model()
     save({wrapper + name: x for name, x in fcmae_state_dict(model).items()}, tmp_path / 'fcmae.safetensors')
     loaded = read_pretrained(tmp_path / 'fcmae.safetensors', num_classes=9, key=jax.random.key(0))
@@ -171,10 +175,11 @@ def test_an_fcmae_encoder_becomes_dense(tmp_path, wrapper):
     assert_equal(loaded.model, model, but=loaded.fresh)
 
 
-def test_another_number_of_classes_has_a_fresh_head_and_says_so(tmp_path):
+def test_another_number_of_classes_gets_a_new_head_with_a_warning(tmp_path):
+    """Users would not notice that the head is random."""
     model = random_model()
     save_pretrained(model, tmp_path / 'out', layout='timm')
-    with pytest.raises(UserError, match='give key='):
+    with pytest.raises(UserError, match='pass key='):
         load_pretrained(tmp_path / 'out', num_classes=7)
     with pytest.warns(UserWarning, match='the head is newly initialised: 7 classes here, 3 in the file'):
         loaded = load_pretrained(tmp_path / 'out', num_classes=7, key=jax.random.key(3))
@@ -191,13 +196,15 @@ def test_another_number_of_classes_has_a_fresh_head_and_says_so(tmp_path):
     ],
 )
 def test_bad_arguments_are_refused_as_by_create_model(tmp_path, arguments, match):
+    """A bad value would cause an obscure error inside JAX, not one line that names it."""
     save_pretrained(random_model(), tmp_path / 'out')
     with pytest.raises(UserError, match=match):
         load_pretrained(tmp_path / 'out', key=jax.random.key(0), **arguments)
 
 
 @pytest.mark.parametrize('change', ['missing', 'unexpected', 'misshapen'])
-def test_tensors_that_do_not_fit_are_listed(tmp_path, change):
+def test_tensors_that_do_not_match_are_listed(tmp_path, change):
+    """A part of the model would silently keep its initial weights."""
     tensors = state_dict(random_model())
     if change == 'missing':
         del tensors['stages.2.3.grn.beta'], tensors['norm.bias']
@@ -214,8 +221,8 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path, change):
 
 
 @pytest.mark.parametrize('number', range(len(cases.TIMM_FOLDERS)), ids=[str(case) for case in cases.TIMM_FOLDERS])
-def test_a_folder_that_timm_saves_loads(tmp_path, number):
-    """Its config.json has the arguments of the model, most of which change nothing."""
+def test_a_folder_of_timm_loads(tmp_path, number):
+    """The arguments in timm's config.json, most of which have no effect, would be ignored or refused wrongly."""
     stored = reference.table('timm_folders')[number]
     assert stored['config']['model_args']
     tensors = write_folder(tmp_path, {'config.json': stored['config']}, stored['shapes'])
@@ -231,18 +238,19 @@ def test_a_folder_that_timm_saves_loads(tmp_path, number):
     [list(NAMES), dict(enumerate(NAMES)), {'2': 'emu', '0': 'cat', '1': 'dog'}],
     ids=['list', 'int', 'str'],
 )
-@pytest.mark.parametrize('place', ['top', 'pretrained_cfg'])
-def test_names_of_timm_may_be_a_list_or_a_dictionary(tmp_path, label_names, place):
-    """timm moves them into its pretrained_cfg when it loads a folder and saves the model again."""
+@pytest.mark.parametrize('section', ['top', 'pretrained_cfg'])
+def test_class_names_of_timm_may_be_a_list_or_a_dict(tmp_path, label_names, section):
+    """Class names would be lost; timm moves them to pretrained_cfg when it loads and saves a folder."""
     save_pretrained(random_model(), tmp_path / 'out', layout='timm')
     path = tmp_path / 'out' / 'config.json'
     config = json.loads(path.read_text())
-    (config if place == 'top' else config['pretrained_cfg'])['label_names'] = label_names
+    (config if section == 'top' else config['pretrained_cfg'])['label_names'] = label_names
     path.write_text(json.dumps(config))
     assert read_pretrained(tmp_path / 'out').class_names == NAMES
 
 
-def test_names_of_some_classes_are_left_out_and_it_says_so(tmp_path):
+def test_incomplete_class_names_are_ignored_with_a_warning(tmp_path):
+    """Some classes would have wrong names."""
     save_pretrained(random_model(), tmp_path / 'out', layout='timm')
     path = tmp_path / 'out' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'label_names': {'0': 'cat', '7': 'emu'}}))
@@ -250,8 +258,8 @@ def test_names_of_some_classes_are_left_out_and_it_says_so(tmp_path):
         assert read_pretrained(tmp_path / 'out').class_names is None
 
 
-def test_a_new_head_has_none_of_the_names_of_the_old(tmp_path):
-    """The first two of a thousand classes are not the two of who fine-tunes."""
+def test_a_new_head_does_not_get_the_class_names_of_the_file(tmp_path):
+    """The classes of a fine-tuned model would have the names of the first ImageNet classes."""
     save_pretrained(random_model(), tmp_path / 'out', class_names=NAMES, problem_type='multi_label_classification')
     loaded = read_pretrained(tmp_path / 'out', num_classes=2, key=jax.random.key(0))
     assert (loaded.class_names, loaded.problem_type) == (None, None)
@@ -259,39 +267,40 @@ def test_a_new_head_has_none_of_the_names_of_the_old(tmp_path):
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm'])
 def test_two_classes_may_have_one_name(tmp_path, layout):
-    """ImageNet has two called crane, and two called maillot."""
+    """ImageNet models could not be saved: two classes have the name crane, and two maillot."""
     names = ('crane', 'tench', 'crane')
     save_pretrained(random_model(), tmp_path / 'out', layout=layout, class_names=names)
     assert read_pretrained(tmp_path / 'out').class_names == names
     if layout == 'huggingface':
         config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-        assert config['label2id'] == {'crane': 2, 'tench': 1}, 'the last, as transformers does'
+        assert config['label2id'] == {'crane': 2, 'tench': 1}, 'the last class, as in transformers'
 
 
 @pytest.mark.parametrize('kind', [None, 'single_label_classification', 'multi_label_classification', 'regression'])
-def test_the_problem_type_stays_and_where_it_cannot_a_warning_says_so(tmp_path, kind):
-    """A multi-label head that is read by a softmax gives other probabilities."""
+def test_the_problem_type_is_stored_or_a_warning_is_given(tmp_path, kind):
+    """With a softmax, a multi-label model would give wrong probabilities."""
     model = random_model()
     save_pretrained(model, tmp_path / 'hf', problem_type=kind)
     loaded = read_pretrained(tmp_path / 'hf')
     assert loaded.problem_type == kind
     expected = {'multi_label_classification': 'sigmoid', 'regression': None}.get(kind, 'softmax')
     assert loaded.activation == expected
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         save_pretrained(model, tmp_path / 'timm', layout='timm', problem_type=kind)
-    told = [str(warning.message) for warning in said]
-    assert len(told) == (expected != 'softmax')
-    assert all(line.startswith(f'timm has no place for problem_type={kind}') for line in told)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (expected != 'softmax')
+    assert all(line.startswith(f'the timm layout does not store problem_type={kind}') for line in messages)
 
 
 def test_a_problem_type_that_transformers_does_not_know_is_refused(tmp_path):
+    """transformers could not load the folder."""
     model = random_model()
     for kind in ('multi-label', ['regression']):
         with pytest.raises(UserError, match='problem_type must be one of single_label_classification, '):
             save_pretrained(model, tmp_path / 'out', problem_type=kind)
     one = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=1)
-    with pytest.raises(UserError, match='transformers refuses single_label_classification with one class'):
+    with pytest.raises(UserError, match='transformers does not support single_label_classification with one class'):
         save_pretrained(one, tmp_path / 'out', problem_type='single_label_classification')
     save_pretrained(one, tmp_path / 'out', layout='timm')
     assert read_pretrained(tmp_path / 'out').activation == 'sigmoid'
@@ -302,8 +311,8 @@ def test_a_problem_type_that_transformers_does_not_know_is_refused(tmp_path):
         read_pretrained(tmp_path / 'hf')
 
 
-def test_layer_scale_is_as_the_tensors_say(tmp_path):
-    """A V1 may be trained without one, and timm trains a V2 with one; Hugging Face's V2 would drop it in silence."""
+def test_the_tensors_determine_whether_there_is_a_layer_scale(tmp_path):
+    """V1 models without it and timm's V2 models with it could not be loaded; Hugging Face's V2 would ignore it."""
     without = random_model('convnext_atto', layer_scale_init=0)
     save(state_dict(without), tmp_path / 'without.safetensors')
     assert_equal(load_pretrained(tmp_path / 'without.safetensors'), without)
@@ -316,11 +325,11 @@ def test_layer_scale_is_as_the_tensors_say(tmp_path):
         save_pretrained(scaled, tmp_path / 'hf')
 
 
-def test_weights_without_a_head_that_do_not_fit_say_what_does_not(tmp_path):
-    """That the head is missing is then the smaller problem, and often none."""
+def test_other_problems_are_reported_before_a_missing_head(tmp_path):
+    """A head with another name would be reported as missing."""
     tensors = {name: x for name, x in state_dict(random_model(), 'timm').items() if not name.startswith('head.fc.')}
     save(tensors | {'fc.weight': np.ones((3, 320), np.float32)}, tmp_path / 'model.safetensors')
-    with pytest.raises(UserError, match='do not fit the model: fc.weight is unexpected$'):
+    with pytest.raises(UserError, match='do not match the model: fc.weight is unexpected$'):
         load_pretrained(tmp_path / 'model.safetensors')
 
 
@@ -332,14 +341,15 @@ def test_weights_without_a_head_that_do_not_fit_say_what_does_not(tmp_path):
         ({'global_pool': 'max'}, 'global_pool=max in model_args changes'),
         (
             {'head_hidden_size': 64, 'colour': 'red'},
-            'head_hidden_size=64, colour=red in model_args changes .* not known',
+            'head_hidden_size=64, colour=red in model_args changes .* is unknown',
         ),
         ({'depths': [2, 2, 10**9, 2]}, 'depths must be four numbers above 0'),
         ({'depths': [2, 2, 60_000, 2]}, 'tensors are too few for the depths'),
         ({'dims': 'wide'}, 'dims must be four numbers above 0, not wide'),
     ],
 )
-def test_arguments_of_timm_that_change_the_model_are_refused_by_name(tmp_path, arguments, match):
+def test_unsupported_arguments_of_timm_are_named(tmp_path, arguments, match):
+    """The model would silently compute something else than timm's."""
     save_pretrained(random_model(), tmp_path / 'out', layout='timm')
     path = tmp_path / 'out' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': arguments}))
@@ -347,7 +357,8 @@ def test_arguments_of_timm_that_change_the_model_are_refused_by_name(tmp_path, a
         load_pretrained(tmp_path / 'out')
 
 
-def test_a_timm_model_that_computes_something_else_is_refused(tmp_path):
+def test_a_timm_model_with_other_layers_is_refused(tmp_path):
+    """The model would silently compute something else than timm's."""
     save_pretrained(random_model(), tmp_path / 'out', layout='timm')
     path = tmp_path / 'out' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': {'act_layer': 'relu', 'norm_eps': 1e-3}}))
@@ -360,14 +371,15 @@ def test_a_timm_model_that_computes_something_else_is_refused(tmp_path):
     [
         ('model_type', 'resnet', "model_type is 'resnet'"),
         ('hidden_act', 'relu', "hidden_act is 'relu'"),
-        ('depths', [2, 2, 10**9, 2], 'do not fit'),
+        ('depths', [2, 2, 10**9, 2], 'are invalid'),
         ('hidden_sizes', [40, 80, 160, 60_000], 'is .* not'),
-        ('hidden_sizes', 'wide', 'do not fit'),
-        ('layer_norm_eps', 'small', 'layer_norm_eps is small'),
-        ('patch_size', 10**30, 'do not fit'),
+        ('hidden_sizes', 'wide', 'are invalid'),
+        ('layer_norm_eps', 'small', 'layer_norm_eps must be a number in .* not small'),
+        ('patch_size', 10**30, 'are invalid'),
     ],
 )
-def test_a_config_that_lies_is_one_line_and_takes_no_memory(tmp_path, field, value, match):
+def test_a_wrong_config_is_a_user_error_and_takes_no_memory(tmp_path, field, value, match):
+    """A damaged config.json would cause a traceback or fill the memory."""
     save_pretrained(random_model(), tmp_path / 'out')
     path = tmp_path / 'out' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -375,8 +387,9 @@ def test_a_config_that_lies_is_one_line_and_takes_no_memory(tmp_path, field, val
         load_pretrained(tmp_path / 'out')
 
 
-def test_timm_has_no_place_for_another_epsilon(tmp_path):
-    with pytest.warns(UserWarning, match="no place for the last norm's epsilon"):
+def test_a_warning_if_timm_cannot_store_the_epsilon(tmp_path):
+    """timm would silently compute slightly different logits."""
+    with pytest.warns(UserWarning, match="does not store the last norm's epsilon"):
         save_pretrained(random_model(layer_norm_eps=1e-12), tmp_path / 'out', layout='timm')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -384,18 +397,19 @@ def test_timm_has_no_place_for_another_epsilon(tmp_path):
 
 
 @pytest.mark.parametrize('patch_size', [8, 16])
-def test_timm_dilates_where_ours_strides_so_neither_takes_the_other_s(tmp_path, patch_size):
-    """The tensors are the same and the numbers are not: without a word the logits would be off by their own size."""
+def test_patch_sizes_that_timm_dilates_are_refused(tmp_path, patch_size):
+    """The tensors have equal shapes, but the networks differ: logits would be meaningless."""
     model = random_model('convnext_atto', patch_size=patch_size)
-    with pytest.raises(UserError, match=f'timm builds a ConvNeXt of patch_size={patch_size} otherwise'):
+    with pytest.raises(UserError, match=f'timm builds a different network for patch_size={patch_size}'):
         save_pretrained(model, tmp_path / 'out', layout='timm')
-    theirs = to_layout(get_parameters(model), get_variant('convnext_atto'), 'timm')  # whose names are the same
+    theirs = to_layout(get_parameters(model), get_variant('convnext_atto'), 'timm')  # with equal names
     save({name: np.array(x) for name, x in theirs.items()}, tmp_path / 'theirs.safetensors')
-    with pytest.raises(UserError, match=f'timm builds a ConvNeXt of patch_size={patch_size} otherwise'):
+    with pytest.raises(UserError, match=f'timm builds a different network for patch_size={patch_size}'):
         load_pretrained(tmp_path / 'theirs.safetensors')
 
 
 def test_a_processor_for_other_channels_is_refused(tmp_path):
+    """The saved preprocessing could not be used with the model."""
     with pytest.raises(UserError, match='the processor is for 3 channels, the model for 1'):
         save_pretrained(random_model(in_channels=1), tmp_path / 'out', processor=ImageProcessor())
     with pytest.raises(UserError, match='images of 4 channels have no processor'):

@@ -1,4 +1,4 @@
-"""The same photograph gives the same numbers as in the reference processor."""
+"""ImageProcessor, compared with the processors of transformers and timm in `tests/reference`."""
 
 import json
 
@@ -15,12 +15,12 @@ from tests.reference.cases import picture
 
 @pytest.fixture(scope='module')
 def stored():
-    """What transformers and timm make of the pictures."""
+    """The pictures as processed by transformers and timm."""
     return reference.arrays('processors')
 
 
-def assert_same(array, sketch):
-    """Every number that is stored; the sums over all of them to rounding."""
+def assert_equals_sketch(array, sketch):
+    """Compares the stored values exactly, and the sums up to rounding."""
     ours, half = reference.sketch(array), len(sketch) // 2
     np.testing.assert_array_equal(ours[:half], sketch[:half])
     np.testing.assert_allclose(ours[half:], sketch[half:], rtol=1e-6, atol=1e-6)
@@ -28,19 +28,21 @@ def assert_same(array, sketch):
 
 @pytest.mark.parametrize('config', range(len(cases.PROCESSORS)))
 @pytest.mark.parametrize('size', cases.PICTURES)
-def test_every_number_is_the_references(stored, config, size):
+def test_every_value_equals_the_reference(stored, config, size):
+    """Other pixels would cost published models a part of their accuracy."""
     ours = ImageProcessor.from_huggingface(cases.PROCESSORS[config])(picture(*size))[0]
-    assert_same(ours, stored[f'{config}/{size[0]}x{size[1]}'])
+    assert_equals_sketch(ours, stored[f'{config}/{size[0]}x{size[1]}'])
 
 
-def test_files_of_other_modes_are_read_as_the_reference_reads_them(stored, tmp_path):
+def test_files_of_other_modes_equal_the_reference(stored, tmp_path):
+    """Greyscale, palette or CMYK files would give other pixels than in transformers."""
     ours = ImageProcessor.from_huggingface({'size': {'shortest_edge': 64}})
     for mode, path in cases.write_pictures(tmp_path).items():
-        assert_same(ours(path)[0], stored[f'file/{mode}'])
+        assert_equals_sketch(ours(path)[0], stored[f'file/{mode}'])
 
 
 def test_sixteen_bits_are_scaled(tmp_path):
-    """transformers converts by Pillow, which makes every value above 255 white; we take the scaled image instead."""
+    """16-bit images would become white, as in transformers, which converts them by Pillow without scaling."""
     values = (np.arange(90 * 70).reshape(70, 90) * 9).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / 'deep.png')
     ours = ImageProcessor(size=64)
@@ -50,18 +52,20 @@ def test_sixteen_bits_are_scaled(tmp_path):
             np.testing.assert_array_equal(ours(image)[0], expected)
 
 
-def test_a_file_is_turned_upright_and_a_pillow_image_is_not(tmp_path):
+def test_a_file_is_rotated_by_exif_and_a_pillow_image_is_not(tmp_path):
+    """Photographs from phones would be classified sideways."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(90, 70).save(tmp_path / 'turned.jpg', exif=exif)
+    picture(90, 70).save(tmp_path / 'rotated.jpg', exif=exif)
     ours = ImageProcessor(size=64)
-    upright = ours(tmp_path / 'turned.jpg')[0]
-    with Image.open(tmp_path / 'turned.jpg') as image:
+    upright = ours(tmp_path / 'rotated.jpg')[0]
+    with Image.open(tmp_path / 'rotated.jpg') as image:
         np.testing.assert_array_equal(upright, ours(image.transpose(Image.Transpose.ROTATE_270))[0])
         assert np.abs(ours(image)[0] - upright).max() > 0.1
 
 
-def test_arrays_lists_and_paths_give_the_same(stored, tmp_path):
+def test_arrays_lists_and_paths_give_equal_results(stored, tmp_path):
+    """The result would depend on the type of the argument."""
     image = picture(90, 70)
     image.save(tmp_path / 'image.png')
     processor = ImageProcessor(size=64)
@@ -69,21 +73,22 @@ def test_arrays_lists_and_paths_give_the_same(stored, tmp_path):
     assert expected.shape == (1, 64, 64, 3)
     assert expected.dtype == np.float32
     array = np.asarray(image)
-    for same in (array, array[None], [array, array], [tmp_path / 'image.png'], str(tmp_path / 'image.png')):
-        for row in processor(same):
-            np.testing.assert_array_equal(row, expected[0])
-    assert_same(ImageProcessor.from_huggingface({'size': 64})(cases.float_picture())[0], stored['floats'])
+    for given in (array, array[None], [array, array], [tmp_path / 'image.png'], str(tmp_path / 'image.png')):
+        for result in processor(given):
+            np.testing.assert_array_equal(result, expected[0])
+    assert_equals_sketch(ImageProcessor.from_huggingface({'size': 64})(cases.float_picture())[0], stored['floats'])
 
 
-def test_the_config_file_comes_back(tmp_path):
+def test_the_config_file_round_trips(tmp_path):
+    """A saved processor would prepare images differently."""
     processor = ImageProcessor(size=288, crop_pct=0.95, resample=2, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     processor.save(tmp_path)
     assert ImageProcessor.from_pretrained(tmp_path) == processor
 
 
 @pytest.mark.parametrize('number', range(len(cases.TIMM_PROCESSORS)))
-def test_timm_prepares_the_same(stored, tmp_path, number):
-    """Where the margin is even; of an odd one timm crops half a pixel further, and Hugging Face half a pixel less."""
+def test_the_processor_of_a_timm_folder_equals_timm(stored, tmp_path, number):
+    """Other pixels would cost timm's models accuracy. (The margins here are even; see `from_timm` for odd ones.)"""
     config = {'architecture': 'convnext_tiny', 'pretrained_cfg': cases.TIMM_PROCESSORS[number]}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     ours = ImageProcessor.from_pretrained(tmp_path)(picture(400, 500))[0]
@@ -99,19 +104,21 @@ def test_timm_prepares_the_same(stored, tmp_path, number):
         ({'size': 224, 'crop_pct': 2}, 'crop_pct must be in'),
         ({'size': 224, 'resample': 9}, 'resample must be one of'),
         ({'size': 224, 'image_std': [0, 1, 1]}, 'std above 0'),
-        ({'size': 224, 'image_mean': ['a', 'b', 'c']}, 'takes numbers'),
-        ({'size': 224, 'image_mean': [0.5, 0.5, float('inf')]}, 'takes numbers'),
-        ({'size': 224, 'rescale_factor': float('nan')}, 'takes numbers'),
+        ({'size': 224, 'image_mean': ['a', 'b', 'c']}, 'needs numbers'),
+        ({'size': 224, 'image_mean': [0.5, 0.5, float('inf')]}, 'needs numbers'),
+        ({'size': 224, 'rescale_factor': float('nan')}, 'needs numbers'),
         ({'size': 224, 'crop_pct': 1e-300}, 'crop_pct must be in'),
         ({'size': 224, 'resample': 3.0}, 'resample must be one of'),
     ],
 )
-def test_a_config_that_cannot_be_followed_is_refused(config, match):
+def test_an_unsupported_config_is_refused(config, match):
+    """Images would silently be prepared differently."""
     with pytest.raises(UserError, match=match):
         ImageProcessor.from_huggingface(config)
 
 
-def test_one_number_stands_for_three_channels_and_timm_gets_the_factor():
+def test_one_number_is_used_for_three_channels_and_timm_gets_the_factor():
+    """timm, which always divides by 255, would get images in another range."""
     processor = ImageProcessor.from_huggingface(
         {'size': 224, 'image_mean': 1, 'image_std': 1, 'rescale_factor': 1 / 127.5}
     )
@@ -119,7 +126,8 @@ def test_one_number_stands_for_three_channels_and_timm_gets_the_factor():
     assert processor.to_timm()['mean'] == pytest.approx([0.5] * 3)
 
 
-def test_what_is_no_image_is_refused(tmp_path):
+def test_invalid_images_are_refused(tmp_path):
+    """An error of NumPy or Pillow would not say which image is wrong."""
     Image.new('L', (1, 40_000)).save(tmp_path / 'thin.png')
     (tmp_path / 'text.jpg').write_text('not an image')
     for image, match in (
@@ -127,11 +135,11 @@ def test_what_is_no_image_is_refused(tmp_path):
         (tmp_path / 'gone.jpg', 'gone.jpg cannot be read: No such file or directory'),
         (np.zeros((4, 4, 7), np.uint8), 'has shape'),
         (np.zeros((4, 4), np.int64), 'not uint8 or float'),
-        (np.full((4, 4), 3.0), 'outside 0 to 1'),
-        (np.full((4, 4), np.nan), 'outside 0 to 1'),
+        (np.full((4, 4), 3.0), r'outside \[0, 1\]'),
+        (np.full((4, 4), np.nan), r'outside \[0, 1\]'),
         ([], 'no images'),
         ([3], 'image 0 is a int'),
-        (3, 'must be an image or many'),
+        (3, 'must be one image or a sequence'),
         (tmp_path / 'thin.png', 'is too narrow'),
     ):
         with pytest.raises(UserError, match=match):

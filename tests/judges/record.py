@@ -1,8 +1,8 @@
-"""Computes what the tests without torch compare with, by transformers, timm and torch, and stores it.
+"""Computes the reference results with transformers, timm and torch, and stores them for the tests without torch.
 
     python -m tests.judges.record          # needs requirements-judges.txt
 
-writes `tests/reference/*.npz` and `tables.json.gz`. `test_recorded.py` computes the same and compares.
+writes `tests/reference/*.npz` and `tables.json.gz`. `test_recorded.py` recomputes the results and compares them.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def nhwc(tensor: torch.Tensor) -> np.ndarray:
 
 
 def load(module: torch.nn.Module, tensors: dict[str, np.ndarray]) -> torch.nn.Module:
-    """The module in evaluation mode, with these values for all of its parameters."""
+    """The module with these values for all parameters, in evaluation mode."""
     module.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, strict=True)
     return module.eval()
 
@@ -57,7 +57,7 @@ def model_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def hugging_face(name: str, epsilon: float = 1e-12) -> torch.nn.Module:
-    """The classifier of transformers by the name that a variant has here."""
+    """The classifier of transformers for one of our variants."""
     variant = get_variant(name)
     kind = 'ConvNextV2' if name.startswith('convnextv2') else 'ConvNext'
     config = getattr(transformers, f'{kind}Config')(
@@ -67,7 +67,7 @@ def hugging_face(name: str, epsilon: float = 1e-12) -> torch.nn.Module:
 
 
 def isotropic_in_torch(variant: Variant) -> torch.nn.Module:
-    """The paper's isotropic network in plain torch, as neither transformers nor timm has it."""
+    """The isotropic network of the paper in plain torch, because neither transformers nor timm has it."""
 
     class Block(torch.nn.Module):
         def __init__(self, width):
@@ -99,12 +99,12 @@ def isotropic_in_torch(variant: Variant) -> torch.nn.Module:
 
 @torch.no_grad()
 def model_outputs(judge: str, name: str, epsilon: float, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Logits and feature maps of a classifier: feature → array as ours.
+    """Logits and feature maps of a classifier: name of the feature → array in our layout.
 
     Args:
-        judge: 'transformers', 'timm', or 'torch' for an isotropic one.
-        name: of the variant.
-        epsilon: of the last norm, which transformers alone lets choose.
+        judge: 'transformers', 'timm', or 'torch' for isotropic variants.
+        name: name of the variant.
+        epsilon: epsilon of the last norm; only transformers supports other values than 1e-6.
         size: height and width of the images.
     """
     variant, parameters = get_variant(name), reference.draw_parameters(model_shapes(name))
@@ -135,7 +135,7 @@ def models() -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def backbone_maps(name: str, size: tuple[int, int], patch_size: int, output_stride: int) -> dict[str, np.ndarray]:
-    """The feature maps of timm, not normalised, of a trunk of some patch size and output stride."""
+    """The feature maps of timm, without normalisation, for a patch size and an output stride."""
     variant = get_variant(name).replace(patch_size=patch_size)
     backbone = jax.eval_shape(
         lambda key: create_backbone(variant, key=key, output_stride=output_stride), jax.random.key(0)
@@ -144,9 +144,9 @@ def backbone_maps(name: str, size: tuple[int, int], patch_size: int, output_stri
     trunk = {feature: x for feature, x in drawn.items() if not feature.startswith('norms.')}
     arguments = {'output_stride': output_stride, 'patch_size': patch_size}
     module = timm.create_model(name, features_only=True, **arguments)
-    # Of another patch size the names are the same, and the layout of a whole timm model is another network.
+    # `to_layout` refuses some patch sizes, because timm's classifiers differ; the names are those of the variant.
     tensors = to_layout(trunk, get_variant(name), 'timm')
-    # features_only flattens the names: stem.0 → stem_0, stages.1 → stages_1
+    # features_only changes the names: stem.0 → stem_0, stages.1 → stages_1
     load(module, {t.replace('stem.', 'stem_').replace('stages.', 'stages_', 1): x for t, x in tensors.items()})
     names = [f'stage{stage}' for stage in range(1, 5)]
     strides = {'strides': np.asarray(module.feature_info.reduction())}
@@ -156,7 +156,7 @@ def backbone_maps(name: str, size: tuple[int, int], patch_size: int, output_stri
 
 @torch.no_grad()
 def hugging_face_backbone(name: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The normalised maps of transformers' backbone."""
+    """The normalised feature maps of transformers' backbone."""
     variant = get_variant(name)
     kind = 'ConvNextV2' if name.startswith('convnextv2') else 'ConvNext'
     config = getattr(transformers, f'{kind}Config')(
@@ -183,7 +183,7 @@ def backbones() -> dict[str, np.ndarray]:
 
 
 def training_run(name: str) -> tuple[list[float], dict[str, dict[str, np.ndarray]]]:
-    """Thirty steps in torch: the losses; the first gradient, and the last parameters and average, by timm's names."""
+    """30 steps in torch: the losses; and by timm's names the first gradient, the last parameters and the average."""
     run = cases.Training
     module = timm.create_model(name, num_classes=run.CLASSES).train()
     model = jax.eval_shape(lambda key: create_model(name, key=key, num_classes=run.CLASSES), jax.random.key(0))
@@ -216,7 +216,7 @@ def training() -> dict[str, np.ndarray]:
     for name in cases.TRAINED:
         losses, tensors = training_run(name)
         found[f'{name}/losses'] = np.asarray(losses)
-        found |= {f'{name}/{kind}': cases.sketch_tensors(those) for kind, those in tensors.items()}
+        found |= {f'{name}/{kind}': cases.sketch_tensors(named) for kind, named in tensors.items()}
     return found
 
 
@@ -225,7 +225,7 @@ def pixels(processor: ConvNextImageProcessorPil, image: object) -> np.ndarray:
 
 
 def processors() -> dict[str, np.ndarray]:
-    """Images as the processors of transformers and timm prepare them."""
+    """Images processed by transformers and timm."""
     found = {}
     for number, config in enumerate(cases.PROCESSORS):
         for size in cases.PICTURES:
@@ -245,7 +245,7 @@ def processors() -> dict[str, np.ndarray]:
 
 
 def names_and_shapes() -> dict:
-    """Variant → layout → tensor → shape, of every variant that the libraries have."""
+    """Variant → layout → tensor name → shape, for every variant that the libraries support."""
     found = {}
     for name in list_models():
         if 'isotropic' not in name:
@@ -262,7 +262,7 @@ def names_and_shapes() -> dict:
 
 
 def layers() -> dict:
-    """Variant → timm's name of a parameter → the layers between it and the head, as layer decay counts them."""
+    """Variant → timm's name of a parameter → number of layers between it and the head in layer decay."""
     found = {}
     for name in cases.LAYERED:
         with torch.device('meta'):
@@ -274,7 +274,7 @@ def layers() -> dict:
 
 
 def randaugment() -> dict:
-    """'increasing' or 'plain' → level → the operations in their order, each with the arguments that may be drawn."""
+    """'increasing' or 'plain' → level → the operations in order, each with its possible arguments."""
     found = {}
     for kind in ('plain', 'increasing'):
         names = auto_augment._RAND_INCREASING_TRANSFORMS if kind == 'increasing' else auto_augment._RAND_TRANSFORMS
@@ -283,20 +283,20 @@ def randaugment() -> dict:
 
 
 def _arguments(name: str, level: float) -> list[float] | None:
-    """None where there is no argument, or where timm's own rule fails."""
+    """The possible arguments; None if there is no argument or if timm's rule fails."""
     rule = auto_augment.LEVEL_TO_ARG[name]
     if rule is None:
         return None
     try:
-        return sorted({float(np.ravel(rule(level, {}))[0]) for _ in range(40)})  # the sign is drawn
-    except TypeError:  # timm's integer rules give the number in no tuple, and its increasing ones expect one
+        return sorted({float(np.ravel(rule(level, {}))[0]) for _ in range(40)})  # the sign is random
+    except TypeError:  # timm's increasing rules expect a tuple from its integer rules, which return a number
         assert name in ('PosterizeIncreasing', 'SolarizeIncreasing')
         return None
 
 
 @contextlib.contextmanager
 def timm_folder(name: str, arguments: dict) -> Iterator[tuple[torch.nn.Module, Path]]:
-    """A model of timm with drawn values, and the folder that timm saves it in."""
+    """A model of timm with random values, and the folder in which timm has saved it."""
     module = timm.create_model(name, num_classes=3, **arguments).eval()
     with torch.no_grad():
         for tensor, x in module.named_parameters():
@@ -308,7 +308,7 @@ def timm_folder(name: str, arguments: dict) -> Iterator[tuple[torch.nn.Module, P
 
 
 def timm_folders() -> dict:
-    """For each of the cases: the config.json that timm writes, and names and shapes of the tensors beside it."""
+    """For each case: timm's config.json, and the names and shapes of the tensors."""
     found = []
     for name, arguments in cases.TIMM_FOLDERS:
         with timm_folder(name, arguments) as (module, folder):
@@ -326,7 +326,7 @@ def timm_folder_logits() -> dict[str, np.ndarray]:
 
 
 def hugging_face_folders() -> dict:
-    """Kind of model → what transformers writes beside the weights, and names and shapes of the tensors."""
+    """Kind of model → transformers' JSON files, and the names and shapes of the tensors."""
     names = dict(enumerate(cases.NAMES))
     arguments = {'depths': [2, 2, 6, 2], 'hidden_sizes': [40, 80, 160, 320]}
     labels = {'id2label': names, 'label2id': {name: number for number, name in names.items()}}
@@ -353,7 +353,7 @@ def hugging_face_folders() -> dict:
 
 
 def predictions() -> dict[str, np.ndarray]:
-    """Probabilities of the classes in their order, for each of the photographs, by the pipeline of transformers."""
+    """The class probabilities of each photograph from the pipeline of transformers."""
     found = {}
     for number, (names, kind) in enumerate(cases.PREDICTED):
         with tempfile.TemporaryDirectory() as folder:
@@ -377,7 +377,7 @@ ARRAYS = {
     'timm_folders': timm_folder_logits,
     'predictions': predictions,
 }
-"""File → what computes its arrays."""
+"""File name → function that computes its arrays."""
 TABLES = {
     'names_and_shapes': names_and_shapes,
     'layers': layers,

@@ -1,4 +1,4 @@
-"""transformers and timm themselves: their outputs in full, what they load of ours, what we load of theirs."""
+"""Comparison with transformers and timm: all output values, and the files that either side loads of the other."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.judges import record
 from tests.reference import cases
 
 NAMES = cases.NAMES
-BOUND = 2e-5  # of the reference's standard deviation, float32
+BOUND = 2e-5  # in standard deviations of the reference, for float32
 PHOTOS = Path(__file__).parents[3] / 'shared' / 'data'
 
 call = jax.jit(lambda model, x: model(x))
@@ -43,7 +43,7 @@ def logits_differ(model, judge) -> float:
 
 @pytest.mark.parametrize(('judge', 'name', 'epsilon'), cases.MODELS)
 def test_every_value_of_logits_and_maps(judge, name, epsilon):
-    """The stored values are a sketch, of images of another size."""
+    """Published weights would give other predictions. The stored values are sketches for another image size."""
     model = random_model(name, num_classes=cases.CLASSES, layer_norm_eps=epsilon)
     x = cases.images((224, 224))
     ours = jax.jit(lambda model, x: {'logits': model(x)} | model.features(x))(model, x)
@@ -53,8 +53,8 @@ def test_every_value_of_logits_and_maps(judge, name, epsilon):
 
 
 @pytest.mark.parametrize('name', cases.BACKBONES)
-def test_transformers_loads_our_backbone_and_we_load_what_it_saves(tmp_path, name):
-    """Detectors that were trained on Hugging Face's maps would see others."""
+def test_transformers_and_we_load_each_other_s_backbones(tmp_path, name):
+    """Detectors trained on Hugging Face's backbone would get other maps."""
     shapes = jax.eval_shape(
         lambda key: create_backbone(name, key=key, out_features=cases.BACKBONE_FEATURES), jax.random.key(0)
     )
@@ -78,7 +78,8 @@ def test_transformers_loads_our_backbone_and_we_load_what_it_saves(tmp_path, nam
 
 
 @pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_atto'])
-def test_transformers_loads_what_we_save_and_we_load_what_it_saves(tmp_path, name):
+def test_transformers_and_we_load_each_other_s_models(tmp_path, name):
+    """A fine-tuned model could not be used with transformers, or the other way round."""
     model = random_model(name, layer_norm_eps=1e-12)
     processor = ImageProcessor(size=288, crop_pct=0.9, resample=2, mean=(0.5,) * 3, std=(0.25,) * 3)
     save_pretrained(model, tmp_path / 'ours', class_names=NAMES, processor=processor)
@@ -100,8 +101,8 @@ def test_transformers_loads_what_we_save_and_we_load_what_it_saves(tmp_path, nam
     assert loaded.processor == processor
 
 
-def test_transformers_loads_a_grey_model_of_another_patch_size(tmp_path):
-    """The demo's model."""
+def test_transformers_loads_a_greyscale_model_with_another_patch_size(tmp_path):
+    """The demo's model could not be used with transformers."""
     model = random_model('convnextv2_atto', patch_size=2, in_channels=1)
     grey = ImageProcessor(size=32, crop_pct=1.0, mean=(0.3,), std=(0.4,))
     save_pretrained(model, tmp_path / 'out', processor=grey)
@@ -112,7 +113,8 @@ def test_transformers_loads_a_grey_model_of_another_patch_size(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnext_tiny', 'convnextv2_atto'])
-def test_timm_loads_what_we_save_as_a_folder_and_as_a_file(tmp_path, name):
+def test_timm_loads_our_folder_and_our_file(tmp_path, name):
+    """A fine-tuned model could not be used with timm."""
     model = random_model(name)
     save_pretrained(model, tmp_path / 'out', layout='timm', class_names=NAMES)
     folder = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
@@ -125,7 +127,8 @@ def test_timm_loads_what_we_save_as_a_folder_and_as_a_file(tmp_path, name):
 
 
 @pytest.mark.parametrize(('name', 'arguments'), cases.TIMM_FOLDERS, ids=str)
-def test_a_folder_that_timm_saves_loads(name, arguments):
+def test_a_folder_of_timm_loads(name, arguments):
+    """A model that was fine-tuned with timm could not be used."""
     with record.timm_folder(name, arguments) as (theirs, folder):
         loaded = read_pretrained(folder)
         assert logits_differ(loaded.model, theirs) < BOUND
@@ -133,15 +136,16 @@ def test_a_folder_that_timm_saves_loads(name, arguments):
 
 
 @pytest.mark.parametrize('patch_size', [8, 16])
-def test_a_model_of_timm_that_dilates_is_refused(tmp_path, patch_size):
-    """The tensors are the same and the numbers are not: without a word the logits would be off by their own size."""
+def test_a_dilated_model_of_timm_is_refused(tmp_path, patch_size):
+    """The tensors have equal shapes, but the networks differ: logits would be meaningless."""
     theirs = timm.create_model('convnext_atto', patch_size=patch_size, num_classes=3)
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
-    with pytest.raises(UserError, match=f'timm builds a ConvNeXt of patch_size={patch_size} otherwise'):
+    with pytest.raises(UserError, match=f'timm builds a different network for patch_size={patch_size}'):
         load_pretrained(tmp_path / 'theirs.pth')
 
 
-def test_a_grey_backbone_without_layer_scale_loads_in_transformers(tmp_path):
+def test_transformers_reads_the_layer_scale_of_our_backbone(tmp_path):
+    """transformers would build a backbone without layer scale."""
     backbone = create_backbone('convnext_atto', key=jax.random.key(0), out_features=('stage2',))
     save_pretrained(backbone, tmp_path / 'out')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -150,10 +154,11 @@ def test_a_grey_backbone_without_layer_scale_loads_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize('folder', ['imagenet_samples', 'clothing'])
-def test_every_number_of_real_photographs_is_the_references(folder):
+def test_the_preprocessing_of_photographs_equals_transformers(folder):
+    """Other pixels would cost published models a part of their accuracy."""
     photos = sorted(path for path in (PHOTOS / folder).rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg'))
     if not photos:
-        pytest.skip(f'needs the photographs of {PHOTOS / folder}')
+        pytest.skip(f'needs the photographs in {PHOTOS / folder}')
     theirs = record.ConvNextImageProcessorPil(size={'shortest_edge': 224})
     ours = ImageProcessor.from_huggingface(theirs.to_dict())
     for path in photos:
@@ -162,15 +167,15 @@ def test_every_number_of_real_photographs_is_the_references(folder):
 
 
 def test_the_preprocessing_of_files_and_its_config(tmp_path):
-    """A turned JPEG, a config that we wrote; and 16 bits, which transformers cuts off."""
+    """A rotated JPEG or our config would be processed differently. (transformers clips 16 bits, as is checked here.)"""
     theirs = record.ConvNextImageProcessorPil(size={'shortest_edge': 64})
     ours = ImageProcessor.from_huggingface(theirs.to_dict())
     exif = Image.Exif()
     exif[0x0112] = 6
-    cases.picture(90, 70).save(tmp_path / 'turned.jpg', exif=exif)
+    cases.picture(90, 70).save(tmp_path / 'rotated.jpg', exif=exif)
     load_image = transformers.image_utils.load_image
-    turned = record.pixels(theirs, load_image(str(tmp_path / 'turned.jpg')))
-    assert np.abs(ours(tmp_path / 'turned.jpg')[0] - turned).max() == 0
+    rotated = record.pixels(theirs, load_image(str(tmp_path / 'rotated.jpg')))
+    assert np.abs(ours(tmp_path / 'rotated.jpg')[0] - rotated).max() == 0
     Image.fromarray((np.arange(90 * 70).reshape(70, 90) * 9).astype(np.uint16)).save(tmp_path / 'deep.png')
     assert np.asarray(load_image(str(tmp_path / 'deep.png'))).mean() > 250
     processor = ImageProcessor(size=288, crop_pct=0.95, resample=2, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

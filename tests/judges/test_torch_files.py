@@ -1,4 +1,4 @@
-"""PyTorch files are read as data: weights of every kind and what stands beside them, and code is never run."""
+"""Reading of PyTorch files: weights, other objects beside them, and code, which is never run."""
 
 import argparse
 import json
@@ -27,6 +27,7 @@ def state_dict(model, layout: str = 'original') -> dict:
 
 
 def test_half_precision_files_load_exactly(tmp_path):
+    """16-bit weights would be rounded or refused."""
     from safetensors.torch import save_file
 
     for dtype in (torch.bfloat16, torch.float16):
@@ -49,13 +50,15 @@ def test_half_precision_files_load_exactly(tmp_path):
     ],
     ids=['stride 0', 'sparse', 'meta', 'int64', 'float8'],
 )
-def test_tensors_that_are_no_weights_are_refused_and_take_no_memory(tmp_path, tensor):
+def test_tensors_that_are_not_weights_are_refused_and_take_no_memory(tmp_path, tensor):
+    """A small file could claim terabytes of memory."""
     torch.save(state_dict(random_model()) | {'norm.bias': tensor}, tmp_path / 'model.pth')
     with pytest.raises(UserError, match='not plain float weights: norm.bias'):
         load_pretrained(tmp_path / 'model.pth')
 
 
 def test_parameters_with_gradients_load(tmp_path):
+    """Files with nn.Parameter objects could not be loaded."""
     model = random_model()
     torch.save({name: torch.nn.Parameter(x) for name, x in state_dict(model).items()}, tmp_path / 'model.pth')
     assert_equal(load_pretrained(tmp_path / 'model.pth'), model)
@@ -67,19 +70,20 @@ class Hostile:
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    """A downloaded file could run any code."""
     monkeypatch.chdir(tmp_path)
     torch.save({'model': state_dict(random_model()), 'args': Hostile()}, tmp_path / 'model.pth')
-    with pytest.raises(UserError, match='needs the code of .*, and no code of a file is run: save the weights alone'):
+    with pytest.raises(UserError, match='needs the code of .*, but code in files is never run: save only the weights'):
         load_pretrained(tmp_path / 'model.pth')
     assert not (tmp_path / 'hostile-code-ran').exists()
 
 
 class Metric:
-    """Of a training program that is not installed here."""
+    """A class of a training program that is not installed."""
 
 
-def test_what_training_programs_keep_beside_the_weights_does_not_hinder(tmp_path):
-    """The original repositories and timm write their arguments into each checkpoint."""
+def test_objects_beside_the_weights_are_ignored(tmp_path):
+    """Checkpoints of timm and the original repositories, which contain the arguments, could not be loaded."""
     model = random_model()
     arguments = argparse.Namespace(
         lr=4e-3, output=Path('runs') / 'x', device=torch.device('cuda:0'), dtype=torch.bfloat16, betas=(0.9, 0.999)
@@ -97,13 +101,13 @@ def test_what_training_programs_keep_beside_the_weights_does_not_hinder(tmp_path
     torch.save({'model': state_dict(model), 'metric': Metric()}, tmp_path / 'metric.pth')
     with pytest.raises(
         UserError,
-        match=r'needs the code of test_torch_files.Metric, .* save the weights alone, torch.save',
+        match=r'needs the code of test_torch_files.Metric, .* save only the weights, with torch.save',
     ):
         load_pretrained(tmp_path / 'metric.pth')
 
 
-def test_a_path_of_windows_does_not_hinder_on_linux(tmp_path, monkeypatch):
-    """Python refuses to make such a path here; nothing needs it."""
+def test_a_windows_path_beside_the_weights_is_ignored(tmp_path, monkeypatch):
+    """Python cannot create such a path on Linux: checkpoints from Windows could not be loaded."""
 
     class WindowsPath(PureWindowsPath):
         pass
@@ -119,7 +123,8 @@ def test_a_path_of_windows_does_not_hinder_on_linux(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'name', ['model.safetensors', 'model.bin', 'last.ckpt', 'model_best.pth.tar', 'MODEL.PTH', 'x.pkl', 'checkpoint']
 )
-def test_the_content_and_not_the_name_tells_what_a_file_is(tmp_path, name):
+def test_the_content_determines_the_format(tmp_path, name):
+    """Files with other names could not be loaded."""
     from safetensors.torch import save_file
 
     model, file = random_model(), tmp_path / name
@@ -134,9 +139,12 @@ def test_the_content_and_not_the_name_tells_what_a_file_is(tmp_path, name):
             load_pretrained(file)
 
 
-def test_a_pickle_that_torch_did_not_write_is_one_line(tmp_path):
+def test_a_pickle_that_torch_did_not_write_is_a_user_error(tmp_path):
+    """The errors of torch have many lines."""
     (tmp_path / 'x.pkl').write_bytes(pickle.dumps({'stem.0.weight': np.zeros((96, 3, 4, 4))}))
-    with pytest.raises(UserError, match='x.pkl cannot be read as weights alone: Unsupported operand 149') as refused:
+    with pytest.raises(
+        UserError, match='x.pkl cannot be read without running code: Unsupported operand 149'
+    ) as refused:
         load_pretrained(tmp_path / 'x.pkl')
     assert str(refused.value).isprintable()
 
@@ -144,7 +152,7 @@ def test_a_pickle_that_torch_did_not_write_is_one_line(tmp_path):
 @pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
 @pytest.mark.parametrize('wrapper', ['module.', 'module._orig_mod.'])
 def test_names_of_wrapped_models_load(tmp_path, layout, wrapper):
-    """DataParallel, torch.compile and Lightning wrap a model, and its names say so."""
+    """Files of models wrapped by DataParallel, torch.compile or Lightning could not be loaded."""
     model = random_model()
     tensors = {wrapper + name: x for name, x in state_dict(model, layout).items()}
     counters = {'n_averaged': torch.tensor(7), f'{wrapper}bn.num_batches_tracked': torch.tensor(3)}
@@ -153,7 +161,7 @@ def test_names_of_wrapped_models_load(tmp_path, layout, wrapper):
 
 
 def test_entries_of_training_programs(tmp_path):
-    """timm says state_dict and state_dict_ema where the original says model and model_ema; DINO has two networks."""
+    """The entries of timm (state_dict), the original (model) or DINO (student, teacher) could not be selected."""
     raw, average = random_model(), random_model(layer_norm_eps=1e-6)
     average.head.bias[...] += 1
     pair = {'raw': state_dict(raw), 'average': state_dict(average)}
@@ -165,23 +173,23 @@ def test_entries_of_training_programs(tmp_path):
         assert_equal(load_pretrained(file, entry=names[1]), average)
     torch.save({'network': pair['raw'], 'epoch': 3}, file)
     assert_equal(load_pretrained(file), raw)
-    with pytest.raises(UserError, match='holds no model_ema or state_dict_ema: its state dicts are network'):
+    with pytest.raises(UserError, match='does not contain model_ema or state_dict_ema: its state dicts are network'):
         load_pretrained(file, entry='ema')
     torch.save({'student': pair['raw'], 'teacher': pair['average'], 'epoch': 3}, file)
     with pytest.raises(UserError, match=r"the state dicts student, teacher: choose one, .*entry='student'\)"):
         load_pretrained(file)
     assert_equal(load_pretrained(file, entry='teacher'), average)
     torch.save({'optimizer': {'lr': 0.1}, 'epoch': 3}, file)
-    with pytest.raises(UserError, match='holds no state dict: its entries are optimizer, epoch'):
+    with pytest.raises(UserError, match='does not contain a state dict: its entries are optimizer, epoch'):
         load_pretrained(file)
     torch.save([1, 2], file)
-    with pytest.raises(UserError, match='holds no state dict, but a list'):
+    with pytest.raises(UserError, match='does not contain a state dict, but a list'):
         load_pretrained(file)
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'model.pth'])
-def test_float64_weights_load_where_float32_holds_them(tmp_path, name):
-    """Rounded in silence they would not be the weights that were trained."""
+def test_float64_weights_load_if_float32_represents_them(tmp_path, name):
+    """Weights would silently be rounded."""
     from safetensors.torch import save_file
 
     model = random_model()
@@ -191,11 +199,12 @@ def test_float64_weights_load_where_float32_holds_them(tmp_path, name):
     assert_equal(load_pretrained(tmp_path / name), model)
     tensors['norm.bias'] = tensors['norm.bias'] + 1e-12
     save(tensors, tmp_path / name)
-    with pytest.raises(UserError, match='float64 values that float32 does not hold exactly, as in norm.bias'):
+    with pytest.raises(UserError, match='float64 values that float32 does not represent exactly, as in norm.bias'):
         load_pretrained(tmp_path / name)
 
 
-def test_original_files_hold_raw_and_average_weights(tmp_path):
+def test_original_files_contain_raw_and_average_weights(tmp_path):
+    """The moving average of a published checkpoint could not be used."""
     raw, average = random_model(), random_model()
     average.head.bias[...] += 1
     torch.save({'model': state_dict(raw), 'model_ema': state_dict(average), 'epoch': 7}, tmp_path / 'both.pth')
@@ -203,12 +212,13 @@ def test_original_files_hold_raw_and_average_weights(tmp_path):
     assert_equal(load_pretrained(tmp_path / 'both.pth', entry='model_ema'), average)
     torch.save(state_dict(raw), tmp_path / 'bare.bin')
     assert_equal(load_pretrained(tmp_path / 'bare.bin'), raw)
-    with pytest.raises(UserError, match="holds one set of weights: there is no 'model_ema' to choose"):
+    with pytest.raises(UserError, match="contains only one set of weights, and no entry 'model_ema'"):
         load_pretrained(tmp_path / 'bare.bin', entry='model_ema')
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto', 'convnext_tiny', 'convnext_isotropic_small'])
 def test_the_original_layout_round_trip_is_bit_exact(tmp_path, name):
+    """Weights would change when they are saved and loaded."""
     model = random_model(name)
     save_pretrained(model, tmp_path / 'out', layout='original', class_names=NAMES)
     assert_equal(load_pretrained(tmp_path / 'out' / 'model.pth'), model)
@@ -217,8 +227,8 @@ def test_the_original_layout_round_trip_is_bit_exact(tmp_path, name):
     assert (loaded.layout, loaded.notes, loaded.fresh) == ('original', [], ())
 
 
-def test_what_the_original_layout_holds_and_what_not(tmp_path):
-    """Another patch size, grey images, no layer scale: the tensors tell. A kind of problem has no place in it."""
+def test_options_that_the_original_layout_stores(tmp_path):
+    """Patch size, channels and layer scale would be lost, or a lost problem type not be reported."""
     model = random_model('convnextv2_atto', patch_size=2, in_channels=1)
     grey = ImageProcessor(size=32, crop_pct=1.0, mean=(0.3,), std=(0.4,))
     save_pretrained(model, tmp_path / 'grey', layout='original', processor=grey)
@@ -229,13 +239,13 @@ def test_what_the_original_layout_holds_and_what_not(tmp_path):
     save_pretrained(without, tmp_path / 'without', layout='original')
     assert_equal(load_pretrained(tmp_path / 'without'), without)
     kind = 'multi_label_classification'
-    with pytest.warns(UserWarning, match=f'^original has no place for problem_type={kind}'):
+    with pytest.warns(UserWarning, match=f'^the original layout does not store problem_type={kind}'):
         save_pretrained(model, tmp_path / 'labels', layout='original', problem_type=kind)
 
 
 @pytest.mark.parametrize('wrapper', ['', 'module.'])
 def test_an_fcmae_checkpoint_is_read(tmp_path, wrapper):
-    """As the original's pre-training writes it."""
+    """Encoders from the original's FCMAE pre-training could not be fine-tuned."""
     model = random_model()
     tensors = {wrapper + name: torch.from_numpy(x) for name, x in random_models.fcmae_state_dict(model).items()}
     torch.save({'model': tensors}, tmp_path / 'fcmae.pt')
@@ -243,24 +253,25 @@ def test_an_fcmae_checkpoint_is_read(tmp_path, wrapper):
     assert_equal(loaded.model, model, but=loaded.fresh)
 
 
-def test_a_folder_with_half_a_pytorch_file_is_one_line(tmp_path):
+def test_a_folder_with_an_incomplete_pytorch_file_is_a_user_error(tmp_path):
+    """The errors of torch have many lines."""
     (tmp_path / 'pytorch_model.bin').write_text('PK')
-    with pytest.raises(UserError, match='cannot be read as weights alone'):
+    with pytest.raises(UserError, match='cannot be read without running code'):
         load_pretrained(tmp_path)
 
 
 def test_the_command_converts_into_the_original_layout_and_evaluates_it(finished_run, tmp_path, capsys):
-    """What the original's own scripts read, and what people who have such a file type."""
+    """Runs could not be used with the scripts of the original repositories, nor their files be evaluated."""
     main(['convnext_jax', 'convert', str(finished_run), str(tmp_path / 'hf')])
     capsys.readouterr()
     main(['convnext_jax', 'convert', str(tmp_path / 'hf'), str(tmp_path / 'original'), '--layout=original'])
-    told = f'holds the raw weights of {tmp_path / "hf"} (huggingface layout), in the original layout'
-    assert told in capsys.readouterr().out
+    line = f'holds the raw weights of {tmp_path / "hf"} (huggingface layout), in the original layout'
+    assert line in capsys.readouterr().out
     config = ('--config=configs/fashion_mnist.py', '--config.data.eval_split=test[:40]', '--config.batch_size=16')
     results = []
     eval_command.main(['eval.py', f'--workdir={finished_run}'])
     results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    with pytest.warns(UserWarning, match='classes are matched by position'):  # the layout has no place for names
+    with pytest.warns(UserWarning, match='classes are matched by position'):  # the layout does not store names
         eval_command.main(['eval.py', *config, f'--weights={tmp_path / "original" / "model.pth"}'])
     results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     run, theirs = results

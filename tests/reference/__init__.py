@@ -1,8 +1,8 @@
-"""Values that other libraries gave, stored here so that tests compare with them and need none of the libraries.
+"""Results of other libraries, stored so that tests can compare with them without these libraries.
 
-`python -m tests.judges.record` computes and writes them. The inputs and the weights are drawn again from names, never
-stored. Of a large array a sketch is stored: some of its values, and sums over all of them in which a mistake shows
-wherever it is.
+`python -m tests.judges.record` computes and writes them. Inputs and weights are not stored: they are random numbers
+seeded by their names. A large array is stored as a sketch: some of its values, and sums over all values, in which every
+mistake is visible.
 """
 
 import gzip
@@ -18,9 +18,9 @@ FOLDER = Path(__file__).parent
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform numbers of mean 0 and variance 1, float32: the same for a name on every platform and with every NumPy.
+    """Uniform float32 numbers of mean 0 and variance 1, equal for a name on every platform and NumPy version.
 
-    NumPy promises the raw bits of PCG64, but not what `Generator` makes of them.
+    NumPy guarantees the raw bits of PCG64, but not the numbers that `Generator` derives from them.
     """
     bits = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
     uniform = (bits >> np.uint64(11)) * 2.0**-53
@@ -28,13 +28,13 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def draw_bytes(name: str, shape: tuple[int, ...], limit: int = 256) -> np.ndarray:
-    """Integers from 0 to below `limit`, uint8."""
+    """Uniform uint8 integers in [0, `limit`)."""
     bits = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
     return (bits % np.uint64(limit)).astype(np.uint8).reshape(shape)
 
 
 def draw_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Every parameter of a model of ours away from its first value, and large enough to matter in the output."""
+    """Random values for the parameters of a model, large enough to matter in the output."""
     drawn = {}
     for name, shape in shapes.items():
         fan_in = 49 if 'depthwise' in name else math.prod(shape['blocks' in name : -1])
@@ -44,22 +44,22 @@ def draw_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarr
 
 
 def sketch(array: np.ndarray, values: int = 256) -> np.ndarray:
-    """So many values at fixed places, and as many sums of neighbours under fixed random signs: float32, flat.
+    """`values` elements at fixed positions, and `values` sums of neighbours with fixed random signs: float32, flat.
 
-    An array of up to twice as many values is its own sketch.
+    An array of at most 2 · `values` elements is its own sketch.
     """
     flat = np.asarray(array).astype(np.float64).ravel()
     if flat.size <= 2 * values:
         return flat.astype(np.float32)
-    places = np.random.PCG64(0).random_raw(values) % np.uint64(flat.size)
+    positions = np.random.PCG64(0).random_raw(values) % np.uint64(flat.size)
     signs = 1.0 - 2.0 * (np.random.PCG64(1).random_raw(flat.size) & np.uint64(1))
     first = np.linspace(0, flat.size, values + 1)[:-1].astype(int)
     sums = np.add.reduceat(signs * flat, first) / math.sqrt(flat.size / values)
-    return np.concatenate([flat[places.astype(int)], sums]).astype(np.float32)
+    return np.concatenate([flat[positions.astype(int)], sums]).astype(np.float32)
 
 
 def difference(array: np.ndarray, stored: np.ndarray) -> float:
-    """The largest between an array's sketch and a stored one, in standard deviations of the stored one."""
+    """The largest difference between the sketch of an array and a stored one, in standard deviations of the latter."""
     ours = sketch(array)
     assert ours.shape == stored.shape
     return float(np.abs(ours - stored).max() / stored.std())

@@ -1,4 +1,4 @@
-"""What the stored values are of: models, images, files, the training run. Needs none of the other libraries."""
+"""The inputs of the stored results: models, images, files and a training run; needs none of the other libraries."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ NAMES = ('cat', 'dog', 'emu')
 FEATURES = ('stem', 'stage1', 'stage2', 'stage3', 'stage4')
 SIZE = (96, 160)
 ODD_SIZE = (100, 143)
-"""No multiple of any stride."""
+"""Not a multiple of any stride."""
 
 MODELS = (
     ('transformers', 'convnext_tiny', 1e-6),
@@ -28,7 +28,7 @@ MODELS = (
     ('timm', 'convnextv2_tiny', 1e-6),
     ('torch', 'convnext_isotropic_small', 1e-6),
 )
-"""Judge, variant, epsilon of the last norm."""
+"""(Library, variant, epsilon of the last norm)."""
 BACKBONES = ('convnext_tiny', 'convnextv2_atto')
 BACKBONE_FEATURES = ('stem', 'stage2', 'stage4')
 DILATED = (
@@ -38,7 +38,7 @@ DILATED = (
     ('convnextv2_atto', 4, 16),
     ('convnextv2_atto', 8, 8),
 )
-"""Variant, patch size, output stride."""
+"""(Variant, patch size, output stride)."""
 LAYERED = ('convnext_tiny', 'convnext_base', 'convnextv2_large', 'convnextv2_atto')
 LEVELS = (0.0, 3.3, 9.0, 10.0)
 TRAINED = ('convnext_atto', 'convnextv2_atto')
@@ -49,7 +49,7 @@ def images(size: tuple[int, int], channels: int = 3) -> np.ndarray:
 
 
 class Training:
-    """A run of thirty steps: the recipe without augmentation and drop path, whose draws differ between libraries."""
+    """A run of 30 steps with the recipe, but without augmentation and drop path, which are random in each library."""
 
     STEPS, WARMUP, IMAGES, SIZE, CLASSES = 30, 5, 8, 64, 10
     PEAK, MINIMUM, DECAY, LAYER_DECAY, EMA, SMOOTHING = 1e-3, 1e-6, 0.05, 0.8, 0.99, 0.1
@@ -60,27 +60,27 @@ class Training:
         for step in range(cls.STEPS):
             label = draw_bytes(f'labels {step}', (cls.IMAGES,), cls.CLASSES)
             image = draw_bytes(f'batch {step}', (cls.IMAGES, cls.SIZE, cls.SIZE, 3), 128)
-            image[:, :, :, 0] += (12 * label)[:, None, None]  # something to learn
+            image[:, :, :, 0] += (12 * label)[:, None, None]  # makes the labels learnable
             yield {'image': image, 'label': label.astype(np.int32)}
 
     @classmethod
     def learning_rate(cls, step: int) -> float:
-        """`cosine_scheduler` of the original's utils.py."""
+        """The learning rate of `cosine_scheduler` in the original's utils.py."""
         if step < cls.WARMUP:
             return cls.PEAK * step / (cls.WARMUP - 1)
-        share = (step - cls.WARMUP) / (cls.STEPS - cls.WARMUP)
-        return cls.MINIMUM + 0.5 * (cls.PEAK - cls.MINIMUM) * (1 + np.cos(np.pi * share))
+        fraction = (step - cls.WARMUP) / (cls.STEPS - cls.WARMUP)
+        return cls.MINIMUM + 0.5 * (cls.PEAK - cls.MINIMUM) * (1 + np.cos(np.pi * fraction))
 
 
 def sketch_tensors(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Short sketches of many tensors, one after the other in the order of their names."""
+    """Concatenated short sketches of tensors, in the order of their names."""
     return np.concatenate([sketch(tensors[name], 16) for name in sorted(tensors)])
 
 
-# Images and their processors.
+# Images and image processors.
 
 PICTURES = ((500, 375), (333, 501), (60, 45), (224, 224), (1021, 300))
-"""Width and height."""
+"""(Width, height)."""
 PROCESSORS = (
     {'size': {'shortest_edge': 224}},
     {'size': {'shortest_edge': 224}, 'resample': 2, 'image_mean': [0.485, 0.456, 0.406], 'image_std': [0.2, 0.3, 0.4]},
@@ -97,14 +97,14 @@ MODES = ('L', 'RGBA', 'P', 'CMYK', 'LA', '1')
 
 
 def picture(width: int, height: int, mode: str = 'RGB') -> Image.Image:
-    """Smooth shades with a little noise, as in a photograph."""
+    """A smooth image with a little noise, like a photograph."""
     coarse = Image.fromarray(draw_bytes(f'coarse {width}', (6, 8, 4)), 'RGBA').resize((width, height))
     noise = draw_bytes(f'noise {width}', (height, width, 4), 19).astype(int) - 9
     return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8), 'RGBA').convert(mode)
 
 
 def write_pictures(folder: Path) -> dict[str, Path]:
-    """A file of each mode: mode → its path."""
+    """Writes one file for each mode; mode → path."""
     paths = {mode: folder / (f'{mode}.tif' if mode == 'CMYK' else f'{mode}.png') for mode in MODES}
     for mode, path in paths.items():
         picture(90, 70, 'RGB' if mode in ('P', 'CMYK', '1') else mode).convert(mode).save(path)
@@ -115,7 +115,7 @@ def float_picture() -> np.ndarray:
     return draw_bytes('floats', (70, 90, 3)) / np.float32(255)
 
 
-# Probabilities.
+# Predictions.
 
 PREDICTED = (
     (('rust', 'crack', 'dent'), 'multi_label_classification'),
@@ -124,11 +124,11 @@ PREDICTED = (
     (('rust',), 'multi_label_classification'),
     (('rust',), None),
 )
-"""Class names, kind of problem."""
+"""(Class names, problem type)."""
 
 
 def save_predictor(folder: Path, names: tuple[str, ...], kind: str | None) -> None:
-    """A model that tells the photographs apart, as Hugging Face keeps it."""
+    """Saves, in the Hugging Face layout, a model whose scores differ between the photographs."""
     model = jax.eval_shape(
         lambda key: create_model('convnextv2_atto', key=key, num_classes=len(names), layer_norm_eps=1e-12),
         jax.random.key(0),
@@ -140,7 +140,7 @@ def save_predictor(folder: Path, names: tuple[str, ...], kind: str | None) -> No
 
 
 def write_photos(folder: Path) -> list[Path]:
-    """Three that look different."""
+    """Writes three different images."""
     paths = []
     for number, size in enumerate(((40, 50), (96, 64), (70, 70))):
         coarse = Image.fromarray(draw_bytes(f'photo {number}', (5, 5, 3)))
@@ -149,7 +149,7 @@ def write_photos(folder: Path) -> list[Path]:
     return paths
 
 
-# Folders that the other libraries save.
+# Folders of the other libraries.
 
 TIMM_FOLDERS = (
     ('convnext_nano', {}),
@@ -160,11 +160,11 @@ TIMM_FOLDERS = (
     ('convnextv2_tiny', {'depths': (1, 1, 1, 1), 'conv_mlp': True, 'ls_init_value': 1e-6}),
     ('convnext_femto', {'use_grn': True}),
 )
-"""Name in timm, arguments; most of them change nothing."""
+"""(Name in timm, arguments); most arguments have no effect."""
 
 
 def foreign_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A value of a tensor of another library that matters in the output."""
+    """Random values for a tensor of another library, large enough to matter in the output."""
     mean = float('norm' in name and name.endswith('weight'))
     scale = 0.3 if len(shape) < 2 else float(np.prod(shape[1:])) ** -0.5
     return np.float32(mean) + np.float32(scale) * draw(name, shape)
