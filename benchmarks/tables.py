@@ -1,0 +1,160 @@
+"""Writes the tables of README.md and docs/*.md from the measurements in docs/measurements.
+
+    python -m benchmarks.tables
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; `TABLES` says what NAME shows.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+MEASUREMENTS = ROOT / 'docs' / 'measurements'
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+
+Result = dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A table of a page.
+
+    Attributes:
+        file: of `docs/measurements`, without its suffix.
+        columns: heading → the format of the cells, as `str.format` takes it, with the fields of a result.
+        shows: which results are shown.
+    """
+
+    file: str
+    columns: dict[str, str]
+    shows: Callable[[Result], bool] = lambda _: True
+
+
+COMPARE = {
+    'Model': '{model}',
+    'Mode': '{mode}',
+    'Batch': '{batch}',
+    'vs timm': '{vs_timm:.2f}',
+    'vs transformers': '{vs_transformers:.2f}',
+    'vs timm compiled': '{vs_timm_compiled:.2f}',
+}
+COMPARE_FULL = COMPARE | {
+    'Images/s': '{images_per_second:g}',
+    'Memory (MB)': '{memory_mb:,}',
+    'Memory of timm (MB)': '{timm_memory_mb:,}',
+    'Compilation (s)': '{compile_seconds:.1f}',
+}
+GPU = {
+    'Model': '{model}',
+    'Implementation': '{implementation}',
+    'Settings': '{settings}',
+    'Step (ms)': '{ms:.1f}',
+    'Images/s': '{images_per_second:,.0f}',
+    'MFU (%)': '{mfu_percent}',
+    'Memory (GB)': '{memory_gb:.1f}',
+    'Compilation or first step (s)': '{first_step_or_compile_seconds:.1f}',
+    'Commit': '{commit}',
+}
+VALUE = {'Measurement': '{what}', 'Result': '{value:,.10g} {unit}', 'Date': '{date}', 'Commit': '{commit}'}
+RANGE = {
+    'Measurement': '{what}',
+    'Result': '{value:,.10g} {unit}',
+    'Minimum': '{least:g} {unit}',
+    'Maximum': '{most:g} {unit}',
+}
+TABLES = {
+    'compare_amd_avx512': Table('compare_amd_avx512', COMPARE_FULL),
+    'compare_amd_avx512_earlier': Table('compare_amd_avx512_earlier', COMPARE),
+    'compare_amd_avx2': Table('compare_amd_avx2', COMPARE),
+    'compare_intel_avx512': Table('compare_intel_avx512', COMPARE_FULL),
+    'compare_intel_jax': Table(
+        'compare_intel_jax', {'Implementation': '{implementation}', 'Ratio of images/s': '{ratio:.1f}'}
+    ),
+    'matmul_cpu': Table('matmul_cpu', {'Processor': '{machine}', 'Library': '{library}', 'GFLOP/s': '{gflops}'}),
+    'share_of_peak_amd': Table(
+        'share_of_peak_amd', {'Implementation': '{implementation}', 'Share of its peak (%)': '{percent}'}
+    ),
+    'h100': Table('h100', GPU),
+    'plan_tpu': Table(
+        'plan_tpu',
+        {
+            'Model': '{model}',
+            'Chip': '{chip}',
+            'Memory of the chip (GB)': '{chip_memory_gb}',
+            'Settings': '{settings}',
+            'Memory of the step (GiB)': '{memory_gib:.1f}',
+            'Time without collectives (ms)': '{ms}',
+            'Compilation (s)': '{compile_seconds}',
+        },
+    ),
+    'demo': Table('demo', VALUE),
+    'loop': Table('loop', RANGE),
+    'stall': Table('stall', {'Measurement': '{what}', 'Result': '{value:g} {unit}'}),
+    'faults': Table('faults', {'Fault': '{fault}', 'Cases': '{cases}'}),
+    'topologies': Table(
+        'topologies',
+        {
+            'Devices': '{topology}',
+            'Learning rate': '{learning_rate:g}',
+            'Steps': '{steps}',
+            'Largest relative difference': '{difference:.1e}',
+            'Commit': '{commit}',
+        },
+    ),
+    'parity': Table('parity', VALUE),
+    'input': Table('input', {'Compared with': '{what}', 'Ratio of images/s': '{value:g}'}),
+    'input_memory': Table(
+        'input_memory', {'Workers': '{workers}', 'Minimum (MB)': '{least_mb:,}', 'Maximum (MB)': '{most_mb:,}'}
+    ),
+    'augment': Table('augment', {'Policy': '{policy}', 'Quantity': '{quantity}', 'Share (%)': '{percent:g}'}),
+    'load': Table(
+        'load',
+        {
+            'Library': '{library}',
+            'Seconds (median)': '{seconds:.2f}',
+            'Minimum': '{least_seconds:.2f}',
+            'Maximum': '{most_seconds:.2f}',
+            'Peak memory over the size of the weights': '{peak_over_weights:.2f}',
+        },
+    ),
+}
+
+
+def render(table: Table) -> str:
+    """The table as Markdown. A value that was not recorded is shown as –.
+
+    Raises:
+        KeyError: a result lacks a field that a column shows.
+    """
+    measurement = json.loads((MEASUREMENTS / f'{table.file}.json').read_text(encoding='utf-8'))
+    shared = {field: measurement[field] for field in ('machine', 'date', 'commit')}
+    results = [shared | result for result in measurement['results'] if table.shows(result)]
+    rows = [[_cell(form, result) for form in table.columns.values()] for result in results]
+    lines = [list(table.columns), ['---'] * len(table.columns), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _cell(form: str, result: Result) -> str:
+    fields = re.findall(r'{(\w+)', form)
+    return '–' if any(result[field] is None for field in fields) else form.format(**result)
+
+
+def with_tables(page: str) -> str:
+    """The text of a page with its tables written again.
+
+    Raises:
+        KeyError: the page names a table that is not in `TABLES`.
+    """
+    return MARKED.sub(lambda match: f'{match[1]}\n{render(TABLES[match[2]])}\n{match[3]}', page)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding='utf-8')), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
