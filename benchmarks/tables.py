@@ -58,6 +58,7 @@ GPU = {
     'Compilation or first step (s)': '{first_step_or_compile_seconds:.1f}',
     'Commit': '{commit}',
 }
+GPU_SHORT = {heading: GPU[heading] for heading in ('Model', 'Implementation', 'Step (ms)', 'Images/s', 'Memory (GB)')}
 VALUE = {'Measurement': '{what}', 'Result': '{value:,.10g} {unit}', 'Date': '{date}', 'Commit': '{commit}'}
 RANGE = {
     'Measurement': '{what}',
@@ -65,6 +66,19 @@ RANGE = {
     'Minimum': '{least:g} {unit}',
     'Maximum': '{most:g} {unit}',
 }
+RECIPES = {
+    'Config': '`{config}`',
+    'Pre-training': '{pretraining}',
+    'Pixels': '{resolution}',
+    'Published top-1 (%)': '{top1:.1f}',
+    'Meant for': '{hardware}',
+}
+EXAMPLES = (
+    *('imagenet1k.py:tiny', 'imagenet1k.py:base', 'isotropic.py:small'),
+    *('finetune.py:base_22k', 'v2_finetune.py:atto', 'v2_finetune.py:base_22k_1k_384'),
+)
+"""The recipes that README.md shows."""
+
 TABLES = {
     'compare_amd_avx512': Table('compare_amd_avx512', COMPARE_FULL),
     'compare_amd_avx512_earlier': Table('compare_amd_avx512_earlier', COMPARE),
@@ -78,6 +92,7 @@ TABLES = {
         'share_of_peak_amd', {'Implementation': '{implementation}', 'Share of its peak (%)': '{percent}'}
     ),
     'h100': Table('h100', GPU),
+    'h100_short': Table('h100', GPU_SHORT, lambda result: result['commit'] in ('e35b9ef', None)),
     'plan_tpu': Table(
         'plan_tpu',
         {
@@ -120,6 +135,8 @@ TABLES = {
             'Peak memory over the size of the weights': '{peak_over_weights:.2f}',
         },
     ),
+    'recipes': Table('published', RECIPES),
+    'recipes_short': Table('published', RECIPES, lambda result: result['config'] in EXAMPLES),
 }
 
 
@@ -148,7 +165,7 @@ def with_tables(page: str) -> str:
     Raises:
         KeyError: the page names a table that is not in `TABLES`.
     """
-    return MARKED.sub(lambda match: f'{match[1]}\n{render(TABLES[match[2]])}\n{match[3]}', page)
+    return MARKED.sub(lambda match: f'{match[1]}{render(TABLES[match[2]])}{match[3]}', page)
 
 
 def main() -> None:
