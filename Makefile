@@ -2,11 +2,12 @@
 # make check: lint, types and the quick tests.
 # make test: all tests that need no torch.
 # make test-judges: installs torch, timm and transformers, and compares with them.
+# make docs: the documentation as HTML in build/docs, without warnings.
 PYTHON ?= python3
 VENV = .venv
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-judges lint
+.PHONY: demo check test test-judges lint docs
 
 demo: $(VENV)/runtime
 	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
@@ -25,6 +26,9 @@ lint: $(VENV)/development
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/docs
+	$(VENV)/bin/zensical build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -39,4 +43,8 @@ $(VENV)/development: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 
 $(VENV)/judges: requirements-judges.txt $(VENV)/development
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-judges.txt
+	touch $@
+
+$(VENV)/docs: requirements-docs.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@

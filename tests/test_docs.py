@@ -220,3 +220,10 @@ def test_the_layout_names_every_module():
     layout = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
     modules = {path.name for path in (ROOT / 'convnext_jax').rglob('*.py')} - {'__init__.py'}
     assert modules - set(re.findall(r'\w+\.py', layout)) == set()
+
+
+def test_every_page_is_in_the_navigation():
+    """A page that the navigation does not list is not found by readers of the HTML."""
+    pages = {str(page.relative_to(ROOT / 'docs')) for page in (ROOT / 'docs').rglob('*.md')}
+    listed = re.findall(r': ([\w/-]+\.md)$', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)
+    assert sorted(listed) == sorted(pages)
