@@ -26,11 +26,13 @@ class Table(NamedTuple):
         file: of `docs/measurements`, without its suffix.
         columns: heading → the format of the cells, as `str.format` takes it, with the fields of a result.
         shows: which results are shown.
+        source: whether a line below the table says where its figures come from.
     """
 
     file: str
     columns: dict[str, str]
     shows: Callable[[Result], bool] = lambda _: True
+    source: bool = True
 
 
 COMPARE = {
@@ -92,7 +94,7 @@ TABLES = {
         'share_of_peak_amd', {'Implementation': '{implementation}', 'Share of its peak (%)': '{percent}'}
     ),
     'h100': Table('h100', GPU),
-    'h100_short': Table('h100', GPU_SHORT, lambda result: result['commit'] in ('e35b9ef', None)),
+    'h100_short': Table('h100', GPU_SHORT, lambda result: result['commit'] in ('e35b9ef', None), source=False),
     'plan_tpu': Table(
         'plan_tpu',
         {
@@ -136,7 +138,7 @@ TABLES = {
         },
     ),
     'recipes': Table('published', RECIPES),
-    'recipes_short': Table('published', RECIPES, lambda result: result['config'] in EXAMPLES),
+    'recipes_short': Table('published', RECIPES, lambda result: result['config'] in EXAMPLES, source=False),
 }
 
 
@@ -151,7 +153,22 @@ def render(table: Table) -> str:
     results = [shared | result for result in measurement['results'] if table.shows(result)]
     rows = [[_cell(form, result) for form in table.columns.values()] for result in results]
     lines = [list(table.columns), ['---'] * len(table.columns), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    text = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    return f'{text}\n{_source(table.file, measurement)}\n' if table.source else text
+
+
+def _source(file: str, measurement: dict[str, Any]) -> str:
+    versions = ', '.join(f'{name} {version}' for name, version in (measurement['versions'] or {}).items())
+    parts = {
+        'Source': f'[{file}.json](measurements/{file}.json)',
+        'Machine': measurement['machine'],
+        'Method': measurement['method'],
+        'Versions': versions,
+        'Date': measurement['date'],
+        'Commit': measurement['commit'],
+        'Note': measurement['note'],
+    }
+    return ' '.join(f'{name}: {part.rstrip(".")}.' for name, part in parts.items() if part)
 
 
 def _cell(form: str, result: Result) -> str:

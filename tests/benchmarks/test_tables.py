@@ -35,12 +35,13 @@ def test_measurements_say_where_they_come_from(path):
 def test_a_new_measurement_changes_the_page(tmp_path, monkeypatch):
     """Otherwise a page would keep the figures of an earlier version."""
     result = {'what': 'Speed', 'value': 1234.5, 'unit': 'images/s', 'date': None}
-    content = {'machine': 'here', 'date': '2026-01-01', 'commit': 'abc', 'results': [result]}
+    content = dict.fromkeys(FIELDS) | {'machine': 'here', 'date': '2026-01-01', 'commit': 'abc', 'results': [result]}
     (tmp_path / 'new.json').write_text(json.dumps(content))
     monkeypatch.setattr(tables, 'MEASUREMENTS', tmp_path)
     monkeypatch.setitem(tables.TABLES, 'new', tables.Table('new', tables.VALUE))
     page = tables.with_tables('Text.\n<!-- table: new -->\n| old |\n<!-- end of table -->\nMore.\n')
     assert '| Speed | 1,234.5 images/s | – | abc |\n' in page
+    assert 'Source: [new.json](measurements/new.json). Machine: here. Date: 2026-01-01. Commit: abc.\n' in page
     assert 'old' not in page
     assert page.startswith('Text.\n')
     assert page.endswith('\nMore.\n')
