@@ -22,7 +22,7 @@ from convnext_jax.command_line import define_config, parse, required, required_c
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
-from convnext_jax.interop import save_pretrained
+from convnext_jax.interop import Pretrained, save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from convnext_jax.output import say, show, to_json
@@ -76,7 +76,9 @@ def convert(arguments: list[str]) -> None:
         class_names=pretrained.class_names,
         processor=pretrained.processor,
         problem_type=pretrained.problem_type,
+        licence=pretrained.licence,
     )
+    _say_licence(pretrained)
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout')
 
 
@@ -88,6 +90,7 @@ def export(arguments: list[str]) -> None:
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
     pretrained = read_weights(source, values.params, values.name)
     export_stablehlo(pretrained, target)
+    _say_licence(pretrained)
     show(f'{target} holds model.stablehlo, model.safetensors ({pretrained.origin}) and model.json (classes and images)')
 
 
@@ -108,6 +111,7 @@ def predict_photos(arguments: list[str]) -> None:
     photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
     pretrained = read_weights(required(values, 'weights'), values.params, values.name)
     say(f'predicting with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
+    _say_licence(pretrained)
     unread, not_finite = 0, []
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
         for prediction in predict(pretrained, photos, top=values.top, batch_size=values.batch):
@@ -135,6 +139,11 @@ def _define_weights(values: flags.FlagValues) -> None:
         'params', 'raw', "Weights to use: 'raw', or 'ema' for their moving average.", flag_values=values
     )
     flags.DEFINE_string('name', None, 'Name of the architecture, if the file does not contain it.', flag_values=values)
+
+
+def _say_licence(pretrained: Pretrained) -> None:
+    if pretrained.licence:
+        say(pretrained.licence.line, error=True)
 
 
 def _as_json(prediction: Prediction) -> str:

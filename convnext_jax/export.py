@@ -13,6 +13,7 @@ from convnext_jax.data.augment import normalize
 from convnext_jax.interop import Pretrained
 from convnext_jax.interop.configs import check_class_names
 from convnext_jax.interop.files import write_folder
+from convnext_jax.interop.licence import CARD, model_card
 from convnext_jax.interop.processor import processor_for
 from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.paths import local_path
@@ -36,7 +37,8 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
     start ten times slower.
 
     Args:
-        pretrained: model, preprocessing (by default ImageNet's at 224 pixels) and class names.
+        pretrained: model, preprocessing (by default ImageNet's at 224 pixels) and class names. A known licence is
+            written into a model card, `README.md`.
         folder: a new or empty folder.
 
     Raises:
@@ -66,4 +68,6 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         'activation': pretrained.activation,
     }
     files: dict[str, dict | bytes] = {'model.stablehlo': bytes(program.serialize()), 'model.json': description}
+    if pretrained.licence:
+        files[CARD] = model_card(pretrained.licence)
     write_folder(local_path(folder), jax.tree.map(np.asarray, weights), files)

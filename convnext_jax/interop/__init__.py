@@ -1,7 +1,16 @@
 """Import and export of weights and image processors of Hugging Face, timm and the original repositories."""
 
 from convnext_jax.interop.backbone import create_backbone
+from convnext_jax.interop.licence import Licence
 from convnext_jax.interop.pretrained import Pretrained, load_pretrained, read_pretrained, save_pretrained
 from convnext_jax.interop.processor import ImageProcessor
 
-__all__ = ['ImageProcessor', 'Pretrained', 'create_backbone', 'load_pretrained', 'read_pretrained', 'save_pretrained']
+__all__ = [
+    'ImageProcessor',
+    'Licence',
+    'Pretrained',
+    'create_backbone',
+    'load_pretrained',
+    'read_pretrained',
+    'save_pretrained',
+]

@@ -86,7 +86,8 @@ def locate(where: str, revision: str | None = None) -> Path:
 
     try:
         for weights in ('model*.safetensors*', 'pytorch_model*.bin'):
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=['*config.json', weights]))
+            wanted = ['*config.json', 'README.md', weights]  # the model card states the licence
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
             if any(folder.glob(weights)):
                 return folder
     except LocalEntryNotFoundError as error:

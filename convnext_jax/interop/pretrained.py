@@ -13,6 +13,7 @@ from convnext_jax.interop.backbone import backbone_tensors
 from convnext_jax.interop.configs import activation, backbone_config, check_problem_type, classifier_config
 from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
+from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
 from convnext_jax.interop.processor import ImageProcessor, processor_for
 from convnext_jax.interop.recognition import Opened, last_epsilon, open_weights
 from convnext_jax.models import Backbone, ConvNeXt, Execution, ExecutionOptions, get_parameters, with_parameters
@@ -34,6 +35,7 @@ class Pretrained(NamedTuple):
         problem_type: 'single_label_classification', 'multi_label_classification' or 'regression', from Hugging Face's
             config; None if unknown.
         origin: description, for messages, of the file, folder or run of the weights.
+        licence: licence of the weights; None if their folder does not state one.
     """
 
     model: ConvNeXt
@@ -44,6 +46,7 @@ class Pretrained(NamedTuple):
     notes: list[str]
     problem_type: str | None = None
     origin: str = ''
+    licence: Licence | None = None
 
     @property
     def activation(self) -> str | None:
@@ -60,7 +63,7 @@ def load_pretrained(where: str | Path, **arguments) -> ConvNeXt:
     """A model with the weights of the Hugging Face, timm or original libraries.
 
     A warning lists the parts of the model that are newly initialised. `read_pretrained`, which has the same arguments
-    and errors, also returns class names and preprocessing.
+    and errors, also returns class names, preprocessing and the licence of the weights.
     """
     loaded = read_pretrained(where, **arguments)
     for note in loaded.notes:
@@ -138,11 +141,12 @@ def read_pretrained(
         drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in fresh})(key)
         parameters |= drawn
     model = with_parameters(model, parameters)
+    licence = read_licence(opened.path, opened.config)
     if fresh:  # names and problem type in the config describe another head
-        return Pretrained(model, layout, None, _processor(opened), fresh, notes)
+        return Pretrained(model, layout, None, _processor(opened), fresh, notes, licence=licence)
     class_names, problem_type = _class_names(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
-    return Pretrained(model, layout, class_names, _processor(opened), fresh, notes, problem_type)
+    return Pretrained(model, layout, class_names, _processor(opened), fresh, notes, problem_type, licence=licence)
 
 
 def save_pretrained(
@@ -153,6 +157,7 @@ def save_pretrained(
     class_names: Sequence[str] | None = None,
     processor: ImageProcessor | None = None,
     problem_type: str | None = None,
+    licence: Licence | None = None,
 ) -> None:
     """Writes a folder that another library can load.
 
@@ -168,21 +173,26 @@ def save_pretrained(
         processor: preprocessing of images; by default that of the published models at 224 pixels.
         problem_type: as in `Pretrained`. Only the Hugging Face layout stores it; for the others there is a warning if
             the library would interpret the logits differently.
+        licence: licence of the weights, such as `Pretrained.licence`; a model card (`README.md`) in the folder states
+            it.
 
     Raises:
         UserError: the folder is not empty or not writable, a value is invalid, or the other library does not support
             the architecture.
     """
     processor = processor_for(model.in_channels, processor)
+    files: dict[str, dict | bytes] = {}
     if isinstance(model, Backbone):
         if layout != 'huggingface' or class_names is not None or problem_type is not None:
             raise UserError('a backbone has no classes and can only be saved in the huggingface layout')
-        tensors, files = backbone_tensors(model), {'config.json': backbone_config(model, processor)}
+        tensors, files['config.json'] = backbone_tensors(model), backbone_config(model, processor)
     else:
         tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
-        files = classifier_config(model, layout, class_names, processor, problem_type)
+        files |= classifier_config(model, layout, class_names, processor, problem_type)
     if layout == 'huggingface':
         files['preprocessor_config.json'] = processor.to_huggingface()
+    if licence:
+        files[CARD] = model_card(licence)
     write_folder(local_path(folder), tensors, files, torch=layout == 'original')
 
 

@@ -1,6 +1,7 @@
 """train(config, workdir): trains a run from its first step, or resumes it from its newest checkpoint."""
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Generator, Iterable
@@ -20,6 +21,7 @@ from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.loading import Waiting, no_word
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, prefetch_to_device, train_batches
 from convnext_jax.errors import UserError
+from convnext_jax.interop import Licence
 from convnext_jax.monitoring.logging import NullLog, RunLog
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.monitoring.stalls import DataStalled
@@ -43,7 +45,7 @@ from convnext_jax.training.evaluation import evaluate, make_eval_step, make_figu
 from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.step import SKIPS_IN_A_ROW
-from convnext_jax.training.weights import load_weights
+from convnext_jax.training.weights import licence_of_run, licence_of_weights, load_weights
 
 SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before each retry of a save that must not fail: in total, less than the notice of a preemption."""
@@ -108,6 +110,7 @@ class Run(Program):
         evaluator: of the evaluation split.
         eval_step: from `make_eval_step`, jitted.
         figures: from `make_figures`, jitted.
+        licence: of the weights that the run started from, if it is known.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Run(Program):
         self.checkpoints = checkpoints
         self.train_set, self.eval_set = train_set, eval_set
         self.unreadable = Unreadable(train_set)
+        self.licence: Licence | None = None
         self.evaluator = self.task.evaluator(eval_set)
         specs = jax.tree.map(lambda sharding: sharding.spec, self.state_sharding.weights)
         eval_step = make_eval_step(self.evaluator, self.model, mesh, specs)
@@ -139,9 +143,10 @@ class Run(Program):
         if restored is None:
             return None
         state, notes = restored
-        stored = read_about(self.checkpoints.directory, int(state.step))['data']
-        for note in [*notes, *check_same_data(stored, data_facts(self.train_set, self.eval_set))]:
+        about = read_about(self.checkpoints.directory, int(state.step))
+        for note in [*notes, *check_same_data(about['data'], data_facts(self.train_set, self.eval_set))]:
             say(note)
+        self.licence = licence_of_run(about)
         return state
 
     def first_state(self) -> TrainState:
@@ -150,7 +155,8 @@ class Run(Program):
         if not self.config.init.weights:
             return state
         weights, notes = load_weights(self.task, state.weights, self.train_set.facts)
-        for note in notes:
+        self.licence = licence_of_weights(self.config.init.weights)
+        for note in notes + ([self.licence.line] if self.licence else []):
             say(note)
         restart = jax.jit(
             lambda parameters, statistics: initial_state(
@@ -369,6 +375,7 @@ class Run(Program):
             'config': as_dict(self.config),
             'position': {'epoch': epoch, 'batch': batch},
             'data': data_facts(self.train_set, self.eval_set),
+            **({'licence': dataclasses.asdict(self.licence)} if self.licence else {}),
         }
         self.checkpoints.save(state, about, results)
 

@@ -17,6 +17,7 @@ from convnext_jax.data.pipeline import Share, eval_batches, prefetch_to_device
 from convnext_jax.errors import UserError
 from convnext_jax.models import Weights, get_weights
 from convnext_jax.monitoring.stalls import StallMonitor
+from convnext_jax.output import say
 from convnext_jax.runtime.processes import is_main_process, local_batch_indices, make_global_array
 from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks import abstract_model, make_task
@@ -97,6 +98,8 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
         UserError: as for `read_weights`, the weights are for another task, or their classes do not fit a split.
     """
     pretrained = read_weights(where, params)
+    if pretrained.licence:
+        say(pretrained.licence.line)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)
     mesh = make_mesh()
     parameters = {name: make_global_array(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}

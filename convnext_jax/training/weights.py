@@ -1,5 +1,6 @@
 """Weights to start from, evaluate or convert, from the checkpoint of a run or from files of another library."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, r
 from convnext_jax.checkpoints.workdir import CHECKPOINTS, CONFIG, workdir_path
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
-from convnext_jax.interop import Pretrained, read_pretrained
+from convnext_jax.interop import Licence, Pretrained, read_pretrained
+from convnext_jax.interop.files import locate, read_json
+from convnext_jax.interop.licence import read_licence
 from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.runtime.processes import all_gather_objects, make_global_array
 from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
@@ -39,9 +42,26 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     config = read_config(workdir / CONFIG)
     step, weights = _newest_weights(workdir, field)
     model = with_parameters(abstract_model(config), weights)
-    pretrained = make_task(config).pretrained(model, read_about(workdir / CHECKPOINTS, step)['data'])
+    about = read_about(workdir / CHECKPOINTS, step)
+    pretrained = make_task(config).pretrained(model, about['data'])
     notes = ['--params=ema uses the moving average'] if params == 'raw' and config.ema.decay else []
-    return pretrained._replace(notes=notes, origin=f'the {params} weights of {where}, step {step}')
+    origin = f'the {params} weights of {where}, step {step}'
+    return pretrained._replace(notes=notes, origin=origin, licence=licence_of_run(about))
+
+
+def licence_of_weights(where: str) -> Licence | None:
+    """The licence of weights that a run starts from: as their folder states it, or as an earlier run kept it."""
+    if _is_run(where):
+        return licence_of_run(read_about(*newest_checkpoint(_folder(where))))
+    folder = locate(where)
+    config = folder / 'config.json'
+    licence = read_licence(folder, read_json(config) if config.is_file() else {})
+    return licence and dataclasses.replace(licence, source=f'{licence.source} of {where}')
+
+
+def licence_of_run(about: dict) -> Licence | None:
+    """The licence of the weights that a run started from; `about` is the JSON saved with a checkpoint of the run."""
+    return Licence(**about['licence']) if 'licence' in about else None
 
 
 def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:

@@ -1,0 +1,79 @@
+"""The licence of weights: read from the files beside them, and written into a model card."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+from convnext_jax.errors import first_line
+from convnext_jax.interop.files import printable
+
+CARD = 'README.md'
+"""A model card, as the Hugging Face hub has it: Markdown below a block of YAML between two lines `---`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Licence:
+    """The licence of weights, in the words of a model card.
+
+    Attributes:
+        identifier: the card's `license`, such as 'apache-2.0', or 'other'.
+        name: the card's `license_name`, such as 'dinov3-license' where the identifier is 'other'.
+        link: the card's `license_link`: where the text of the licence is.
+        source: where the licence is stated, for messages.
+    """
+
+    identifier: str
+    name: str | None = None
+    link: str | None = None
+    source: str = ''
+
+    @property
+    def line(self) -> str:
+        """One line for the user, such as 'licence of the weights: cc-by-nc-4.0 (README.md)'."""
+        text = f'licence of the weights: {printable(self.name or self.identifier)}'
+        return f'{text} ({printable(self.source)})' if self.source else text
+
+
+def read_licence(folder: Path, config: dict) -> Licence | None:
+    """The licence that a folder states in its model card, or else in its config; None where it states none.
+
+    Args:
+        folder: of weights.
+        config: content of its `config.json`, or empty. timm has the licence in its part `pretrained_cfg`.
+    """
+    card = _read_card(folder / CARD)
+    if licence := _text(card.get('license')):
+        return Licence(licence, _text(card.get('license_name')), _text(card.get('license_link')), CARD)
+    for part in (config.get('pretrained_cfg'), config):
+        if isinstance(part, dict) and (licence := _text(part.get('license'))):
+            return Licence(licence, source='config.json')
+    return None
+
+
+def model_card(licence: Licence) -> bytes:
+    """The content of a model card that states a licence."""
+    from huggingface_hub import ModelCardData
+
+    fields = ModelCardData(license=licence.identifier, license_name=licence.name, license_link=licence.link)
+    return f'---\n{fields.to_yaml()}\n---\nConvNeXt weights, saved by convnext_jax.\n'.encode()
+
+
+def _read_card(path: Path) -> dict:
+    """The YAML block of a model card; empty where there is none. Warns where it cannot be read."""
+    if not path.is_file():
+        return {}
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
+        warnings.warn(f'{path} cannot be read, and no licence is taken from it: {first_line(error)}', stacklevel=4)
+        return {}
+
+
+def _text(value: object) -> str | None:
+    """A text of a card or a config; of several licences, all; None for anything else."""
+    if isinstance(value, list):
+        value = ', '.join(map(str, value))
+    return value.strip() or None if isinstance(value, str) else None

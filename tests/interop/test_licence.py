@@ -1,0 +1,95 @@
+"""The licence of weights stays with them: some must not be used commercially, and nobody should find out too late."""
+
+import json
+
+import jax
+import pytest
+from huggingface_hub import metadata_load
+from random_models import random_model
+
+from convnext_jax import create_backbone, save_pretrained
+from convnext_jax.interop import Licence, read_pretrained
+
+DINO = '---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model\n'
+CARDS = {
+    '---\nlicense: cc-by-nc-4.0\ntags:\n- timm\n---\n': Licence('cc-by-nc-4.0', source='README.md'),
+    DINO: Licence('other', 'dinov3-license', 'LICENSE.md', 'README.md'),
+    '---\nlicense: [mit, apache-2.0]\n---\n': Licence('mit, apache-2.0', source='README.md'),
+    '---\nlicense: 3\n---\n': None,
+    '---\ntags:\n- timm\n---\n': None,
+    '# My photographs\n\nlicense: mit\n': None,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_pretrained(random_model(), tmp_path / 'saved', layout='timm')
+    return tmp_path / 'saved'
+
+
+def set_config(folder, **fields):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(('card', 'licence'), CARDS.items())
+def test_a_model_card_states_the_licence(folder, card, licence):
+    (folder / 'README.md').write_text(card)
+    assert read_pretrained(folder).licence == licence
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm'])
+def test_a_saved_folder_keeps_the_licence(tmp_path, layout):
+    """Converted weights are under the licence of the originals."""
+    licence = Licence('other', 'dinov3-license', 'https://example.org/licence')
+    save_pretrained(random_model(), tmp_path / 'out', layout=layout, licence=licence)
+    assert read_pretrained(tmp_path / 'out').licence == Licence(
+        'other', 'dinov3-license', 'https://example.org/licence', 'README.md'
+    )
+    assert metadata_load(tmp_path / 'out' / 'README.md') == {
+        'license': 'other',
+        'license_name': 'dinov3-license',
+        'license_link': 'https://example.org/licence',
+    }
+
+
+def test_a_saved_backbone_keeps_the_licence(tmp_path, folder):
+    with pytest.warns(UserWarning, match='newly initialised'):
+        backbone = create_backbone(folder)
+    save_pretrained(backbone, tmp_path / 'out', licence=Licence('cc-by-nc-4.0'))
+    assert metadata_load(tmp_path / 'out' / 'README.md') == {'license': 'cc-by-nc-4.0'}
+
+
+def test_without_a_licence_none_is_invented(folder):
+    """A card without a licence would look as if somebody had decided that there is none."""
+    assert read_pretrained(folder).licence is None
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
+
+
+def test_the_config_of_timm_states_the_licence_where_the_card_does_not(folder):
+    pretrained_cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    set_config(folder, pretrained_cfg=pretrained_cfg | {'license': 'cc-by-nc-4.0'})
+    assert read_pretrained(folder).licence == Licence('cc-by-nc-4.0', source='config.json')
+    (folder / 'README.md').write_text('---\nlicense: apache-2.0\n---\n')
+    assert read_pretrained(folder).licence == Licence('apache-2.0', source='README.md')
+
+
+def test_a_new_head_does_not_change_the_licence(folder):
+    """Fine-tuned weights are derived from the originals."""
+    (folder / 'README.md').write_text(DINO)
+    assert read_pretrained(folder, num_classes=7, key=jax.random.key(0)).licence.name == 'dinov3-license'
+
+
+@pytest.mark.parametrize('content', [b'---\nlicense: [\n---\n', b'---\n- mit\n---\n', b'---\nlicense: \xff\n---\n'])
+def test_a_damaged_card_is_reported_and_the_weights_load(folder, content):
+    """The weights are whole: a card that somebody edited by hand must not keep them from being used."""
+    (folder / 'README.md').write_bytes(content)
+    with pytest.warns(UserWarning, match=r'README.md cannot be read, and no licence is taken from it'):
+        assert read_pretrained(folder).licence is None
+
+
+def test_the_line_says_what_the_licence_is_called_and_where_it_is_stated():
+    """A name from a file cannot forge further lines of output."""
+    assert Licence('cc-by-nc-4.0', source='README.md').line == 'licence of the weights: cc-by-nc-4.0 (README.md)'
+    assert Licence('other', 'dinov3-license').line == 'licence of the weights: dinov3-license'
+    assert '\n' not in Licence('mit\nfree').line
