@@ -41,6 +41,13 @@ Waiting = Callable[[float, Callable[[], str]], None]
 that returns the name of the first missing example. An exception that it raises cancels the wait."""
 
 
+Done = queue.SimpleQueue[Future]
+"""A queue that receives the future of a call once the call has ended.
+
+The main thread waits for this queue and not for the future. If Ctrl-C interrupts it while it takes the lock of the
+future, the lock is never released, and the thread that sets the result blocks forever."""
+
+
 def no_word(_seconds: float, _what: object) -> None:
     """A wait callback that does nothing."""
 
@@ -121,36 +128,38 @@ def _by_threads(
             loaded[position] = True
         return batch
 
-    def submit(number: int) -> tuple[Future, int, np.ndarray]:
+    def submit(number: int) -> tuple[Done, int, np.ndarray]:
         batch = {feature: np.empty((size, *x.shape), x.dtype) for feature, x in features.items()}
         loaded = np.zeros(size, bool)
         return pool.submit(fill, number, batch, loaded), number, loaded
 
     with contextlib.closing(_Threads(threads)) as pool:
-        for future, number, loaded in _ahead((functools.partial(submit, number) for number in batches), threads + 1):
-            yield _result(future, waiting, lambda: name(number * size + int(loaded.argmin())))  # noqa: B023
+        for done, number, loaded in _ahead((functools.partial(submit, number) for number in batches), threads + 1):
+            yield _result(done, waiting, lambda: name(number * size + int(loaded.argmin())))  # noqa: B023
 
 
 class _Threads:
     """A thread pool with daemon threads: a thread that hangs in a read does not prevent the process from ending."""
 
     def __init__(self, count: int):
-        self._calls: queue.SimpleQueue[tuple[Future, Callable] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Done, Callable] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, function: Callable, *arguments: object) -> Future:
-        future: Future = Future()
-        self._calls.put((future, functools.partial(function, *arguments)))
-        return future
+    def submit(self, function: Callable, *arguments: object) -> Done:
+        done: Done = queue.SimpleQueue()
+        self._calls.put((done, functools.partial(function, *arguments)))
+        return done
 
     def _work(self) -> None:
-        for future, call in iter(self._calls.get, None):
+        for done, call in iter(self._calls.get, None):
+            future: Future = Future()
             try:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
+            done.put(future)
 
     def close(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -205,15 +214,24 @@ def _by_processes(
         ) as starter,
     ):
 
-        def submit(number: int, slot: int) -> tuple[Future, int, int]:
+        def start(number: int, slot: int, done: Done) -> None:
+            try:
+                busy[slot] = pool.submit(_Worker.fill, number, slot)
+            except BrokenProcessPool as error:
+                busy[slot] = Future()
+                busy[slot].set_exception(error)
+            busy[slot].add_done_callback(done.put)
+
+        def submit(number: int, slot: int) -> tuple[Done, int, int]:
             loaded[slot] = False
-            busy[slot] = starter.submit(pool.submit, _Worker.fill, number, slot).result()
-            return busy[slot], number, slot
+            done: Done = queue.SimpleQueue()
+            starter.submit(start, number, slot, done)
+            return done, number, slot
 
         numbered = (functools.partial(submit, number, count % slots) for count, number in enumerate(batches))
         try:
-            for future, number, slot in _ahead(numbered, slots - 1):
-                _result(future, waiting, lambda: name(number * size + int(loaded[slot].argmin())))  # noqa: B023
+            for done, number, slot in _ahead(numbered, slots - 1):
+                _result(done, waiting, lambda: name(number * size + int(loaded[slot].argmin())))  # noqa: B023
                 yield {feature: array[slot].copy() for feature, array in arrays.items()}
         except BrokenProcessPool as error:
             raise UserError(
@@ -296,15 +314,17 @@ def _put(example: Example, batch: HostBatch, position: int) -> None:
         batch[feature][position] = x
 
 
-def _result(future: Future, waiting: Waiting, missing: Callable[[], str]) -> Any:
-    """The result of a future; between short waits for it, signals are handled and `waiting` is called."""
+def _result(done: Done, waiting: Waiting, missing: Callable[[], str]) -> Any:
+    """The result of a call; between short waits for it, signals are handled and `waiting` is called."""
     start = time.monotonic()
-    while not future.done():
+    while True:
         seconds = time.monotonic() - start
-        wait([future], timeout=min(max(seconds / 20, 0.001), 0.1))
-        if not future.done():
+        try:
+            future = done.get(timeout=min(max(seconds / 20, 0.001), 0.1))
+        except queue.Empty:
             waiting(time.monotonic() - start, missing)
-    return future.result()
+        else:
+            return future.result()
 
 
 def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
