@@ -150,7 +150,7 @@ def _write_table(path: Path, rows: list[dict[str, object]]) -> None:
     if not is_main_process():
         return
     try:
-        # surrogateescape: class names are folder names, which may contain bytes that are not UTF-8.
+        # surrogateescape: names of folders may contain bytes that are not UTF-8.
         with path.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             writer = csv.DictWriter(file, rows[0] if rows else [])
             writer.writeheader()

@@ -34,8 +34,6 @@ needs_timm = pytest.mark.skipif(
     importlib.util.find_spec('timm') is None, reason='torch and timm are not installed: make test-judges does it'
 )
 
-SMALL = ('-m', 'benchmarks.compare', '--models=convnextv2_atto', '--size=32', '--batch=2')
-
 
 BASELINE = """
 import os, signal, time
@@ -287,11 +285,20 @@ def test_baselines_are_measured_without_ours_but_the_status_is_1(stand_in, capfd
     assert 'left out: convnext_atto train, batch 8, convnext_jax, RuntimeError: a bug' in printed
 
 
+COMMAND_WITH_STAND_IN = """
+from benchmarks.compare import __main__, process
+from convnext_jax.command_line import run
+process.IMPLEMENTATIONS[process.OURS] = process.Implementation(f'stand_in_{process.OURS}', ())
+run(__main__.main)
+"""
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='finds the processes in /proc')
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_no_process_outlives_the_command(commands, number, status):
+def test_no_process_outlives_the_command(commands, stand_in, number, status):
     """A process that did would slow the machine and every later measurement."""
-    command = commands.start(*SMALL, '--mode=latency', '--rounds=10000', '--peers=')
+    stand_in(OURS)
+    command = commands.start('-c', COMMAND_WITH_STAND_IN, '--models=convnext_atto', '--rounds=1000000', '--peers=')
     while 'round 1 of' not in (line := command.stderr.readline()):
         assert line, 'the command ended'
     children = Path(f'/proc/{command.pid}/task/{command.pid}/children').read_text().split()

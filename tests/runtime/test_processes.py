@@ -215,7 +215,7 @@ def test_one_process_is_a_job_of_its_own():
 
 def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):
     """A test that hangs, or one that passes although a process failed."""
-    monkeypatch.setattr(local, 'GRACE', 0.5)
+    monkeypatch.setattr(local, 'GRACE_SECONDS', 0.5)
     code = 'import sys, time; last = sys.argv[-1] == "--process_id=1"; sys.exit(7) if last else time.sleep(100)'
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
