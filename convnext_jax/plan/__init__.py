@@ -1,4 +1,4 @@
-"""What a training step needs on an accelerator that is not here, by compiling it ahead of time."""
+"""Ahead-of-time compilation of a training step for accelerators that are not attached."""
 
 from convnext_jax.plan.report import plan
 from convnext_jax.plan.targets import gpu_target, tpu_target

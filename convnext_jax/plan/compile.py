@@ -1,4 +1,4 @@
-"""The training step of a config, compiled for chips that need not be there."""
+"""Compiles the training step of a config for chips that do not have to be attached."""
 
 import dataclasses
 import time
@@ -16,18 +16,18 @@ from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import make_mesh
 
 IMAGES = 1_281_167
-"""Of ImageNet-1k: they set the number of steps, which the program holds, and which changes nothing of its size."""
+"""Number of training images, here those of ImageNet-1k. It sets the number of steps, a constant in the program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each chip while a step runs.
+    """Memory of each chip during a training step, in bytes.
 
     Attributes:
-        arguments: state and batch; the next state takes the place of the last.
-        results: what has no place among the arguments.
-        temporaries: at their peak.
-        program: the code.
+        arguments: the state and the batch. The next state reuses the memory of the donated state.
+        results: outputs that do not reuse the memory of an argument.
+        temporaries: peak of intermediate arrays.
+        program: the compiled code.
     """
 
     arguments: int
@@ -42,13 +42,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of the step.
+    """The result of compiling a training step.
 
     Attributes:
-        images: on each chip at once.
-        seconds: that it took.
-        memory: None if the program does not fit.
-        text: the program in HLO; the compiler's complaint if it does not fit.
+        images: per chip in one pass.
+        seconds: duration of the compilation.
+        memory: of the program; None if it does not fit into the memory of a chip.
+        text: the program in HLO; the error of the compiler if the program does not fit.
     """
 
     images: int
@@ -58,10 +58,15 @@ class Compiled:
 
 
 def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
-    """Compiles the step for so many images on each chip at once.
+    """Compiles the training step.
+
+    Args:
+        config: of the experiment; its batch_size is not used.
+        target: the chips.
+        images: per chip in one pass.
 
     Raises:
-        UserError: as `make_durations`, `make_mesh` and `Task.build`.
+        UserError: as for `make_durations`, `make_mesh` and `Task.build`.
     """
     config = config.copy_and_resolve_references()
     config.batch_size = images * len(target.devices) * config.accumulation_steps
@@ -70,7 +75,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     program = Program(config, make_durations(config, IMAGES), mesh)
     began = time.perf_counter()
     try:
-        # Pallas kernels are lowered for the GPU that the mesh around them describes: there is none here.
+        # Pallas kernels read the GPU model from the surrounding mesh, because no GPU is attached.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)):
             compiled = program.compile(program.abstract_state, program.abstract_batch, target.options)
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a compiled program's text says: how often each instruction runs, its estimated cycles, its collectives."""
+"""Parses the HLO text of a compiled program: run counts, estimated cycles and collectives of its instructions."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(')
 CALLED = re.compile(r'\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
 BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
-# Who takes part in a collective: {{0,1},{2,3}}; [groups,size]<=…; or the axes of a mesh, of each its length or a part.
+# Three formats of the devices in a collective: {{0,1},{2,3}}; [groups,size]<=…; mesh axes, each in full or in part.
 GROUP = re.compile(r'\breplica_groups=\{\{([\d,]+)\}')
 GROUPS_BY_NUMBER = re.compile(r'\breplica_groups=\[\d+,(\d+)\]<=')
 GROUPS_BY_AXES = re.compile(r'\breplica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
@@ -19,16 +19,19 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of the program.
+    """One instruction of the program.
 
     Attributes:
-        opcode: as 'fusion'; of an asynchronous pair both ends are here, as 'all-reduce-start' and 'all-reduce-done'.
-        result: the type, as 'bf16[64,56,56,96]{3,2,1,0}' or a tuple of such in brackets.
-        operation: of JAX, where it comes from.
-        runs: how often it runs in one step.
-        cycles: the compiler's estimate for one run; 0 where it gives none.
-        group: chips that take part in a collective; None for all of them, and for what is no collective.
-        chain: of a collective that a TPU runs beside fusions: it is written into each of them, under one number.
+        name: in the program.
+        opcode: such as 'fusion'. An asynchronous operation has two instructions, such as 'all-reduce-start' and
+            'all-reduce-done'.
+        result: type of the result, such as 'bf16[64,56,56,96]{3,2,1,0}', or a tuple of types in parentheses.
+        operation: the JAX operation that it was compiled from.
+        runs: number of times it runs in one training step.
+        cycles: the compiler's estimate for one run; 0 if there is none.
+        group: number of chips in each group of a collective; None for all chips, and for other instructions.
+        chain: number of a collective that a TPU overlaps with fusions. Each of these fusions contains the collective
+            with the same number.
     """
 
     name: str
@@ -41,7 +44,7 @@ class Instruction:
     chain: str | None
 
     def bytes_by_type(self) -> dict[str, int]:
-        """Type → bytes of the result."""
+        """Element type → bytes of the result with this type."""
         sizes: dict[str, int] = {}
         for dtype, bits, shape in ARRAY.findall(self.result):
             elements = math.prod(int(side) for side in filter(None, shape.split(',')))
@@ -51,10 +54,10 @@ class Instruction:
 
 @dataclasses.dataclass
 class Collectives:
-    """The collectives of one kind and type, over as many chips.
+    """The total of all collectives of one kind, element type and group size.
 
     Attributes:
-        runs: in one step.
+        runs: number of runs in one training step.
         size: bytes of their results on each device.
     """
 
@@ -63,14 +66,17 @@ class Collectives:
 
 
 Found = dict[tuple[str, str, int], Collectives]
-"""By kind, type, and the chips that take part in one."""
+"""Collectives by kind, element type and group size."""
 
 
 def read_program(text: str) -> list[Instruction]:
-    """Every instruction that the program runs, with those of loops and calls.
+    """Reads all instructions that the program runs, including those in loops, calls and conditionals.
 
-    A loop runs as often as the text says, or its condition's one constant; a loop whose length follows from the data
-    counts once, and of a choice every branch.
+    The trip count of a loop is the annotated one, or else the only constant in its condition. A loop without a static
+    trip count counts as one iteration. All branches of a conditional count.
+
+    Args:
+        text: the program in HLO.
     """
     computations: dict[str, list[str]] = {}
     entry = None
@@ -100,7 +106,7 @@ def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[I
             group=group,
             chain=_first(r'\bchain_id="(\d+)"', line),
         )
-        if opcode.endswith(('-done', '-update')):  # what they name ran at -start
+        if opcode.endswith(('-done', '-update')):  # the computation that they name was counted at -start
             continue
         times = _trip_count(line, computations) if opcode == 'while' else 1
         branches = re.findall(r'[\w.-]+', _first(BRANCHES, line) or '')
@@ -133,11 +139,11 @@ def _first(pattern: str | re.Pattern, text: str) -> str | None:
 
 
 def collectives(program: list[Instruction], chips: int) -> Found:
-    """How many there are of each sort and their bytes; what runs beside other work counts once.
+    """Sums up the collectives of a program. A collective that is overlapped with several fusions counts once.
 
     Args:
-        program: as `read_program` gives it.
-        chips: that run it.
+        program: from `read_program`.
+        chips: number of chips that run the program.
     """
     found: Found = {}
     chains: set[str] = set()
@@ -146,20 +152,22 @@ def collectives(program: list[Instruction], chips: int) -> Found:
         if kind in COLLECTIVES and instruction.chain not in chains:
             chains |= {instruction.chain} - {None}
             for dtype, size in instruction.bytes_by_type().items():
-                same = found.setdefault((kind, dtype, instruction.group or chips), Collectives())
-                same.runs += instruction.runs
-                same.size += instruction.runs * size
+                total = found.setdefault((kind, dtype, instruction.group or chips), Collectives())
+                total.runs += instruction.runs
+                total.size += instruction.runs * size
     return found
 
 
 def bytes_sent(found: Found) -> float:
-    """Bytes that each chip must send in one step at the least, by whatever way: an all-reduce takes 2 (n − 1) / n.
+    """The minimum number of bytes that each chip sends in one training step, for any algorithm of the collectives.
+
+    An all-reduce over n chips, for example, sends at least 2 (n − 1) / n times the bytes of its result.
 
     Args:
-        found: as `collectives` gives it.
+        found: from `collectives`.
     """
 
-    def of_result(kind: str, chips: int) -> float:
+    def sent_per_byte(kind: str, chips: int) -> float:
         others = (chips - 1) / chips
         return {
             'all-reduce': 2 * others,
@@ -169,4 +177,4 @@ def bytes_sent(found: Found) -> float:
             'collective-permute': 1,
         }[kind]
 
-    return sum(of_result(kind, chips) * same.size for (kind, _, chips), same in found.items())
+    return sum(sent_per_byte(kind, chips) * total.size for (kind, _, chips), total in found.items())

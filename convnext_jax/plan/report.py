@@ -1,4 +1,4 @@
-"""plan(config, target, images): compiles the training step and prints what the compiler says of it."""
+"""plan(config, target, images): compiles a training step and prints the compiler's figures."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,31 +14,33 @@ from convnext_jax.plan.hlo import Found, Instruction, bytes_sent, collectives, r
 from convnext_jax.plan.targets import Target
 from convnext_jax.training.sharding import describe_mesh, make_mesh
 
-HEAVIEST = 12
+HEAVIEST = 12  # number of instructions to print
 GIB = 2**30
 
 
 def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     """Prints memory, collectives and estimated cycles of the training step, and the largest batch that fits.
 
+    If the program does not fit, it is compiled again with half the images per chip.
+
     Args:
-        config: as `default_config`.
+        config: of the experiment.
         target: the chips.
-        images: on each of them at once; None: as many as the config's batch makes.
+        images: per chip in one pass; None: as in the config.
 
     Raises:
-        UserError: as `compile_step`, the batch does not divide evenly, or not even one image on each chip fits.
+        UserError: as for `compile_step`, the batch does not divide evenly, or one image per chip does not fit.
     """
     check_values(config)
     images = images or _images(config, target)
     size, chips = config.data.image_size, len(target.devices)
     mesh = describe_mesh(make_mesh(**config.mesh, devices=target.devices))
     show(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips, mesh {mesh}')
-    show(f'compiler {target.compiler}: all figures are its own, none is measured')
+    show(f'compiler {target.compiler}: all figures are estimates of the compiler, not measurements')
     compiled = _compile(config, target, images)
     while compiled.memory is None:
         if compiled.images == 1:
-            raise UserError(f'one image on each chip does not fit {target.name}: try --config.model.remat=full')
+            raise UserError(f'one image per chip does not fit on {target.name}: try --config.model.remat=full')
         compiled = _compile(config, target, compiled.images // 2)
     for line in describe(compiled, target):
         show(line)
@@ -50,14 +52,14 @@ def _images(config: ConfigDict, target: Target) -> int:
     parts = len(target.devices) * config.accumulation_steps
     if config.batch_size % parts:
         raise UserError(
-            f'batch_size={config.batch_size} is no multiple of {len(target.devices)} chips × '
-            f'{config.accumulation_steps} accumulation steps: say with --batch how many images a chip takes at once'
+            f'batch_size={config.batch_size} is not a multiple of {len(target.devices)} chips × '
+            f'{config.accumulation_steps} accumulation steps: give the images per chip with --batch'
         )
     return config.batch_size // parts
 
 
 def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
-    show(f'compiling the training step for {images} images on each chip at once …')
+    show(f'compiling the training step for {images} images per chip …')
     with (
         ThreadPoolExecutor(1) as pool,
         tqdm(bar_format='{elapsed}', leave=False, disable=not sys.stderr.isatty()) as clock,
@@ -66,8 +68,8 @@ def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
         while wait([future], timeout=1).not_done:
             clock.refresh()
     compiled = future.result()
-    outcome = 'compiled' if compiled.memory else f'does not fit ({compiled.text}); found'
-    show(f'{outcome} in {compiled.seconds:.1f} s')
+    outcome = 'compiled' if compiled.memory else f'does not fit ({compiled.text}); stopped'
+    show(f'{outcome} after {compiled.seconds:.1f} s')
     return compiled
 
 
@@ -76,17 +78,22 @@ def _largest_batch_line(smaller: Compiled, larger: Compiled, target: Target) -> 
     if larger.memory.total <= smaller.memory.total:
         return f'the memory does not grow between {points} images: plan with a larger --batch'
     images = largest_batch(smaller, larger, target.chip.memory)
-    return f'about {images:,} images fit on a chip, by the line through {points}; to be sure plan with --batch={images}'
+    return f'about {images:,} images fit on a chip, extrapolated from {points}; to verify, plan with --batch={images}'
 
 
 def largest_batch(smaller: Compiled, larger: Compiled, capacity: float) -> int:
-    """Images on a chip of so many GiB, by the straight line through the memory of two programs."""
-    for_each = (larger.memory.total - smaller.memory.total) / (larger.images - smaller.images)
-    return int(larger.images + (capacity * GIB - larger.memory.total) / for_each)
+    """The number of images that fit on a chip, extrapolated linearly from the memory of two programs.
+
+    Args:
+        smaller, larger: programs for different numbers of images.
+        capacity: memory of the chip in GiB.
+    """
+    per_image = (larger.memory.total - smaller.memory.total) / (larger.images - smaller.images)
+    return int(larger.images + (capacity * GIB - larger.memory.total) / per_image)
 
 
 def describe(compiled: Compiled, target: Target) -> list[str]:
-    """The lines about a program: memory, collectives, cycles, communication."""
+    """The lines to print about a compiled program: memory, collectives, cycles, communication."""
     program = read_program(compiled.text)
     found = collectives(program, len(target.devices))
     return [
@@ -105,43 +112,43 @@ def _memory_lines(memory: Memory, capacity: float) -> list[str]:
     }
     fits = 'fits' if memory.total <= capacity * GIB else 'does not fit'
     return [
-        '\nmemory on each chip',
+        '\nmemory per chip',
         *(f'  {name:16}{_gib(size):>12}' for name, size in rows.items()),
-        f'  {"all":16}{_gib(memory.total):>12} of {capacity:g}: {fits}',
+        f'  {"total":16}{_gib(memory.total):>12} of {capacity:g}: {fits}',
     ]
 
 
 def _collective_lines(found: Found) -> list[str]:
     rows = [
-        f'  {kind:20}{dtype:8}{same.runs:4} × over {chips:4} chips {same.size / 1e6:10.2f} MB in all'
-        for (kind, dtype, chips), same in sorted(found.items())
+        f'  {kind:20}{dtype:8}{total.runs:4} × over {chips:4} chips {total.size / 1e6:10.2f} MB in total'
+        for (kind, dtype, chips), total in sorted(found.items())
     ]
     return [
-        '\ncollectives in one step, with the bytes of their results on each chip',
+        '\ncollectives in one step, and the bytes of their results per chip',
         *(rows or ['  none']),
-        f'  each chip sends {bytes_sent(found) / 1e6:.2f} MB at the least',
+        f'  each chip sends at least {bytes_sent(found) / 1e6:.2f} MB',
     ]
 
 
 def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> list[str]:
     total = sum(instruction.runs * instruction.cycles for instruction in program)
     if not total:
-        return ['\nestimated cycles: this compiler tells none']
+        return ['\nestimated cycles: not reported by this compiler']
     heaviest = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)[:HEAVIEST]
     seconds = total / target.chip.clock / 1e9
-    again = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
-    linked = bytes_sent(found) / target.chip.link / 1e9
+    recomputed = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
+    communication = bytes_sent(found) / target.chip.link / 1e9
     return [
-        f'\nestimated cycles of all but collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz; '
-        'share, runs × cycles and origin of the heaviest',
+        f'\nestimated cycles without collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz; '
+        'share, runs × cycles, and origin of the heaviest instructions',
         *(
             f'  {i.runs * i.cycles / total:6.1%}{i.runs:4} × {i.cycles:10,}  {i.name}  '
             f'{i.operation.removeprefix("jit(train_step)/")}'
             for i in heaviest
         ),
-        f'recomputed by the compiler of its own accord, to save memory: {again / total:.1%}',
-        f'communication: {1000 * linked:.2f} ms at the {target.chip.link:g} GB/s of the links, which is the least: '
-        f'{linked / (linked + seconds):.1%} of the step if nothing runs beside it\n',
+        f'recomputed by the compiler to save memory: {recomputed / total:.1%}',
+        f'communication: at least {1000 * communication:.2f} ms at {target.chip.link:g} GB/s of the links, '
+        f'{communication / (communication + seconds):.1%} of the step if it is not overlapped with computation\n',
     ]
 
 

@@ -1,4 +1,4 @@
-"""Accelerators to compile for: their devices as the compiler sees them."""
+"""Target: accelerators to compile for, with the device descriptions that the compiler needs."""
 
 import dataclasses
 import importlib.metadata
@@ -18,12 +18,14 @@ H100 = Path(__file__).with_name('h100.txtpb')
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """So many chips of a kind, none of which need be there.
+    """A number of chips of one kind, which do not have to be attached.
 
     Attributes:
-        name: as the user gave it.
-        compiler: package and version.
-        options: of the compiler.
+        name: from the user, such as 'v5e:4x4'.
+        chip: memory and speed of a chip.
+        devices: descriptions of the devices.
+        compiler: its package and version.
+        options: compiler options.
     """
 
     name: str
@@ -34,20 +36,25 @@ class Target:
 
 
 def tpu_target(name: str) -> Target:
-    """A TPU slice, as v5e:16x16.
+    """The target for a TPU slice.
+
+    Args:
+        name: KIND:SHAPE, such as 'v5e:16x16'.
 
     Raises:
         UserError: there is no such slice, or libtpu is not installed.
     """
     kind, _, shape = name.partition(':')
     if kind not in ('v5e', 'v5p', 'v6e') or not re.fullmatch(r'\d+(x\d+)+', shape):
-        raise UserError(f"--topology is a slice of v5e, v5p or v6e, as v5e:16x16 or v5p:4x4x4, not '{name}'")
+        raise UserError(
+            f"--topology needs a slice of v5e, v5p or v6e, for example v5e:16x16 or v5p:4x4x4, not '{name}'"
+        )
     if not importlib.util.find_spec('libtpu'):
         raise UserError(
-            f"--topology needs libtpu, the TPU's compiler, and no TPU: pip install 'jax[tpu]=={jax.__version__}'"
+            f"--topology needs the TPU compiler libtpu, but no TPU: pip install 'jax[tpu]=={jax.__version__}'"
         )
-    # A chip of this machine is neither looked for nor taken, even if another process uses it. The next two say what
-    # libtpu would ask the cloud for, and complain about.
+    # The first two keep libtpu from searching for TPUs of this machine and from locking them. The other two are values
+    # that libtpu otherwise requests from the cloud metadata server, with a warning if it cannot.
     for variable, value in {
         'TPU_SKIP_MDS_QUERY': '1',
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -63,23 +70,26 @@ def tpu_target(name: str) -> Target:
 
 
 def gpu_target(name: str) -> Target:
-    """The GPUs of one machine, as h100:8.
+    """The target for the GPUs of one machine.
+
+    Args:
+        name: KIND:COUNT, such as 'h100:8'.
 
     Raises:
-        UserError: it is no H100, or the compiler for it is not installed.
+        UserError: the kind is not 'h100', or the compiler for GPUs is not installed.
     """
     kind, _, count = name.partition(':')
     if kind != 'h100' or not re.fullmatch(r'[1-9]\d*', count):
-        raise UserError(f"--gpu is so many H100 of one machine, as h100:8, not '{name}'")
+        raise UserError(f"--gpu needs h100:COUNT, for example h100:8, not '{name}'")
     plugins = [name for name in ('jax_cuda13_plugin', 'jax_cuda12_plugin') if importlib.util.find_spec(name)]
     if not plugins:
         packages = f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}'
-        raise UserError(f"--gpu needs the GPU's compiler, and no GPU: pip install --no-deps {packages}")
+        raise UserError(f'--gpu needs the GPU compiler, but no GPU: pip install --no-deps {packages}')
     devices = topologies.get_topology_desc(
         platform='cuda', topology=f'1x1x{count}', target_config=H100.read_text(encoding='utf-8')
     ).devices
     plugin = plugins[0].replace('_', '-')
     compiler = f'{plugin} {importlib.metadata.version(plugin)}'
-    # On a GPU each matrix product is tried with Triton and with cuBLAS. Where nothing can be tried the compiler takes
-    # Triton, with tiles that it then refuses for some shapes.
+    # With a GPU, the compiler times each matrix product with Triton and with cuBLAS. Without one, it uses Triton, with
+    # tile sizes that fail to compile for some shapes.
     return Target(name, CHIPS[kind], devices, compiler, {'xla_gpu_enable_triton_gemm': False})
