@@ -1,4 +1,4 @@
-"""Accelerators: what their vendors say of them, and the names under which JAX knows them."""
+"""A table of accelerators: memory, peak speed and link bandwidth, as documented by their vendors."""
 
 import dataclasses
 import re
@@ -6,16 +6,16 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator, which is one device of JAX.
+    """One accelerator, which is one JAX device.
 
     Attributes:
-        memory: GiB of HBM.
-        bfloat16: peak of its matrix units, TFLOP/s, dense.
-        float32: the same of float32 arrays at JAX's default precision: TPUs multiply them in bfloat16, and GPUs in
-            TensorFloat-32.
-        kind: pattern of JAX's `device_kind`.
-        clock: GHz, for the compiler's cycles; None where it counts none.
-        link: GB/s that all its links to the others carry one way; None where there is no clock to compare with.
+        memory: of the device, in GiB.
+        bfloat16: dense peak of matrix products of bfloat16 arrays, in TFLOP/s.
+        float32: dense peak of matrix products of float32 arrays at JAX's default precision, in TFLOP/s. TPUs multiply
+            them in bfloat16, and GPUs in TensorFloat-32.
+        kind: regular expression for `jax.Device.device_kind`.
+        clock: in GHz, to convert the compiler's estimated cycles; None if the compiler estimates none.
+        link: total bandwidth of the links to other chips in one direction, in GB/s; None if `clock` is None.
     """
 
     memory: float
@@ -26,14 +26,15 @@ class Chip:
     link: float | None = None
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of matrix products of arrays of this type; GPUs are as fast in float16 as in bfloat16."""
+        """The peak in FLOP/s for arrays of this dtype. float16 is as fast as bfloat16."""
         return 1e12 * (self.float32 if dtype == 'float32' else self.bfloat16)
 
 
-# Memory, peaks and links: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; nvidia.com's data sheets of the A100 and of
-# the H100 SXM (its PCIe and NVL cards have other clocks, and no row here), which give twice the peak, with sparsity.
-# Precision by default: docs.jax.dev/en/latest/201/precision.html. Kinds: as jax/_src/pallas/mosaic/tpu_info.py reads
-# them. Google gives no clocks: they follow from the documented peak and matrix units, four of 256×256 taken for v6e.
+# Sources. Memory, peaks and links: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; NVIDIA's data sheets of the A100 and
+# the H100 SXM, whose peaks with sparsity are halved here. The H100 PCIe and NVL have other clocks and are not listed.
+# Default precision: docs.jax.dev/en/latest/201/precision.html. Kinds: jax/_src/pallas/mosaic/tpu_info.py. Google does
+# not document the clocks: they are the documented peaks divided by the FLOPs per cycle of the matrix units, with four
+# units of 256×256 assumed for v6e.
 CHIPS = {
     'v4': Chip(memory=32, bfloat16=275, float32=275, kind='TPU v4'),
     'v5e': Chip(memory=16, bfloat16=197, float32=197, kind='TPU v5 lite|TPU v5e', clock=1.5, link=200),
@@ -46,5 +47,5 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so, or None if the table has no such chip: a CPU, say."""
+    """The chip with this `jax.Device.device_kind`, or None if the table does not have it, as for a CPU."""
     return next((chip for chip in CHIPS.values() if re.fullmatch(chip.kind, device_kind)), None)

@@ -1,4 +1,4 @@
-"""Compiled programs that are kept for the next start."""
+"""JAX's persistent compilation cache."""
 
 import tempfile
 
@@ -9,16 +9,19 @@ from convnext_jax.paths import local_path, plain_path
 
 
 def cache_compiled(directory: str) -> None:
-    """Keeps the programs that take over a second to compile in a folder, for the next start; '' changes nothing.
+    """Stores compiled programs in a folder, so that the next process does not compile them again.
 
-    To be called before anything is compiled.
+    Call it before anything is compiled. JAX stores programs that take more than a second to compile.
+
+    Args:
+        directory: a local folder or a bucket URL; '' does nothing.
 
     Raises:
         UserError: the folder cannot be written.
     """
     if not directory:
         return
-    if '://' not in directory:  # of what lies in a cloud, JAX warns by itself
+    if '://' not in directory:  # JAX itself warns if a bucket cannot be written
         folder = local_path(directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)

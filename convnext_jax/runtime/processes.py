@@ -1,6 +1,6 @@
-"""Several processes, one on each host: how they start, what they agree on, and that none outlives another's error.
+"""Jobs of several processes: start, exchange of values, global arrays, and a stop that all processes agree on.
 
-All of it goes through JAX's own runtime: its coordination service (on process 0), key-value store, barriers and
+Everything uses JAX's distributed runtime: its coordination service on process 0, with key-value store, barriers and
 preemption notice, and collectives over the devices.
 """
 
@@ -21,98 +21,104 @@ from jax.sharding import Sharding
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import say_in_handler
 from convnext_jax.runtime.stop import Stop
-from convnext_jax.runtime.watchdog import leave
+from convnext_jax.runtime.watchdog import exit_now
 
 
 def start(coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int) -> bool:
-    """Joins the processes of the job, before anything else of JAX: as told, or as JAX finds them.
+    """Connects the processes of a job with `jax.distributed.initialize`. Must precede any other call of JAX.
 
-    JAX itself knows Cloud TPU pods, GKE, Slurm and Open MPI. All processes but the first lose their standard output.
+    Without arguments, JAX detects Cloud TPU pods, GKE, Slurm and Open MPI. The standard output of all processes except
+    process 0 is discarded.
 
     Args:
-        coordinator: 'HOST:PORT' of process 0, which listens there; None: as JAX finds it.
-        process_count, process_id: how many processes, and which of them this is; go with `coordinator`.
-        timeout: seconds to wait for the coordinator and all processes; then this process ends.
+        coordinator: 'HOST:PORT' on which process 0 listens; None: detected by JAX.
+        process_count: number of processes; None: detected by JAX.
+        process_id: index of this process; None: detected by JAX.
+        timeout: seconds to wait for the coordinator and all processes. After it, this process exits with status 1.
 
     Returns:
         Whether there are several processes.
 
     Raises:
-        UserError: the flags do not fit one another.
+        UserError: the arguments contradict each other, or the processes cannot connect.
     """
     given = [value is not None for value in (coordinator, process_count, process_id)]
     if process_count == 1 and not coordinator:
         return False
     if any(given) and not all(given):
-        raise UserError('--coordinator, --process_count and --process_id go together: give all three, or none')
+        raise UserError('give all three of --coordinator, --process_count and --process_id, or none of them')
     if coordinator is not None and process_count is not None and process_id is not None:
         _check(coordinator, process_count, process_id)
-    clock = threading.Timer(timeout, _give_up, (coordinator, process_count, process_id, timeout))
-    clock.daemon = True
-    clock.start()
+    timer = threading.Timer(timeout, _exit_after_timeout, (coordinator, process_count, process_id, timeout))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             coordinator,
             process_count,
             process_id,
-            initialization_timeout=timeout + 60,  # later than the clock: the runtime would abort the process
-            heartbeat_timeout_seconds=2 * timeout,  # the same
+            initialization_timeout=timeout + 60,  # after the timer, because the runtime aborts with a stack trace
+            heartbeat_timeout_seconds=2 * timeout,  # after the watchdog, for the same reason
             shutdown_timeout_seconds=timeout,
         )
-        several = jax.process_count() > 1  # begins with the devices, and asks the other processes for theirs
+        multiprocess = jax.process_count() > 1  # initialises the backend, which waits for the other processes
     except ValueError:
         if any(given):
             raise
-        return False  # JAX found nothing: a machine by itself
+        return False  # JAX detected no cluster
     except RuntimeError as error:
         if not any(given) and 'must be called before' in str(error):
-            return False  # JAX runs already, in a program that calls the command as a function: by itself
+            return False  # JAX is already initialised, in a program that calls the command as a function
         raise UserError(
-            f'the processes of this job cannot join: {first_line(error)}. --process_count=1 runs this one alone'
+            f'the processes of this job cannot connect: {first_line(error)}; --process_count=1 runs this process alone'
         ) from error
     finally:
-        clock.cancel()
-    if several and not is_main_process():
+        timer.cancel()
+    if multiprocess and not is_main_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return several
+    return multiprocess
 
 
 def _check(coordinator: str, process_count: int, process_id: int) -> None:
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
-        raise UserError(f"--coordinator takes HOST:PORT, as 10.0.0.1:8476, not '{coordinator}'")
+        raise UserError(f"--coordinator needs HOST:PORT, for example 10.0.0.1:8476, not '{coordinator}'")
     if not 0 <= process_id < process_count:
-        raise UserError(f'--process_id={process_id}: they go from 0 to process_count − 1 = {process_count - 1}')
+        raise UserError(f'--process_id={process_id} must be between 0 and process_count − 1 = {process_count - 1}')
 
 
-def _give_up(coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int) -> NoReturn:
-    """Ends the process while it waits in the runtime, which would abort with a stack trace."""
-    problem = f'of {process_count or "the"} processes not all have come'
+def _exit_after_timeout(
+    coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int
+) -> NoReturn:
+    """Exits with a message while the main thread waits in the runtime, which would abort with a stack trace."""
+    problem = f'not all of {process_count or "the"} processes have connected'
     if coordinator and process_id:
         host, _, port = coordinator.rpartition(':')
         try:
             socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
         except OSError as error:
             problem = f'there is no coordinator at {coordinator} ({error.strerror or error})'
-    # Not status 2: they may only be late, and launchers try again.
-    leave(f'error: {problem} within {timeout} s: do all hosts run the same command, and reach process 0?', 1)
+    # Status 1, not 2: processes may only be late, and launchers restart the job after status 1.
+    exit_now(
+        f'error: {problem} within {timeout} s: check that all hosts run the same command and can reach process 0', 1
+    )
 
 
 def is_main_process() -> bool:
-    """Whether this process writes logs and files: process 0, or the only one."""
+    """Whether this is process 0, which writes logs and files, or the only process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def is_multiprocess() -> bool:
-    """Whether there are other processes."""
+    """Whether the job has several processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def all_gather_objects(value: object) -> list:
-    """What each process has given, in their order. All must call it in the same place.
+    """Gathers a value from each process, in the order of processes. All processes must call it.
 
     Args:
-        value: what JSON can hold.
+        value: a JSON value.
     """
     if not is_multiprocess():
         return [value]
@@ -123,21 +129,21 @@ def all_gather_objects(value: object) -> list:
 
 
 def local_batch_indices(sharding: Sharding, batch_size: int) -> Sequence[int]:
-    """The rows of a global batch that live on this process's devices, in order."""
+    """The indices of the examples of a global batch that are on devices of this process, in ascending order."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    # JAX's type allows None for a device, of shardings that are not for arrays.
-    return sorted({row for (rows,) in slices for row in range(*rows.indices(batch_size))})  # type: ignore[misc]
+    # The type annotation of JAX allows None for a device, which a NamedSharding never has.
+    return sorted({i for (part,) in slices for i in range(*part.indices(batch_size))})  # type: ignore[misc]
 
 
 def make_global_array(value: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
-    """An array that every process has whole, as one global array."""
+    """Makes a global array with a sharding from a value that every process holds in full."""
     if not is_multiprocess():
         return jax.device_put(value, sharding)
     return jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__)
 
 
 class AgreedStop(Stop):
-    """SIGTERM or Ctrl-C on any process, seen by all of them at the same call of `poll`."""
+    """A `Stop` for several processes: after a signal to any of them, `poll` returns True on all at the same step."""
 
     _polls = 0
 
@@ -150,15 +156,15 @@ class AgreedStop(Stop):
 
 @contextlib.contextmanager
 def agreed_stop() -> Iterator[Stop]:
-    """As `stop_signal`, for several processes: JAX's own handler of SIGTERM tells all of them."""
+    """Like `stop_signal`, for several processes: JAX's SIGTERM handler notifies all of them. Ctrl-C raises SIGTERM."""
     before = signal.getsignal(signal.SIGINT)
 
-    def note(_number: int, _frame: object) -> None:
+    def handle(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, before)
-        say_in_handler('all processes stop and save at one of the next steps; once more to stop without saving')
+        say_in_handler('stopping: all processes save after one of the next steps; Ctrl-C again stops without saving')
         signal.raise_signal(signal.SIGTERM)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield AgreedStop()
     finally:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run saves first."""
+"""SIGTERM and Ctrl-C: a run that receives one saves a checkpoint and then stops."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,15 @@ from convnext_jax.output import say_in_handler
 
 
 class Stopped(Exception):
-    """The run was told to stop, and saved first; `status` is the exit status that a shell expects."""
+    """A signal stopped the run, which has saved its state.
+
+    Args:
+        by: the signal.
+        step: of the saved state; 0 if nothing is saved.
+
+    Attributes:
+        status: exit status of the process, 128 + signal number.
+    """
 
     def __init__(self, by: signal.Signals, step: int):
         what = (
@@ -23,18 +31,18 @@ class Stopped(Exception):
 
 @dataclasses.dataclass
 class Stop:
-    """The signal that came, if one did."""
+    """Holds the signal that asks the run to stop, once it is received."""
 
     received: signal.Signals | None = None
 
     def poll(self) -> bool:
-        """Whether to stop; the loop asks after each step and before each batch of an evaluation."""
+        """Whether to stop. The loop calls it after each step and before each evaluation batch."""
         return self.received is not None
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Notes SIGTERM and Ctrl-C for the loop to act on; the second one ends the process as usual."""
+    """Records the first SIGTERM or Ctrl-C, so that the loop can save and stop. A second one ends the process."""
     stop = Stop()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -42,13 +50,13 @@ def stop_signal() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(number: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         stop.received = signal.Signals(number)
         restore()
-        say_in_handler('stops and saves at the next step; once more to stop without saving')
+        say_in_handler('stopping: saves after this step; send the signal again to stop without saving')
 
     for number in before:
-        signal.signal(number, note)
+        signal.signal(number, handle)
     try:
         yield stop
     finally:

@@ -1,6 +1,6 @@
-"""No process of a job outlives another's error: each looks whether all are well.
+"""Watchdog: ends all processes of a job when one of them fails or disappears.
 
-It goes through the key-value store and the barriers of JAX's coordination service, which runs on process 0.
+It uses the key-value store and the barriers of JAX's coordination service, which runs on process 0.
 """
 
 import contextlib
@@ -11,106 +11,108 @@ import time
 from typing import Any, NoReturn
 
 import jax
-from jax._src.distributed import global_state  # Orbax takes the client of the key-value store from there too
+from jax._src.distributed import global_state  # JAX has no public access to the client; Orbax uses this one too
 
 from convnext_jax.errors import first_line
 from convnext_jax.output import say
 
 FAILURE = 'convnext_jax/failure'
-ALIVE = 'convnext_jax/alive'
-FAREWELL = 5
-"""Seconds in which the others learn of a failure before the process ends: the coordination service ends with it."""
+HEARTBEAT = 'convnext_jax/heartbeat'
+SHUTDOWN_SECONDS = 5
+"""After a failure, the processes wait this long for each other before they exit, so that all can read the failure: the
+coordination service ends with process 0."""
 
 
 class Watchdog:
-    """Looks from a thread whether all processes are well, and ends this one if another failed or is gone.
+    """Checks in a thread whether all processes are alive, and ends this process if another one failed or disappeared.
 
     Args:
-        timeout: seconds within which a process that is gone is noticed.
+        timeout: seconds until a missing process is noticed.
     """
 
     def __init__(self, timeout: int):
-        self._client: Any = global_state.client  # not None: there are several processes
+        self._client: Any = global_state.client  # not None, because there are several processes
         self._timeout = timeout
         self._process, self._processes = jax.process_index(), jax.process_count()
-        self._ending = threading.Lock()
-        self._over = False
-        threading.Thread(target=self._look, daemon=True).start()
+        self._exiting = threading.Lock()
+        self._finished = False
+        threading.Thread(target=self._watch, daemon=True).start()
 
-    def _look(self) -> None:
-        for turn in range(2**62):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no failure to get
+    def _watch(self) -> None:
+        for beat in range(2**62):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # timeout: no process has failed
                 failure = self._client.blocking_key_value_get(FAILURE, 250 * self._timeout)
-                return self._follow(json.loads(failure))
-            if self._over:
+                return self._exit_after_failure(json.loads(failure))
+            if self._finished:
                 return None
             try:
-                self._client.key_value_set(f'{ALIVE}/{self._process}', str(turn), allow_overwrite=True)
-                self._client.wait_at_barrier(ALIVE, 500 * self._timeout)
+                self._client.key_value_set(f'{HEARTBEAT}/{self._process}', str(beat), allow_overwrite=True)
+                self._client.wait_at_barrier(HEARTBEAT, 500 * self._timeout)
             except jax.errors.JaxRuntimeError as error:
-                return self._end_without(turn, error)
+                return self._exit_after_missed_heartbeat(beat, error)
         return None
 
-    def _follow(self, failure: dict) -> None:
+    def _exit_after_failure(self, failure: dict) -> None:
+        """Exits with the status of another process that failed; process 0 prints the error of that process."""
         if failure['process'] == self._process:
             return
-        with self._ending:
+        with self._exiting:
             text = f'error: process {failure["process"]} failed: {failure["text"]}' if self._process == 0 else None
-            self._say_farewell()
-            leave(text, failure['status'])
+            self._wait_at_shutdown_barrier()
+            exit_now(text, failure['status'])
 
-    def _end_without(self, turn: int, error: Exception) -> None:
-        if self._over:
+    def _exit_after_missed_heartbeat(self, beat: int, error: Exception) -> None:
+        if self._finished:
             return
         try:
-            seen = dict(self._client.key_value_dir_get(ALIVE))
-            gone = [i for i in range(self._processes) if int(seen.get(f'{ALIVE}/{i}', -1)) < turn]
-            problem = f'no sign of process {", ".join(map(str, gone))} for {self._timeout} s'
+            beats = dict(self._client.key_value_dir_get(HEARTBEAT))
+            missing = [i for i in range(self._processes) if int(beats.get(f'{HEARTBEAT}/{i}', -1)) < beat]
+            problem = f'process {", ".join(map(str, missing))} has not responded for {self._timeout} s'
         except jax.errors.JaxRuntimeError:
             problem = f'process 0 is gone ({first_line(error)})'
-        with self._ending:
-            leave(f'error: {problem}: see its own output. The same command on all hosts resumes', 1)
+        with self._exiting:
+            exit_now(f'error: {problem}: see its output, and run the same command on all hosts to resume', 1)
 
     def fail(self, error: BaseException, text: str, status: int) -> NoReturn:
-        """Ends all processes after an error of this one.
+        """Ends all processes after an error of this process.
 
         Args:
-            error: it.
-            text: what this process prints of it.
-            status: of all.
+            error: the error.
+            text: message that this process prints.
+            status: exit status of all processes.
         """
         if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(self._timeout + 1)  # if a collective broke because another process did, that one is to be named
+            time.sleep(self._timeout + 1)  # if a collective failed because another process did, the thread reports that
         say(text, error=True)
-        with self._ending:
+        with self._exiting:
             failure = {
                 'process': self._process,
                 'text': text.splitlines()[-1].removeprefix('error: '),
                 'status': status,
             }
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has already reported its failure
                 self._client.key_value_set(FAILURE, json.dumps(failure))
-            self._say_farewell()
+            self._wait_at_shutdown_barrier()
             if self._process == 0:
-                time.sleep(1)  # the others first: the coordination service ends with this process
-            leave(None, status)
+                time.sleep(1)  # the other processes exit first, because the coordination service ends with this one
+            exit_now(None, status)
 
-    def _say_farewell(self) -> None:
+    def _wait_at_shutdown_barrier(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.wait_at_barrier(f'{FAILURE}/farewell', 1000 * FAREWELL)
+            self._client.wait_at_barrier(f'{FAILURE}/shutdown', 1000 * SHUTDOWN_SECONDS)
 
     def finish(self) -> None:
-        """Waits until all processes are done, and leaves JAX's runtime."""
+        """Waits until all processes have finished, and shuts down JAX's distributed runtime."""
         try:
-            self._client.wait_at_barrier(f'{ALIVE}/done', 1000 * self._timeout)
+            self._client.wait_at_barrier(f'{HEARTBEAT}/finished', 1000 * self._timeout)
         except jax.errors.JaxRuntimeError as error:
-            self.fail(error, f'error: not all processes come to the end: {first_line(error)}', 1)
-        self._over = True
+            self.fail(error, f'error: not all processes have finished: {first_line(error)}', 1)
+        self._finished = True
         jax.distributed.shutdown()
 
 
-def leave(text: str | None, status: int) -> NoReturn:
-    """Ends the process from any thread, whatever the others wait for."""
+def exit_now(text: str | None, status: int) -> NoReturn:
+    """Prints an error, if there is one, and exits from any thread, without waiting for other threads."""
     if text:
         say(text, error=True)
     os._exit(status)

@@ -122,7 +122,7 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(commands, tmp_path)
     _, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 128 + signal.SIGKILL
     assert sorted(line for line in err.splitlines() if 'preemption' not in line) == [
-        'error: no sign of process 1 for 20 s: see its own output. The same command on all hosts resumes',
+        'error: process 1 has not responded for 20 s: see its output, and run the same command on all hosts to resume',
         'launch/local.py: process 1 was ended by SIGKILL',
     ]
 
@@ -166,7 +166,7 @@ def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
 @pytest.mark.parametrize(
     ('process', 'line'),
     [
-        (0, 'error: of 2 processes not all have come within 4 s: '),
+        (0, 'error: not all of 2 processes have connected within 4 s: '),
         (1, 'error: there is no coordinator at 127.0.0.1:1 (Connection refused) within 4 s: '),
     ],
 )
@@ -183,9 +183,9 @@ def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, t
 @pytest.mark.parametrize(
     ('flags', 'problem'),
     [
-        (('10.0.0.1:8476', 2, None), 'give all three, or none'),
-        (('10.0.0.1', 2, 0), "HOST:PORT, as 10.0.0.1:8476, not '10.0.0.1'"),
-        (('10.0.0.1:8476', 2, 2), 'they go from 0 to process_count − 1 = 1'),
+        (('10.0.0.1:8476', 2, None), 'give all three of'),
+        (('10.0.0.1', 2, 0), "HOST:PORT, for example 10.0.0.1:8476, not '10.0.0.1'"),
+        (('10.0.0.1:8476', 2, 2), 'must be between 0 and process_count − 1 = 1'),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_at_once(flags, problem):
