@@ -1,4 +1,4 @@
-"""What a run can learn. Training code imports this front and no module below it."""
+"""Tasks: what a run learns. Code for training imports from here only, not from the modules of this package."""
 
 import importlib
 
@@ -23,23 +23,26 @@ __all__ = [
 ]
 
 TASKS = {'classification': 'convnext_jax.tasks.classification:Classification'}
-"""Name → module and class, imported when asked for."""
+"""Name → module and class, which are imported on first use."""
 
 
 def make_task(config: ConfigDict) -> Task:
-    """The task that a config describes.
+    """The task of a config.
 
     Raises:
-        UserError: as `task_class`.
+        UserError: as for `task_class`.
     """
     return task_class(config.task)(config)
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of a task by the name of it in `config.task`.
+    """The class of the task with a name.
+
+    Args:
+        name: value of `config.task`.
 
     Raises:
-        UserError: there is no such task.
+        UserError: the task is unknown.
     """
     if name not in TASKS:
         raise UserError(f"there is no task '{name}': config.task must be one of {', '.join(TASKS)}")
@@ -48,5 +51,5 @@ def task_class(name: str) -> type[Task]:
 
 
 def abstract_model(config: ConfigDict) -> nnx.Module:
-    """The network of the config's task, with shapes instead of arrays."""
+    """The network of a config, with `jax.ShapeDtypeStruct` instead of arrays."""
     return jax.eval_shape(make_task(config).build, jax.random.key(0))

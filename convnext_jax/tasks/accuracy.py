@@ -1,4 +1,4 @@
-"""How classifiers are evaluated: top-1, top-5, cross-entropy and calibration, and the accuracy of each class."""
+"""Evaluation of classifiers: top-1, top-5, cross-entropy, calibration error, and the accuracy of each class."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,18 +11,20 @@ from convnext_jax.data.augment import normalize
 from convnext_jax.models import ConvNeXt
 from convnext_jax.tasks.task import Batch, Evaluator, Measured
 
-CALIBRATION_BINS = 15  # of equal width, as in arXiv:1706.04599
+CALIBRATION_BINS = 15  # bins of equal width, as in arXiv:1706.04599
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy(Evaluator):
-    """Evaluates logits against labels. Of several labels any is right, and the loss is the smallest of theirs.
+    """Evaluates logits against labels.
+
+    If an image has several labels, a prediction of any of them is correct, and the loss is the smallest one.
 
     Attributes:
-        mean, std: of each channel, of pixels in [0, 1].
-        class_names: of the first outputs.
-        eval_classes: the labels to choose among; None for all.
-        flip: average the logits with those of the mirrored image.
+        mean, std: of each channel, for pixels in [0, 1].
+        class_names: names of the first outputs.
+        eval_classes: outputs to choose among; None: all. Other outputs are masked with −∞.
+        flip: whether to average the logits of each image and its mirror image.
     """
 
     mean: Sequence[float]
@@ -32,29 +34,34 @@ class Accuracy(Evaluator):
     flip: bool = False
 
     def measure(self, model: ConvNeXt, batch: Batch) -> Measured:
-        """Sums over the examples of a batch.
+        """Measures a batch.
+
+        Args:
+            model: a classifier.
+            batch: `image` (N, H, W, C) uint8; `label` (N,) or (N, labels) int32, padded with −1; `weight` (N,).
 
         Returns:
-            `loss`, `top1`, `top5` and `count`; by bins of the confidence `bin_count`, `bin_hits` and `bin_confidence`;
-            by (first) label `label_count` and `label_hits`.
+            Float32 sums over the examples with weight above 0. Scalars: `loss`, `top1`, `top5`, `count`. For each bin
+            of the confidence: `bin_count`, `bin_hits`, `bin_confidence`. For each output, by the first label:
+            `label_count`, `label_hits`.
         """
         images = normalize(batch['image'], self.mean, self.std)
         logits = model(images)
         if self.flip:
             logits = (logits + model(images[:, :, ::-1])) / 2
         if self.eval_classes is not None:
-            among = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(self.eval_classes)].set(True)
-            logits = jnp.where(among, logits, -jnp.inf)
+            allowed = jnp.zeros(logits.shape[-1], bool).at[jnp.asarray(self.eval_classes)].set(True)
+            logits = jnp.where(allowed, logits, -jnp.inf)
         labels, weights = batch['label'].reshape(len(logits), -1), batch['weight']
-        log_shares = jax.nn.log_softmax(logits)
-        of_labels = jnp.take_along_axis(log_shares, jnp.maximum(labels, 0), -1, mode='clip')
+        log_probabilities = jax.nn.log_softmax(logits)
+        of_labels = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), -1, mode='clip')
         losses = -jnp.where(labels >= 0, of_labels, -jnp.inf).max(-1)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (best[:, :, None] == labels[:, None]).any(-1)
-        # A row that only fills up the batch may hold anything, so it is left out, not multiplied by its weight of 0.
+        # Padding may produce NaN, so it is masked: NaN times a weight of 0 would be NaN.
         counted = weights > 0
         ones, top1 = jnp.ones_like(losses), hits[:, 0].astype(jnp.float32)
-        confidence = jnp.exp(log_shares.max(-1))
+        confidence = jnp.exp(log_probabilities.max(-1))
         bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
 
         def total(values: jax.Array) -> jax.Array:
@@ -79,7 +86,7 @@ class Accuracy(Evaluator):
         )
 
     def summary(self, measured: Measured) -> dict[str, float]:
-        """Mean cross-entropy `loss`; `top1`, `top5` and expected calibration error `ece` in percent; 0 of no images."""
+        """The metrics of a split: mean cross-entropy `loss`; `top1`, `top5` and calibration error `ece` in percent."""
         sums = measured.sums
         count = max(float(sums['count']), 1)
         gaps = np.abs(sums['bin_hits'] - sums['bin_confidence'])
@@ -91,7 +98,7 @@ class Accuracy(Evaluator):
         }
 
     def table(self, measured: Measured) -> list[dict[str, object]]:
-        """The top-1 of each class in percent; None where there was no image of it."""
+        """The top-1 accuracy of each class in percent; None if the split has no image of the class."""
         counts, hits = measured.sums['label_count'], measured.sums['label_hits']
         return [
             {'label': label, 'class': name, 'top1': 100 * float(hits[label] / counts[label]) if counts[label] else None}

@@ -1,4 +1,4 @@
-"""Image classification: cross-entropy with smoothed labels, mixup and cutmix."""
+"""The task of image classification: its config fields, and cross-entropy with label smoothing, mixup and cutmix."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,42 +32,42 @@ from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
 
 HEAD = ('head.kernel', 'head.bias')
 SQUASH = {'auto': None, 'crop': False, 'squash': True}
-"""`config.eval.resize` as `eval_resize` takes it."""
+"""`config.eval.resize` → argument `squash` of the evaluation images."""
 
 
 def _defaults(config: ConfigDict) -> None:
-    config.model.num_classes = 0  # 0: as many as the data set has
+    config.model.num_classes = 0  # 0: the number of classes of the data set
     config.model.head_init_scale = 1.0
-    config.init.head = 'match'  # outputs start from those of the classes of the same name; 'new': from new values
-    config.data.crop_scale = (0.08, 1.0)  # share of the area in the random resized crop; (): the whole image
-    config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
-    config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
+    config.init.head = 'match'  # 'match': copy the head's outputs for classes with the same name; 'new': random head
+    config.data.crop_scale = (0.08, 1.0)  # random resized crop: range of the fraction of the area; (): the whole image
+    config.data.crop_pct = 0.875  # evaluation: resize the shorter side to int(image_size / crop_pct), then centre crop
+    config.data.exact = False  # training crops bit-identical to Pillow, at half the speed (evaluation crops always are)
     config.eval = ConfigDict()
-    config.eval.flip = False  # average the outputs with those of the mirrored image
-    config.eval.resize = 'auto'  # 'crop' by data.crop_pct, 'squash' to the square; 'auto': squash from 384 pixels on
-    config.eval.resample = 'bicubic'  # Pillow's name of the filter
+    config.eval.flip = False  # average the logits of each image and its mirror image
+    config.eval.resize = 'auto'  # 'crop': use data.crop_pct; 'squash' to a square; 'auto': squash from 384 pixels on
+    config.eval.resample = 'bicubic'  # a filter of Pillow
 
-    config.augment = ConfigDict()  # on the device, by key
-    config.augment.flip = True
-    config.augment.crop_padding = 0  # random crop of the image padded by so many pixels
+    config.augment = ConfigDict()  # computed on the device
+    config.augment.flip = True  # horizontally, with probability ½
+    config.augment.crop_padding = 0  # pixels by which the image is padded before a random crop
     config.augment.policy = 'rand-m9-mstd0.5-inc1'  # RandAugment in timm's syntax; '3a': three-augment; '': none
-    config.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share; 0.3 goes with '3a'
-    config.augment.erasing = 0.25  # probability that a rectangle of the image is erased
-    config.augment.erasing_mode = 'pixel'  # noise for each 'pixel', 'rand' for each channel, or 'const' 0
+    config.augment.color_jitter = 0.0  # maximum relative change of brightness, contrast and saturation; 0.3 with '3a'
+    config.augment.erasing = 0.25  # probability of erasing a random rectangle of the image
+    config.augment.erasing_mode = 'pixel'  # fill: noise per 'pixel', noise per channel ('rand'), or 0 ('const')
 
-    config.mix = ConfigDict()  # neighbours in the batch
-    config.mix.mixup = 0.0  # α of the Beta distribution that the shares are drawn from; 0: off
-    config.mix.cutmix = 0.0  # the same; where both are on, they take turns at random
-    config.mix.mode = 'batch'  # one draw for the 'batch', or for each image: 'elem'
-    config.mix.off_epoch = 0.0  # from this epoch on no mixing; 0: always
+    config.mix = ConfigDict()  # mixes neighbouring images of the batch
+    config.mix.mixup = 0.0  # α of the Beta distribution of the mixing weight; 0: off
+    config.mix.cutmix = 0.0  # α, as for mixup; if both are on, one of them is chosen at random
+    config.mix.mode = 'batch'  # draw once per 'batch', or once per image ('elem')
+    config.mix.off_epoch = 0.0  # no mixing from this epoch on; 0: mixing in all epochs
     config.label_smoothing = 0.1
 
 
 class Classification(Task):
-    """One label to an image.
+    """Classification of images with one label each.
 
-    A batch holds `image` (N, H, W, C) uint8 and `label` (N,) int32; augmented, `image` is float and normalised, and
-    `target` (N, classes) takes the label's place.
+    A batch has `image` (N, H, W, C) uint8 and `label` (N,) int32. After `augment`, it has `image` (N, H, W, C) float32,
+    normalised, and `target` (N, classes) float32.
     """
 
     headline = Headline('top1', 'top-1', ' %')
@@ -95,12 +95,12 @@ class Classification(Task):
     def problems(self) -> list[str]:
         scale = self.config.data.crop_scale
         if scale and not (len(scale) == 2 and all(isinstance(value, int | float) for value in scale)):
-            return [f'data.crop_scale must be two shares of the area, 0 < least ≤ most ≤ 1, not {scale}']
+            return [f'data.crop_scale must be two numbers with 0 < minimum ≤ maximum ≤ 1, or (), not {scale}']
         return []
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """The number of channels of the images."""
         return len(self.config.data.mean)
 
     @property
@@ -108,19 +108,22 @@ class Classification(Task):
         return image_features(self.config.data.image_size, self.channels)
 
     def open(self) -> tuple[TrainImages, EvalImages]:
-        """Opens both splits, with the labels that the training split gives the classes; sets `model.num_classes`.
+        """Opens the training and the evaluation split, and sets `model.num_classes` if it is 0.
 
-        Warns if the evaluation split lacks a class.
+        Both use the labels of the training split. Warns if a class is missing in the evaluation split.
 
         Raises:
-            UserError: as `open_source`; the training split has one class, several labels to an image, or more classes
-                than `model.num_classes`; or the evaluation split has a class that it lacks.
+            UserError: as for `open_source`; the training split has only one class, several labels per image, or more
+                classes than `model.num_classes`; or the evaluation split has classes that the training split lacks.
         """
         data = self.config.data
         train = open_source(data.name, data.dir, data.train_split)
         evaluation = open_source(data.name, data.dir, data.eval_split)
-        if train.multi_label:
-            raise UserError(f'{data.name} has images of several labels or none: it is for evaluation')
+        if train.many_labels:
+            raise UserError(
+                f'{data.name} has images with several labels or none, and can only be used for evaluation: choose '
+                'another data.name'
+            )
         check_has_classes(train, f'split {data.train_split}')
         classes = len(train.class_names)
         missing = classes - len(evaluation.class_names)
@@ -129,27 +132,29 @@ class Classification(Task):
         except UserError as error:
             raise UserError(f'split {data.eval_split} does not fit: {error}') from error
         if missing:
-            _warn(f'{missing} of {classes} classes are not in split {data.eval_split}')
+            _warn(f'{missing} of {classes} classes are missing in split {data.eval_split}')
         self._set_classes(classes)
         images = TrainImages(train, data.image_size, self.channels, crop_scale=data.crop_scale, exact=data.exact)
         return images, self._eval_images(evaluation)
 
     def _set_classes(self, classes: int) -> None:
-        """Sets `model.num_classes` to the data set's if it is 0."""
+        """Sets `model.num_classes` if it is 0, or checks that it is large enough."""
         model = self.config.model
         if model.num_classes == 0:
             model.num_classes = classes
         elif model.num_classes < classes:
             raise UserError(
                 f'model.num_classes={model.num_classes}, but {self.config.data.name} has {classes} classes: '
-                f'give {classes}, or 0 for as many as there are'
+                f'set it to {classes}, or to 0 for the number of classes of the data set'
             )
 
     def open_split(self, name: str, split: str, facts: Mapping[str, Any]) -> EvalImages:
-        """Opens a split with the labels of the network's outputs, matched by class name; warns of what is trusted.
+        """Opens a split, and maps its labels to outputs of the network by class name.
+
+        Warns if the mapping could not be verified.
 
         Raises:
-            UserError: as `open_source` and `with_classes_of_model`.
+            UserError: as for `open_source` and `with_classes_of_model`.
         """
         try:
             source = open_source(name, self.config.data.dir, split)
@@ -177,7 +182,7 @@ class Classification(Task):
         return Accuracy(data.mean, data.std, source.class_names, source.eval_classes, self.config.eval.flip)
 
     def assume_data(self) -> None:
-        """As many classes as ImageNet-1k, where `model.num_classes` is 0."""
+        """Sets `model.num_classes` to 1,000 (ImageNet-1k) if it is 0."""
         self.config.model.num_classes = self.config.model.num_classes or 1000
 
     def _variant(self) -> Variant:
@@ -186,15 +191,15 @@ class Classification(Task):
         return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
 
     def build(self, key: jax.Array) -> ConvNeXt:
-        """Builds the network with new parameters.
+        """Builds the classifier with random parameters.
 
         Raises:
-            UserError: as `ConvNeXt`, or the images are too small for it.
+            UserError: as for `ConvNeXt`, or the images are smaller than the total stride of the network.
         """
         model, size, variant = self.config.model, self.config.data.image_size, self._variant()
         if size < variant.total_stride:
             raise UserError(
-                f'data.image_size={size} is below the total stride {variant.total_stride} of {model.name}: enlarge it, '
+                f'data.image_size={size} is below the total stride {variant.total_stride} of {model.name}: raise it, '
                 f'or lower model.patch_size={variant.patch_size}'
             )
         execution = Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
@@ -214,12 +219,13 @@ class Classification(Task):
         return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
 
     def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-        """Each output of the head starts from the weights' output for the class of that name, the others are new.
+        """Copies the loaded weights, and matches the outputs of the head by class name.
 
-        Where the weights have no head, it is new, and so is the norm before it if they lack that too.
+        Outputs for classes that the loaded weights do not have are newly initialised. If the loaded weights have no
+        head, or neither head nor final norm, these are newly initialised as well.
 
         Raises:
-            UserError: the head would start from one that is not a softmax over classes.
+            UserError: the loaded head was not trained with a softmax over classes.
         """
         loaded, pretrained = trained.weights, trained.pretrained
         if 'head.bias' not in loaded:
@@ -229,7 +235,7 @@ class Classification(Task):
         head, note = _matched_head(loaded, initial, names, facts['class names'], self.config.init.head)
         if head and pretrained and pretrained.activation != 'softmax':
             reason = _describe_head(pretrained, trained.where)
-            raise UserError(f'{reason}. --config.init.head=new starts a new head')
+            raise UserError(f'{reason}; use --config.init.head=new for a newly initialised head')
         return loaded | (head or {name: initial[name] for name in HEAD}), [note] if note else []
 
     def pretrained(self, model: ConvNeXt, facts: Mapping[str, Any]) -> Pretrained:
@@ -246,10 +252,12 @@ class Classification(Task):
         return Pretrained(model, 'convnext_jax', (*names, *unnamed), processor, (), [])
 
     def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
-        """Images are prepared as the weights' folder says; if it says nothing, as the config says.
+        """The config for an evaluation of weights of another library.
+
+        Preprocessing is the one stored with the weights, or else the one of the config.
 
         Raises:
-            UserError: the head is not a softmax over several classes.
+            UserError: the head was not trained with a softmax over several classes.
         """
         if pretrained.activation != 'softmax':
             raise UserError(_describe_head(pretrained, where))
@@ -264,7 +272,7 @@ class Classification(Task):
         return config
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
-        """Augments each image by its key, and mixes images and targets until `config.mix.off_epoch`."""
+        """Augments each image with its key, and mixes images and targets before `config.mix.off_epoch`."""
         config = self.config
         images = augment(batch['image'], keys, mean=config.data.mean, std=config.data.std, **config.augment)
         one_hot = jax.nn.one_hot(batch['label'], config.model.num_classes)
@@ -282,7 +290,7 @@ class Classification(Task):
         return {'image': images, 'target': targets}
 
     def loss(self, model: ConvNeXt, batch: Batch, keys: jax.Array) -> Loss:
-        """The cross-entropy of each example, with weight 1."""
+        """The cross-entropy. Each example has weight 1."""
         losses = optax.softmax_cross_entropy(model(batch['image'], key=keys), batch['target'])
         return Loss(losses.sum(), jnp.float32(losses.size))
 
@@ -290,7 +298,16 @@ class Classification(Task):
 def _matched_head(
     loaded: Weights, initial: Weights, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
 ) -> tuple[Weights, str]:
-    """The head with the outputs that it keeps, {} if it keeps none; and a line for the user, or ''."""
+    """The initial head with the loaded outputs for known classes, and a message for the user.
+
+    Args:
+        loaded, initial: weights that contain a head.
+        old_names, new_names: class names of the loaded and of the new outputs. `old_names` may be None.
+        rule: `config.init.head`.
+
+    Returns:
+        The head, {} if no output is copied; and the message, '' if there is none.
+    """
     if rule == 'new':
         return {}, 'the head is newly initialised'
     outputs, old_outputs = initial['head.bias'].size, loaded['head.bias'].size
@@ -309,16 +326,16 @@ def _matched_head(
 
 
 def _describe_head(pretrained: Pretrained, where: str) -> str:
-    """The reason why a head is neither trained nor evaluated here."""
+    """The reason why a head can be neither trained nor evaluated as a classifier with softmax."""
     outputs = pretrained.model.head.bias.size
     kind = pretrained.problem_type or 'a sigmoid of each output'
     return (
-        f'the head of {where} is for {kind}, with {outputs} output(s): training and evaluation here choose one of '
-        'several classes by a softmax'
+        f'the head of {where} is for {kind}, with {outputs} output(s), but training and evaluation need a softmax over '
+        'several classes'
     )
 
 
 def _warn(line: str) -> None:
-    """Warns once, whatever the number of processes."""
+    """Warns on process 0 only."""
     if jax.process_index() == 0:
         warnings.warn(line, stacklevel=3)

@@ -1,4 +1,4 @@
-"""The contract between a task and the code that trains any task: everything on the device is a pure function."""
+"""Task, the interface between a task and the training code. Everything that runs on the device is a pure function."""
 
 import abc
 from collections.abc import Mapping
@@ -17,29 +17,30 @@ from convnext_jax.models import Weights
 
 
 class Loss(NamedTuple):
-    """The loss of some examples as sums, so that devices, accumulation steps and padding combine exactly.
+    """The loss of a part of a batch, as sums that can be added over devices and accumulation steps.
 
-    The loss of a step is the sum of all totals divided by the sum of all weights.
+    The loss of a training step is the sum of all `total` divided by the sum of all `weight`.
 
     Attributes:
-        total: float32 scalar, the weighted sum of the losses.
-        weight: float32 scalar, the sum of the weights: how many examples, labelled pixels, masked patches or boxes.
-        terms: name → float32 scalar: further sums over the same weight, for the log alone.
+        total: float32 scalar, weighted sum of the losses.
+        weight: float32 scalar, sum of the weights, for example the number of examples, labelled pixels, masked patches
+            or boxes.
+        terms: name → float32 scalar: further sums to log, each divided by `weight`.
     """
 
     total: jax.Array
     weight: jax.Array
-    terms: dict[str, jax.Array] = {}  # noqa: RUF012 - nobody changes it
+    terms: dict[str, jax.Array] = {}  # noqa: RUF012 - never modified
 
 
 class LoadedWeights(NamedTuple):
-    """Trained weights that a run starts from.
+    """Trained weights from which a run starts.
 
     Attributes:
         weights: name → array.
-        facts: `Dataset.facts` of the data they were trained on; {} if unknown.
-        where: they are, for messages.
-        pretrained: the file of another library, read; None for a run of this package.
+        facts: `Dataset.facts` of the data that they were trained on; {} if unknown.
+        where: path or hub id, for messages.
+        pretrained: what else was read from a file of another library; None for the checkpoint of a run.
     """
 
     weights: Weights
@@ -49,12 +50,12 @@ class LoadedWeights(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What an evaluation measures on a batch, or over all batches of a split.
+    """Measurements of an evaluation, on a batch or over a whole split.
 
     Attributes:
-        sums: name → array that adds up over batches: counts, a confusion matrix. Over a split they are float64.
-        examples: name → (N, …) results of each example: detections, features. Over a split they are in its order, and
-            rows that only filled up a batch are left out.
+        sums: name → array that is added over batches, such as a count or a confusion matrix. float64 over a split.
+        examples: name → (N, …) array with a result for each example, such as features. Over a split, the results are in
+            the order of the split, without padding.
     """
 
     sums: Mapping[str, jax.Array | np.ndarray] = {}
@@ -62,34 +63,42 @@ class Measured(NamedTuple):
 
 
 class Evaluator(abc.ABC):
-    """How a split is evaluated."""
+    """Computes the metrics of a split."""
 
     @abc.abstractmethod
     def measure(self, model: nnx.Module, batch: Batch) -> Measured:
-        """Measures a batch on the devices; jitted by the caller.
+        """Measures a batch on the device. The caller jits it.
 
         Args:
-            model: the network, in inference.
-            batch: as the data pipeline gives it, with `weight`, which is 0 where a row only fills up the batch.
+            model: the network, for inference.
+            batch: from the data pipeline, with `weight` (N,) float32, which is 0 for padding.
         """
 
     @abc.abstractmethod
     def summary(self, measured: Measured) -> dict[str, float]:
-        """The metrics of a split, on the host; the task's headline among them, and `loss` if there is one."""
+        """Computes the metrics of a split on the host: the headline of the task, `loss` if there is one, and others.
+
+        Args:
+            measured: over the whole split.
+        """
 
     def table(self, measured: Measured) -> list[dict[str, object]]:
-        """The rows of a table with finer results, such as one for each class; all with the same columns."""
+        """Rows of a table with detailed results, such as one row for each class. All rows have the same columns.
+
+        Args:
+            measured: over the whole split.
+        """
         return []
 
 
 class Headline(NamedTuple):
-    """The metric that stands for an evaluation in the log, the curves and the choice of the best checkpoint.
+    """The main metric of a task, for the log, the curves and the choice of the best checkpoint.
 
     Attributes:
-        name: among the metrics of an evaluation: 'top1'.
-        title: in words: 'top-1'.
-        unit: behind its value: ' %', or ''.
-        lowest: whether the lowest value is the best, as of a loss.
+        name: key in the metrics of an evaluation, such as 'top1'.
+        title: for people, such as 'top-1'.
+        unit: appended to the value, such as ' %' or ''.
+        lowest: whether lower values are better, as for a loss.
     """
 
     name: str
@@ -98,10 +107,10 @@ class Headline(NamedTuple):
     lowest: bool = False
 
     def describe(self, metrics: Mapping[str, float | None]) -> str:
-        """Gives the metric's value, and the moving average's value if there is one, in words.
+        """The value of the metric as text, for the raw weights and, if there is one, for the moving average.
 
         Args:
-            metrics: of an evaluation; None, as in records, stands for a value that is not finite.
+            metrics: of an evaluation. None stands for a value that is not finite.
         """
 
         def value(name: str) -> str:
@@ -112,11 +121,11 @@ class Headline(NamedTuple):
 
 
 class Task(abc.ABC):
-    """What a run learns.
+    """A task that a run learns, such as classification.
 
     Attributes:
-        headline: the metric that stands for an evaluation.
-        fields: the config fields of the task, besides those that all experiments have.
+        headline: the main metric.
+        fields: the config fields of the task, in addition to those of all experiments.
 
     Args:
         config: of the experiment.
@@ -129,114 +138,117 @@ class Task(abc.ABC):
         self.config = config
 
     def problems(self) -> list[str]:
-        """A line for each value of the config that is wrong, besides those that `fields` refuses."""
+        """A message for each invalid value in the config, in addition to the checks of `fields`."""
         return []
 
     @property
     @abc.abstractmethod
     def features(self) -> Features:
-        """The arrays of a training example. They follow from the config alone: no data is needed."""
+        """Name → shape and dtype of the arrays of a training example. They follow from the config, without data."""
 
     @abc.abstractmethod
     def open(self) -> tuple[Dataset, Dataset]:
         """Opens the training and the evaluation split, and sets the config fields that follow from the data.
 
         Raises:
-            UserError: a split is not there, or the two do not fit each other or the config.
+            UserError: a split does not exist, or the splits do not fit each other or the config.
         """
 
     @abc.abstractmethod
     def open_split(self, name: str, split: str, facts: Mapping[str, Any]) -> Dataset:
-        """Opens a split to evaluate a trained network on.
+        """Opens a split for the evaluation of a trained network.
 
         Args:
-            name: of the data set, in the config's `data.dir`.
+            name: of the data set in `config.data.dir`.
             split: of the data set.
             facts: `Dataset.facts` of the data that the network was trained on; {} if unknown.
 
         Raises:
-            UserError: the split is not there, or the network does not fit it.
+            UserError: the split does not exist, or does not fit the network.
         """
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
-        """Prepares the global batch on the devices for `loss`.
+        """Augments the global batch on the devices. The result is the argument of `loss`.
 
         Args:
-            batch: as the data pipeline gives it.
-            keys: (N,) random keys, one for each example: what an example draws depends on its key alone.
-            batch_key: for what is drawn once for the batch.
-            epoch: float32 scalar, passes over the training split so far.
+            batch: from the data pipeline.
+            keys: (N,) random keys, one for each example. All draws for an example must use its key.
+            batch_key: random key for draws that concern the whole batch.
+            epoch: float32 scalar, number of epochs so far.
         """
         return batch
 
     def assume_data(self) -> None:  # noqa: B027 - few tasks need it
-        """Sets the config fields that `open` would set, for a program without data."""
+        """Sets the config fields that `open` sets, to compile a program without data."""
 
     @abc.abstractmethod
     def build(self, key: jax.Array) -> nnx.Module:
-        """Builds the network with new parameters. Its `variant` is the architecture of its trunk.
+        """Builds the network with random parameters.
 
         Args:
-            key: random key of the parameters.
+            key: random key for the parameters.
+
+        Returns:
+            The network. Its attribute `variant` is a `Variant`, the architecture of its trunk.
 
         Raises:
-            UserError: the config does not describe a network.
+            UserError: values of the config do not fit the network.
         """
 
     @property
     @abc.abstractmethod
     def multiply_adds(self) -> int:
-        """Multiply-adds of the network's forward pass on one example."""
+        """The number of multiply-adds of the forward pass for one example."""
 
     def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-        """Chooses the first parameters of a run that starts from trained weights.
+        """Chooses the initial weights of a run that starts from trained weights.
 
         Args:
-            initial: the new parameters and statistics of the network.
+            initial: newly initialised parameters and statistics.
             trained: the weights to start from.
             facts: `Dataset.facts` of the training split.
 
         Returns:
-            The parameters, which must have the names and shapes of the initial ones; and lines for the user.
+            Weights with the names and shapes of `initial`, and messages for the user.
 
         Raises:
-            UserError: the weights are not for this task.
+            UserError: the trained weights are for another task.
         """
         return trained.weights, []
 
     def pretrained(self, model: nnx.Module, facts: Mapping[str, Any]) -> Pretrained:
-        """A trained network as the commands that predict, convert and export take it.
+        """A trained network in the form that the commands predict, convert and export need.
 
         Args:
             model: the network.
-            facts: `Dataset.facts` of the data it was trained on.
+            facts: `Dataset.facts` of the data that it was trained on.
 
         Raises:
-            UserError: these commands are not for this task.
+            UserError: these commands do not support the task.
         """
-        raise UserError(f'a network of the task {self.config.task} cannot be used here')
+        raise UserError(f'this command does not support the task {self.config.task}')
 
     def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
-        """The config with which another library's weights are evaluated.
+        """The config for an evaluation of weights of another library.
 
         Args:
-            pretrained: the weights.
-            where: they are, for messages.
+            pretrained: the weights, with their preprocessing if it is known.
+            where: path or hub id of the weights, for messages.
 
         Raises:
-            UserError: the weights are not for this task.
+            UserError: the weights are for another task.
         """
-        raise UserError(f'{where} cannot be evaluated by the task {self.config.task}')
+        raise UserError(f'the task {self.config.task} cannot evaluate {where}: evaluate a run with --workdir')
 
     @abc.abstractmethod
     def evaluator(self, dataset: Dataset) -> Evaluator:
-        """How a split is evaluated that `open` or `open_split` gave."""
+        """The evaluator for a split that `open` or `open_split` returned."""
 
     def figures(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
-        """Draws pictures at each evaluation, on the devices; jitted by the caller.
+        """Draws figures at each evaluation, on the devices. The caller jits it.
 
         Args:
-            model: the network, in inference, with the moving average of its parameters if there is one.
+            model: the network, for inference, with the moving average of its weights if there is one.
             batch: the first examples of the evaluation split.
 
         Returns:
@@ -246,11 +258,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> Loss:
-        """Computes the loss of the examples that one device has.
+        """Computes the loss of the examples on one device.
 
         Args:
-            model: the network with the parameters and statistics of this step. The mean over the
-                devices of the statistics that it holds afterwards goes into the next step.
-            batch: what `augment` returned, this device's examples.
-            keys: (N,) random keys, one for each example, for the network.
+            model: the network with the parameters and statistics of this step. If the call updates its statistics,
+                the next step gets their mean over the devices.
+            batch: the part of the result of `augment` on this device.
+            keys: (N,) random keys for the network, one for each example.
         """

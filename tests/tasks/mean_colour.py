@@ -1,4 +1,4 @@
-"""A task of a few lines: the mean colour of an image, from examples of uneven weight, with a running statistic."""
+"""A small task for tests: predict the mean colour of an image, with weighted examples and a running statistic."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ FEATURES = {'image': jax.ShapeDtypeStruct((16, 16, 3), np.float32), 'weight': ja
 
 
 class Colours(Dataset):
-    """Images of noise around a colour; every fifth has no weight."""
+    """Images of noise around a colour. Every fifth image has weight 0."""
 
     features, facts = FEATURES, {'noise': 'normal'}
 
@@ -35,7 +35,7 @@ class Colours(Dataset):
 
 
 class Network(ConvNeXt):
-    """Learns how far an image's colour is from the colours seen so far, of which it keeps a running mean."""
+    """Predicts the difference between the colour of an image and the running mean of earlier colours."""
 
     def __init__(self, key):
         super().__init__(VARIANT, key=key, num_classes=3, drop_path_rate=0.2)
@@ -60,7 +60,7 @@ class Errors(Evaluator):
 
 
 class MeanColour(Task):
-    """Learns the mean colour of an image; an image may weigh more than another, or nothing."""
+    """Predicts the mean colour of an image. Examples have different weights, some of them 0."""
 
     headline = Headline('close', 'close', ' %')
     fields = Fields(lambda config: None)

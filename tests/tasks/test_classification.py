@@ -1,4 +1,4 @@
-"""What classification demands of its data: classes, labels, shapes."""
+"""The classification task: classes and labels of its data, initial weights, and preprocessing of other weights."""
 
 import unicodedata
 
@@ -28,26 +28,29 @@ def write(directory, *names):
         Image.new('RGB', (4, 4)).save(path)
 
 
-def test_evaluation_labels_are_those_of_the_training_split(tmp_path):
-    """A validation folder without one class, or written by a Mac, scored the others under wrong labels."""
+def test_the_evaluation_split_uses_the_labels_of_the_training_split(tmp_path):
+    """If the validation folder has no images of a class, or was written by a Mac, accuracy uses wrong labels."""
     write(tmp_path, 'train/ant', 'train/bee', 'train/żubr', 'val/bee', f'val/{unicodedata.normalize("NFD", "żubr")}')
     config = config_of(tmp_path)
-    with pytest.warns(UserWarning, match='^1 of 3 classes are not in split val$'):
+    with pytest.warns(UserWarning, match='^1 of 3 classes are missing in split val$'):
         train, evaluation = make_task(config).open()
     assert evaluation.facts == train.facts == {'class names': ['ant', 'bee', 'żubr']}
     assert [evaluation.load(index)['label'] for index in range(2)] == [1, 2]
     assert config.model.num_classes == 3
-    assert train.features == make_task(config).features, 'the step is compiled for others than those that come'
+    assert train.features == make_task(config).features, (
+        'the step is compiled for other arrays than the loader delivers'
+    )
 
 
-def test_a_class_that_training_lacks_is_refused(tmp_path):
-    """No output of the model means it: every image of it would count as wrong."""
+def test_an_evaluation_class_that_is_not_in_training_is_refused(tmp_path):
+    """All its images silently count as wrong, because no output of the model stands for the class."""
     write(tmp_path, 'train/ant', 'train/bee', 'val/ant', 'val/dog')
     with pytest.raises(UserError, match='^split val does not fit: split train lacks these classes: dog$'):
         make_task(config_of(tmp_path)).open()
 
 
 def test_one_class_is_refused_and_the_message_says_where_the_classes_are(tmp_path):
+    """A wrong folder level trains a classifier with a single class."""
     write(tmp_path, 'train/images/ant', 'train/images/bee', 'val/images/ant', 'val/images/bee')
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="^split train has one class, 'images', .* with the split train/images$"):
@@ -61,7 +64,7 @@ def small_model(seed, classes=2):
 
 
 def test_weights_without_a_head_get_a_new_one():
-    """Pre-training by FCMAE leaves an encoder: without the norm and the head it was refused as another architecture."""
+    """An encoder from FCMAE pre-training, which has neither norm nor head, is refused as another architecture."""
     initial, trained = (get_parameters(small_model(seed)) for seed in range(2))
     encoder = {name: x for name, x in trained.items() if not name.startswith(('norm.', 'head.'))}
     facts = {'class names': ['ant', 'bee']}
@@ -71,8 +74,8 @@ def test_weights_without_a_head_get_a_new_one():
         np.testing.assert_array_equal(x, encoder.get(name, initial[name]))
 
 
-def test_images_are_prepared_as_other_weights_want_them(tmp_path):
-    """A figure of squashed images, or by another filter, is not the published one."""
+def test_an_evaluation_uses_the_preprocessing_stored_with_the_weights(tmp_path):
+    """Published accuracies cannot be reproduced with another resize or filter."""
     write(tmp_path, 'val/ant', 'val/bee')
     config = config_of(tmp_path)
     processor = ImageProcessor(32, 0.9, resample=2, squash=False, rescale_factor=1 / 127.5, mean=(1, 1, 1))

@@ -1,4 +1,4 @@
-"""The contract of tasks: sums, weights and terms in the step, the headline, and the real loop on a task of its own."""
+"""The interface of tasks: sums, weights and terms in the step, the headline, and the training loop on a small task."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ from tests.tasks.mean_colour import Colours, Errors, MeanColour
 
 
 class WithoutStatistic(MeanColour):
-    """Its gradients can be accumulated, and some of its kernels are sharded."""
+    """The task without statistics, so that gradients can be accumulated; some of its kernels can be sharded."""
 
     def build(self, key):
         variant = Variant((1, 1), (64, 128), patch_size=2, grn=True, layer_scale_init=0)
@@ -36,7 +36,7 @@ class WithoutStatistic(MeanColour):
 
 
 def build(batch_size, accumulation_steps=1, axes=(1, 1)):
-    """A step of the task on a mesh, and its first state."""
+    """The training step of the task on a mesh, as a function of the batch alone."""
     config = default_config()
     task = WithoutStatistic(config)
     config.batch_size, config.accumulation_steps, config.ema.decay = batch_size, accumulation_steps, 0.5
@@ -54,7 +54,7 @@ def build(batch_size, accumulation_steps=1, axes=(1, 1)):
 
 
 def first_moment(state):
-    """A tenth of the gradient, after one step."""
+    """Adam's first moment after one step, which is a tenth of the gradient."""
     return jax.device_get(next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState)))
 
 
@@ -66,7 +66,7 @@ def make_batch(weights):
     }
 
 
-WEIGHTS = [3, 0, 0, 0.5, 0, 0, 0, 7]  # uneven over devices and parts: a mean of means would be another loss
+WEIGHTS = [3, 0, 0, 0.5, 0, 0, 0, 7]  # uneven over devices and parts, so that a mean of means is another loss
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +78,7 @@ def alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(('parts', 'axes'), [(4, (1, 1)), (1, (4, 2)), (2, (2, 2))])
 def test_uneven_weights_combine_exactly_over_parts_and_devices(alone, parts, axes):
-    """A device whose pixels are mostly unlabelled must not count as much as the others."""
+    """The loss depends on the number of devices, if a device with mostly unlabelled pixels counts like the others."""
     moments, metrics = alone
     state, others = build(8, parts, axes)(make_batch(WEIGHTS))
     assert others['loss'] == pytest.approx(metrics['loss'], rel=1e-5)
@@ -88,19 +88,20 @@ def test_uneven_weights_combine_exactly_over_parts_and_devices(alone, parts, axe
 
 
 def test_terms_are_logged_over_the_same_weight(alone):
-    """A task's parts of the loss must add up to it in the log."""
+    """The logged terms of a loss do not add up to the loss."""
     _, metrics = alone
     assert 0 < metrics['first'] <= metrics['loss']
 
 
 def test_a_batch_without_weight_changes_nothing_but_decay():
-    """A batch of unlabelled pixels alone: 0 / 0 would count as a broken step, and ten of them stop the run."""
+    """A batch with only unlabelled pixels gives 0 / 0, which is skipped as not finite, and ten of them stop the run."""
     state, metrics = build(8)(make_batch([0] * 8))
     assert (metrics['loss'], metrics['grad_norm'], metrics['skipped']) == (0, 0, 0)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.parameters))
 
 
-def test_the_headline_shows_what_the_records_hold():
+def test_the_headline_describes_a_record():
+    """A run whose metric is NaN fails while it prints its last line."""
     headline = Headline('top1', 'top-1', ' %')
     assert headline.describe({'top1': 50.0, 'loss': 1.0}) == 'top-1 50.00 %'
     assert headline.describe({'top1': 50.0, 'ema_top1': None}) == 'top-1 50.00 %, EMA not finite'
@@ -108,7 +109,7 @@ def test_the_headline_shows_what_the_records_hold():
 
 @pytest.fixture
 def mean_colour(monkeypatch):
-    """The config of a few steps of the task."""
+    """A config for a short run of the small task, which is registered."""
     monkeypatch.setitem(tasks.TASKS, 'mean_colour', 'tests.tasks.mean_colour:MeanColour')
     config = default_config('mean_colour')
     config.update_from_flattened_dict(
@@ -130,10 +131,10 @@ def losses(run):
 
 
 def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
-    """A task that needs a change in the loop has a copy of the loop sooner or later.
+    """A new task needs changes in the training loop, or a copy of it.
 
-    Trained, stopped in an evaluation, resumed on another mesh and evaluated: the unbroken run, every example counted
-    once.
+    The run is stopped during an evaluation, resumed on another mesh and evaluated. Its results equal those of an
+    uninterrupted run, and each example counts once.
     """
     unbroken, run = tmp_path / 'unbroken', tmp_path / 'run'
     train(mean_colour.copy_and_resolve_references(), unbroken)
@@ -158,8 +159,10 @@ def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
         restore_parameters(workdir / 'checkpoints', 12, 'parameters')['seen'] for workdir in (run, unbroken)
     )
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
-    assert np.abs(expected).min() > 0, 'the running statistic moves'
-    assert all('first' in record for record in read_records(run) if record['split'] == 'train'), 'a term is recorded'
+    assert np.abs(expected).min() > 0, 'the running statistic was not updated'
+    assert all('first' in record for record in read_records(run) if record['split'] == 'train'), (
+        'a term is not recorded'
+    )
     assert json.loads((run / 'config.json').read_text())['task'] == 'mean_colour'
 
     images = [Colours(20).load(index) for index in range(20)]
@@ -169,7 +172,7 @@ def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
     errors = np.square(colours - pixels.mean((1, 2))).sum(-1)
     evaluation.main(['eval.py', f'--workdir={run}', '--splits=any@20', '--params=ema'])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result['images'] == 16, 'every fifth has no weight'
+    assert result['images'] == 16, 'every fifth image has weight 0'
     assert result['loss'] == pytest.approx((errors * weights).sum() / weights.sum(), rel=1e-5)
     assert result['close'] == 50, 'the results of padding are among the examples'
 
@@ -180,7 +183,7 @@ def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
 
 
 def test_other_data_are_refused_when_a_run_of_any_task_resumes(mean_colour, tmp_path, monkeypatch):
-    """The steps from there on would be those of another run."""
+    """A run silently continues with other data."""
     mean_colour.steps = 2
     train(mean_colour, tmp_path)
     mean_colour.steps = 4
@@ -190,7 +193,7 @@ def test_other_data_are_refused_when_a_run_of_any_task_resumes(mean_colour, tmp_
 
 
 def test_a_config_belongs_to_its_task(mean_colour):
-    """With another task's name it would train with fields that nobody has set."""
+    """With the name of another task, a run trains with fields that nobody has set."""
     assert 'mix' not in mean_colour
     assert from_dict(as_dict(mean_colour)) == mean_colour
     mean_colour.task = 'classification'

@@ -38,7 +38,9 @@ def test_heads_that_are_not_a_softmax_are_not_trained_or_judged_as_one(tmp_path,
         # Raised before the data is opened.
         next(evaluate_weights(default_config(), str(tmp_path / 'out'), 'raw', EvaluationProtocol()))
     mine = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=classes))
-    with pytest.raises(UserError, match=f'the head of .*out is for {called}.*--config.init.head=new starts a new head'):
+    with pytest.raises(
+        UserError, match=f'the head of .*out is for {called}.*--config.init.head=new for a newly initialised head'
+    ):
         load(tmp_path / 'out', mine, list('abc')[:classes])
     loaded, notes = load(tmp_path / 'out', mine, list('abc')[:classes], head='new')
     np.testing.assert_array_equal(loaded['head.kernel'], mine['head.kernel'])
