@@ -1,4 +1,4 @@
-"""The import arrows of the design, held by reading every module's imports."""
+"""The allowed import directions between the parts of the package, checked on the source of every module."""
 
 import ast
 import re
@@ -10,8 +10,8 @@ import convnext_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = 'convnext_jax'
-# Part of the package → the parts it may import, besides itself. A part that is not named here may import anything
-# but the commands.
+# Part of the package → other parts that it may import. Parts that are not listed may import all parts except the
+# commands.
 ALLOWED = {
     'errors': set(),
     'paths': {'errors'},
@@ -43,7 +43,7 @@ def module_name(path):
 
 
 def imports(path):
-    """Absolute names of all that a file imports, anywhere in it."""
+    """The absolute names of everything that a file imports, at any level."""
     name, names = module_name(path), set()
     package = name if path.name == '__init__.py' else name.rpartition('.')[0]
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
@@ -57,7 +57,7 @@ def imports(path):
 
 
 def part(name):
-    """'convnext_jax.models.layers.GRN' → 'models'; a name of the package's own front is 'front'."""
+    """'convnext_jax.models.layers.GRN' → 'models'; a name defined in convnext_jax/__init__.py → 'front'."""
     inside = name.split('.')[1:]
     if not inside:
         return 'front'
@@ -69,7 +69,7 @@ FILES = sorted((ROOT / PACKAGE).rglob('*.py'))
 
 
 def test_files_are_found_and_their_imports_are_read():
-    """If this reads nothing, the tests below hold nothing."""
+    """The other tests of this file pass without checking anything."""
     by_name = {module_name(path): imports(path) for path in FILES}
     assert {f'{PACKAGE}.models.layers', f'{PACKAGE}.data.pipeline', f'{PACKAGE}.training.loop'} <= by_name.keys()
     assert f'{PACKAGE}.models.with_parameters' in by_name[f'{PACKAGE}.training.evaluation']
@@ -81,8 +81,8 @@ def test_files_are_found_and_their_imports_are_read():
 
 
 @pytest.mark.parametrize('path', FILES, ids=module_name)
-def test_arrows_run_one_way(path):
-    """A model that knows its training cannot be used without it; a cycle breaks `import convnext_jax`."""
+def test_imports_run_one_way(path):
+    """A model cannot be used without the training code, or an import cycle breaks `import convnext_jax`."""
     own = part(module_name(path))
     used = {part(name) for name in imports(path) if name.split('.')[0] == PACKAGE} - {own}
     assert used <= ALLOWED.get(own, used), f'{own} may not import {used - ALLOWED.get(own, used)}'
@@ -90,15 +90,15 @@ def test_arrows_run_one_way(path):
         assert not used & COMMANDS
 
 
-def test_the_front_gives_all_that_it_names():
-    """`import convnext_jax as cx` is how everybody begins."""
+def test_all_names_in_all_exist():
+    """`cx.NAME` raises AttributeError for a documented name."""
     assert [name for name in convnext_jax.__all__ if not hasattr(convnext_jax, name)] == []
     assert convnext_jax.__version__
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / PACKAGE / 'training').rglob('*.py')), ids=module_name)
-def test_training_knows_tasks_by_their_front_alone(path):
-    """A loop that imports one task's file has a branch for it sooner or later."""
+def test_training_imports_only_the_interface_of_tasks(path):
+    """The training loop gets special cases for single tasks."""
     below = {name for name in imports(path) if name.startswith(f'{PACKAGE}.tasks.')}
     assert {name.count('.') for name in below} <= {2}, below
     assert not below & {module_name(file) for file in (ROOT / PACKAGE / 'tasks').glob('*.py')}
@@ -106,7 +106,7 @@ def test_training_knows_tasks_by_their_front_alone(path):
 
 @pytest.mark.parametrize('path', FILES, ids=module_name)
 def test_the_package_runs_without_the_repository(path):
-    """`pip install` brings the package alone: an import from the folders beside it fails at every user's start."""
+    """The installed package, which contains neither tests nor benchmarks, fails at import."""
     assert not {name.split('.')[0] for name in imports(path)} & NOT_INSTALLED
 
 
@@ -118,17 +118,17 @@ GENERIC = [
 
 
 @pytest.mark.parametrize('path', GENERIC, ids=module_name)
-def test_generic_code_names_nothing_of_classification(path):
-    """A loop that knows of classes is one that no other task can use."""
+def test_generic_code_does_not_mention_classification(path):
+    """The training loop works for classification only."""
     words = re.compile(r"class.?name|num_classes|one_hot|top.?1|['`]label", re.IGNORECASE)
     assert not words.findall(path.read_text(encoding='utf-8'))
 
 
 @pytest.mark.parametrize('path', sorted(COMPARE.rglob('*.py')), ids=module_name)
 def test_a_benchmarked_process_holds_one_library(path):
-    """Two libraries in one process share memory and threads, and the figures of both are wrong."""
+    """Two libraries in one process share memory and threads, which distorts the figures of both."""
     used = {name.split('.')[0] for name in imports(path)}
-    if path.name not in ('on_torch.py', 'timm_models.py'):  # the latter only counts, in the command's process
+    if path.name not in ('on_torch.py', 'timm_models.py'):  # timm_models.py only counts, in the process of the command
         assert not used & {'torch', 'timm', 'transformers'}
     if path.parent.name == 'baselines':
         assert path.name == 'ours.py' or PACKAGE not in used
@@ -140,5 +140,5 @@ def test_a_benchmarked_process_holds_one_library(path):
     'path', [*FILES, *sorted((ROOT / 'configs').glob('*.py')), *sorted(ROOT.glob('*.py'))], ids=module_name
 )
 def test_nothing_imports_the_scripts(path):
-    """train.py and eval.py hold flags alone; whoever imports them defines the flags a second time."""
+    """A module that imports train.py or eval.py fails after installation, because the scripts are not installed."""
     assert not {name.split('.')[0] for name in imports(path)} & SCRIPTS

@@ -1,8 +1,8 @@
-"""Every published recipe is stored field by field, so that a number that changes shows in review.
+"""Golden files of all recipes: an accidental change of a hyperparameter fails here.
 
-    python -m tests.test_configs    # writes tests/golden/ anew
+    python -m tests.test_configs    # rewrites tests/golden/
 
-`tests/golden/default.json` holds all fields; the others hold, for each variant, those that differ.
+tests/golden/default.json has all fields. The other files have, for each variant, the fields that differ.
 """
 
 import importlib
@@ -44,19 +44,21 @@ def golden(name):
     return json.loads((GOLDEN / f'{name}.json').read_text())
 
 
-def test_defaults_are_those_that_were_reviewed():
+def test_defaults_equal_the_golden_file():
+    """A default changes by accident, and with it every recipe."""
     assert as_dict(default_config()) == golden('default')
 
 
 @pytest.mark.parametrize('family', VARIANTS)
-def test_recipes_are_those_that_were_reviewed(family):
+def test_recipes_equal_the_golden_files(family):
+    """A published recipe changes by accident, and its score is not reached."""
     ours = {str(variant): differences(build(family, variant)) for variant in VARIANTS[family]}
     assert ours == golden(family)
 
 
 @pytest.mark.parametrize(('family', 'variant'), CASES)
 def test_recipes_pass_the_checks_of_a_run(family, variant):
-    """A typo in a name or a rate beyond its range would show after the data was prepared."""
+    """A typo in a recipe is found only after the data has been prepared."""
     config = build(family, variant)
     check_values(config)
     config.model.num_classes = config.model.num_classes or 1000
@@ -79,14 +81,15 @@ def test_recipes_pass_the_checks_of_a_run(family, variant):
     ],
 )
 def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, family, variant):
-    """Ours is for 256 images; the papers give it for the batch."""
+    """A recipe does not reach its score, because papers give the rate per batch, and configs give it per 256 images."""
     config = build(family, variant)
     assert config.batch_size == batch_size
     assert config.optimizer.learning_rate * batch_size / 256 == pytest.approx(learning_rate)
 
 
 @pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune'])
-def test_an_unknown_variant_is_refused_with_those_there_are(family):
+def test_an_unknown_variant_is_refused_with_the_known_ones(family):
+    """The user sees a traceback for a mistyped variant."""
     with pytest.raises(UserError, match=f"configs/{family}.py has no variant 'medium'; choose one of .*, "):
         build(family, 'medium')
 

@@ -1,4 +1,4 @@
-"""Paths that people type: the home folder, and every name that the system allows."""
+"""Local paths: the home folder, and folder names with unusual characters."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from convnext_jax.paths import local_path, plain_path
 
 
 def test_the_home_folder_is_found(monkeypatch, tmp_path):
-    """After `=` the shell leaves the ~: a folder of that name would be made and filled."""
+    """A run is written to a folder named '~', because shells do not expand the ~ after `=`."""
     monkeypatch.setenv('HOME', str(tmp_path))
     assert local_path('~/run') == tmp_path / 'run'
     assert local_path('a/~') == Path('a/~')
@@ -22,7 +22,7 @@ def test_the_home_folder_is_found(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name', ['back\\slash', '[0:3]', 'a\nb', "'#%20", os.fsdecode(b'\xff')])
 def test_an_unusual_folder_has_a_plain_path_until_the_process_ends(tmp_path, name):
-    """TensorStore would write the arrays of a checkpoint into another folder, and no checkpoint could be restored."""
+    """TensorStore writes the arrays of a checkpoint into another folder, and no checkpoint can be restored."""
     folder = tmp_path / name
     folder.mkdir()
     (folder / 'file').write_text('here')
@@ -38,6 +38,6 @@ def test_an_unusual_folder_has_a_plain_path_until_the_process_ends(tmp_path, nam
 
 
 def test_a_plain_folder_is_its_own_path(tmp_path, monkeypatch):
-    """Messages of libraries name the folder that the user knows."""
+    """Messages of libraries name a temporary link instead of the user's folder."""
     monkeypatch.chdir(tmp_path)
     assert plain_path(Path('a é-1')) == tmp_path / 'a é-1'
