@@ -93,13 +93,13 @@ class Watchdog:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has already reported its failure
                 self._client.key_value_set(FAILURE, json.dumps(failure))
             self._wait_at_shutdown_barrier()
-            if self._process == 0:
-                time.sleep(1)  # the other processes exit first, because the coordination service ends with this one
             exit_now(None, status)
 
     def _wait_at_shutdown_barrier(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.wait_at_barrier(f'{FAILURE}/shutdown', 1000 * SHUTDOWN_SECONDS)
+        if self._process == 0:
+            time.sleep(2)  # the others exit first: the coordination service ends with this process, and JAX aborts them
 
     def finish(self) -> None:
         """Waits until all processes have finished, and shuts down JAX's distributed runtime."""

@@ -119,7 +119,7 @@ class Classification(Task):
         data = self.config.data
         train = open_source(data.name, data.dir, data.train_split)
         evaluation = open_source(data.name, data.dir, data.eval_split)
-        if train.many_labels:
+        if train.multi_label:
             raise UserError(
                 f'{data.name} has images with several labels or none, and can only be used for evaluation: choose '
                 'another data.name'
