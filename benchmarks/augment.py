@@ -1,12 +1,13 @@
-"""The share of a training step's FLOPs and bytes that augmentation and mixing take: ConvNeXt-T, 224 pixels, bfloat16.
+"""The cost of augmentation and mixing as a fraction of a training step: ConvNeXt-T, 224 pixels, bfloat16.
 
     python -m benchmarks.augment [--batch_size=16]
 
-For each policy it prints GFLOPs and GB an image of augmentation with mixing, those of the step without them, and the
-first's share of the sum. The figures are XLA's own count (`cost_analysis`) of programs that nobody runs: FLOPs of the
-program as it is lowered, because the CPU's compiler makes dense convolutions of the depthwise ones, and bytes of the
-program as the CPU's compiler fuses it. It counts a loop's body once, so the model's loops are unrolled, and
-RandAugment's is multiplied. Where the code differs by platform, the accelerators' is taken.
+For each policy, prints GFLOPs and GB per image of augmentation with mixing, those of the rest of the training step, and
+the fraction of the first in the sum. The figures are counted by XLA (`cost_analysis`); nothing is run. FLOPs are those
+of the lowered program, because the CPU compiler turns depthwise convolutions into dense ones. Bytes are those of the
+program after fusion by the CPU compiler. XLA counts the body of a loop once, so the loops of the model are unrolled,
+and the cost of a RandAugment layer is multiplied by the number of layers. Where code differs between platforms, the
+code for accelerators is counted.
 """
 
 import argparse
@@ -30,12 +31,12 @@ from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.sharding import batch_sharding, make_mesh
 from convnext_jax.training.step import make_train_step
 
-POLICIES = {'rand-m9-mstd0.5-inc1': 0.0, '3a': 0.3}  # each with its colour jitter
+POLICIES = {'rand-m9-mstd0.5-inc1': 0.0, '3a': 0.3}  # policy → colour jitter
 KINDS = {'flops': 'GFLOPs', 'bytes': 'GB'}
 
 
 def recipe(batch_size: int) -> ConfigDict:
-    """ImageNet-1k's for ConvNeXt-T, in bfloat16."""
+    """The ImageNet-1k recipe of ConvNeXt-T in bfloat16."""
     config = get_config('tiny')
     config.batch_size = batch_size
     config.model.num_classes = 1000
@@ -64,15 +65,15 @@ def bare_step(config: ConfigDict) -> dict[str, float]:
 
 
 def augmentation(config: ConfigDict) -> dict[str, float]:
-    """The cost of augmentation and mixing, all of RandAugment's layers counted."""
-    whole = _augmentation_with_loops_once(config)
+    """The cost of augmentation and mixing, with all layers of RandAugment."""
+    one_layer = _augmentation_with_loops_once(config)
     if not config.augment.policy.startswith('rand'):
-        return whole
+        return one_layer
     without = config.copy_and_resolve_references()
     without.augment.policy = ''
     rest = _augmentation_with_loops_once(without)
     layers = parse_randaugment(config.augment.policy).layers
-    return {kind: rest[kind] + layers * (whole[kind] - rest[kind]) for kind in KINDS}
+    return {kind: rest[kind] + layers * (one_layer[kind] - rest[kind]) for kind in KINDS}
 
 
 def _augmentation_with_loops_once(config: ConfigDict) -> dict[str, float]:
@@ -93,7 +94,7 @@ def _images(config: ConfigDict) -> jax.ShapeDtypeStruct:
 
 
 def _cost(function, *arguments) -> dict[str, float]:
-    accelerators = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - stands in for a function
+    accelerators = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - replaces a function
     with mock.patch('jax.lax.platform_dependent', accelerators):
         lowered = jax.jit(function).lower(*arguments)
     return {'flops': lowered.cost_analysis()['flops'], 'bytes': lowered.compile().cost_analysis()['bytes accessed']}
@@ -109,7 +110,7 @@ def main() -> None:
         cost = augmentation(config)
         for kind, unit in KINDS.items():
             ours, rest = (total[kind] / config.batch_size / 1e9 for total in (cost, step))
-            print(f'{policy:22} {ours:.3f} {unit} beside {rest:.3f}: {ours / (ours + rest):.2%}', flush=True)
+            print(f'{policy:22} {ours:.3f} {unit}, rest of the step {rest:.3f}: {ours / (ours + rest):.2%}', flush=True)
 
 
 if __name__ == '__main__':

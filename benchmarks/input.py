@@ -1,11 +1,11 @@
-"""Images per second of the host's part of the input, beside timm's loader, tf.data and the bare decoder.
+"""Images per second of the input pipeline on the host, compared with timm's loader, tf.data and the bare decoder.
 
     python -m benchmarks.input PHOTOS [--rounds=7] [--workers=2] [--size=224] [--epochs=50]
 
-PHOTOS is a folder of JPEGs. Every contender gives batches of random resized crops, bicubic, uint8, shuffled, endless,
-by so many workers. They take turns, and each first uses up what it had ready. timm and tf.data take part where they are
-installed. timm does its augmentation on the host, and so stands here with the crop alone and with the whole recipe of
-ImageNet; ours does it on the device. At the end, the memory over the epochs (Linux only).
+PHOTOS is a folder of JPEGs. Each loader yields endless, shuffled batches of random resized crops (bicubic, uint8), with
+the given number of workers. In each round, every loader is timed once, after it has used up its prefetched batches.
+timm and tf.data are left out if they are not installed. timm augments on the host, so it is timed with the crop only
+and with the full ImageNet recipe; ours augments on the device. At the end, prints the memory over epochs (Linux only).
 """
 
 import argparse
@@ -35,7 +35,7 @@ SCALE = (0.08, 1.0)
 
 
 def ours(folder: Path, size: int, processes: int, threads: int) -> Iterator[np.ndarray]:
-    """The loader with so many processes (0: none), each of so many threads."""
+    """Our loader, with a number of processes (0: only threads) and of threads in each."""
     decoders, loading.decoders = loading.decoders, lambda _: (processes, threads)
     images = TrainImages(FolderSource(folder, 'train'), size, 3, crop_scale=SCALE)
     batches = train_batches(images, Share(BATCH), seed=0, start_step=0, workers=processes)
@@ -52,7 +52,7 @@ def timm_loader(folder: Path, size: int, workers: int, *, recipe: bool) -> Itera
     from torchvision.datasets import ImageFolder
 
     class Endless(torch.utils.data.Dataset):
-        """No epochs, between which the workers would idle."""
+        """A dataset without epochs, so that workers do not idle between them."""
 
         def __init__(self):
             self.folder, self.transform = ImageFolder(folder / 'train'), None
@@ -64,7 +64,7 @@ def timm_loader(folder: Path, size: int, workers: int, *, recipe: bool) -> Itera
             image, label = self.folder[index % len(self.folder)]
             try:
                 return self.transform(image), label
-            except ValueError:  # timm posterizes to 0 bits now and then, which Pillow 13 refuses
+            except ValueError:  # timm sometimes posterizes to 0 bits, which Pillow 13 refuses
                 return self[index + 1]
 
     augmentation = {'auto_augment': 'rand-m9-mstd0.5-inc1', 're_prob': 0.25, 're_mode': 'pixel'} if recipe else {}
@@ -77,7 +77,7 @@ def timm_loader(folder: Path, size: int, workers: int, *, recipe: bool) -> Itera
         interpolation='bicubic',
         num_workers=workers,
         device=torch.device('cpu'),
-        use_prefetcher=True,  # uint8 from the workers; its normalising counts as ours does not, so it is left out
+        use_prefetcher=True,  # workers yield uint8; normalisation is not timed, here or in ours
         **augmentation,
     )
     for images, _ in loader.loader:
@@ -108,7 +108,7 @@ def tf_data(folder: Path, size: int, workers: int) -> Iterator[np.ndarray]:
 
 
 def bare(folder: Path, workers: int, work: Callable[[bytes], object]) -> Iterator[list]:
-    """The work on each photo, in a loop of so many threads: no order, no batches."""
+    """The results of `work` on each photo, in a pool of threads, without a loader."""
     photos = [path.read_bytes() for path in sorted((folder / 'train').rglob('*')) if path.is_file()]
     with ThreadPoolExecutor(workers) as pool:
         futures = collections.deque()
@@ -128,7 +128,7 @@ def images_per_second(batches: Iterator) -> float:
 
 
 def memory() -> float:
-    """MB of this process and those below it, shared pages counted once."""
+    """Memory of this process and its descendants in MB, with shared pages counted once."""
     pids, found = [os.getpid()], []
     while pids:
         pid = pids.pop()
@@ -140,7 +140,7 @@ def memory() -> float:
 
 
 def photos_as_folder(photos: Path, folder: Path) -> int:
-    """Links to the photos as one split of four classes."""
+    """Creates links to the photos as a split of four classes, and returns their number."""
     paths = sorted(path.resolve() for path in photos.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg'))
     for number, path in enumerate(paths):
         link = folder / 'train' / f'class{number % 4}' / path.name
@@ -163,35 +163,33 @@ def main() -> None:
         count = photos_as_folder(options.photos, folder)
         seeds = itertools.count()
         crop = {'channels': 3, 'scale': SCALE}
-        contenders = {
+        loaders = {
             'ours, threads': ours(folder, size, 0, workers),
             'ours, processes': ours(folder, size, workers, 1),
-            'timm, crop alone': timm_loader(folder, size, workers, recipe=False),
-            'timm, whole recipe': timm_loader(folder, size, workers, recipe=True),
+            'timm, crop only': timm_loader(folder, size, workers, recipe=False),
+            'timm, full recipe': timm_loader(folder, size, workers, recipe=True),
             'tf.data, fused crop': tf_data(folder, size, workers),
-            'limit: decode alone': bare(folder, workers, simplejpeg.decode_jpeg),
+            'limit: decode only': bare(folder, workers, simplejpeg.decode_jpeg),
             'limit: our crop': bare(
                 folder, workers, lambda photo: train_crop(photo, size, seed=(next(seeds),), **crop)
             ),
         }
-        for name in list(contenders):
+        for name in list(loaders):
             try:
-                next(contenders[name])
+                next(loaders[name])
             except ImportError as error:
                 print(f'{name}: left out, {error}')
-                del contenders[name]
+                del loaders[name]
         rates = collections.defaultdict(list)
         for _ in range(options.rounds):
-            for name, batches in contenders.items():
+            for name, batches in loaders.items():
                 rates[name].append(images_per_second(batches))
-        print(
-            f'{count} photos, {size} pixels, {workers} workers, {options.rounds} rounds; the ratio is of ours, threads'
-        )
-        print(f'{"":22}{"images/s":>10}{"least":>8}{"most":>8}{"ratio":>8}')
+        print(f'{count} photos, {size} pixels, {workers} workers, {options.rounds} rounds; ratio: ours, threads / row')
+        print(f'{"":22}{"images/s":>10}{"min":>8}{"max":>8}{"ratio":>8}')
         for name, values in rates.items():
             ratio = statistics.median(a / b for a, b in zip(rates['ours, threads'], values, strict=True))
             print(f'{name:22}{statistics.median(values):10.0f}{min(values):8.0f}{max(values):8.0f}{ratio:8.2f}')
-        contenders.clear()
+        loaders.clear()
         for name, decoders in {'threads': (0, workers), 'processes': (workers, 1)}.items():
             batches = ours(folder, size, *decoders)
             points = []
@@ -201,7 +199,7 @@ def main() -> None:
                 if epoch % max(options.epochs // 5, 1) == 0:
                     points.append(f'{memory():.0f}')
             batches.close()
-            print(f'memory by {name} over {options.epochs} epochs: {", ".join(points)} MB')
+            print(f'memory with {name} over {options.epochs} epochs: {", ".join(points)} MB')
 
 
 if __name__ == '__main__':

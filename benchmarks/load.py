@@ -1,9 +1,9 @@
-"""Seconds and peak memory to load a Hugging Face folder, beside transformers.
+"""Time and peak memory of loading a Hugging Face folder, compared with transformers.
 
     python -m benchmarks.load [--model=convnext_large] [--rounds=5]
 
-Each load has a process of its own, and the two take turns. Both are measured from after the imports until every weight
-is in memory; the peak is of the process's resident memory, less what it was before, over the size of the weights.
+Each load runs in a new process, and the libraries alternate. The measurement starts after the imports and ends when
+every weight is in memory. The peak is the growth of the resident memory, divided by the size of the weights.
 """
 
 import argparse
@@ -18,7 +18,7 @@ SIDES = ('convnext_jax', 'transformers')
 
 
 def load(side: str, folder: str) -> None:
-    """Loads once and prints seconds and bytes."""
+    """Loads the folder once, and prints the time in seconds and the memory growth in bytes."""
     if side == 'transformers':
         import torch
         from transformers import AutoModelForImageClassification as Model
@@ -44,7 +44,7 @@ def load(side: str, folder: str) -> None:
 
 
 def _resident(field: str) -> int:
-    """KiB."""
+    """A field of /proc/self/status in KiB."""
     status = Path('/proc/self/status').read_text()
     return int(status.split(f'{field}:')[1].split()[0])
 

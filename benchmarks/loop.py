@@ -1,11 +1,11 @@
-"""Images per second inside the training loop against the bare jitted step on batches that are already on the device.
+"""Speed of the training loop relative to the jitted step alone, on batches that are already on the device.
 
     python -m benchmarks.loop [--rounds=12] [--steps=39]
 
-The real loop runs the demo's config, with decoding, transfer, dispatch and records; where it would evaluate, every
-`steps` steps, the bare step runs as often instead. So a ratio is of neighbours in time, and a busy machine slows both.
-The first two rounds, half an epoch each by default, warm up; from the third on, small images come from memory. Then
-all of it once more with every image decoded every time, as large ones are.
+The training loop runs the config of the demo, with decoding, transfer, dispatch and records. After every `steps` steps,
+instead of an evaluation, the bare step runs the same number of times. Each ratio compares measurements that follow each
+other, so a busy machine slows both. The first two rounds (an epoch by default) are a warm-up, after which the decoded
+images are cached in memory. A second part repeats everything without the cache, as for large images.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WARM_UP = 2
 
 
 class Alternating(Run):
-    """A run that measures the bare step where it would evaluate."""
+    """A run that measures the bare step instead of evaluating."""
 
     def prepare(self, steps: int) -> None:
         """Puts batches on the device and compiles the step."""
@@ -51,7 +51,7 @@ class Alternating(Run):
 
 
 def ratios(rounds: int, steps: int) -> list[float]:
-    """Of the loop to the bare step, one for each round."""
+    """The speed of the loop divided by the speed of the bare step, for each round."""
     config = get_config()
     config.steps = (rounds + WARM_UP) * steps
     config.log_every_steps = steps
@@ -75,7 +75,7 @@ def main() -> None:
     arguments.add_argument('--rounds', type=int, default=12)
     arguments.add_argument('--steps', type=int, default=39)
     options = arguments.parse_args()
-    for images in ('kept', 'decoded'):
+    for images in ('cached', 'decoded'):
         if images == 'decoded':
             pipeline.CACHE_BYTES = 0
         values = ratios(options.rounds, options.steps)

@@ -1,11 +1,11 @@
-"""What an asynchronous save costs a run: time of training with saves against time without, on the demo's config.
+"""The cost of asynchronous saves: time of training steps with and without a save, with the config of the demo.
 
     python -m benchmarks.stall [--rounds=15] [--window=20]
 
-The real loop runs with real checkpoints. It saves at the begin of every other window of steps, so that windows with a
-save and without alternate, and a busy machine slows both. A window ends when its last step does: it holds what `save`
-does before it returns, and what the writing in the background takes from the steps that follow. The stall is the
-difference of the medians, told as a share of the config's interval between saves.
+The training loop runs with checkpoints. It saves at the beginning of every other window of steps, so that windows with
+and without a save alternate, and a busy machine slows both. The time of a window includes the blocking part of `save`,
+and the slowdown of the following steps by the background write. The stall is the difference between the median times,
+also given as a fraction of the config's interval between saves.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WARM_UP = 2  # pairs of windows: the first epoch decodes
 
 
 class Timed(Run):
-    """A run that notes when each step began, and how long each `save` held it up."""
+    """A run that records when each step starts, and how long each call of `save` takes."""
 
     def compile(self, *arguments) -> Callable:
         step = super().compile(*arguments)
@@ -49,7 +49,7 @@ class Timed(Run):
 
 
 def measure(rounds: int, window: int) -> tuple[list[float], list[float], list[float], int]:
-    """Seconds of windows with a save and without, of the call alone, and the config's steps between saves."""
+    """Seconds of each window with a save, of each window without, of each call of `save`, and steps between saves."""
     config = get_config()
     interval = config.checkpoint_every_steps
     config.steps = 2 * window * (rounds + WARM_UP) + 1
@@ -66,7 +66,7 @@ def measure(rounds: int, window: int) -> tuple[list[float], list[float], list[fl
         run = Timed(config, durations, make_mesh(-1), train_set, eval_set, checkpoints)
         run.go(run.first_state(), Path(folder))
         assert not checkpoints.failed, checkpoints.failed
-    # The save after step 2 · window lies between the begins of that step and the next.
+    # The save after step 2 · window falls between the starts of that step and the next.
     ends = run.began[window - 1 :: window]
     windows = [end - begin for begin, end in itertools.pairwise(ends)]
     without, saving = windows[0::2], windows[1::2]
@@ -84,10 +84,10 @@ def main() -> None:
     between = plain / options.window * interval
     middle = statistics.quantiles([a - b for a, b in zip(saving, without, strict=False)], n=4)
     print(f'{options.window} steps: {plain:.3f} s without a save, {plain + stall:.3f} s with one; {len(saving)} pairs')
-    print(f'the call alone: {1000 * statistics.median(calls):.0f} ms (median), {1000 * max(calls):.0f} ms at most')
+    print(f'the call of save: {1000 * statistics.median(calls):.0f} ms (median), {1000 * max(calls):.0f} ms at most')
     print(
-        f'stall {1000 * stall:.0f} ms (middle half of the pairs: {1000 * middle[0]:.0f} to {1000 * middle[2]:.0f}), '
-        f'{stall / between:.2%} of the {between:.1f} s between the saves of the demo ({interval} steps)'
+        f'stall {1000 * stall:.0f} ms (interquartile range: {1000 * middle[0]:.0f} to {1000 * middle[2]:.0f}), '
+        f'{stall / between:.2%} of the {between:.1f} s between saves in the demo ({interval} steps)'
     )
 
 

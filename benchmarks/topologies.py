@@ -1,12 +1,12 @@
-"""One run on several topologies: the real command, the same config and seed, and how far the losses lie apart.
+"""Differences between the losses of one run on several topologies, with train.py and the same config and seed.
 
     python -m benchmarks.topologies [--steps=50] [--config.FIELD=VALUE …]
 
-On simulated devices of this machine's CPU: one; one that computes each batch in two parts, which rounds differently and
-shows what rounding alone comes to; eight along `data`; 4 × 2 along `data` and `fsdp`; and the same eight
-in two processes. The demo's config with drop path, RandAugment, erasing, mixup and cutmix on, and a learning rate of
-1e-5: at the demo's own 1.2e-2 rounding alone grows from 1e-7 to 7e-4 within 50 steps. Each step's loss comes from the
-run's own records. It takes minutes, most of which are compiling.
+The topologies are simulated CPU devices: one device; one device with two accumulation steps, which shows the effect of
+rounding alone; eight devices along `data`; 4 × 2 devices along `data` and `fsdp`; and both of the latter in two
+processes. The config is the demo with drop path, RandAugment, erasing, mixup and cutmix, and with a learning rate of
+1e-5: with 1.2e-2 as in the demo, rounding differences grow from 1e-7 to 7e-4 within 50 steps. The losses are read from
+metrics.jsonl. It takes minutes, mostly for compiling.
 """
 
 import argparse
@@ -37,13 +37,13 @@ SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Where a run is computed.
+    """The devices and processes of a run.
 
     Attributes:
-        devices: of each process.
-        fsdp: as in the config.
-        processes: that `launch/local.py` starts.
-        parts: of each batch, one after the other.
+        devices: number of devices of each process.
+        fsdp: `config.mesh.fsdp`.
+        processes: number of processes.
+        parts: `config.accumulation_steps`.
     """
 
     devices: int
@@ -89,10 +89,11 @@ def main() -> None:
     first = None
     print(f'{"":22}{"first loss":>12}{"last loss":>12}   largest relative difference: steps 1–10, all steps')
     for name, topology in TOPOLOGIES.items():
-        found = losses(topology, settings)
-        first = found if first is None else first
-        apart = np.abs(found / first - 1)
-        print(f'{name:22}{found[0]:12.6f}{found[-1]:12.6f}   {apart[:10].max():.1e}, {apart.max():.1e}', flush=True)
+        own = losses(topology, settings)
+        first = own if first is None else first
+        differences = np.abs(own / first - 1)
+        largest = f'{differences[:10].max():.1e}, {differences.max():.1e}'
+        print(f'{name:22}{own[0]:12.6f}{own[-1]:12.6f}   {largest}', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,13 +1,13 @@
-"""Speed and memory against timm, transformers, torch.compile, plain Flax and Keras.
+"""Compares speed and memory with timm, transformers, torch.compile, plain Flax and Keras.
 
     python -m benchmarks.compare --models=convnext_tiny,convnextv2_atto --mode=train,eval,latency [--output=DIR]
 
-Each implementation runs in its own process, and all of them take part in every round, so that a busy machine slows all
-alike. Run it on a machine that does nothing else. The exit status is 1 if convnext_jax itself could not be measured.
+Each implementation runs in its own process. Every round measures all of them, so that a busy machine slows all of them.
+Run it on an otherwise idle machine. The exit status is 1 if convnext_jax could not be measured.
 
     python -m benchmarks.compare --models=convnext_tiny,timm:resnet50,timm:vit_base_patch16_224 --peers=timm,compile
 
-A model timm:NAME is one of timm, which the baselines timm, compile and compile_max alone run: a table of architectures.
+timm:NAME is a model of timm, for a table of architectures. Only the baselines timm, compile and compile_max run it.
 """
 
 import sys
@@ -27,10 +27,10 @@ def main(arguments: list[str]) -> None:
     flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure; timm:NAME is one of timm.', flag_values=values)
     flags.DEFINE_list('mode', ['train'], f'One or more of {", ".join(MODES)}.', flag_values=values)
     flags.DEFINE_list('peers', DEFAULT_BASELINES, f'Some of {", ".join(BASELINES)}.', flag_values=values)
-    flags.DEFINE_integer('batch', 8, 'Images in a step; latency takes 1.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('batch', 8, 'Images per step; the mode latency uses 1.', lower_bound=1, flag_values=values)
     flags.DEFINE_integer('size', 224, 'Height and width of the images in pixels.', flag_values=values)
-    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of matrix products.', flag_values=values)
-    flags.DEFINE_integer('rounds', 7, 'How often each is measured.', lower_bound=1, flag_values=values)
+    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of matrix products.', flag_values=values)
+    flags.DEFINE_integer('rounds', 7, 'Measurements of each implementation.', lower_bound=1, flag_values=values)
     flags.DEFINE_string('output', None, 'Folder for benchmark.json and benchmark.png.', flag_values=values)
     parse(values, arguments, usage=__doc__)
     cases = make_cases(values.models, values.mode, values.batch, values.size, values.dtype)

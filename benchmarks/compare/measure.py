@@ -1,4 +1,4 @@
-"""Cases (a model in a mode), and the rounds in which every implementation is measured once."""
+"""Measures cases (a model in a mode) in rounds; every round measures each implementation once."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,10 @@ CLASSES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: a model in one mode.
+    """A model in one mode.
 
     Attributes:
-        model: its name; 'timm:NAME' is a model of timm.
+        model: name; 'timm:NAME' is a model of timm.
         mode: 'train': the training step; 'eval': the forward pass; 'latency': the forward pass of one image.
         batch: images in a step.
         size: height and width of the images in pixels.
@@ -52,7 +52,7 @@ class Case:
         return 3 * forward if self.mode == 'train' else forward
 
     def workload(self, implementation: str) -> Workload:
-        """What the process of an implementation computes."""
+        """The workload for the process of an implementation."""
         return Workload(
             implementation=implementation,
             model=self.model.removeprefix(timm_models.PREFIX),
@@ -77,7 +77,7 @@ def make_cases(models: Sequence[str], modes: Sequence[str], batch: int, size: in
     """
     for mode in modes:
         if mode not in MODES:
-            raise UserError(f"there is no mode '{mode}': {', '.join(MODES)}")
+            raise UserError(f"there is no mode '{mode}'; choose from {', '.join(MODES)}")
     counts = {}
     for model in models:
         is_of_timm = model.startswith(timm_models.PREFIX)
@@ -90,25 +90,25 @@ def make_cases(models: Sequence[str], modes: Sequence[str], batch: int, size: in
 
 
 def _count(name: str, size: int) -> tuple[int, int]:
-    """As `timm_models.count`, for a model of convnext_jax."""
+    """Like `timm_models.count`, for a model of convnext_jax."""
     variant = get_variant(name)
     if size < variant.total_stride:
-        raise UserError(f'--size={size} is below the total stride {variant.total_stride} of {name}')
+        raise UserError(f'--size={size} is below the total stride {variant.total_stride} of {name}: raise it')
     model = jax.eval_shape(lambda: create_model(name, num_classes=CLASSES, key=jax.random.key(0)))
     parameters = sum(array.size for array in get_parameters(model).values())
     return parameters, variant.multiply_adds(size, CLASSES)
 
 
 def choose_baselines(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits names into the baselines that are installed and, with the reason, those that are not.
+    """Splits baselines into those that are installed, and those that are not with the reason.
 
     Raises:
-        UserError: an unknown name.
+        UserError: a name is unknown.
     """
     installed, missing = [], {}
     for name in dict.fromkeys(names):
         if name not in BASELINES:
-            raise UserError(f"--peers: there is no baseline '{name}': {', '.join(BASELINES)}")
+            raise UserError(f"--peers: there is no baseline '{name}'; choose from {', '.join(BASELINES)}")
         absent = [package for package in BASELINES[name].packages if importlib.util.find_spec(package) is None]
         if absent:
             missing[name] = f'not installed: {", ".join(absent)}'
@@ -118,10 +118,10 @@ def choose_baselines(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def choose_implementations(case: Case, baselines: Sequence[str]) -> list[str]:
-    """The implementations that run a case: ours and the baselines, or for a model of timm those of timm alone.
+    """The implementations that run a case: ours and the baselines, or only those for models of timm.
 
     Raises:
-        UserError: no baseline runs the model of timm.
+        UserError: the model is one of timm, and none of the baselines runs it.
     """
     if not case.of_timm:
         return [OURS, *baselines]
@@ -169,7 +169,11 @@ def compare(case: Case, names: Sequence[str], rounds: int, say: Callable[[str], 
 
 
 def _result(case: Case, name: str, process: BaselineProcess, ours: BaselineProcess | None) -> dict:
-    """Ratio: our images/s to this one's. Share of peak: of the matrix product in its own process."""
+    """A result for benchmark.json.
+
+    `ratio` is our images/s divided by those of this implementation. `share_of_peak` is relative to the FLOP/s of a
+    matrix product in the same process.
+    """
     speeds = process.images_per_second
     shares = [case.flops * speed / peak for speed, peak in zip(speeds, process.matmul_flops, strict=True)]
     ratios = None if ours is None else [a / b for a, b in zip(ours.images_per_second, speeds, strict=True)]

@@ -1,4 +1,4 @@
-"""The processes of the comparison, seen from the command: one for each implementation."""
+"""The table of implementations, and the command's side of their processes."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = 'benchmarks.compare.baselines'
 RUN = (sys.executable, '-m', f'{MODULES}.run')
 ROUND_SECONDS = 3.0
-# Compile times are those of a first start, and no process takes a device's whole memory for itself.
+# No caches, so that compile times are those of a first start. No preallocation, because the processes share a device.
 ENVIRONMENT = {
     'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1',
@@ -25,7 +25,13 @@ ENVIRONMENT = {
 
 
 class Implementation(NamedTuple):
-    """Attributes: the module whose `build` sets it up, the packages it needs, whether it runs the models timm:NAME."""
+    """How an implementation is run.
+
+    Attributes:
+        module: module with the function `build`.
+        packages: packages that it needs.
+        runs_timm_models: whether it runs the models timm:NAME.
+    """
 
     module: str
     packages: tuple[str, ...]
@@ -41,35 +47,35 @@ BASELINES = {
     'flax': Implementation(f'{MODULES}.plain_flax', ('flax',)),
     'keras': Implementation(f'{MODULES}.with_keras', ('keras',)),
 }
-DEFAULT_BASELINES = [name for name in BASELINES if name != 'compile_max']  # which tunes kernels for many minutes
+DEFAULT_BASELINES = [name for name in BASELINES if name != 'compile_max']  # compile_max tunes kernels for many minutes
 IMPLEMENTATIONS = {OURS: Implementation(f'{MODULES}.ours', ())} | BASELINES
 
 
 class BaselineFailed(Exception):
-    """An implementation cannot go on; says why in one line."""
+    """An implementation cannot be measured; the message is one line."""
 
 
 class BaselineProcess:
     """One implementation, a baseline or ours, in its own process. Use as a context manager.
 
-    The process ends with this one, however this one ends.
-
-    Attributes:
-        device: 'cpu', or the accelerator's name.
-        compile_seconds: the first step less a warm step.
-        peak_memory: bytes, over set-up and three steps, of the process's resident memory on CPU, and of the arrays on
-            an accelerator; None if it is not known.
-        images_per_second: one value a round.
-        matmul_side: rows and columns of the matrices of the next.
-        matmul_flops: FLOP/s of the best of a few matrix products, one value a round.
-        copy_bandwidth: bytes/s, read plus written, of the best of a few large copies, one value a round.
+    The process ends when this process ends, also if this process is killed.
 
     Args:
         workload: what it computes.
-        parameters: how many its model must have.
+        parameters: number of parameters that its model must have.
+
+    Attributes:
+        device: 'cpu', or the name of the accelerator.
+        compile_seconds: time of the first step minus the time of a warm step.
+        peak_memory: in bytes, over set-up and three steps: resident memory of the process on CPU, memory of arrays on
+            an accelerator; None if unknown.
+        images_per_second: one value for each round.
+        matmul_side: rows and columns of the matrices for `matmul_flops`.
+        matmul_flops: FLOP/s of the fastest of a few matrix products, one value for each round.
+        copy_bandwidth: bytes/s, read plus written, of the fastest of a few large copies, one value for each round.
 
     Raises:
-        BaselineFailed: it could not be set up, or its model has another number of parameters.
+        BaselineFailed: the set-up failed, or the model has another number of parameters.
     """
 
     def __init__(self, workload: Workload, parameters: int):
@@ -82,7 +88,7 @@ class BaselineProcess:
             stderr=subprocess.DEVNULL,
             env=os.environ | ENVIRONMENT | (missing_settings() if workload.implementation == OURS else {}),
             text=True,
-            start_new_session=True,  # Ctrl-C is for the command alone, which then ends this process
+            start_new_session=True,  # Ctrl-C goes only to the command, which then ends the process
         )
         self.images_per_second: list[float] = []
         self.matmul_side: int | None = None
@@ -91,9 +97,7 @@ class BaselineProcess:
         try:
             ready = self._ask(dataclasses.asdict(workload))
             if ready['parameters'] != parameters:
-                raise BaselineFailed(
-                    f'its {workload.model} has {ready["parameters"]:,} parameters, and not {parameters:,}'
-                )
+                raise BaselineFailed(f'its {workload.model} has {ready["parameters"]:,} parameters, not {parameters:,}')
         except BaseException:
             self.end()
             raise
@@ -103,7 +107,7 @@ class BaselineProcess:
         self._steps = max(round(ROUND_SECONDS / ready['warm_step']), 1)
 
     def run_round(self) -> None:
-        """Times as many steps as took ROUND_SECONDS when it was set up, at least one, after one untimed step.
+        """Times about `ROUND_SECONDS` of steps, at least one step, after one untimed step.
 
         Raises:
             BaselineFailed: a step failed, or the process ended.

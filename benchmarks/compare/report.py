@@ -28,21 +28,21 @@ COLUMNS = (
 LEGEND = """\
 Medians of the rounds, with the minimum and the maximum.
 ratio: images/s of convnext_jax over those of the implementation in the same round.
-of peak: the model's FLOP/s over those of matrix products in the same process (side 2048; on an accelerator 8192).
+of peak: FLOP/s of the model over FLOP/s of matrix products in the same process (side 2048; on an accelerator 8192).
 bandwidth: bytes read plus written in a large copy in the same process.
-memory: peak over set-up and three steps, compiling included: resident, of the process, with its imports; or device, of
-the arrays on the accelerator.
-compile: the first step less a warm one.
-multiply-adds: of the forward pass of one image, in convolutions and matrix products.
+memory: peak over set-up, compilation and three steps. resident: of the process with its imports; device: of the arrays
+on the accelerator.
+compile: time of the first step minus a warm step.
+multiply-adds: of convolutions and matrix products in the forward pass of one image.
 settings: convnext_jax runs with the environment variables of launch/cpu.sh, the others without.
 training: forward, backward, AdamW with weight decay; no augmentation, drop path or moving average; the batch stays on
 the device.
-waiting: on an accelerator once a round, after the last step; in latency, and on CPU, after every step.
-float32 on a GPU: products in TensorFloat-32."""
+synchronisation: on an accelerator after the last step of a round; on CPU, and in the mode latency, after every step.
+float32 on a GPU: matrix products in TensorFloat-32."""
 
 
 def describe_machine() -> dict:
-    """Processor, system, versions of libraries, and the system's load average before the comparison."""
+    """Processor, operating system, versions of libraries, and the load average before the comparison."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -66,7 +66,7 @@ def _processor() -> str:
 
 
 def as_table(machine: dict, results: list[dict]) -> str:
-    """The results as text: the machine, a Markdown table with a row for each implementation, the meaning of columns."""
+    """The results as text: the machine, a Markdown table with a row for each implementation, and a legend."""
     devices = sorted({result['device'] for result in results} - {'cpu'})
     versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
     rows = [COLUMNS, *map(_row, results)]
@@ -130,8 +130,8 @@ def write_report(folder: Path, machine: dict, results: list[dict], left_out: lis
 
 
 def draw(path: Path, results: list[dict]) -> None:
-    """Draws images/s as bars with the range of the rounds, one plot for each model and mode."""
-    from matplotlib.figure import Figure  # takes a second: not at start
+    """Draws bars of images/s with the range over rounds, in one plot for each model and mode."""
+    from matplotlib.figure import Figure  # imported here because the import takes a second
 
     groups = [list(group) for _, group in itertools.groupby(results, lambda r: (r['model'], r['mode'], r['batch']))]
     heights = [1 + 0.4 * len(group) for group in groups]

@@ -1,4 +1,4 @@
-"""Models of timm as cases: `timm:NAME`, for a table of architectures. timm itself runs them, eager and compiled."""
+"""Models of timm (`timm:NAME`) as cases of the comparison; they are run by timm, eager and compiled."""
 
 import difflib
 import importlib.util
@@ -9,9 +9,9 @@ PREFIX = 'timm:'
 
 
 def count(model: str, size: int, classes: int) -> tuple[int, int]:
-    """Parameters of a model, and multiply-adds of its forward pass for one image, by torch's own counter.
+    """The parameters of a model, and the multiply-adds of its forward pass for one image by torch's FLOP counter.
 
-    The model and the image are on torch's meta device, which has shapes and no data.
+    The model and the image are on torch's meta device, which has shapes but no data.
 
     Args:
         model: 'timm:NAME'.
@@ -19,10 +19,10 @@ def count(model: str, size: int, classes: int) -> tuple[int, int]:
         classes: outputs of the head.
 
     Raises:
-        UserError: timm is not installed, has no such model, or the model does not take images of this size.
+        UserError: timm is not installed or has no such model, or the model does not accept images of this size.
     """
     if importlib.util.find_spec('timm') is None:
-        raise UserError(f'{model} needs timm, which is not installed')
+        raise UserError(f'{model} needs timm: pip install timm')
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode

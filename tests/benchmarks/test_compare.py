@@ -1,4 +1,4 @@
-"""The comparison: with stand-ins, some of which fail, and once with real implementations. No speed is asserted."""
+"""The comparison with fake implementations, some of which fail, and once with real ones. No speed is asserted."""
 
 import dataclasses
 import importlib.util
@@ -56,7 +56,7 @@ def build(workload):
         steps += 1
         time.sleep(0.001)
         {at_step}
-    print('a library that talks')
+    print('output of a library')
     device = Device('{device}', seconds, lambda *_: sleep, lambda _: sleep, lambda: 5 * 10**9)
     return Baseline(step, {parameters}, device)
 """
@@ -64,7 +64,7 @@ def build(workload):
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """Replaces or adds an implementation, with one of a few lines."""
+    """A function that replaces or adds an implementation with a small fake one."""
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     monkeypatch.setattr(process, 'ROUND_SECONDS', 0.0)  # one step a round
     model = jax.eval_shape(lambda: create_model('convnext_atto', key=jax.random.key(0)))
@@ -85,8 +85,8 @@ def run(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize(('mode', 'batch', 'passes'), [('train', 2, 3), ('latency', 1, 1)])
-def test_a_table_numbers_and_a_chart(stand_in, capfd, tmp_path, mode, batch, passes):
-    """Without this the command may write a wrong ratio or share, or a file that no one can read."""
+def test_the_table_the_json_file_and_the_chart(stand_in, capfd, tmp_path, mode, batch, passes):
+    """The command writes a wrong ratio or share of the peak, or a file that cannot be read."""
     for name in (OURS, 'flax'):
         stand_in(name, at_step='if steps == 1: time.sleep(0.1)')
     run(f'--mode={mode}', '--size=32', '--batch=2', '--rounds=2', '--peers=flax', f'--output={tmp_path / "made"}')
@@ -124,8 +124,8 @@ def test_a_table_numbers_and_a_chart(stand_in, capfd, tmp_path, mode, batch, pas
         assert chart.convert('L').getextrema()[0] < 128  # not blank
 
 
-def test_convnext_jax_and_flax_are_measured_as_they_are(monkeypatch, capfd, tmp_path):
-    """Without this an error in a real implementation shows only after hours on a rented accelerator."""
+def test_convnext_jax_and_flax_are_measured(monkeypatch, capfd, tmp_path):
+    """An error in a real implementation is found only after hours on a rented accelerator."""
     monkeypatch.setattr(process, 'ROUND_SECONDS', 0.0)
     monkeypatch.setenv('XLA_FLAGS', ONE_DEVICE['XLA_FLAGS'])
     run('--models=convnextv2_atto', '--size=32', '--batch=2', '--rounds=1', '--peers=flax', f'--output={tmp_path}')
@@ -141,7 +141,7 @@ def test_convnext_jax_and_flax_are_measured_as_they_are(monkeypatch, capfd, tmp_
 
 
 def test_the_forward_pass_of_flax_gives_logits(small_models):
-    """The latency of another network, or of an error, would stand in the table."""
+    """The table shows the latency of another network."""
     (case,) = make_cases(['convnextv2_atto'], ['latency'], batch=2, size=32, dtype='float32')
     baseline = plain_flax.build(case.workload('flax'))
     assert baseline.parameters == case.parameters
@@ -149,7 +149,7 @@ def test_the_forward_pass_of_flax_gives_logits(small_models):
 
 
 def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd, tmp_path):
-    """Otherwise one broken baseline costs all measurements, or a wrong model is measured without notice."""
+    """One broken baseline costs all measurements, or a wrong model is silently measured."""
     stand_in(OURS)
     stand_in('good')
     stand_in('absent', packages=('json', 'no_such_package'))
@@ -166,7 +166,7 @@ def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in,
         'killed': 'its process ended: SIGKILL',
         'broken': 'ValueError: no such model',
         'late': 'MemoryError: no more',
-        'another': 'its convnext_atto has 7 parameters, and not 3,695,520',
+        'another': 'its convnext_atto has 7 parameters, not 3,695,520',
     }
     printed = capfd.readouterr().out
     for name, reason in reasons.items():
@@ -174,16 +174,18 @@ def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in,
 
 
 def test_the_first_step_of_a_round_is_not_timed(stand_in, tmp_path):
-    """It refills caches that other processes used: if it counted, a figure would depend on what else is measured."""
+    """A figure depends on which other implementations are measured, because the first step refills the caches."""
     stand_in(OURS)
-    stand_in('slow_to_wake', at_step='if steps > 3 and steps % 2 == 0: time.sleep(1)')  # three steps set it up
+    stand_in(
+        'slow_to_wake', at_step='if steps > 3 and steps % 2 == 0: time.sleep(1)'
+    )  # after the three steps of the set-up
     run('--peers=slow_to_wake', f'--output={tmp_path}')
     baseline = json.loads((tmp_path / 'benchmark.json').read_text())['results'][1]
     assert baseline['images_per_second']['least'] > 8 / 0.9
 
 
-def test_memory_of_an_accelerator_is_that_of_its_arrays(stand_in, capfd, tmp_path):
-    """The process's own memory says nothing about the model there, and looks like a plausible figure."""
+def test_memory_on_an_accelerator_is_the_memory_of_arrays(stand_in, capfd, tmp_path):
+    """The table shows the memory of the host process, which looks plausible but says nothing about the model."""
     stand_in(OURS, device='GPU of a test')
     run('--peers=', f'--output={tmp_path}')
     (result,) = json.loads((tmp_path / 'benchmark.json').read_text())['results']
@@ -196,8 +198,8 @@ def test_memory_of_an_accelerator_is_that_of_its_arrays(stand_in, capfd, tmp_pat
 @pytest.mark.parametrize(
     ('name', 'latency', 'expected'), [('a GPU', False, [5]), ('a GPU', True, [1] * 5), ('cpu', False, [1] * 5)]
 )
-def test_an_accelerator_is_waited_for_once_a_round(name, latency, expected):
-    """Waiting after each step leaves it idle while the host dispatches the next, and hides how fast it is."""
+def test_the_host_waits_for_an_accelerator_once_per_round(name, latency, expected):
+    """Accelerators seem slower than they are, because they are idle while the host dispatches each step."""
     steps, waits = [], []
 
     def seconds(function):
@@ -212,8 +214,8 @@ def test_an_accelerator_is_waited_for_once_a_round(name, latency, expected):
 
 
 @pytest.mark.parametrize('library', ['jax', pytest.param('torch', marks=needs_timm)])
-def test_what_a_device_reaches_is_measured_on_random_numbers_and_real_copies(library):
-    """Constants multiply faster, and a copy that the compiler leaves out is infinitely fast."""
+def test_the_peak_is_measured_with_random_numbers_and_real_copies(library):
+    """The peak is too high, because constants multiply faster, or because the compiler removes the copy."""
     device = jax_device() if library == 'jax' else importlib.import_module(ON_TORCH).torch_device()
     product = np.asarray(device.make_matmul(16, 'float32')())
     assert len(np.unique(product)) == 256
@@ -230,7 +232,7 @@ def test_what_a_device_reaches_is_measured_on_random_numbers_and_real_copies(lib
     ('implementation', 'modes'), [('timm', []), ('compile', ['default']), ('compile_max', ['max-autotune'])]
 )
 def test_timm_is_compiled_as_the_name_says(implementation, modes, monkeypatch):
-    """Otherwise a row shows the speed of another mode of torch.compile, or of none."""
+    """A row shows the speed of another mode of torch.compile, or of eager execution."""
     used = []
     monkeypatch.setattr('torch.compile', lambda model, mode: used.append(mode) or model)
     (case,) = make_cases(['convnext_atto'], ['train'], batch=2, size=32, dtype='bfloat16')
@@ -241,7 +243,7 @@ def test_timm_is_compiled_as_the_name_says(implementation, modes, monkeypatch):
 
 @needs_timm
 def test_models_of_timm_run_in_timm_alone(stand_in, capfd, tmp_path):
-    """A table of architectures: an error of ours, which has no such model, would hide the figures."""
+    """A table of architectures fails, because convnext_jax does not have the models of timm."""
     stand_in(OURS)
     stand_in('another')
     run('--models=timm:test_vit', '--mode=eval', '--size=160', '--peers=another,timm', f'--output={tmp_path}')
@@ -257,15 +259,15 @@ def test_models_of_timm_run_in_timm_alone(stand_in, capfd, tmp_path):
 
 @needs_timm
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
-def test_the_models_of_timm_are_counted_as_ours_are(name):
-    """Otherwise a table of architectures gives ConvNeXt another share of the peak than the rest."""
+def test_models_of_timm_and_ours_have_equal_counts(name):
+    """In a table of architectures, the share of the peak is computed differently for ConvNeXt and for the others."""
     ours, timm = make_cases([name, f'timm:{name}'], ['eval'], batch=1, size=64, dtype='float32')
     assert (timm.parameters, timm.multiply_adds) == (ours.parameters, ours.multiply_adds)
     assert timm_models.count('timm:vit_base_patch16_224', 224, 1000) == (86_567_656, 17_563_828_224)  # with attention
 
 
 def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd):
-    """A baseline with our settings, or ours without, is measured as no user runs it."""
+    """Baselines are measured with our settings, or ours without them, although no user runs them like that."""
     monkeypatch.setattr(process, 'missing_settings', lambda: {'A_SETTING': '1'})
     stand_in(OURS, at_build="if 'A_SETTING' not in os.environ: raise ValueError('none')")
     stand_in('baseline', at_build="if 'A_SETTING' in os.environ: raise ValueError('one')")
@@ -274,7 +276,7 @@ def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd
 
 
 def test_baselines_are_measured_without_ours_but_the_status_is_1(stand_in, capfd):
-    """A script that reads exit status 0 as success would compare with nothing."""
+    """A script takes a comparison without convnext_jax for a success."""
     stand_in(OURS, at_build="raise RuntimeError('a bug')")
     stand_in('good')
     with pytest.raises(SystemExit) as ended:
@@ -313,7 +315,7 @@ def test_no_process_outlives_the_command(commands, stand_in, number, status):
 
 
 def test_a_process_ends_in_the_middle_of_a_step(stand_in):
-    """Compiling takes minutes: it must not go on after the command was killed."""
+    """A process compiles for minutes after the command was killed."""
     stand_in('endless', at_step="print('in a step', flush=True); time.sleep(1e6)")
     (case,) = make_cases(['convnext_atto'], ['eval'], batch=1, size=32, dtype='float32')
     command = [*RUN, 'stand_in_endless']
@@ -322,7 +324,7 @@ def test_a_process_ends_in_the_middle_of_a_step(stand_in):
         try:
             print(json.dumps(dataclasses.asdict(case.workload('endless'))), file=worker.stdin, flush=True)
             while 'in a step' not in (line := worker.stderr.readline()):
-                assert line, 'it ended before'
+                assert line, 'the process ended before its first step'
             worker.stdin.close()
             assert worker.wait(timeout=LONGEST) == 0
         finally:
@@ -339,8 +341,11 @@ def is_running(pid: str) -> bool:
 @pytest.mark.parametrize(
     ('arguments', 'line'),
     [
-        (('--mode=training',), "there is no mode 'training': train, eval, latency"),
-        (('--peers=tim',), "there is no baseline 'tim': timm, transformers, compile, compile_max, flax, keras"),
+        (('--mode=training',), "there is no mode 'training'; choose from train, eval, latency"),
+        (
+            ('--peers=tim',),
+            "there is no baseline 'tim'; choose from timm, transformers, compile, compile_max, flax, keras",
+        ),
         (('--models=convnext_tini',), 'did you mean convnext_tiny'),
         pytest.param(
             ('--models=timm:resnet5O',), "timm has no model 'resnet5O': did you mean resnet50", marks=needs_timm
@@ -360,7 +365,7 @@ def is_running(pid: str) -> bool:
         (('--output=README.md/here', '--peers='), 'README.md/here cannot be written'),
     ],
 )
-def test_it_refuses_what_it_cannot_do(arguments, line):
-    """Before anything is measured, in one line."""
+def test_wrong_arguments_are_refused(arguments, line):
+    """A typo is found only after minutes of measuring, or ends in a traceback."""
     with pytest.raises(UserError, match=re.escape(line)):
         run(*arguments)

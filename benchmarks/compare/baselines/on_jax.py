@@ -1,4 +1,4 @@
-"""The device, for the implementations on JAX."""
+"""The device of the implementations that use JAX."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from benchmarks.compare.baselines.workload import Device
 
 
 def jax_device() -> Device:
-    """The first device of JAX, where arrays are by default."""
+    """JAX's default device."""
     return Device(jax.devices()[0].device_kind, _seconds, _make_matmul, _make_copy, _peak_memory)
 
 
@@ -26,7 +26,7 @@ def _make_matmul(side: int, dtype: str) -> Callable[[], jax.Array]:
 
 
 def _make_copy(size: int) -> Callable[[], jax.Array]:
-    # The target is donated: without that, the time to allocate a new array is measured too.
+    # The target is donated, so that the time does not include the allocation of a new array.
     copy = jax.jit(lambda source, target: jnp.copy(source), donate_argnames='target', keep_unused=True)
     source, target = jnp.ones(size // 4), jnp.zeros(size // 4)
 

@@ -1,4 +1,4 @@
-"""timm, eager and under torch.compile, and transformers; channels_last, which is fastest."""
+"""timm, eager and with torch.compile, and transformers; in channels_last, which is the fastest layout."""
 
 import time
 from collections.abc import Callable

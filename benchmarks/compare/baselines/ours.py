@@ -1,4 +1,4 @@
-"""convnext_jax: the training step of its runs, and the jitted model."""
+"""convnext_jax: the training step of `Program`, and the jitted model."""
 
 from collections.abc import Callable
 

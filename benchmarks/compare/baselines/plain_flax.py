@@ -1,4 +1,4 @@
-"""ConvNeXt as a user of Flax NNX writes it: nnx.Conv for the depthwise convolution, blocks unrolled, nnx.jit."""
+"""ConvNeXt in plain Flax NNX, as a user would write it: nnx.Conv for the depthwise convolution, nnx.jit, no scan."""
 
 import jax
 import jax.numpy as jnp

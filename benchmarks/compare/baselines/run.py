@@ -1,10 +1,10 @@
-"""A process of the comparison: sets up one implementation and times its steps on request.
+"""The process of an implementation: sets it up, and times its steps on request.
 
     python -m benchmarks.compare.baselines.run MODULE
 
-It reads standard input and writes standard output, one JSON value a line: it receives the workload, then numbers of
-steps. It imports nothing but MODULE and `workload`: JAX or torch in the process of another library would add to its
-memory and threads.
+Requests come on standard input, and answers go to standard output, one JSON value per line. The first request is the
+workload, and the others are numbers of steps. The process imports only MODULE and `workload`, because JAX or torch in
+the process of another library would add to its memory and threads.
 """
 
 import importlib
@@ -20,15 +20,15 @@ from pathlib import Path
 from benchmarks.compare.baselines.workload import Baseline, Device, Workload
 
 WARM_STEPS = 2
-PROBES = 3  # the best of these counts
-# An accelerator is measured by larger arrays, and by several calls in a row, which hide the time to dispatch each.
+PROBES = 3  # the fastest of these counts
+# An accelerator needs larger arrays, and several calls in a row, which hide the dispatch time of each.
 MATMUL_SIDE, COPY_BYTES, CALLS = 2048, 2**28, 1
 ACCELERATOR_MATMUL_SIDE, ACCELERATOR_COPY_BYTES, ACCELERATOR_CALLS = 8192, 2**30, 10
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), 'w')
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps the output of libraries apart from the answers
     questions = queue.SimpleQueue()
     listener = threading.Thread(target=_listen, args=(questions,), daemon=True)
     listener.start()
@@ -45,11 +45,11 @@ def main() -> None:
 def _listen(questions: queue.SimpleQueue) -> None:
     for line in sys.stdin:
         questions.put(json.loads(line))
-    os._exit(0)  # the command has ended, possibly killed, and the main thread may be in the middle of a step
+    os._exit(0)  # the command has ended or was killed; the main thread may be in the middle of a step
 
 
 def _answers(module: str, questions: queue.SimpleQueue) -> Iterator[dict]:
-    """Measurements as JSON objects: first of the set-up, then of each round."""
+    """Yields the measurements as JSON objects: first of the set-up, then of each round."""
     workload = Workload(**questions.get())
     baseline = importlib.import_module(module).build(workload)
     step, device = baseline.step, baseline.device
@@ -63,15 +63,15 @@ def _answers(module: str, questions: queue.SimpleQueue) -> Iterator[dict]:
     }
     while True:
         steps = questions.get()
-        device.seconds(step)  # untimed: it refills the caches and memory that the other processes have used meanwhile
+        device.seconds(step)  # untimed: refills caches that the other processes have used meanwhile
         yield {'seconds': time_steps(baseline, steps, workload.latency)} | probe(device, workload.dtype)
 
 
 def time_steps(baseline: Baseline, steps: int, latency: bool) -> float:
-    """Runs `steps` steps and returns the seconds they took.
+    """Runs `steps` steps and returns their time in seconds.
 
-    An accelerator computes while the host dispatches the next step, so it is waited for after the last step alone,
-    except where latency is measured. On CPU each step is waited for.
+    On an accelerator, dispatch is asynchronous: the host waits only after the last step, unless latency is measured. On
+    CPU, it waits after each step.
     """
     if latency or baseline.device.name == 'cpu':
         return sum(baseline.device.seconds(baseline.step) for _ in range(steps))
@@ -79,7 +79,7 @@ def time_steps(baseline: Baseline, steps: int, latency: bool) -> float:
 
 
 def probe(device: Device, dtype: str) -> dict:
-    """What the device reaches: FLOP/s in a matrix product, and bytes/s, read plus written, in a large copy."""
+    """Measures the device: FLOP/s of a matrix product, and bytes/s, read plus written, of a large copy."""
     side, size, calls = MATMUL_SIDE, COPY_BYTES, CALLS
     if device.name != 'cpu':
         side, size, calls = ACCELERATOR_MATMUL_SIDE, ACCELERATOR_COPY_BYTES, ACCELERATOR_CALLS
@@ -101,7 +101,7 @@ def _repeat(function: Callable[[], object], times: int) -> object:
 
 
 def _peak_resident_memory() -> int | None:
-    """Peak of this process's resident memory in bytes; None where the system does not report it."""
+    """Peak resident memory of this process in bytes; None if the system does not report it."""
     status = Path('/proc/self/status')
     return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0]) if status.exists() else None
 

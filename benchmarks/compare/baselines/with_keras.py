@@ -1,4 +1,4 @@
-"""Keras's own ConvNeXt on its JAX backend, through the methods that its users call."""
+"""ConvNeXt from keras.applications on the JAX backend, run with Keras's public methods."""
 
 import os
 
@@ -35,7 +35,7 @@ def build(workload: Workload) -> Baseline:
     optimizer.exclude_from_weight_decay(var_list=[weight for weight in model.weights if len(weight.shape) <= 1])
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
-    def step() -> object:  # both methods return NumPy values, so Keras itself waits for every step
+    def step() -> object:  # both methods return NumPy values, so they wait for the result of every step
         return model.train_on_batch(images, labels) if workload.training else model.predict_on_batch(images)
 
     return Baseline(step, model.count_params(), jax_device())

@@ -1,4 +1,4 @@
-"""What every implementation computes, and what its module returns."""
+"""Workload, the input of every implementation's `build`, and Baseline, its result."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05  # of AdamW, the same everywhere
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05  # of AdamW, in all implementations
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What every implementation computes, with random weights and a batch that stays on the device.
+    """The computation to measure, with random weights and a batch that stays on the device.
 
     Attributes:
         implementation: its name.
@@ -19,7 +19,7 @@ class Workload:
         variant: the fields of the model's architecture in convnext_jax; None for a model that only timm has.
         training: forward, backward and AdamW with weight decay on arrays of two and more axes; if False, the forward
             pass. No augmentation, drop path, label smoothing or moving average.
-        latency: the result of each step is waited for before the next step starts, also on an accelerator.
+        latency: whether to wait for the result of each step before the next step starts, also on an accelerator.
         batch: images.
         size: height and width of the images in pixels.
         classes: outputs of the head.
@@ -38,15 +38,15 @@ class Workload:
 
 
 class Device(NamedTuple):
-    """The device of a process, as the process's library uses it.
+    """The device of a process, as used by its library.
 
     Attributes:
         name: 'cpu', or the accelerator's name.
-        seconds: calls a function that returns a result, waits until the result is ready, and returns the time of both.
-        make_matmul: side, dtype → a function that multiplies two square matrices of random numbers (products of
-            constants need less power, and an accelerator runs them at a higher clock).
+        seconds: calls a function, waits until its result is ready, and returns the total time.
+        make_matmul: side, dtype → a function that multiplies two square matrices of random numbers. (Constants need
+            less power, and an accelerator multiplies them at a higher clock.)
         make_copy: bytes → a function that copies an array of that size into another one.
-        peak_memory: the maximum of bytes in use on an accelerator so far; None on CPU, or if it is not known.
+        peak_memory: peak of the bytes in use on an accelerator so far; None on CPU, or if it is unknown.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Device(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """An implementation, a baseline or ours, that is set up.
+    """An implementation (a baseline or ours) after set-up.
 
     Attributes:
-        step: starts one step and returns its result, which an accelerator may still be computing.
-        parameters: the number of the model's parameters.
-        device: where it computes.
+        step: dispatches one step and returns its result, which an accelerator may still be computing.
+        parameters: number of parameters of the model.
+        device: the device that it uses.
     """
 
     step: Callable[[], object]
