@@ -1,4 +1,4 @@
-"""Eight simulated devices for the tests in this process, and a way to run the commands as a user does."""
+"""Shared fixtures: eight simulated devices in the pytest process, small training runs, and commands in subprocesses."""
 
 import contextlib
 import fcntl
@@ -14,20 +14,20 @@ from pathlib import Path
 
 import pytest
 
-# Most of the tests' time is compiling: with fewer of LLVM's passes, and all processes share a cache.
-DEVICES = '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count='
-ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{DEVICES}1'}
+# The tests mostly compile, so LLVM skips its optimisations and all processes share one compilation cache.
+XLA_FLAGS = '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count='
+ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{XLA_FLAGS}1'}
 os.environ |= {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'{DEVICES}8',
+    'XLA_FLAGS': f'{XLA_FLAGS}8',
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
 }
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # pytest-xdist's workers have the environment of their parent
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # pytest-xdist workers inherit this variable
     cache = tempfile.TemporaryDirectory(prefix='compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = cache.name
 
-# In the background of a script the tests start with SIGINT ignored, and so would every process that they start.
+# A shell script starts background jobs with SIGINT ignored, and subprocesses would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,8 +42,8 @@ from convnext_jax.models.variants import VARIANTS  # noqa: E402
 
 STEPS = 24
 LONGEST = 900
-"""Seconds that a process may take on a busy machine: more is a hang."""
-# Seconds of training: ten batches an epoch, and 40 images to evaluate.
+"""Timeout of a subprocess in seconds: a process that takes longer, even on a busy machine, hangs."""
+# A run that takes a few seconds, with ten batches per epoch and 40 images to evaluate.
 SMALL_RUN = (
     '--config=configs/fashion_mnist.py',
     '--config.data.train_split=train[:160]',
@@ -64,8 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ['JAX_PLATFORMS']
 
 
-# pytest-xdist gives whole files to its workers in this order: a long one at the end would leave a worker waiting, as
-# would two at the beginning that need the finished run.
+# pytest-xdist gives whole files to its workers in this order. One worker would idle if a long file came last, or if the
+# first two files both needed the finished run.
 LONGEST_FILES = (
     'test_processes.py',
     'test_sharding.py',
@@ -84,9 +84,9 @@ LONGEST_FILES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts commands or trains is slow, besides what is marked as slow where it stands."""
+    """Runs the longest files first, and marks every test that starts a command or trains as slow."""
     names = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: names.get(item.path.name, len(names)))
     for item in items:
@@ -98,10 +98,10 @@ MISSING = [name for name in ('torch', 'timm', 'transformers') if importlib.util.
 
 
 class NotInstalled(pytest.Module):
-    """A file of `tests/judges` that cannot be imported."""
+    """A file of `tests/judges`, skipped because the libraries it imports are not installed."""
 
     def collect(self):
-        pytest.skip(f'{", ".join(MISSING)} not installed: make test-judges does it')
+        pytest.skip(f'{", ".join(MISSING)} not installed: `make test-judges` installs them')
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -110,7 +110,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     )
 
 
-# A short run that starts from another one: two outputs more, another resolution, rates that leave the weights alone.
+# A short run that starts from another run, with two more outputs, another resolution, and a learning rate so low that
+# the weights hardly change.
 FINE_TUNING_STEPS = 8
 FINE_TUNING = (
     f'--config.steps={FINE_TUNING_STEPS}',
@@ -122,7 +123,7 @@ FINE_TUNING = (
 
 
 class Commands:
-    """Starts the project's commands in processes of their own, on one device."""
+    """Runs the project's commands in subprocesses that see one device."""
 
     def start(self, *arguments: object) -> subprocess.Popen:
         return subprocess.Popen(
@@ -135,14 +136,14 @@ class Commands:
         )
 
     def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-        """Runs to the end, and insists on the exit status."""
+        """Runs a command to its end and asserts its exit status."""
         process = self.start(*arguments)
         try:
             out, err = process.communicate(timeout=LONGEST)
         finally:
             if process.poll() is None:
-                kill([*processes_below(process.pid), process.pid])
-        assert process.returncode == status, f'status {process.returncode}, not {status}\n{out}\n{err}'
+                kill([*descendants(process.pid), process.pid])
+        assert process.returncode == status, f'exit status {process.returncode}, expected {status}\n{out}\n{err}'
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def train(self, workdir: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
@@ -150,27 +151,27 @@ class Commands:
 
 
 def strict_json(text: str) -> object:
-    """The value of a JSON text, read as other programs read it: without NaN and Infinity."""
+    """Parses JSON as strictly as other programs do: NaN and Infinity fail the test."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
 
 
 def fingerprints(workdir: Path, step: int = STEPS) -> dict:
-    """Of every array of the checkpoint: parameters, optimizer, moving average and counters."""
+    """The fingerprint of every array in a checkpoint: parameters, optimizer, moving average and counters."""
     return json.loads((workdir / 'checkpoints' / str(step) / 'manifest' / 'metadata').read_text())['arrays']
 
 
-def processes_below(pid: int) -> list[int]:
-    """The processes that a process has started, and those that these have started (Linux)."""
+def descendants(pid: int) -> list[int]:
+    """The child processes of a process, their children, and so on (Linux)."""
     found = []
-    for children in Path(f'/proc/{pid}/task').glob('*/children'):  # the children of each thread
+    for children in Path(f'/proc/{pid}/task').glob('*/children'):  # one file per thread
         with contextlib.suppress(OSError):  # the thread has ended
             for child in map(int, children.read_text().split()):
-                found += [child, *processes_below(child)]
+                found += [child, *descendants(child)]
     return found
 
 
 def is_resource_tracker(pid: int) -> bool:
-    """Whether it is the process that `multiprocessing` starts once for all tests; it ends with the tests' process."""
+    """Whether this is the process that `multiprocessing` starts once for all tests; it ends with pytest."""
     try:
         return b'multiprocessing.resource_tracker' in Path(f'/proc/{pid}/cmdline').read_bytes()
     except OSError:
@@ -178,7 +179,7 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def kill(pids: list[int]) -> None:
-    """Kills processes, some of which may have ended."""
+    """Kills processes, and ignores those that have ended already."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -186,10 +187,10 @@ def kill(pids: list[int]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """Kills the processes that a test has started and left, in sessions of their own too, also after a failure."""
-    before = set(processes_below(os.getpid()))
+    """Kills the processes that a test left running, even if the test failed or they run in their own session."""
+    before = set(descendants(os.getpid()))
     yield
-    kill([pid for pid in processes_below(os.getpid()) if pid not in before and not is_resource_tracker(pid)])
+    kill([pid for pid in descendants(os.getpid()) if pid not in before and not is_resource_tracker(pid)])
 
 
 @pytest.fixture(scope='session')
@@ -199,26 +200,26 @@ def commands() -> Commands:
 
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process's commands see one of its devices, as those do that are started: the same programs and bits."""
+    """Commands called in this process see one device, as in a subprocess, so both give equal results to the bit."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, 'devices', lambda *_: first)
 
 
 def shrink_models(patch: pytest.MonkeyPatch, **sizes: tuple[int, ...]) -> None:
-    """Replaces the atto models of this process by small ones."""
+    """Replaces the atto models by small ones in this process."""
     for name, variant in small_variants(**sizes).items():
         patch.setitem(VARIANTS, name, variant)
 
 
 @pytest.fixture
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The atto models of this process have two stages of one narrow block."""
+    """Replaces the atto models in this process by models with two stages of one narrow block each."""
     shrink_models(monkeypatch)
 
 
 @pytest.fixture
 def train_here(one_device: None, small_models: None, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """`Commands.train` in this process: gives what it printed, and raises its errors."""
+    """`Commands.train` in this process: returns stdout and raises the errors of the command."""
 
     def train(workdir: Path, *overrides: str) -> str:
         capsys.readouterr()
@@ -230,13 +231,13 @@ def train_here(one_device: None, small_models: None, capsys: pytest.CaptureFixtu
 
 @pytest.fixture(scope='session')
 def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a small run that nothing interrupted.
+    """The workdir of a small run that was never interrupted.
 
-    The first worker of pytest-xdist that asks for it trains it, and the others wait.
+    The first pytest-xdist worker that needs it trains it, and the other workers wait.
     """
     folder = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
-        folder = folder.parent  # the workers have it in common
+        folder = folder.parent  # all workers share it
     with open(folder / 'finished.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'finished.done').exists():
@@ -247,5 +248,5 @@ def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def finished_run(small_run: Path, small_models: None) -> Path:
-    """The workdir of a finished run, whose model this process knows; tests copy it before they change it."""
+    """The workdir of a finished run, with its model registered in this process. Tests copy it before they change it."""
     return small_run

@@ -1,6 +1,6 @@
 """Runs a command with atto models of two stages: `python tests/small.py train.py …`, `… -m convnext_jax predict …`.
 
-Such a training step compiles in a third of the time that a model of four stages takes.
+Their training step compiles in a third of the time that a model of four stages needs.
 """
 
 import runpy
@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from convnext_jax.models.variants import VARIANTS, Variant  # noqa: E402 - needs the path
+from convnext_jax.models.variants import VARIANTS, Variant  # noqa: E402 - needs sys.path
 
 
 def small_variants(depths: tuple[int, ...] = (1, 1), widths: tuple[int, ...] = (8, 16)) -> dict[str, Variant]:
-    """The atto models of both versions, made small: name → architecture."""
+    """Small architectures that replace the atto models of both versions, by name."""
     return {
         'convnext_atto': Variant(depths, widths),
         'convnextv2_atto': Variant(depths, widths, grn=True, layer_scale_init=0),
