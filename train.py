@@ -1,41 +1,10 @@
-"""Trains a model, or resumes the run in the workdir.
+"""Trains a model, or resumes the run in the workdir: the same as `python -m convnext_jax train`.
 
 python train.py --config=configs/fashion_mnist.py --workdir=runs/demo [--config.FIELD=VALUE]
 """
 
-from absl import flags
-
-from convnext_jax.checkpoints.workdir import workdir_path
-from convnext_jax.command_line import (
-    all_processes,
-    define_config,
-    define_processes,
-    parse,
-    required,
-    required_config,
-    run,
-)
-from convnext_jax.monitoring.trace import ProfileWindow
-from convnext_jax.training.loop import train
-
-
-def main(arguments: list[str]) -> None:
-    values = flags.FlagValues()
-    define_config(values, arguments)
-    define_processes(values)
-    flags.DEFINE_string('workdir', None, 'Folder for the config, checkpoints and logs of the run.', flag_values=values)
-    flags.DEFINE_string(
-        'profile',
-        None,
-        'START:STEPS profiles STEPS steps after the first START steps of this process, for TensorBoard and XProf.',
-        flag_values=values,
-    )
-    parse(values, arguments, usage=__doc__)
-    config, workdir = required_config(values), workdir_path(required(values, 'workdir'))
-    profile = ProfileWindow.parse(values.profile) if values.profile else None
-    with all_processes(values):
-        train(config, workdir, profile)
-
+from convnext_jax.command_line import run
+from convnext_jax.commands.train import main
 
 if __name__ == '__main__':
     run(main)

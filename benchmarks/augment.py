@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from configs.imagenet1k import get_config
 from convnext_jax.checkpoints.state import initial_state
+from convnext_jax.configs.imagenet1k import get_config
 from convnext_jax.data.augment import augment
 from convnext_jax.data.mixing import mix
 from convnext_jax.data.pipeline import abstract_batch

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 
-from configs.fashion_mnist import get_config
 from convnext_jax.checkpoints.manager import Checkpoints
+from convnext_jax.configs.fashion_mnist import get_config
 from convnext_jax.data import pipeline
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import make_task

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from configs.fashion_mnist import get_config
 from convnext_jax.checkpoints.manager import Checkpoints
+from convnext_jax.configs.fashion_mnist import get_config
 from convnext_jax.tasks import make_task
 from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run

@@ -1,5 +1,8 @@
-"""python -m convnext_jax COMMAND
+"""convnext-jax COMMAND, or python -m convnext_jax COMMAND; COMMAND --help lists the flags
 
+train --config=fashion_mnist --workdir=DIR   train a model, or resume the run in DIR; --config=imagenet1k:tiny is a
+                                             recipe of the package with its variant, --config=FILE.py a file
+eval --workdir=DIR                           evaluate a run, or with --config and --weights any weights
 prepare imagenet2012 --manual_dir=TARS --data_dir=DATA
                                              write ImageNet-1k as a data set for training, from the official tars
 prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
@@ -8,7 +11,7 @@ models                                       list the architectures
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns
 convert SOURCE TARGET --layout=huggingface   write the weights of a run, or of another library, for another library
 export SOURCE TARGET --format=stablehlo      write a program for CPU, GPU and TPU that runs without this package
-plan --config=FILE --topology=v5e:4x4        compile a training step for TPUs that are not attached (or GPUs, with
+plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs that are not attached (or GPUs, with
                                              --gpu=h100:8), and print its memory, communication and cycles
 """
 
@@ -19,6 +22,8 @@ from absl import flags
 from tqdm import tqdm
 
 from convnext_jax.command_line import define_config, parse, required, required_config, run
+from convnext_jax.commands.eval import main as evaluate
+from convnext_jax.commands.train import main as train
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
@@ -174,6 +179,8 @@ def plan_step(arguments: list[str]) -> None:
 
 
 COMMANDS = {
+    'train': train,
+    'eval': evaluate,
     'prepare': prepare,
     'models': models,
     'predict': predict_photos,
@@ -185,10 +192,18 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> None:
     name = arguments[1] if len(arguments) > 1 else ''
+    if name in ('--help', '-h'):
+        show(__doc__.rstrip())
+        return
     if name not in COMMANDS:
-        raise UserError(f"there is no command '{name}'; usage: python -m convnext_jax {{{' | '.join(COMMANDS)}}}")
+        raise UserError(f"there is no command '{name}'; usage: convnext-jax {{{' | '.join(COMMANDS)}}}")
     COMMANDS[name]([f'{arguments[0]} {name}', *arguments[2:]])
 
 
-if __name__ == '__main__':
+def script() -> None:
+    """Runs the console script `convnext-jax`."""
     run(main)
+
+
+if __name__ == '__main__':
+    script()

@@ -15,6 +15,7 @@ from typing import TextIO
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from convnext_jax.configs import RECIPES
 from convnext_jax.errors import UserError
 from convnext_jax.output import OutputClosed, drop_unwritten, open_streams, say, show
 from convnext_jax.paths import local_path
@@ -144,11 +145,12 @@ def _show_unraisable(unraisable: 'sys.UnraisableHookArgs') -> None:
 
 
 def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    """Adds --config=FILE[:VARIANT] and --config.FIELD=VALUE."""
+    """Adds --config=NAME_OR_FILE[:VARIANT] and --config.FIELD=VALUE."""
     config_flags.DEFINE_config_file(
         'config',
         None,
-        'The experiment, configs/NAME.py[:VARIANT]; --config.FIELD=VALUE overrides a value.',
+        'The experiment: a recipe of the package, NAME[:VARIANT], or a file, PATH.py[:VARIANT]. --config.FIELD=VALUE '
+        'overrides a value.',
         flag_values=values,
         sys_argv=list(arguments),
     )
@@ -187,7 +189,7 @@ def parse(
     """
     flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
     with refusals():
-        given = values([_with_home(argument) for argument in arguments])[1:]
+        given = values(_with_config_path(arguments))[1:]
     if values.help:
         show(f'{usage}\n{values.get_help()}')
         sys.exit(0)
@@ -233,17 +235,38 @@ def required_config(values: flags.FlagValues) -> ConfigDict:
         UserError: the flag was not given, or the file does not exist.
     """
     if values['config'].value is None:
-        raise UserError('--config is missing: give configs/NAME.py, and override fields with --config.FIELD=VALUE')
+        raise UserError('--config is missing: give a recipe or a file, and override fields with --config.FIELD=VALUE')
     path = Path(config_flags.get_config_filename(values['config']).split(':')[0])
     if not path.is_file():
         raise UserError(f'--config: there is no file {path}')
     return values['config'].value
 
 
-def _with_home(argument: str) -> str:
-    """The argument, with the ~ of --config=~/FILE expanded: shells expand it only at the start of a word."""
-    name, _, path = argument.partition('=')
-    return f'{name}={local_path(path)}' if name.lstrip('-') == 'config' and path.startswith('~') else argument
+def _with_config_path(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the value of --config as the path of a file."""
+    result: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition('=')
+        if flag in ('--config', '-config') and equals:
+            argument = f'{flag}={_config_path(value)}'
+        elif result and result[-1] in ('--config', '-config'):
+            argument = _config_path(argument)
+        result.append(argument)
+    return result
+
+
+def _config_path(text: str) -> str:
+    """The path of a recipe NAME[:VARIANT] of the package; a path stays as it is, apart from a ~ at its start.
+
+    Raises:
+        UserError: it is neither a path nor the name of a recipe.
+    """
+    name, colon, variant = text.partition(':')
+    if name in RECIPES:
+        return f'{RECIPES[name]}{colon}{variant}'
+    if '/' in name or name.endswith('.py') or Path(name).is_file():
+        return str(local_path(text)) if text.startswith('~') else text
+    raise UserError(f"--config: there is no recipe '{name}': {', '.join(RECIPES)}. Or give the path of a config file")
 
 
 def _last_line(error: Exception) -> str:

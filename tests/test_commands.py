@@ -430,7 +430,9 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
 
 
 def test_an_unknown_command_lists_those_there_are():
-    with pytest.raises(UserError, match=re.escape('{prepare | models | predict | convert | export | plan}')):
+    with pytest.raises(
+        UserError, match=re.escape('{train | eval | prepare | models | predict | convert | export | plan}')
+    ):
         package_command.main(['convnext_jax', 'modles'])
 
 

@@ -62,4 +62,4 @@ def finished(workdir: Path, config: ConfigDict, headline: Headline) -> str:
     scores = ''
     if results:
         scores = f': {headline.describe(results[-1])} on {results[-1]["images"]:,} images'
-    return f'finished{scores}. Curves: {workdir / CURVES}. Next: python eval.py --workdir={workdir}'
+    return f'finished{scores}. Curves: {workdir / CURVES}. Next: python -m convnext_jax eval --workdir={workdir}'

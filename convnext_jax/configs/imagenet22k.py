@@ -12,7 +12,7 @@ ten times as large.
 
 from ml_collections import ConfigDict
 
-from configs.imagenet1k import get_config as imagenet1k
+from convnext_jax.configs.imagenet1k import get_config as imagenet1k
 from convnext_jax.errors import UserError
 
 DROP_PATH_RATES = {'tiny': 0.0, 'small': 0.0, 'base': 0.1, 'large': 0.1, 'xlarge': 0.2}

@@ -9,7 +9,7 @@ Published top-1 of S/B/L: 78.7/82.0/82.6 %. Hardware: as for configs/imagenet1k.
 
 from ml_collections import ConfigDict
 
-from configs.imagenet1k import get_config as imagenet1k
+from convnext_jax.configs.imagenet1k import get_config as imagenet1k
 from convnext_jax.errors import UserError
 
 DROP_PATH_RATES = {'small': 0.1, 'base': 0.2, 'large': 0.5}
