@@ -192,6 +192,7 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         step, self._saving_step, self._manager.write_error = self._saving_step, None, None
+        assert step is not None  # only a save in progress can fail
         if is_multiprocess() and isinstance(error, jax.errors.JaxRuntimeError):
             raise error  # another process has ended
         if is_multiprocess() and not isinstance(error, NotWritable):  # the others already wait for this process

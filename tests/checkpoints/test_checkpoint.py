@@ -195,13 +195,13 @@ def test_another_shape_or_name_is_refused_with_the_difference(directory):
 
 def test_a_full_disk_is_reported_and_the_next_save_tries_again(directory, monkeypatch):
     """A disk that is full for an hour ends the run, or leaves it without checkpoints."""
-    told = []
+    reports = []
     free_bytes = namedtuple('Usage', 'free')(1000)
-    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
+    with Checkpoints(directory, keep=2, best_metric='top1', report=reports.append) as checkpoints:
         with monkeypatch.context() as full:
             full.setattr(shutil, 'disk_usage', lambda path: free_bytes)
             checkpoints.save(make_state(4), {}, None)
-        (line,) = told
+        (line,) = reports
         assert line.startswith('step 4 could not be saved: the disk of')
         assert 'is full: a checkpoint needs 0 MB' in line
         assert line.endswith('the last checkpoint is of step 3')
@@ -213,13 +213,13 @@ def test_a_full_disk_is_reported_and_the_next_save_tries_again(directory, monkey
 
 def test_no_process_starts_a_save_that_one_of_them_cannot_write(directory, monkeypatch):
     """If the disk of one host is full, the other hosts wait for its part of the checkpoint until they time out."""
-    told = []
-    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
+    reports = []
+    with Checkpoints(directory, keep=2, best_metric='top1', report=reports.append) as checkpoints:
         with monkeypatch.context() as of_two:
             of_two.setattr(manager, 'is_multiprocess', lambda: True)
             of_two.setattr(manager, 'all_gather_objects', lambda own: [own, 'the other disk is full'])
             checkpoints.save(make_state(4), {}, None)
-        assert told == ['step 4 could not be saved: the other disk is full; the last checkpoint is of step 3']
+        assert reports == ['step 4 could not be saved: the other disk is full; the last checkpoint is of step 3']
         checkpoints.save(make_state(5), {}, None)
     assert checkpoints.failed.keys() == {4}
     assert saved_steps(directory) == [1, 3, 5]
@@ -246,11 +246,11 @@ def test_a_write_error_from_python_has_the_message_of_one_from_tensorstore(direc
     def write(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'array_metadatas')
 
-    told = []
-    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
+    reports = []
+    with Checkpoints(directory, keep=2, best_metric='top1', report=reports.append) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, 'save', write)
         checkpoints.save(make_state(4), {}, None)
-    assert told == ['step 4 could not be saved: No space left on device; the last checkpoint is of step 3']
+    assert reports == ['step 4 could not be saved: No space left on device; the last checkpoint is of step 3']
 
 
 def test_an_older_step_than_the_newest_is_saved_too(directory):
@@ -262,22 +262,22 @@ def test_an_older_step_than_the_newest_is_saved_too(directory):
 
 def test_a_write_error_in_the_background_is_reported_before_the_next_save(directory):
     """The user learns of a full disk late, its partial checkpoint keeps it full, or a good checkpoint is deleted."""
-    told, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpoints(directory, keep=2, best_metric='top1', report=told.append) as checkpoints:
+    reports, (soft, hard) = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(directory, keep=2, best_metric='top1', report=reports.append) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         try:
             checkpoints.save(make_state(4, width=3000), {}, {'top1': 99.0})
             until = time.monotonic() + 60
-            while not told and time.monotonic() < until:
+            while not reports and time.monotonic() < until:
                 checkpoints.check()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert len(told) == 1
-        assert told[0] == 'step 4 could not be saved: File too large; the last checkpoint is of step 3'
+        assert len(reports) == 1
+        assert reports[0] == 'step 4 could not be saved: File too large; the last checkpoint is of step 3'
         assert saved_steps(directory) == [1, 2, 3]
         checkpoints.check()
         checkpoints.save(make_state(4), {}, None)
-    assert len(told) == 1
+    assert len(reports) == 1
     assert not checkpoints.failed
     assert sorted(path.name for path in directory.iterdir()) == ['1', '3', '4'], 'the best is not what was never saved'
     assert_equal(newest(directory)[0], make_state(4))
