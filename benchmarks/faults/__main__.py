@@ -1,11 +1,11 @@
-"""What a run survives: the real program under kills, damaged files, full disks, broken images, NaN and clock jumps.
+"""Fault injection: train.py under kills, damaged files, full disks, damaged images, NaN and clock jumps.
 
     python -m benchmarks.faults [--kills=50] [--seed=0] [--only=kill,damage] [--folder=DIR]
 
-A case passes if the run ends with every array bit-identical to that of a run that was left alone, or stops with one
-clear line and every finished checkpoint intact; then, mended, the same command ends bit-identical too. Each finished
-checkpoint is restored and compared as well. One line for each case, and exit status 1 if one fails. What a machine
-cannot do (a small tmpfs needs root) is skipped with the reason.
+A case passes in two ways. Either the run ends, and all its arrays are bit-identical to those of an uninterrupted run.
+Or it stops with a one-line error and intact checkpoints, and after the fault is removed, the same command ends with
+bit-identical arrays. All finished checkpoints are restored and compared. The command prints one line for each case, and
+exits with status 1 if a case fails. Cases that need more rights (a small tmpfs needs root) are skipped with the reason.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from benchmarks.faults.runs import Lab
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument('--kills', type=int, default=50)
-    arguments.add_argument('--seed', type=int, default=0, help='of the moments, files and bits')
-    arguments.add_argument('--only', default='', help='kinds, such as kill or damage,disk')
-    arguments.add_argument('--folder', type=Path, help='for the runs; by default a temporary one')
+    arguments.add_argument('--kills', type=int, default=50, help='number of kills')
+    arguments.add_argument('--seed', type=int, default=0, help='for the choice of times, files and bits')
+    arguments.add_argument('--only', default='', help='kinds of faults, for example kill or damage,disk')
+    arguments.add_argument('--folder', type=Path, help='folder for the runs; by default a temporary folder')
     options = arguments.parse_args()
     kinds = {
         'kill': lambda lab, rng: kills.cases(lab, rng, options.kills),
@@ -39,7 +39,7 @@ def main() -> int:
     }
     chosen = options.only.split(',') if options.only else list(kinds)
     if unknown := set(chosen) - set(kinds):
-        arguments.error(f'--only: there is no {", ".join(sorted(unknown))}; there are {", ".join(kinds)}')
+        arguments.error(f'--only: unknown {", ".join(sorted(unknown))}; choose from {", ".join(kinds)}')
     count = collections.Counter()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='faults')))

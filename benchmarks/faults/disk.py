@@ -1,4 +1,4 @@
-"""A disk that is full for a while or for good, and folders that may not be written."""
+"""Full disks and read-only folders, temporary and permanent."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.faults.runs import Case, Lab, Running, ends, mended, unfinished
+from benchmarks.faults.runs import Case, Lab, Running, ends, resumes, unfinished
 
 MB = 2**20
-CHECKPOINT = 54 * MB  # of the small run
+CHECKPOINT = 54 * MB  # size of a checkpoint of the small run
 
 
 def full_disk(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """A limit to what a file may take, which any user can set, and a small tmpfs."""
+    """A limit on the size of files, which any user can set, and a small tmpfs, which needs root."""
     del rng
     yield from _limited_files(lab)
     with contextlib.ExitStack() as stack:
@@ -30,7 +30,7 @@ def full_disk(lab: Lab, rng: random.Random) -> Iterator[Case]:
 
 
 def _limited_files(lab: Lab) -> Iterator[Case]:
-    case, unbroken, workdir = Case('no file may be larger than 1 MB, from step 4 to 12'), lab.unbroken(), lab.workdir()
+    case, unbroken, workdir = Case('files limited to 1 MB, from step 4 to 12'), lab.uninterrupted(), lab.workdir()
     run = lab.start(workdir)
     run.until(run.says('step 4/'))
     _limit_files(run, MB)
@@ -40,7 +40,7 @@ def _limited_files(lab: Lab) -> Iterator[Case]:
     yield case
 
     for moment, stopped in (('from step 12 on', False), ('from step 12 on, and SIGTERM at 16', True)):
-        case, workdir = Case(f'no file may be larger than 1 MB, {moment}'), lab.workdir()
+        case, workdir = Case(f'files limited to 1 MB, {moment}'), lab.workdir()
         run = lab.start(workdir)
         run.until(run.says('step 12/'))
         _limit_files(run, MB)
@@ -48,17 +48,17 @@ def _limited_files(lab: Lab) -> Iterator[Case]:
             run.until(run.says('step 16/'))
             run.process.send_signal(signal.SIGTERM)
         ends(case, run, workdir, unbroken, 2)
-        case.must(['says it is saved'] if run.says(', saved; the same command')() else [])
-        mended(lab, case, workdir, unbroken)
+        case.must(['reports a save that failed as saved'] if run.says(', saved; the same command')() else [])
+        resumes(lab, case, workdir, unbroken)
         yield case
 
 
 def _small_disk(lab: Lab, disk: Path) -> Iterator[Case]:
-    unbroken, workdir, filler = lab.unbroken(), disk / 'run', disk / 'filler'
-    case = Case('a tmpfs that holds two checkpoints and no third')
+    unbroken, workdir, filler = lab.uninterrupted(), disk / 'run', disk / 'filler'
+    case = Case('a tmpfs with space for only two checkpoints')
     ends(case, lab.start(workdir), workdir, unbroken, 2)
     _resize(disk, 6 * CHECKPOINT)
-    mended(lab, case, workdir, unbroken)
+    resumes(lab, case, workdir, unbroken)
     yield case
 
     shutil.rmtree(workdir)
@@ -71,7 +71,7 @@ def _small_disk(lab: Lab, disk: Path) -> Iterator[Case]:
     ends(case, run, workdir, unbroken, 0)
     yield case
 
-    for moment in ('from step 8 on: not a byte left for records and curves either', 'from the start'):
+    for moment in ('from step 8 on, also for records and curves', 'from the start'):
         shutil.rmtree(workdir)
         case = Case(f'a tmpfs that is full {moment}')
         if moment == 'from the start':
@@ -81,20 +81,20 @@ def _small_disk(lab: Lab, disk: Path) -> Iterator[Case]:
             _fill(filler)
         ends(case, run, workdir, unbroken, 2)
         filler.unlink()
-        mended(lab, case, workdir, unbroken)
+        resumes(lab, case, workdir, unbroken)
         yield case
 
 
 def read_only(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """The checkpoints' folder, and the workdir, without the right to write."""
+    """The folder of checkpoints and the workdir without write permission."""
     del rng
     before = ()
-    if os.geteuid() == 0:  # root may write everywhere, unless it gives this up
+    if os.geteuid() == 0:  # root may write everywhere, unless the process drops these capabilities
         if not shutil.which('setpriv'):
-            yield Case('a read-only folder', ['root may write everywhere, and there is no setpriv'], skipped=True)
+            yield Case('a read-only folder', ['root may write everywhere, and setpriv is not installed'], skipped=True)
             return
         before = ('setpriv', '--bounding-set=-dac_override,-dac_read_search')
-    unbroken = lab.unbroken()
+    unbroken = lab.uninterrupted()
     for until in ('step 12/', None):
         case = Case('the checkpoints read-only from step 4 ' + ('to 12' if until else 'on'))
         workdir = lab.workdir()
@@ -107,7 +107,7 @@ def read_only(lab: Lab, rng: random.Random) -> Iterator[Case]:
         ends(case, run, workdir, unbroken, 0 if until else 2)
         (workdir / 'checkpoints').chmod(0o755)
         if not until:
-            mended(lab, case, workdir, unbroken)
+            resumes(lab, case, workdir, unbroken)
         yield case
     for folder in ('.', 'checkpoints'):
         case, workdir = Case(f'a workdir whose {folder} is read-only at the start'), lab.workdir()
@@ -115,7 +115,7 @@ def read_only(lab: Lab, rng: random.Random) -> Iterator[Case]:
         (workdir / folder).chmod(0o555)
         ends(case, lab.start(workdir, before=before), workdir, unbroken, 2)
         (workdir / folder).chmod(0o755)
-        mended(lab, case, workdir, unbroken)
+        resumes(lab, case, workdir, unbroken)
         yield case
 
 
@@ -134,7 +134,7 @@ def _resize(folder: Path, size: int) -> None:
 
 
 def _fill(filler: Path) -> None:
-    """Takes all of the space of a disk, to the last block."""
+    """Fills a disk to its last block."""
     for size in (MB, 4096):
         with open(filler, 'ab', buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(size)):

@@ -1,7 +1,7 @@
-"""Starts a program with faults that come from within: python -m benchmarks.faults.injected FAULT PROGRAM ARGUMENTS …
+"""Runs a program with an injected fault: python -m benchmarks.faults.injected FAULT PROGRAM ARGUMENTS …
 
-`nan=5,6` makes the augmented images of these steps NaN, and so the loss and all its gradients. `clock=SEED` moves the
-time of day, as Python reads it, every five seconds to another time within a day of the right one, also backwards.
+`nan=5,6` makes the augmented images of steps 5 and 6 NaN, and with them the loss and all gradients. `clock=SEED` sets
+Python's clock to a random time within a day of the right one, every five seconds, also backwards.
 """
 
 import random
@@ -11,26 +11,26 @@ import time
 
 
 def nan(steps: list[int]) -> None:
-    """Makes the images of these steps NaN."""
+    """Makes the augmented images of these steps NaN, in a run with seed 0."""
     import jax
     import jax.numpy as jnp
 
-    from convnext_jax.training import step as module
+    from convnext_jax.tasks import classification
+    from convnext_jax.training.step import _keys
 
-    augment = module.augment
+    augment = classification.augment
 
-    def broken(images, keys, **settings):
-        # The step's number is not here, but the first image's key says which it is.
-        seed = 0
-        marked = [jax.random.key_data(module._keys(seed, at, len(images))[0][0]) for at in steps]
-        here = (jnp.stack(marked) == jax.random.key_data(keys[0])).all(-1).any()
-        return augment(images, keys, **settings) * jnp.where(here, jnp.nan, 1)
+    def augment_with_nan(images, keys, **settings):
+        # The step is not an argument, but the key of the first image identifies it.
+        first_keys = [jax.random.key_data(_keys(0, step, len(images))[0][0]) for step in steps]
+        inject = (jnp.stack(first_keys) == jax.random.key_data(keys[0])).all(-1).any()
+        return augment(images, keys, **settings) * jnp.where(inject, jnp.nan, 1)
 
-    module.augment = broken
+    classification.augment = augment_with_nan
 
 
 def clock(seed: int) -> None:
-    """Lets the time of day jump."""
+    """Makes `time.time` jump every five seconds."""
     right, right_ns = time.time, time.time_ns
 
     def offset() -> int:

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, of the program and of its decoding processes."""
+"""SIGKILL to the program and to its decoding processes, at random times."""
 
 import contextlib
 import itertools
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.faults.runs import WORKERS, Case, Lab, Running, intact, unfinished, whole
+from benchmarks.faults.runs import WORKERS, Case, Lab, Running, complete, intact, unfinished
 from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.monitoring.records import read_records
 
@@ -18,7 +18,7 @@ MOMENTS = ('step', 'save', 'restore', 'step', 'save', 'start', 'step of a run wi
 
 
 def cases(lab: Lab, rng: random.Random, kills: int) -> Iterator[Case]:
-    """So many kills: each run is killed a few times, and resumed after each; at last it is let go to its end."""
+    """`kills` cases. A run is killed up to `KILLS_OF_A_RUN` times, resumed after each kill, and finally completed."""
     moments = itertools.cycle(MOMENTS)
     left = kills
     while left > 0:
@@ -31,8 +31,8 @@ def cases(lab: Lab, rng: random.Random, kills: int) -> Iterator[Case]:
 
 
 def _kill_one_run(lab: Lab, rng: random.Random, moments: list[str], overrides: tuple[str, ...]) -> Iterator[Case]:
-    """Kills a run at these moments. Returns those that it did not live to see."""
-    workdir, unbroken = lab.workdir(), lab.unbroken(*overrides)
+    """Kills a run at these moments. Returns the moments that did not occur before it ended."""
+    workdir, unbroken = lab.workdir(), lab.uninterrupted(*overrides)
     cases = []
     while moments:
         case = Case(moments[0])
@@ -43,12 +43,12 @@ def _kill_one_run(lab: Lab, rng: random.Random, moments: list[str], overrides: t
             break
         moments = moments[1:]
         if case.moment.startswith('worker'):
-            case.must(run.ended(2, 0) + (['not told'] if run.status and 'process' not in run.error else []))
+            case.must(run.ended(2, 0) + (['does not report it'] if run.status and 'process' not in run.error else []))
             case.happened.append(run.error)
         case.must(intact(workdir, unbroken) + _left_running(run))
         cases.append(case)
     last = lab.run(workdir, *overrides)
-    problems = last.ended(0) + whole(workdir, unbroken)
+    problems = last.ended(0) + complete(workdir, unbroken)
     for case in cases:
         case.happened.append('resumed, bit-identical at the end' if not problems else 'resumed')
         case.must(problems)
@@ -57,18 +57,18 @@ def _kill_one_run(lab: Lab, rng: random.Random, moments: list[str], overrides: t
 
 
 def _wait_and_kill(run: Running, workdir: Path, rng: random.Random, case: Case) -> bool:
-    """Whether the moment came and the kill ended something."""
+    """Waits for the moment of the case and kills a process. Returns whether the process was still running."""
     records, began = len(read_records(workdir)), time.time_ns()
     config, moment, victim = workdir / 'config.json', case.moment, run.pid
     if moment == 'start':
         delay = rng.uniform(0, 6)
-    elif moment == 'restore':  # the config is written just before
+    elif moment == 'restore':  # the config is written just before the restore
         run.until(lambda: config.exists() and config.stat().st_mtime_ns > began)
         delay = rng.uniform(0, 2)
     elif moment == 'save':
         before = set()
         for _ in range(rng.randint(1, 2)):
-            run.until(lambda: set(unfinished(workdir)) - before)  # noqa: B023 - called at once
+            run.until(lambda: set(unfinished(workdir)) - before)  # noqa: B023 - called immediately
             before |= set(unfinished(workdir))
         delay = rng.uniform(0, 0.3)
     else:
@@ -86,12 +86,12 @@ def _wait_and_kill(run: Running, workdir: Path, rng: random.Random, case: Case) 
     run.workers = _children(run.pid)
     if alive:
         os.kill(victim, signal.SIGKILL)
-    case.moment += f' +{delay:.2f} s, step {step} recorded, {saved} saved' + (', a save under way' if saving else '')
+    case.moment += f' +{delay:.2f} s, step {step} recorded, {saved} saved' + (', a save in progress' if saving else '')
     return alive
 
 
 def _left_running(run: Running) -> list[str]:
-    """Decoding processes that outlive the program."""
+    """A message for each decoding process that is still running a minute after the program has ended."""
     until = time.monotonic() + 60
     while (alive := [pid for pid in run.workers if _command(pid)]) and time.monotonic() < until:
         time.sleep(0.1)
@@ -100,7 +100,7 @@ def _left_running(run: Running) -> list[str]:
 
 def _children(pid: int) -> list[int]:
     found = []
-    with contextlib.suppress(OSError):  # a thread, or the process, has ended
+    with contextlib.suppress(OSError):  # the thread or the process has ended
         for children in Path(f'/proc/{pid}/task').glob('*/children'):
             found += map(int, children.read_text().split())
     return found

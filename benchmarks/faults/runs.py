@@ -1,4 +1,4 @@
-"""Small runs of train.py in processes of their own, and what must hold of what they leave behind."""
+"""Starts small runs of train.py in subprocesses, and checks the files that they write."""
 
 import atexit
 import contextlib
@@ -29,7 +29,7 @@ from convnext_jax.training.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
 LAST = 24
-# Seconds of training: ten batches an epoch, and 40 images to evaluate.
+# A run of some seconds: ten batches per epoch, and 40 evaluation images.
 SMALL = (
     '--config=configs/fashion_mnist.py',
     '--config.data.train_split=train[:160]',
@@ -37,24 +37,24 @@ SMALL = (
     '--config.batch_size=16',
     f'--config.steps={LAST}',
     '--config.optimizer.warmup_steps=4',
-    '--config.log_every_steps=1',  # a record is of the same steps wherever the run was resumed
+    '--config.log_every_steps=1',  # records cover single steps, so that they do not depend on where a run was resumed
     '--config.eval_every_epochs=1',
     '--config.checkpoint_every_steps=4',
 )
 WORKERS = ('--config.data.workers=2', '--config.data.crop_scale=(0.5,1.0)')
-LONGEST = 3600  # seconds that a run may take on a busy machine: more is a hang
+LONGEST = 3600  # seconds; a run that takes longer, even on a busy machine, hangs
 CONTENTS = {'.lock', 'config.json', 'metrics.jsonl', 'curves.png', 'tensorboard', 'checkpoints', 'damaged'}
 
 
 @dataclasses.dataclass
 class Case:
-    """One line of the table.
+    """One case of the report.
 
     Attributes:
-        moment: what was done, and when.
+        moment: the fault, and when it occurred.
         happened: what the runs did.
-        problems: why it is no pass.
-        skipped: the case could not be tried here.
+        problems: why the case fails; empty if it passes.
+        skipped: whether the fault cannot be caused on this machine.
     """
 
     moment: str
@@ -67,19 +67,19 @@ class Case:
         return 'skip' if self.skipped else 'FAIL' if self.problems else 'pass'
 
     def must(self, problems: list[str]) -> None:
-        """Notes what is wrong, if anything is."""
+        """Adds problems, if there are any."""
         self.problems += problems
         self.happened += [f'BUT {problem}' for problem in problems]
 
 
 class Running:
-    """A process of the program; its lines are read as they come."""
+    """A running process of the program. Threads collect the lines that it prints."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        atexit.register(self.process.kill)  # an error of the benchmark leaves no run behind
+        atexit.register(self.process.kill)  # also if the benchmark itself fails
         self.pid = self.process.pid
         self.lines: list[str] = []
         self.errors: list[str] = []
@@ -93,17 +93,17 @@ class Running:
         return self.process.poll() is None
 
     def until(self, condition: Callable[[], bool]) -> bool:
-        """Waits until it holds, or the process has ended; whether it held."""
+        """Waits until the condition is true or the process has ended, and returns whether it is true."""
         while not (held := condition()) and self.alive:
             threading.Event().wait(0.005)
         return held
 
     def says(self, text: str) -> Callable[[], bool]:
-        """Whether a line has the text."""
+        """A condition for `until`: whether a printed line contains the text."""
         return lambda: any(text in line for line in self.lines)
 
     def end(self) -> 'Running':
-        """Waits for the end; kills what hangs."""
+        """Waits until the process has ended; kills it after `LONGEST` seconds."""
         try:
             self.process.wait(LONGEST)
         except subprocess.TimeoutExpired:
@@ -119,24 +119,28 @@ class Running:
         return self.process.returncode
 
     def ended(self, *statuses: int) -> list[str]:
-        """What is wrong with the way it ended: another status, a traceback, more than one line of error."""
+        """Problems with how the process ended: an unexpected status, a traceback, not exactly one line of error."""
         problems = []
         if self.status not in statuses:
             problems.append(f'status {self.status}: {" | ".join(self.errors[-3:])}')
         if any('Traceback' in line for line in self.errors + self.lines):
             problems.append(f'a traceback: {" | ".join(self.errors)[-400:]}')
         if self.status == 2 and sum(line.startswith('error: ') for line in self.errors) != 1:
-            problems.append('no one line of error')
+            problems.append('not exactly one line of error')
         return problems
 
     @property
     def error(self) -> str:
-        """The line of error, cut short."""
+        """The line of error, truncated to 150 characters."""
         return next((line[:150] for line in self.errors if line.startswith('error: ')), f'status {self.status}')
 
 
 class Lab:
-    """Starts runs that share a compilation cache, and compares them with those that were left alone."""
+    """Starts runs that share a compilation cache, and caches uninterrupted runs to compare them with.
+
+    Args:
+        folder: for all workdirs.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -148,14 +152,14 @@ class Lab:
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
             'JAX_COMPILATION_CACHE_DIR': os.environ.get('JAX_COMPILATION_CACHE_DIR', str(folder / 'compiled')),
         }
-        self.unbroken = functools.cache(self.alone)  # made once for all cases
+        self.uninterrupted = functools.cache(self.run_uninterrupted)
 
     def workdir(self) -> Path:
-        """A new one, not yet made."""
+        """The path of a new workdir, which does not exist yet."""
         return self.folder / f'run{next(self._numbers)}'
 
     def copy(self, run: Path) -> Path:
-        """Of a run. The files are links: whoever damages one must put another in its place."""
+        """A copy of a workdir. Its files are hard links: replace them instead of changing them."""
         return shutil.copytree(run, self.workdir(), copy_function=os.link)
 
     def start(self, workdir: Path, *overrides: str, program: tuple = ('train.py',), before: tuple = ()) -> Running:
@@ -163,32 +167,32 @@ class Lab:
 
         Args:
             workdir: of the run.
-            overrides: flags besides `SMALL`.
-            program: of Python.
-            before: a command that starts it.
+            overrides: flags in addition to `SMALL`.
+            program: arguments of Python.
+            before: a command prefix, such as setpriv.
         """
         command = [*before, sys.executable, *program, *SMALL, *overrides, f'--workdir={workdir}']
         return Running(command, self.environment)
 
     def run(self, workdir: Path, *overrides: str, **options: tuple) -> Running:
-        """Starts the program, and waits for its end."""
+        """Starts the program, and waits until it has ended."""
         return self.start(workdir, *overrides, **options).end()
 
-    def alone(self, *overrides: str, program: tuple = ('train.py',)) -> Path:
-        """A run that nothing interrupts, with a checkpoint of each step."""
+    def run_uninterrupted(self, *overrides: str, program: tuple = ('train.py',)) -> Path:
+        """Runs the program to its end, with a checkpoint at each step, and returns the workdir."""
         workdir = self.workdir()
         every = ('--config.checkpoint_every_steps=1', '--config.keep_checkpoints=1000')
         run = self.run(workdir, *overrides, *every, program=program)
         if run.status:
-            raise SystemExit(f'the run that nothing interrupts does not end well: {run.errors}')
+            raise SystemExit(f'the uninterrupted run failed: {run.errors}')
         return workdir
 
     @functools.cached_property
     def finished(self) -> Path:
-        """A finished run with the checkpoints that it keeps by default; to be copied."""
+        """The workdir of a finished run with the checkpoints that are kept by default. Copy it before use."""
         workdir = self.workdir()
-        if problems := self.run(workdir).ended(0) + whole(workdir, self.unbroken()):
-            raise SystemExit(f'an ordinary run does not end well: {problems}')
+        if problems := self.run(workdir).ended(0) + complete(workdir, self.uninterrupted()):
+            raise SystemExit(f'a run without faults failed: {problems}')
         return workdir
 
 
@@ -198,7 +202,7 @@ def _collect(stream: TextIO, lines: list[str]) -> None:
 
 
 def intact(workdir: Path, unbroken: Path) -> list[str]:
-    """What is wrong with the finished checkpoints of a run: all are restored, and compared with the unbroken run's."""
+    """Problems of the finished checkpoints: restores them, and compares them with those of the uninterrupted run."""
     checkpoints = workdir / 'checkpoints'
     steps = saved_steps(checkpoints) if checkpoints.exists() else []
     like = _like(workdir) if steps else None
@@ -207,56 +211,63 @@ def intact(workdir: Path, unbroken: Path) -> list[str]:
         try:
             restore(checkpoints, step, like)
             if _arrays(workdir, step) != _arrays(unbroken, step):
-                problems.append(f'checkpoint {step} is not that of the unbroken run')
+                problems.append(f'checkpoint {step} differs from the one of the uninterrupted run')
         except (DamagedCheckpoint, UserError) as error:
-            if step in _kept(checkpoints, steps):  # others a kill may have found while they were being deleted
+            if step in _kept(checkpoints, steps):  # a kill may interrupt the deletion of other checkpoints
                 problems.append(f'checkpoint {step}: {error}')
     return problems
 
 
-def whole(workdir: Path, unbroken: Path, *, records: bool = True) -> list[str]:
-    """What is wrong with a run that has ended: its checkpoints, its records where asked, or what lies about."""
+def complete(workdir: Path, unbroken: Path, *, records: bool = True) -> list[str]:
+    """Problems of a run that has ended: its checkpoints, leftover files and, if `records`, its records."""
     problems = intact(workdir, unbroken)
     steps = saved_steps(workdir / 'checkpoints')
     if LAST not in steps:
-        problems.append(f'there is no checkpoint of step {LAST}, but of {steps}')
+        problems.append(f'there is no checkpoint of step {LAST}, only of {steps}')
     if superfluous := set(steps) - _kept(workdir / 'checkpoints', steps):
-        problems.append(f'checkpoints {superfluous} should be gone')
+        problems.append(f'checkpoints {superfluous} were not deleted')
     left = {path.name for path in workdir.iterdir()} - CONTENTS
     left |= {path.name for path in (workdir / 'checkpoints').iterdir() if not path.name.isdecimal()}
     if left:
-        problems.append(f'left behind: {", ".join(sorted(left))}')
-    ours, theirs = _results(workdir), _results(unbroken)
-    if records and ours != theirs:
-        problems.append('other records than the unbroken run')
+        problems.append(f'leftover files: {", ".join(sorted(left))}')
+    if records and _results(workdir) != _results(unbroken):
+        problems.append('the records differ from those of the uninterrupted run')
     return problems
 
 
 def ends(case: Case, run: Running, workdir: Path, unbroken: Path, *statuses: int) -> None:
-    """Notes how a run ended: well, or with its checkpoints intact."""
+    """Waits for the end of a run with a fault. Checks that it is complete, or else that its checkpoints are intact.
+
+    Args:
+        case: gets the results.
+        run: of the workdir.
+        workdir: of the run.
+        unbroken: workdir of the uninterrupted run.
+        statuses: allowed exit statuses.
+    """
     run.end()
     case.must(run.ended(*statuses))
-    told = [line for line in run.lines if 'could not be saved' in line or 'cannot be written' in line]
-    case.happened += [f'told {len(told)} ×: {told[0][:110]}'] if told else []
+    reports = [line for line in run.lines if 'could not be saved' in line or 'cannot be written' in line]
+    case.happened += [f'reported {len(reports)} ×: {reports[0][:110]}'] if reports else []
     case.happened.append(run.error if run.status else 'finished, bit-identical')
-    case.must(intact(workdir, unbroken) if run.status else whole(workdir, unbroken))
+    case.must(intact(workdir, unbroken) if run.status else complete(workdir, unbroken))
 
 
-def mended(lab: Lab, case: Case, workdir: Path, unbroken: Path, *overrides: str) -> None:
-    """Notes how the same command ends once the fault is mended."""
+def resumes(lab: Lab, case: Case, workdir: Path, unbroken: Path, *overrides: str) -> None:
+    """Runs the same command after the fault was removed, and checks that the run is complete."""
     run = lab.run(workdir, *overrides)
-    problems = run.ended(0) + whole(workdir, unbroken)
-    case.happened += [] if problems else ['mended and started again: bit-identical']
+    problems = run.ended(0) + complete(workdir, unbroken)
+    case.happened += [] if problems else ['resumed without the fault: bit-identical']
     case.must(problems)
 
 
 def unfinished(workdir: Path) -> list[Path]:
-    """Folders of saves under way."""
+    """Folders of saves in progress."""
     return list((workdir / 'checkpoints').glob(f'*{UNFINISHED}*'))
 
 
 def _kept(checkpoints: Path, steps: list[int]) -> set[int]:
-    """The two newest, and the best."""
+    """The checkpoints that a run keeps: the two newest, and the best."""
     scores = {}
     for step in steps:
         with contextlib.suppress(OSError, ValueError):  # damaged
@@ -283,7 +294,7 @@ def _like(workdir: Path) -> object:
 
 
 def _results(workdir: Path) -> list[tuple]:
-    """Of the records, what does not depend on the time they took. One that is there twice is twice in this list too."""
+    """The values of all records that do not depend on time. Duplicate records stay in the list."""
     names = ('split', 'step', 'loss', 'learning_rate', 'grad_norm', 'skipped', 'top1', 'ema_top1', 'ema_loss')
     return sorted(tuple(str(record.get(name)) for name in names) for record in read_records(workdir))
 

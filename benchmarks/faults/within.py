@@ -1,4 +1,4 @@
-"""Images that cannot be read, losses that are not finite, and a clock that jumps."""
+"""Faults in the run itself: unreadable images, losses that are not finite, and a clock that jumps."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.faults.runs import LAST, Case, Lab, ends, intact, mended
+from benchmarks.faults.runs import LAST, Case, Lab, ends, intact, resumes
 from convnext_jax.data.pipeline import shuffled
 
 
 def images(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """A folder of 1,100 images, some of them cut short, altered or gone."""
+    """A folder of 1,100 images, some of which are truncated, overwritten or deleted."""
     folder = lab.folder / 'images'
     paths = _write_images(folder)
     overrides = (
@@ -25,14 +25,14 @@ def images(lab: Lab, rng: random.Random) -> Iterator[Case]:
         '--config.data.eval_split=val',
         '--config.eval_every_epochs=0.2',
     )
-    clean = lab.unbroken(*overrides)
-    # Those of steps 8 to 12: not yet read when the first step is compiled.
-    seen = [paths[shuffled(place, len(paths), 0, 0)] for place in range(7 * 16, 12 * 16)]
-    for damage in (_cut_short, _overwrite):
+    clean = lab.uninterrupted(*overrides)
+    # Images of steps 8 to 12, which are not read yet when the first step is compiled.
+    seen = [paths[shuffled(position, len(paths), 0, 0)] for position in range(7 * 16, 12 * 16)]
+    for damage in (_truncate, _overwrite):
         broken = rng.choice(seen)
         case, workdir = Case(f'one training image of 1,100 {damage.__doc__}; killed and resumed'), lab.workdir()
         with _damaged([broken], damage):
-            unbroken = lab.alone(*overrides)
+            unbroken = lab.run_uninterrupted(*overrides)
             run = lab.start(workdir, *overrides)
             run.until(run.says('step 12/'))
             run.process.kill()
@@ -43,7 +43,7 @@ def images(lab: Lab, rng: random.Random) -> Iterator[Case]:
         yield case
 
     broken = rng.choice(seen)
-    case, workdir = Case('one training image of 1,100 gone after the folder was listed'), lab.workdir()
+    case, workdir = Case('one training image of 1,100 deleted after the folder was listed'), lab.workdir()
     run = lab.start(workdir, *overrides)
     run.until(run.says('workdir'))
     with _damaged([broken], Path.unlink):
@@ -52,24 +52,28 @@ def images(lab: Lab, rng: random.Random) -> Iterator[Case]:
     case.happened.append('named, replaced, finished')
     yield case
 
-    case, workdir = Case('five training images of 1,100 cut short: more than one in a thousand'), lab.workdir()
-    with _damaged(rng.sample(seen, 5), _cut_short):
+    case, workdir = Case('five training images of 1,100 truncated: more than one in a thousand'), lab.workdir()
+    with _damaged(rng.sample(seen, 5), _truncate):
         ends(case, lab.start(workdir, *overrides), workdir, workdir, 2)  # the first of them was replaced
     yield case
 
 
 def not_finite(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """Images that become NaN within the step, and so the loss and its gradients."""
+    """Augmented images that are NaN, and with them the loss and its gradients."""
     few = sorted(rng.sample(range(1, LAST - 1), 3))
     program = ('-m', 'benchmarks.faults.injected', f'nan={",".join(map(str, few))}', 'train.py')
-    unbroken = lab.unbroken(program=program)
+    unbroken = lab.uninterrupted(program=program)
     case, workdir = Case(f'NaN in steps {few}; killed and resumed'), lab.workdir()
     run = lab.start(workdir, program=program)
     run.until(run.says('step 12/'))
     run.process.kill()
     run.end()
     ends(case, lab.start(workdir, program=program), workdir, unbroken, 0)
-    case.must([] if '"skipped": 3' in (workdir / 'metrics.jsonl').read_text().splitlines()[-2] else ['not 3 left out'])
+    case.must(
+        []
+        if '"skipped": 3' in (workdir / 'metrics.jsonl').read_text().splitlines()[-2]
+        else ['not exactly 3 steps skipped']
+    )
     yield case
 
     first = rng.randrange(5, 12)
@@ -85,7 +89,7 @@ def not_finite(lab: Lab, rng: random.Random) -> Iterator[Case]:
 
 
 def clock(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """Wall-clock time that jumps while the run goes on, and files from the future."""
+    """A clock that jumps during the run, and files with modification times in the future."""
     for number in range(2):
         program = ('-m', 'benchmarks.faults.injected', f'clock={rng.randrange(1000)}', 'train.py')
         moment = f'time.time jumps by up to a day every five seconds, run {number}; killed and resumed'
@@ -95,9 +99,9 @@ def clock(lab: Lab, rng: random.Random) -> Iterator[Case]:
         run.process.kill()
         run.end()
         last = lab.start(workdir, program=program)
-        ends(case, last, workdir, lab.unbroken(), 0, 2)  # a jump ahead looks to Orbax like a save that takes too long
+        ends(case, last, workdir, lab.uninterrupted(), 0, 2)  # 2: to Orbax, a jump ahead is a timeout
         if last.status:
-            mended(lab, case, workdir, lab.unbroken())
+            resumes(lab, case, workdir, lab.uninterrupted())
         yield case
     case, workdir = Case('killed at step 12; all files a day in the future, then 30 years in the past'), lab.workdir()
     for moment in (time.time() + 86_400, time.time() - 30 * 365 * 86_400):
@@ -107,7 +111,7 @@ def clock(lab: Lab, rng: random.Random) -> Iterator[Case]:
         run.end()
         for path in workdir.rglob('*'):
             os.utime(path, (moment, moment))
-    ends(case, lab.start(workdir), workdir, lab.unbroken(), 0)
+    ends(case, lab.start(workdir), workdir, lab.uninterrupted(), 0)
     yield case
 
 
@@ -126,7 +130,7 @@ def _write_images(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _damaged(paths: list[Path], damage: Callable[[Path], None]) -> Iterator[None]:
-    """Damages files, and mends them."""
+    """Damages files, and restores them at the end."""
     contents = {path: path.read_bytes() for path in paths}
     for path in paths:
         damage(path)
@@ -135,8 +139,8 @@ def _damaged(paths: list[Path], damage: Callable[[Path], None]) -> Iterator[None
         path.write_bytes(content)
 
 
-def _cut_short(path: Path) -> None:
-    """cut short"""
+def _truncate(path: Path) -> None:
+    """truncated"""
     path.write_bytes(path.read_bytes()[:300])
 
 
