@@ -1,4 +1,4 @@
-"""Metrics over a whole split against plain numpy."""
+"""The metrics of a whole split, compared with numpy."""
 
 import itertools
 
@@ -40,11 +40,11 @@ def examples(num_classes):
 
 
 def batches(images, labels, batch_size):
-    """Batches of float images; the rows that fill up the last one give NaN logits and have impossible labels."""
-    rows = -(-len(images) // batch_size) * batch_size - len(images)
-    images = np.concatenate([images.astype(np.float32), np.full((rows, *images.shape[1:]), np.nan, np.float32)])
-    labels = np.concatenate([labels, np.full(rows, 10**6, np.int32)])
-    weights = np.concatenate([np.ones(len(images) - rows, np.float32), np.zeros(rows, np.float32)])
+    """Batches of float images; the padding of the last batch has NaN pixels and impossible labels."""
+    padding = -(-len(images) // batch_size) * batch_size - len(images)
+    images = np.concatenate([images.astype(np.float32), np.full((padding, *images.shape[1:]), np.nan, np.float32)])
+    labels = np.concatenate([labels, np.full(padding, 10**6, np.int32)])
+    weights = np.concatenate([np.ones(len(images) - padding, np.float32), np.zeros(padding, np.float32)])
     for first in range(0, len(images), batch_size):
         part = slice(first, first + batch_size)
         yield {'image': images[part], 'label': labels[part], 'weight': weights[part]}
@@ -72,7 +72,7 @@ def metrics_in_numpy(model, parameters, images, labels):
 def ten_classes():
     model, raw, ema = build(10)
     images, labels = examples(10)
-    for first, parameters in enumerate((raw, ema)):  # some hits for each
+    for first, parameters in enumerate((raw, ema)):  # makes some predictions of each correct
         logits = with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD))
         labels[first::5] = np.asarray(logits).argmax(-1)[first::5]
     expected = {prefix: metrics_in_numpy(model, p, images, labels) for prefix, p in {'': raw, 'ema_': ema}.items()}
@@ -81,21 +81,21 @@ def ten_classes():
 
 
 @pytest.mark.parametrize('batch_size', [1, 4, 7, COUNT, 64])
-def test_equals_numpy_for_any_batch_size(ten_classes, batch_size):
-    """Rows that fill up the last batch must never count, not even as NaN; the rest counts once."""
+def test_metrics_equal_numpy_for_any_batch_size(ten_classes, batch_size):
+    """The accuracy would be wrong if padding counted, even as NaN, or if an example counted twice or not at all."""
     step, weights, images, labels, expected = ten_classes
     metrics = metrics_of(ACCURACY, *evaluate(step, weights, batches(images, labels, batch_size)))
     assert metrics.pop('images') == COUNT
     assert metrics.keys() == {f'{prefix}{name}' for prefix in weights for name in ('loss', 'top1', 'top5', 'ece')}
     for prefix, values in expected.items():
-        assert 0 < values['top1'] < values['top5'] < 100, 'the example cannot tell the metrics apart'
+        assert 0 < values['top1'] < values['top5'] < 100, 'the test data must give each metric another value'
         for name, value in values.items():
             assert metrics[f'{prefix}{name}'] == pytest.approx(value, rel=1e-5), f'{prefix}{name}'
     assert all(isinstance(value, float) for value in metrics.values())
 
 
 def test_all_weights_are_evaluated_in_one_pass(ten_classes):
-    """Reading and decoding the split twice doubles the time of every evaluation."""
+    """Reading and decoding the split twice would double the time of every evaluation."""
     step, weights, images, labels, expected = ten_classes
     read = []
     once = (read.append(number) or batch for number, batch in enumerate(batches(images, labels, 7)))
@@ -107,8 +107,8 @@ def test_all_weights_are_evaluated_in_one_pass(ten_classes):
 
 
 @pytest.mark.parametrize('num_classes', [1, 3])
-def test_top5_of_fewer_than_five_classes(num_classes):
-    """Three classes have no five best: every example is among them, and nothing may fail."""
+def test_top5_is_100_with_fewer_than_five_classes(num_classes):
+    """A data set of three classes could not be evaluated."""
     model, raw, _ = build(num_classes)
     images, labels = examples(num_classes)
     step = jax.jit(make_eval_step(ACCURACY, model))
@@ -118,20 +118,26 @@ def test_top5_of_fewer_than_five_classes(num_classes):
 
 
 def test_sharded_batches_give_the_same_metrics(ten_classes):
-    """An accuracy must not depend on the number of devices."""
+    """The accuracy would depend on the number of devices."""
     step, weights, images, labels, expected = ten_classes
     assert jax.device_count() >= 8, 'tests/conftest.py simulates eight devices'
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ('data',))
-    rows, everywhere = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
-    sharded = (jax.device_put(batch, rows) for batch in batches(images, labels, 16))
-    metrics = metrics_of(ACCURACY, *evaluate(step, jax.device_put(weights, everywhere), sharded))
+    by_example, replicated = shardings(mesh)
+    sharded = (jax.device_put(batch, by_example) for batch in batches(images, labels, 16))
+    metrics = metrics_of(ACCURACY, *evaluate(step, jax.device_put(weights, replicated), sharded))
     assert metrics['images'] == COUNT
     for prefix, values in expected.items():
         for name, value in values.items():
             assert metrics[f'{prefix}{name}'] == pytest.approx(value, rel=1e-5), f'{prefix}{name}'
 
 
-def run(model, parameters, images, labels, **options):
+def shardings(mesh):
+    """The sharding of batches, and the sharding of weights and results."""
+    return (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
+
+
+def sums_of(model, parameters, images, labels, **options):
+    """The sums that `Accuracy` with these options returns for one batch."""
     weights = np.ones(len(images), np.float32)
     batch = {'image': images, 'label': labels, 'weight': weights}
     return jax.device_get(jax.jit(make_eval_step(Accuracy(MEAN, STD, **options), model))(parameters, batch))[0].sums
@@ -141,8 +147,8 @@ def logits_of(model, parameters, images):
     return np.asarray(with_parameters(model, parameters)(normalize(jnp.asarray(images), MEAN, STD)))
 
 
-def test_an_image_of_several_labels_is_right_with_any_of_them():
-    """ReaL (arXiv:2006.07159): an image of a desk with a laptop on it is both."""
+def test_any_label_of_an_image_with_several_labels_is_correct():
+    """ReaL accuracy (arXiv:2006.07159) would be too low: an image of a laptop on a desk has both labels."""
     model, raw, _ = build(10)
     images, _ = examples(10)
     order = np.argsort(-logits_of(model, raw, images), axis=-1)
@@ -150,36 +156,38 @@ def test_an_image_of_several_labels_is_right_with_any_of_them():
     labels[:, 0] = order[:, 9]
     labels[:8, 1] = order[:8, 0]
     labels[8:12, 2] = order[8:12, 3]
-    sums = run(model, raw, images, labels)
+    sums = sums_of(model, raw, images, labels)
     assert (sums['top1'], sums['top5'], sums['count']) == (8, 12, COUNT)
 
 
-def test_eval_classes_are_the_only_ones_to_choose_from():
-    """ImageNet-A and -R score among their 200 classes: with all 1,000 the figures are others than the published."""
+def test_predictions_are_restricted_to_the_eval_classes():
+    """ImageNet-A and -R have 200 classes: choosing among all 1,000 would not give the published accuracies."""
     model, raw, _ = build(10)
     images, _ = examples(10)
     eval_classes = (1, 4, 7)
     among = logits_of(model, raw, images)[:, eval_classes].astype(np.float64)
     labels = np.asarray(eval_classes, np.int32)[among.argmax(-1)]
     labels[:5] = np.asarray(eval_classes)[among[:5].argmin(-1)]
-    sums = run(model, raw, images, labels, eval_classes=eval_classes)
+    sums = sums_of(model, raw, images, labels, eval_classes=eval_classes)
     assert sums['top1'] == COUNT - 5
     chosen = np.log(np.exp(among).sum(-1)) - among[np.arange(COUNT), [eval_classes.index(label) for label in labels]]
     assert sums['loss'] == pytest.approx(chosen.sum(), rel=1e-5)
 
 
-def test_flip_averages_the_logits_of_both_sides():
+def test_flip_averages_the_logits_of_the_image_and_its_mirror_image():
+    """`eval.py --flip` would report the accuracy of another method."""
     model, raw, _ = build(10)
     images, labels = examples(10)
     both = (logits_of(model, raw, images) + logits_of(model, raw, images[:, :, ::-1])) / 2
-    sums = run(model, raw, images, labels, flip=True)
+    sums = sums_of(model, raw, images, labels, flip=True)
     assert sums['top1'] == (both.argmax(-1) == labels).sum()
     expected = np.log(np.exp(both.astype(np.float64)).sum(-1)) - both[np.arange(COUNT), labels]
     assert sums['loss'] == pytest.approx(expected.sum(), rel=1e-5)
-    assert sums['loss'] != pytest.approx(run(model, raw, images, labels)['loss'], rel=1e-4)
+    assert sums['loss'] != pytest.approx(sums_of(model, raw, images, labels)['loss'], rel=1e-4)
 
 
-def test_accuracy_of_each_class():
+def test_the_table_has_the_accuracy_of_each_class():
+    """`eval.py --per_class` would report wrong accuracies, or NaN for a class without images."""
     model, raw, _ = build(10)
     images, labels = examples(10)
     labels = np.where(labels == 3, 2, labels).astype(np.int32)
@@ -191,12 +199,12 @@ def test_accuracy_of_each_class():
     assert ''.join(row['class'] for row in table) == 'abcdefghij'
     accuracies = [row['top1'] for row in table]
     for label in range(10):
-        rows = labels == label
-        assert accuracies[label] == (pytest.approx(100 * hits[rows].mean()) if rows.any() else None)
+        of_class = labels == label
+        assert accuracies[label] == (pytest.approx(100 * hits[of_class].mean()) if of_class.any() else None)
 
 
 class Numbers(Evaluator):
-    """Counts to sums beyond float32, and returns the number in each image."""
+    """Sums numbers that float32 cannot represent, and returns one number for each example."""
 
     def measure(self, model, batch):
         number = batch['number']
@@ -207,16 +215,17 @@ class Numbers(Evaluator):
 
 
 @pytest.mark.parametrize('devices', [1, 8])
-def test_results_of_each_example_come_in_order_without_padding_and_sums_are_exact(devices):
-    """Detections of a row that only fills up a batch are false positives; pixels soon are more than float32 counts."""
+def test_results_of_examples_are_in_order_without_padding_and_sums_are_exact(devices):
+    """Detections in padding would be false positives, and float32 cannot count the pixels of a large split."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ('data',))
-    rows, everywhere = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (['data'], []))
+    by_example, replicated = shardings(mesh)
     model = nnx.Module()
     model.one = nnx.Param(jnp.ones((), jnp.int32))
-    step = jax.jit(make_eval_step(Numbers(), model), out_shardings=everywhere)
+    step = jax.jit(make_eval_step(Numbers(), model), out_shardings=replicated)
     numbers = np.arange(24, dtype=np.int32).reshape(3, 8)
     batches = ({'number': number, 'weight': np.float32(number < COUNT)} for number in numbers)
-    images, measured = evaluate(step, {'': {'one': np.int32(1)}}, (jax.device_put(batch, rows) for batch in batches))
+    sharded = (jax.device_put(batch, by_example) for batch in batches)
+    images, measured = evaluate(step, {'': {'one': np.int32(1)}}, sharded)
     assert images == COUNT
     np.testing.assert_array_equal(measured[''].examples['number'], np.arange(COUNT) + 1)
     assert metrics_of(Numbers(), images, measured) == {'images': COUNT, 'large': 3 * (2**24 + 1)}

@@ -1,4 +1,4 @@
-"""The real loop in processes of its own: resume, kill, refuse."""
+"""The training loop in real runs: what it writes, resumes, survives and refuses."""
 
 import csv
 import json
@@ -41,8 +41,8 @@ def copy_of(run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run, tmp_path / 'run')
 
 
-def test_a_run_leaves_what_it_promises(finished_run):
-    """Scripts read these names."""
+def test_a_run_writes_the_promised_files_and_fields(finished_run):
+    """Scripts that read these files and fields would break."""
     records = read_records(finished_run)
     training = [record for record in records if record['split'] == 'train']
     assert [record['step'] for record in training] == [4, 8, 12, 16, 20, 24]
@@ -59,6 +59,7 @@ def test_a_run_leaves_what_it_promises(finished_run):
 
 
 def test_a_finished_run_says_so(train_here, finished_run, tmp_path):
+    """A scheduler that starts a finished run again would change its checkpoints."""
     run = copy_of(finished_run, tmp_path)
     again = train_here(run)
     assert again.startswith('finished: top-1 ')
@@ -67,10 +68,10 @@ def test_a_finished_run_says_so(train_here, finished_run, tmp_path):
     assert fingerprints(run) == fingerprints(finished_run)
 
 
-def test_killed_at_any_moment_and_resumed_it_is_the_unbroken_run(commands, train_here, finished_run, tmp_path):
-    """Preempted jobs lose nothing: after two SIGKILLs every array has the bits of the run that was left alone.
+def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_run(commands, train_here, finished_run, tmp_path):
+    """A preempted job would end with other weights than an uninterrupted one: two SIGKILLs must not change a bit.
 
-    While it runs, no other process may write there.
+    While a run is active, no other process may write to its workdir.
     """
     run = tmp_path / 'run'
     rng = np.random.default_rng(0)
@@ -103,7 +104,8 @@ def test_killed_at_any_moment_and_resumed_it_is_the_unbroken_run(commands, train
     assert evaluations[0] == evaluations[1]
 
 
-def test_a_finished_run_with_a_damaged_last_checkpoint_is_made_whole(commands, finished_run, tmp_path):
+def test_a_finished_run_repeats_the_steps_of_a_damaged_last_checkpoint(commands, finished_run, tmp_path):
+    """One damaged file after the end of training would cost the whole run."""
     run = copy_of(finished_run, tmp_path)
     (run / 'checkpoints' / str(STEPS) / 'manifest' / 'metadata').write_text('')
     again = commands.train(run)
@@ -112,8 +114,8 @@ def test_a_finished_run_with_a_damaged_last_checkpoint_is_made_whole(commands, f
     assert fingerprints(run) == fingerprints(finished_run)
 
 
-def test_a_run_says_who_decodes():
-    """Whoever tunes a slow input must see what there is: threads or processes, and how many."""
+def test_a_run_logs_whether_threads_or_processes_decode():
+    """Users could not tune a slow input pipeline without knowing how many threads or processes decode."""
     config = get_config()
     config.data.workers = 2
     sources = make_task(config).open()
@@ -123,14 +125,14 @@ def test_a_run_says_who_decodes():
         lines = describe(config, durations, mesh, model, *sources, Path('run'))
         return next(line for line in lines if line.startswith('data'))
 
-    assert re.search(r'10 classes, decoded by \d+ thread', line()), 'kept images are decoded once, by threads'
+    assert re.search(r'10 classes, decoded by \d+ thread', line()), 'cached images are decoded once, by threads'
     config.data.crop_scale = (0.5, 1.0)
     sources = make_task(config).open()
     assert '10 classes, decoded by 2 process(es) of' in line()
 
 
-def test_with_the_kernel_for_tpu_step_and_evaluation_are_programs_for_many_devices():
-    """`jax.jit` cannot spread the kernel over devices: a job on a pod would end at its first evaluation."""
+def test_training_and_evaluation_with_the_tpu_kernel_lower_for_many_devices():
+    """A run on a pod would fail at its first evaluation, because `jax.jit` cannot partition the kernel over devices."""
     config = get_config()
     config.model.pallas = True
     sources = make_task(config).open()
@@ -144,8 +146,8 @@ def test_with_the_kernel_for_tpu_step_and_evaluation_are_programs_for_many_devic
     assert 'tpu_custom_call' in evaluation.as_text()
 
 
-def test_a_run_says_its_settings(monkeypatch):
-    """A speed that nobody can explain: what the process was started with must stand in its log."""
+def test_a_run_logs_the_settings_of_its_process(monkeypatch):
+    """Nobody could explain the speed of a run whose log lacks the environment variables that JAX reads."""
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=0')
     config = get_config()
     sources = make_task(config).open()
@@ -155,8 +157,8 @@ def test_a_run_says_its_settings(monkeypatch):
     assert 'GLIBC_TUNABLES=glibc.malloc.hugetlb=0' in line
 
 
-def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(commands, finished_run, tmp_path):
-    """A disk that someone else filled, and emptied: of a job that ran on, nobody wants to lose a day."""
+def test_failed_saves_are_reported_immediately_and_the_run_loses_nothing(commands, finished_run, tmp_path):
+    """A disk that another user filled for a while would end the run, or the run would hide that it is not saved."""
     run = tmp_path / 'run'
     process = commands.start(*SMALL_TRAIN, f'--workdir={run}')
     lines = []
@@ -171,14 +173,14 @@ def test_saves_that_fail_for_a_time_are_told_at_once_and_the_run_is_whole(comman
     assert 'Traceback' not in errors
     told = [number for number, line in enumerate(lines) if 'could not be saved' in line]
     assert told
-    assert any(line.startswith('step 16/') for line in lines[told[0] :]), 'told only when there was nothing to do'
+    assert any(line.startswith('step 16/') for line in lines[told[0] :]), 'reported only after the last step'
     assert 'some saves failed, at step' in ''.join(lines)
     assert fingerprints(run) == fingerprints(finished_run)
     assert all(path.name.isdecimal() for path in (run / 'checkpoints').iterdir())
 
 
-def test_a_longer_run_goes_on_although_the_newest_checkpoint_is_damaged(train_here, finished_run, tmp_path):
-    """Both say so: an end that was put off, and a checkpoint that is gone with the four steps after the one before."""
+def test_a_run_can_be_extended_although_its_newest_checkpoint_is_damaged(train_here, finished_run, tmp_path):
+    """A damaged checkpoint would prevent a longer run; the log reports the new end and the four repeated steps."""
     run = copy_of(finished_run, tmp_path)
     shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
     again = train_here(run, '--config.steps=28')
@@ -197,14 +199,15 @@ def test_a_longer_run_goes_on_although_the_newest_checkpoint_is_damaged(train_he
         ('--config.data.train_split=train[:320]', 'data.train_split was train[:160], is train[:320]'),
     ],
 )
-def test_resuming_something_else_is_refused(train_here, finished_run, override, line):
+def test_resuming_with_another_model_seed_or_training_set_is_refused(train_here, finished_run, override, line):
+    """The run would continue as a different experiment without a message."""
     with pytest.raises(UserError, match=re.escape(line)) as refused:
         train_here(finished_run, override)
     assert '\n' not in str(refused.value)
 
 
-def test_a_loss_that_stays_broken_stops_the_run(train_here, tmp_path):
-    """With the step, the last good checkpoint, and what to try."""
+def test_a_loss_that_stays_infinite_or_nan_stops_the_run(train_here, tmp_path):
+    """Days of compute would be wasted; the error names the step, the last good checkpoint and what to try."""
     run = tmp_path / 'run'
     broken = ('--config.optimizer.learning_rate=1e30', '--config.optimizer.min_learning_rate=1e30')
     with pytest.raises(UserError) as stopped:
@@ -219,6 +222,7 @@ def test_a_loss_that_stays_broken_stops_the_run(train_here, tmp_path):
 
 
 def test_fine_tuning_starts_from_a_run_and_adds_outputs(train_here, finished_run, tmp_path):
+    """Fine-tuning would discard what the run learned, or the outputs of the classes that it keeps."""
     tuned = train_here(
         tmp_path / 'tuned',
         f'--config.init.weights={finished_run}',
@@ -235,13 +239,14 @@ def test_fine_tuning_starts_from_a_run_and_adds_outputs(train_here, finished_run
 
 
 def test_fine_tuning_another_architecture_is_refused_with_the_difference(train_here, finished_run, tmp_path):
+    """Training would start from partly random weights without a message."""
     with pytest.raises(UserError, match='stages.0.blocks.grn.beta is unexpected') as refused:
         train_here(tmp_path / 'tuned', f'--config.init.weights={finished_run}', '--config.model.name=convnext_atto')
     assert 'stages.0.blocks.layer_scale is missing' in str(refused.value)
 
 
-def test_a_folder_of_photographs_trains(one_device, small_models, tmp_path, capsys):
-    """Of any size, grey and colour, one cut short: that one is named."""
+def test_a_folder_of_photos_trains_and_unreadable_ones_are_named(one_device, small_models, tmp_path, capsys):
+    """Users' photos differ in size and colour, and a run would fail on a truncated file without naming it."""
 
     def trained(*overrides):
         capsys.readouterr()
@@ -296,8 +301,8 @@ def test_a_folder_of_photographs_trains(one_device, small_models, tmp_path, caps
 UNUSUAL = 'a [x] %20 #1 \'q\' "d" é\nnew \\b ' + os.fsdecode(b'\xff')
 
 
-def photographs(folder: Path, classes: tuple[str, ...], **splits: int) -> Path:
-    """Small images of noise in folder/SPLIT/CLASS, so many of each class."""
+def write_photos(folder: Path, classes: tuple[str, ...], **splits: int) -> Path:
+    """Writes small images of noise to folder/SPLIT/CLASS; `splits` gives the number of images per class."""
     rng = np.random.default_rng(0)
     for split, images in splits.items():
         for name in classes:
@@ -324,20 +329,20 @@ def small_config(photos: Path | str, steps: int):
     return config
 
 
-def test_names_of_any_bytes_a_run_that_goes_on_and_its_evaluation(
+def test_a_run_whose_file_names_have_any_bytes_trains_resumes_and_evaluates(
     one_device, small_models, tmp_path, monkeypatch, capsys
 ):
-    """Folders come from other systems, and a run goes on with less memory, moved data and fewer evaluation images.
+    """Users could not train on folders from other systems, nor resume after these moved or lost an evaluation image.
 
-    Checkpoints, records, events and tables must hold whatever a file system allows in a name.
+    Checkpoints, records, events and tables must hold every name that a file system allows.
     """
-    photos = photographs(tmp_path / f'data {UNUSUAL}', (UNUSUAL, 'cafe\N{COMBINING ACUTE ACCENT}'), train=16, val=8)
+    photos = write_photos(tmp_path / f'data {UNUSUAL}', (UNUSUAL, 'cafe\N{COMBINING ACUTE ACCENT}'), train=16, val=8)
     run = tmp_path / f'run {UNUSUAL}'
     sys.stdout.reconfigure(errors='backslashreplace')
     monkeypatch.chdir(photos.parent)
     train(small_config(photos.name, steps=4), run, ProfileWindow(1, 1))
     config = read_config(run / CONFIG)
-    assert config.data.dir == str(photos), 'it means the same from another folder'
+    assert config.data.dir == str(photos), 'the path must be valid from every working directory'
     assert read_about(run / CHECKPOINTS, 4)['data']['class names'] == sorted(path.name for path in photos.glob('val/*'))
     assert list(run.glob('tensorboard/plugins/profile/*/*'))
     monkeypatch.chdir('/')
@@ -363,8 +368,8 @@ def test_names_of_any_bytes_a_run_that_goes_on_and_its_evaluation(
         assert UNUSUAL in [row['class'] for row in csv.DictReader(file)]
 
 
-def test_a_training_set_with_other_images_is_another_one(finished_run, tmp_path):
-    """Every step from there on would see other examples in another order."""
+def test_resuming_with_other_class_names_is_refused(finished_run, tmp_path):
+    """The run would continue with examples and labels of another data set."""
     config = read_config(finished_run / CONFIG)
     run = copy_of(finished_run, tmp_path)
     with Checkpoints(run / CHECKPOINTS, keep=2, best_metric='ema_top1') as checkpoints:
@@ -376,16 +381,16 @@ def test_a_training_set_with_other_images_is_another_one(finished_run, tmp_path)
             run.restored_state()
 
 
-def test_a_signal_while_the_evaluation_images_are_read(tmp_path, monkeypatch):
-    """The pass over a large split takes minutes, and a job that is preempted in it ends with the usual status."""
+def test_a_signal_while_the_evaluation_images_are_checked_stops_the_run(tmp_path, monkeypatch):
+    """Checking a large split takes minutes, and a job preempted meanwhile would end with the wrong exit status."""
 
-    def told_to_stop(*_, **__):
+    def send_sigterm(*_, **__):
         signal.raise_signal(signal.SIGTERM)
         yield {}
-        raise AssertionError('nothing more is read')
+        raise AssertionError('the loop read another image after the signal')
 
-    monkeypatch.setattr(loop, 'find_unreadable', told_to_stop)
-    photos = photographs(tmp_path / 'photos', ('cat', 'dog'), train=8, val=1)
+    monkeypatch.setattr(loop, 'find_unreadable', send_sigterm)
+    photos = write_photos(tmp_path / 'photos', ('cat', 'dog'), train=8, val=1)
     with pytest.raises(Stopped, match='stopped by SIGTERM before a step was saved') as stopped:
         train(small_config(photos, steps=4), tmp_path / 'run')
     assert stopped.value.status == 128 + signal.SIGTERM

@@ -13,7 +13,7 @@ from tests.reference import cases
 
 
 def published_schedule(peak, minimum, warmup, total):
-    """The formula of the original's utils.py, in float64."""
+    """The schedule in utils.py of the original ConvNeXt code, in float64."""
     rise = np.linspace(0, peak, warmup) if warmup else np.array([])
     steps = np.arange(total - warmup)
     fall = minimum + 0.5 * (peak - minimum) * (1 + np.cos(np.pi * steps / len(steps)))
@@ -22,14 +22,15 @@ def published_schedule(peak, minimum, warmup, total):
 
 @pytest.mark.parametrize(('warmup', 'total'), [(0, 50), (1, 50), (20, 300), (6240, 93600)])
 def test_every_step_has_the_published_learning_rate(warmup, total):
+    """Runs would not reach the published accuracy."""
     schedule = cosine_schedule(4e-3, 1e-6, warmup, total)
     ours = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total)))
     np.testing.assert_allclose(ours, published_schedule(4e-3, 1e-6, warmup, total), rtol=2e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize('name', list_models())
-def test_weight_decay_falls_on_weights_alone_whatever_the_stacking(name):
-    """The original's rule by rank lets GRN decay; a stacked bias has the rank of a matrix."""
+def test_weight_decay_applies_to_kernels_only(name):
+    """A rule by rank, as in the original code, would decay GRN, and also stacked biases, which are matrices."""
     model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
     decayed = {parameter for parameter, role in parameter_roles(model).items() if role.decays}
     kernels = {parameter for parameter in get_parameters(model) if parameter.endswith('.kernel')}
@@ -38,7 +39,7 @@ def test_weight_decay_falls_on_weights_alone_whatever_the_stacking(name):
 
 
 def test_update_is_adamw_with_decoupled_decay():
-    """Two steps against the formula of arXiv:1711.05101 in float64."""
+    """Published hyperparameters would not apply. Two steps must equal arXiv:1711.05101, computed in float64."""
     rng = np.random.default_rng(0)
     weights = {'head.kernel': rng.normal(size=(3, 2)), 'head.bias': rng.normal(size=2)}
     factors, roles = dict.fromkeys(weights, 1.0), {name: Role(decays=name.endswith('kernel')) for name in weights}
@@ -57,11 +58,14 @@ def test_update_is_adamw_with_decoupled_decay():
             decay = 0.05 if name == 'head.kernel' else 0
             weights[name] = weights[name] - 0.1 * (direction + decay * weights[name])
     for name, value in weights.items():
-        np.testing.assert_allclose(ours[name], value, atol=1e-5)  # float32 rounds 1 − beta2 ** step at 3e-5
+        np.testing.assert_allclose(ours[name], value, atol=1e-5)  # 1 − beta2 ** step has float32 error 3e-5
 
 
 def test_clipping_bounds_the_global_norm_of_the_gradient():
-    """Adam hides the scale of one step, so two steps of very different size tell whether the second was clipped."""
+    """One exploding gradient would destroy the weights.
+
+    Adam hides the scale of a single gradient, so the test applies a small gradient and then a huge one.
+    """
     small, huge = {'head.kernel': np.full((2, 2), 0.1, np.float32)}, {'head.kernel': np.full((2, 2), 1e6, np.float32)}
 
     factors, roles = {'head.kernel': 1.0}, {'head.kernel': Role(decays=True)}
@@ -88,14 +92,15 @@ def test_clipping_bounds_the_global_norm_of_the_gradient():
 
 
 def layers_of(name, rule, decay=0.5):
-    """Parameter → the layers between it and the head, one for each block of what is stacked."""
+    """Parameter → number of layers between it and the head; for stacked blocks, one number per block."""
     model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
     factors = layer_factors(list(get_parameters(model)), model.variant.depths, rule, decay)
     return {parameter: (np.log(factor) / np.log(decay)).round(9).tolist() for parameter, factor in factors.items()}
 
 
 @pytest.mark.parametrize('name', cases.LAYERED)
-def test_single_layer_decay_equals_timm_s_parameter_groups(name):
+def test_single_layer_decay_equals_the_parameter_groups_of_timm(name):
+    """Fine-tuning recipes of timm would train each layer at another rate."""
     theirs = reference.table('layers')[name]
     model = jax.eval_shape(lambda key: create_model(name, key=key), jax.random.key(0))
     shapes = {parameter: x.shape for parameter, x in get_parameters(model).items()}
@@ -114,8 +119,11 @@ def test_single_layer_decay_equals_timm_s_parameter_groups(name):
         ('convnextv2_large', [3 + block // 3 for block in range(27)], 12),
     ],
 )
-def test_group_layer_decay_is_the_original_s_table(name, third, last):
-    """`optim_factory.py` of ConvNeXt, get_num_layer_for_convnext: 12 layers, or 6 for the depth of tiny."""
+def test_group_layer_decay_equals_the_table_of_the_original_code(name, third, last):
+    """Published fine-tuning recipes would train each layer at another rate.
+
+    get_num_layer_for_convnext in ConvNeXt's `optim_factory.py` has 6 layers for the depth of tiny, and 12 otherwise.
+    """
     layers = {parameter: last + 1 - np.asarray(layer) for parameter, layer in layers_of(name, 'group').items()}
     expected = {
         'stem.conv.kernel': 0,
@@ -135,7 +143,7 @@ def test_group_layer_decay_is_the_original_s_table(name, third, last):
 
 
 def test_layer_decay_scales_the_whole_update_of_each_block():
-    """As a learning rate does: Adam's direction and the weight decay alike, each block of a stack by its own."""
+    """Some blocks would be updated or decayed at a wrong rate: each factor acts as the learning rate of its block."""
     rng = np.random.default_rng(0)
     names = {'stages.0.blocks.pointwise1.kernel': (2, 3, 4), 'head.bias': (4,)}
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
@@ -157,11 +165,13 @@ def test_layer_decay_scales_the_whole_update_of_each_block():
     ('depths', 'rule', 'match'),
     [((3, 3, 9, 3), 'blockwise', 'must be one of single, group'), ((18,), 'group', 'for models of four stages')],
 )
-def test_bad_layer_rules(depths, rule, match):
+def test_unknown_or_unsuitable_layer_rules_are_refused(depths, rule, match):
+    """A misspelt rule would train without layer decay, or end in a traceback."""
     with pytest.raises(UserError, match=match):
         layer_factors(['head.bias'], depths, rule, 0.9)
 
 
-def test_moving_average():
+def test_the_moving_average_keeps_its_decay_of_the_old_value():
+    """The evaluated average would follow the parameters at a wrong speed."""
     average = moving_average({'a': np.float32(1)}, {'a': np.float32(2)}, 0.9)
     np.testing.assert_allclose(average['a'], 1.1, rtol=1e-6)

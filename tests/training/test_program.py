@@ -1,4 +1,4 @@
-"""The compiled training step: what it leaves in memory."""
+"""The memory that the compiled training step needs."""
 
 import re
 
@@ -27,15 +27,15 @@ def demo():
 
 @pytest.fixture(scope='module')
 def compiled(demo):
-    """The step, and whether compiling gave its memory back."""
+    """The compiled step, and one element per call of `release_memory`."""
     released = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, 'release_memory', lambda: released.append(True))
         return demo.compile(demo.abstract_state, demo.abstract_batch), released
 
 
-def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing(demo, compiled):
-    """A state held twice, or the compiler's half gigabyte beside it: the largest batch that fits is smaller."""
+def test_the_state_is_donated_and_the_memory_of_the_compiler_is_released(demo, compiled):
+    """A second copy of the state, or half a gigabyte that the compiler used, would reduce the largest batch size."""
     step, released = compiled
     memory = step.memory_analysis()
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(demo.abstract_state))
@@ -46,7 +46,7 @@ def test_the_next_state_takes_the_place_of_the_last_and_compiling_leaves_nothing
 
 
 def test_no_array_of_the_state_is_copied(demo, compiled):
-    """A moment that is still read when its successor is there is copied first: two passes more over all parameters."""
+    """Every step would be slower: XLA copies a moment that is read after its new value was computed."""
     text = compiled[0].as_text()
     entry = text[text.index('\nENTRY ') :]
     arguments = dict(re.findall(r'%?([\w.]+) = f32\[([\d,]*)\]\S* parameter\(', entry))

@@ -1,7 +1,7 @@
-"""A run of ours against the same run in torch: timm's model and parameter groups, torch's AdamW, the published rates.
+"""A training run compared with torch: timm's model and parameter groups, torch's AdamW, the published learning rates.
 
-Augmentation and drop path are off, since their draws differ; everything else is the recipe. What torch gives is stored
-in `tests/reference`.
+Augmentation and drop path are off because their random numbers differ; everything else follows the recipe. The values
+of torch are stored in `tests/reference`.
 """
 
 import jax
@@ -24,7 +24,7 @@ RUN = cases.Training
 
 
 def our_run(config):
-    """The losses; the first gradient, and the last parameters and average, by our names."""
+    """The losses; and the first gradient, the final parameters and their average, under the names of this package."""
     model = abstract_model(config)
     parameters = reference.draw_parameters({name: x.shape for name, x in get_parameters(model).items()})
     optimizer = adamw(
@@ -40,7 +40,7 @@ def our_run(config):
     for batch in RUN.batches():
         state, metrics = step(state, batch)
         losses.append(float(metrics['loss']))
-        if gradient is None:  # the first moment is then a tenth of it
+        if gradient is None:  # after one step the first moment is a tenth of the gradient
             mean = next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState))
             gradient = jax.tree.map(lambda x: 10 * np.asarray(x), mean)
     return losses, {'gradient': gradient, 'parameters': state.parameters, 'average': state.ema}
@@ -49,7 +49,7 @@ def our_run(config):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', cases.TRAINED)
 def test_thirty_steps_follow_torch(name):
-    """Decay mask, layer decay, schedule, bias correction, average: what is off by a little in one shows in all."""
+    """A small error in decay mask, layer decay, schedule, bias correction or average would change every recipe."""
     config = default_config()
     config.model.name = name
     config.model.num_classes = RUN.CLASSES

@@ -1,4 +1,4 @@
-"""The mesh, what is cut over it, what a compiled step sends, and one trajectory whatever the mesh."""
+"""The mesh, the arrays sharded over it, the collectives of the compiled step, and equal results on every mesh."""
 
 import dataclasses
 import os
@@ -38,14 +38,14 @@ from convnext_jax.training.sharding import (
 )
 from convnext_jax.training.step import make_train_step
 
-ROWS, SIDE = 32, 16
+BATCH_SIZE, SIDE = 32, 16
 STEPS = 4
 MESHES = {'1': (1, 1), '8': (8, 1), '4 × 2': (4, 2)}
 VARIANT = Variant((2, 3), (80, 160), grn=True, layer_scale_init=0)
 
 
 def small_config():
-    """A small ConvNeXt V2 on 16-pixel images, every random part on but for RandAugment, which is slow to compile."""
+    """A small ConvNeXt V2 on 16-pixel images, with all randomness except RandAugment, which is slow to compile."""
     config = default_config()
     config.augment.policy = ''
     config.model.name = 'convnextv2_atto'
@@ -53,7 +53,7 @@ def small_config():
     config.model.patch_size = 2
     config.model.drop_path_rate = 0.3
     config.data.image_size = SIDE
-    config.batch_size = ROWS
+    config.batch_size = BATCH_SIZE
     config.mix.mixup = 0.8
     config.mix.cutmix = 1.0
     config.ema.decay = 0.9
@@ -65,25 +65,25 @@ def small_config():
 
 def make_program(config, data, fsdp):
     mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-    return Program(config, make_durations(config, images=10 * ROWS), mesh)
+    return Program(config, make_durations(config, images=10 * BATCH_SIZE), mesh)
 
 
 def make_batch(program, step):
     rng = np.random.default_rng(step)
     batch = {
-        'image': rng.integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8),
-        'label': rng.integers(0, 10, ROWS, dtype=np.int32),
+        'image': rng.integers(0, 256, (BATCH_SIZE, SIDE, SIDE, 3), dtype=np.uint8),
+        'label': rng.integers(0, 10, BATCH_SIZE, dtype=np.int32),
     }
     return jax.device_put(batch, program.batch_sharding)
 
 
 @dataclasses.dataclass
 class Run:
-    """A program that is compiled and has run.
+    """A compiled program that has trained for `STEPS` steps.
 
     Attributes:
-        states: before the first step, and after the last.
-        losses: of each step.
+        states: The states before the first step and after the last step.
+        losses: The loss of each step.
     """
 
     program: Program
@@ -105,7 +105,7 @@ def small_model():
 
 @pytest.fixture(scope='module')
 def runs(small_model):
-    """Some steps of the same config on each mesh."""
+    """The run of one config on each mesh."""
     found = {}
     for name, shape in MESHES.items():
         program = make_program(small_config(), *shape)
@@ -122,7 +122,8 @@ def runs(small_model):
 @pytest.mark.parametrize(
     ('axes', 'shape'), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((2, 4), (2, 4)), ((8, -1), (8, 1))]
 )
-def test_an_axis_takes_the_devices_that_are_left(axes, shape):
+def test_an_axis_of_minus_1_takes_the_remaining_devices(axes, shape):
+    """Users would have to change the mesh for each number of devices."""
     mesh = make_mesh(*axes)
     assert tuple(mesh.shape.items()) == (('data', shape[0]), ('fsdp', shape[1]))
 
@@ -138,36 +139,37 @@ def test_an_axis_takes_the_devices_that_are_left(axes, shape):
         ((16, -1), 'but there are 8 devices'),
     ],
 )
-def test_a_mesh_that_does_not_make_up_the_devices_is_refused(axes, line):
+def test_a_mesh_that_does_not_match_the_devices_is_refused(axes, line):
+    """Devices would be left unused, or the run would end in a traceback of JAX."""
     with pytest.raises(UserError, match=line):
         make_mesh(*axes)
 
 
 class Chip:
-    """A device of a pod of slices of 4×2 that is not here."""
+    """A simulated TPU device of a pod with slices of 4 × 2 devices."""
 
-    platform, device_kind, core_on_chip = 'tpu', 'TPU of a kind to come', 0
+    platform, device_kind, core_on_chip = 'tpu', 'future TPU', 0
 
     def __init__(self, number):
         self.id, self.process_index, self.slice_index = number, number // 4, number // 8
         self.coords = (number % 4, number // 4 % 2, 0)
 
 
-def test_pieces_stay_within_a_slice_of_a_pod_of_several():
-    """Between slices lies a network that is a tenth as fast: gathering each block over it would stall every step."""
+def test_the_fsdp_axis_stays_within_a_slice_of_a_pod():
+    """All-gathers of each block over the network between slices, which is ten times slower, would stall every step."""
     chips = [Chip(number) for number in np.random.default_rng(0).permutation(32)]  # 4 slices of 8
     for axes in ((-1, 4), (4, 8), (32, 1)):
         mesh = make_mesh(*axes, devices=chips)
         slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
         assert (slices == slices[:, :1]).all()
-        assert (np.diff(slices[:, 0]) >= 0).all(), 'neighbours along data share a slice as far as they can'
+        assert (np.diff(slices[:, 0]) >= 0).all(), 'neighbours along the data axis must share a slice where possible'
     with pytest.raises(UserError, match='mesh.fsdp=16 does not fit into one of the 4 slices of 8 devices'):
         make_mesh(-1, 16, devices=chips)
 
 
 @pytest.mark.parametrize('name', ['convnext_tiny', 'convnextv2_large', 'convnext_isotropic_base'])
-def test_large_models_are_cut_and_never_along_the_blocks(name):
-    """What stays whole by mistake fills every device's memory; a cut between blocks would make the scan fetch each."""
+def test_large_models_are_sharded_but_never_along_the_block_axis(name):
+    """Replicated kernels would fill every device; with a sharded block axis the scan would transfer every block."""
     config = default_config()
     config.model.update(name=name, num_classes=1000)
     model, mesh = abstract_model(config), make_mesh(2, 4)
@@ -180,7 +182,7 @@ def test_large_models_are_cut_and_never_along_the_blocks(name):
 
 
 class Energy:
-    """A task for any backbone: its features shall be small."""
+    """A task for any backbone: the loss is the mean square of its features."""
 
     def augment(self, batch, keys, batch_key, epoch):
         return batch
@@ -192,7 +194,7 @@ class Energy:
 
 @pytest.mark.slow
 def test_a_dilated_backbone_trains_on_a_mesh_as_on_one_device():
-    """Segmentation trains one: its norms need no rules by name, and a kernel that nothing gathers must stay whole."""
+    """Segmentation could not train with FSDP: a dilated backbone has norms and a kernel that no layer gathers."""
     config = default_config()
     config.batch_size = 8
     variant = Variant((1, 1), (64, 128), patch_size=4)
@@ -230,7 +232,8 @@ def test_a_dilated_backbone_trains_on_a_mesh_as_on_one_device():
         np.testing.assert_allclose(sharded[name], array, atol=2e-5, err_msg=name)
 
 
-def test_moments_and_moving_average_live_where_their_parameters_do(runs):
+def test_moments_and_moving_average_are_sharded_like_their_parameters(runs):
+    """Replicated moments and averages would use three quarters of the memory that FSDP is to save."""
     state = runs['4 × 2'].states[1]
     kernel = 'stages.1.blocks.pointwise1.kernel'
     adam = next(part for part in state.optimizer if hasattr(part, 'mu'))
@@ -241,15 +244,16 @@ def test_moments_and_moving_average_live_where_their_parameters_do(runs):
 
 
 def test_the_losses_are_the_same_on_every_mesh(runs):
-    """Drop path, erasing, mixup and cutmix on: a run is the same run wherever it is."""
-    alone, spread, cut = (np.asarray(runs[name].losses) for name in MESHES)
+    """A recipe tried on one machine would train differently on a pod. Drop path, erasing, mixup and cutmix are on."""
+    one_device, data_parallel, fsdp = (np.asarray(runs[name].losses) for name in MESHES)
     first, last = (np.asarray(state.parameters['head.kernel']) for state in runs['1'].states)
-    assert np.abs(last - first).max() > 5e-4, 'the parameters move'
-    np.testing.assert_allclose(spread, alone, rtol=2e-5)
-    np.testing.assert_allclose(cut, alone, rtol=2e-5)
+    assert np.abs(last - first).max() > 5e-4, 'the parameters must change'
+    np.testing.assert_allclose(data_parallel, one_device, rtol=2e-5)
+    np.testing.assert_allclose(fsdp, one_device, rtol=2e-5)
 
 
 def test_the_first_parameters_are_the_same_on_every_mesh(runs):
+    """A run would start from other weights if the number of devices changed."""
     for name in ('8', '4 × 2'):
         for here, there in zip(
             jax.tree.leaves(runs[name].states[0]), jax.tree.leaves(runs['1'].states[0]), strict=True
@@ -258,31 +262,31 @@ def test_the_first_parameters_are_the_same_on_every_mesh(runs):
 
 
 def test_data_parallel_sums_each_gradient_once(runs):
-    """One sum of all gradients and the loss, in float32, and nothing else: no image leaves its device."""
+    """Other communication would slow every step: a single float32 all-reduce sums gradients and loss."""
     assert runs['1'].collectives == {}
     parameters = sum(x.size for x in runs['8'].program.abstract_state.parameters.values())
     sums = parameters + 2  # the loss and its weight
     assert runs['8'].collectives == {('all-reduce', 'f32', 8): Collectives(1, 4 * sums)}
 
 
-def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
-    """The state's pieces would help little if the step made any of it whole: the whole stack is never gathered."""
+def test_sharded_kernels_are_gathered_by_block_and_gradients_reduce_scattered(runs):
+    """FSDP would save little memory if the step gathered the kernels of all blocks at once."""
     run = runs['4 × 2']
     sizes = {name: x.size for name, x in run.program.abstract_state.parameters.items()}
-    cut = sum(sizes[name] for name in sharded_names(run.program))
-    assert cut > 0.9 * sum(sizes.values())
+    sharded = sum(sizes[name] for name in sharded_names(run.program))
+    assert sharded > 0.9 * sum(sizes.values())
     found = run.collectives
     assert {(kind, group) for kind, _, group in found} == {
         ('all-gather', 2),  # kernels, forward and backward
         ('reduce-scatter', 2),  # their gradients, within fsdp
-        ('all-reduce', 4),  # the sum of these pieces over data
-        ('all-reduce', 8),  # gradients of what is whole, and the loss
+        ('all-reduce', 4),  # the sum of these shards over data
+        ('all-reduce', 8),  # gradients of replicated parameters, and the loss
         ('all-reduce', 2),  # the norms of the gradient and of the parameters
     }
-    assert 4 * cut < found['all-gather', 'f32', 2].size <= 2 * 4 * cut
-    assert found['reduce-scatter', 'f32', 2].size == 4 * cut // 2
-    assert found['all-reduce', 'f32', 4] == Collectives(1, 4 * cut // 2)
-    assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - cut + 2))
+    assert 4 * sharded < found['all-gather', 'f32', 2].size <= 2 * 4 * sharded
+    assert found['reduce-scatter', 'f32', 2].size == 4 * sharded // 2
+    assert found['all-reduce', 'f32', 4] == Collectives(1, 4 * sharded // 2)
+    assert found['all-reduce', 'f32', 8] == Collectives(1, 4 * (sum(sizes.values()) - sharded + 2))
     assert found['all-reduce', 'f32', 2] == Collectives(2, 2 * 4 * len(sharded_names(run.program)))
     stacks = {
         ','.join(map(str, x.shape))
@@ -290,14 +294,15 @@ def test_cut_kernels_are_gathered_by_block_and_their_gradients_scattered(runs):
         if name in sharded_names(run.program) and '.blocks.' in name
     }
     for shape in stacks:
-        assert f'f32[{shape}]' not in run.compiled.as_text(), 'parameter, gradient, moment or average'
+        assert f'f32[{shape}]' not in run.compiled.as_text(), 'the kernels of all blocks are gathered at once'
 
 
 def sharded_names(program):
     return [name for name, x in program.abstract_state.parameters.items() if 'fsdp' in x.sharding.spec]
 
 
-def test_a_device_holds_its_piece_of_the_state(runs):
+def test_a_device_holds_only_its_shard_of_the_state(runs):
+    """Models that need FSDP would not fit on a device."""
     state = {name: run.compiled.memory_analysis().argument_size_in_bytes for name, run in runs.items()}
     assert state['8'] == pytest.approx(state['1'], rel=0.01)
     program = runs['4 × 2'].program
@@ -306,25 +311,26 @@ def test_a_device_holds_its_piece_of_the_state(runs):
     assert state['4 × 2'] == pytest.approx(share * state['1'], rel=0.01)
 
 
-def test_evaluation_gathers_kernels_alone(runs):
-    """Images that moved between devices in place of kernels would be the larger part by far."""
+def test_evaluation_gathers_only_kernels(runs):
+    """Evaluation would be slow, because images that move between devices are much larger than kernels."""
     run = runs['4 × 2']
     program, data = run.program, run.program.config.data
     specs = {name: sharding.spec for name, sharding in program.state_sharding.parameters.items()}
     evaluator, mesh = Accuracy(data.mean, data.std), program.batch_sharding.mesh
     step = jax.jit(make_eval_step(evaluator, program.model, mesh, specs), out_shardings=replicated(mesh))
-    weight = jax.ShapeDtypeStruct((ROWS,), jnp.float32, sharding=program.batch_sharding)
+    weight = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32, sharding=program.batch_sharding)
     batch = program.abstract_batch | {'weight': weight}
     text = step.lower(program.abstract_state.parameters, batch).compile().as_text()
     kernels = sum(4 * program.abstract_state.parameters[name].size for name in sharded_names(program))
     found = collectives(read_program(text), 8)
     assert {kind for kind, _, _ in found} == {'all-gather', 'all-reduce'}
-    assert kernels <= sum(same.size for same in found.values()) < kernels + 4000  # those of ten logits and of the sums
+    sent = sum(collective.size for collective in found.values())
+    assert kernels <= sent < kernels + 4000  # the rest are the logits of ten classes and the metric sums
 
 
 @pytest.mark.parametrize(('there', 'here'), [('8', '4 × 2'), ('4 × 2', '1')])
-def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path, there, here):
-    """Preempted on one pod, resumed on another: the same values bit for bit, and the next step is the same."""
+def test_a_run_resumes_on_another_mesh(runs, tmp_path, there, here):
+    """A run preempted on one pod could not resume on another: its bits and its next loss must be equal."""
     saved, resumed = runs[there], runs[here]
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='top1') as checkpoints:
         checkpoints.save(saved.states[1], {}, None)
@@ -341,8 +347,8 @@ def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path, there, here):
 
 
 @pytest.mark.parametrize(('there', 'here'), [((8, 1), (2, 1)), ((8, 1), (1, 2)), ((2, 4), (2, 1)), ((1, 8), (4, 2))])
-def test_a_checkpoint_is_cut_anew(runs, tmp_path, there, here):
-    """On fewer devices, from `data` to `fsdp` and back: every piece goes where the new mesh has it."""
+def test_a_checkpoint_is_resharded_to_any_mesh(runs, tmp_path, there, here):
+    """A run could not resume on fewer devices, or with other sizes of `mesh.data` and `mesh.fsdp`."""
     state, roles = some_of(runs['1'].states[1]), parameter_roles(runs['1'].program.model)
 
     def sharding(axes):
@@ -361,7 +367,7 @@ def test_a_checkpoint_is_cut_anew(runs, tmp_path, there, here):
 
 
 def some_of(state):
-    """The state of two parameters: one is cut, the other is not."""
+    """The state of two parameters: one is sharded, the other is replicated."""
     names = ('stages.1.blocks.pointwise1.kernel', 'head.bias')
 
     def pick(tree):
@@ -370,8 +376,8 @@ def some_of(state):
     return jax.tree.map(pick, state, is_leaf=lambda tree: isinstance(tree, dict))
 
 
-def test_sixteen_devices_send_what_eight_do(runs):
-    """What a device sends does not grow with the pod: the same sums over more devices."""
+def test_the_bytes_that_a_device_sends_do_not_grow_with_the_pod(runs):
+    """Training would not scale to a pod: with 16 devices, each one must send as much as with 8."""
     flags = '--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0'
     out = subprocess.run(
         [sys.executable, __file__],
@@ -384,13 +390,14 @@ def test_sixteen_devices_send_what_eight_do(runs):
     ).stdout
     found = dict(line.split(': ') for line in out.splitlines())
     eight = runs['4 × 2'].collectives
-    for (kind, dtype, group), same in eight.items():
+    for (kind, dtype, group), collective in eight.items():
         over = {2: 2, 4: 8, 8: 16}[group]
-        assert found.pop(f'{kind} {dtype} {over}') == f'{same.runs} {same.size}'
+        assert found.pop(f'{kind} {dtype} {over}') == f'{collective.runs} {collective.size}'
     assert not found
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do():
+def test_a_batch_size_that_does_not_divide_is_refused_with_sizes_that_do():
+    """Users would have to find a valid batch size by trial."""
     mesh = make_mesh(-1, 2)
     check_batch_size(16, 2, mesh)
     with pytest.raises(UserError, match='8 devices × 2 accumulation steps: try 16 or 32'):
@@ -398,14 +405,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do():
 
 
 def print_collectives():
-    """In a process of 16 devices: the collectives of the step on 8 × 2 of them."""
+    """Prints the collectives of the step on a mesh of 8 × 2, in a process that sees 16 devices."""
     config = small_config()
     config.batch_size = 4 * 16
     VARIANTS['convnextv2_atto'] = VARIANT
     program = make_program(config, 8, 2)
     text = program.compile(program.abstract_state, program.abstract_batch).as_text()
-    for (kind, dtype, group), same in collectives(read_program(text), 16).items():
-        print(f'{kind} {dtype} {group}: {same.runs} {same.size}')
+    for (kind, dtype, group), collective in collectives(read_program(text), 16).items():
+        print(f'{kind} {dtype} {group}: {collective.runs} {collective.size}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Statistics that no gradient trains: over the global batch, skipped, averaged, saved and read like parameters."""
+"""BatchNorm statistics cover the global batch, and are skipped, averaged, saved and read like parameters."""
 
 import dataclasses
 
@@ -39,12 +39,12 @@ from convnext_jax.training.step import make_train_step
 from convnext_jax.training.weights import read_weights
 from tests.tasks.mean_colour import MeanColour
 
-ROWS = 16
-ALONE, SPREAD, SHARDED = (1, 1), (8, 1), (4, 2)
+BATCH_SIZE = 16
+ONE_DEVICE, DATA_PARALLEL, SHARDED = (1, 1), (8, 1), (4, 2)
 
 
 class Segmenter(nnx.Module):
-    """A class for each patch of an image, with a BatchNorm before and after a kernel that FSDP shards."""
+    """Predicts a class for each patch of an image, with a BatchNorm before and after a kernel that FSDP shards."""
 
     def __init__(self, key):
         keys = jax.random.split(key, 3)
@@ -60,7 +60,7 @@ class Segmenter(nnx.Module):
 
 
 class Segmentation(MeanColour):
-    """Of the task, the step needs the loss alone."""
+    """A task with only the methods that the training step calls."""
 
     def augment(self, batch, keys, batch_key, epoch):
         return batch
@@ -72,12 +72,12 @@ class Segmentation(MeanColour):
 
 
 class Training:
-    """The training step of a `Segmenter` on a mesh, compiled, and its first state."""
+    """The jitted training step of a `Segmenter` on a mesh, and its first state."""
 
     def __init__(self, axes, **options):
         self.mesh = make_mesh(*axes, jax.devices()[: axes[0] * axes[1]])
         config = default_config()
-        config.update(batch_size=ROWS, ema={'decay': 0.75}, **options)
+        config.update(batch_size=BATCH_SIZE, ema={'decay': 0.75}, **options)
         model = Segmenter(jax.random.key(0))
         roles = parameter_roles(model)
         optimizer = adamw(dict.fromkeys(roles, 1.0), roles, weight_decay=0.05)
@@ -97,18 +97,18 @@ class Training:
 
 
 def make_batch(step=0, scale=1.0):
-    """The mean differs from image to image: of a few images it is far from that of all."""
+    """Images with different means, so that the mean of a few images is far from the mean of the batch."""
     rng = np.random.default_rng(step)
-    images = rng.normal(size=(ROWS, 8, 8, 3)) + rng.normal(size=(ROWS, 1, 1, 3))
+    images = rng.normal(size=(BATCH_SIZE, 8, 8, 3)) + rng.normal(size=(BATCH_SIZE, 1, 1, 3))
     return {
         'image': np.asarray(scale * images, np.float32),
-        'label': rng.integers(0, 5, (ROWS, 2, 2), dtype=np.int32),
+        'label': rng.integers(0, 5, (BATCH_SIZE, 2, 2), dtype=np.int32),
     }
 
 
 @pytest.fixture(scope='module')
 def trainings():
-    return {axes: Training(axes) for axes in (ALONE, SPREAD, SHARDED)}
+    return {axes: Training(axes) for axes in (ONE_DEVICE, DATA_PARALLEL, SHARDED)}
 
 
 @pytest.fixture(scope='module')
@@ -122,25 +122,25 @@ def assert_same_bits(a, b):
 
 
 def first_moment(state):
-    """A tenth of the gradient, after one step."""
+    """Adam's first moment: after one step, a tenth of the gradient."""
     return jax.device_get(next(part.mu for part in state.optimizer if isinstance(part, optax.ScaleByAdamState)))
 
 
-@pytest.mark.parametrize('axes', [SPREAD, SHARDED])
-def test_statistics_and_gradients_are_those_of_the_global_batch(stepped, axes):
-    """Two images to a device, as in segmentation: norms of their own would train another network on each mesh."""
-    (alone, metrics), (state, others) = stepped[ALONE], stepped[axes]
-    assert float(others['loss']) == pytest.approx(float(metrics['loss']), rel=1e-5)
-    for name, expected in alone.statistics.items():
+@pytest.mark.parametrize('axes', [DATA_PARALLEL, SHARDED])
+def test_statistics_and_gradients_cover_the_global_batch(stepped, axes):
+    """With two images per device, as in segmentation, norms per device would train another network on each mesh."""
+    (expected_state, metrics), (state, new_metrics) = stepped[ONE_DEVICE], stepped[axes]
+    assert float(new_metrics['loss']) == pytest.approx(float(metrics['loss']), rel=1e-5)
+    for name, expected in expected_state.statistics.items():
         np.testing.assert_allclose(state.statistics[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
-    moments = first_moment(alone)
+    moments = first_moment(expected_state)
     scale = max(np.abs(moment).max() for moment in moments.values())
     for name, moment in first_moment(state).items():
         np.testing.assert_allclose(moment, moments[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
 def test_statistics_are_replicated(stepped):
-    """Devices whose running means differ by a bit evaluate different networks, and save one of them."""
+    """Devices with different running means would evaluate different networks, and only one of them would be saved."""
     state = stepped[SHARDED][0]
     assert 'fsdp' in state.parameters['linear.kernel'].sharding.spec
     for name, statistic in state.statistics.items():
@@ -150,8 +150,8 @@ def test_statistics_are_replicated(stepped):
                 assert_same_bits(shard.data, array.addressable_shards[0].data)
 
 
-def test_what_devices_leave_apart_is_averaged():
-    """A task that forgets the other devices must not leave a state that differs between them."""
+def test_statistics_that_differ_between_devices_are_averaged():
+    """A task that does not average over devices would leave each device with a different state."""
     mesh = make_mesh(4, 2)
     function = sum_over_mesh(lambda parameters, statistics, x: (x.sum(), {}, {'seen': x.mean()}), mesh, {})
     _, _, statistics = jax.jit(function)({}, {'seen': jnp.zeros(())}, jnp.arange(16.0))
@@ -159,17 +159,18 @@ def test_what_devices_leave_apart_is_averaged():
         assert shard.data == 7.5
 
 
-def test_the_first_statistics_have_the_values_of_their_formula(trainings, stepped):
-    parameters = jax.device_get(trainings[ALONE].first.parameters)
-    patches = make_batch()['image'].reshape(ROWS, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(-1, 48).astype(np.float64)
+def test_the_first_statistics_equal_the_formula_of_batch_norm(trainings, stepped):
+    """A BatchNorm would evaluate differently from a BatchNorm of other libraries."""
+    parameters = jax.device_get(trainings[ONE_DEVICE].first.parameters)
+    patches = make_batch()['image'].reshape(BATCH_SIZE, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(-1, 48).astype(np.float64)
     x = patches @ parameters['stem.kernel'].reshape(48, 256) + parameters['stem.bias']
     statistics = stepped[SHARDED][0].statistics
     np.testing.assert_allclose(statistics['first.mean'], 0.1 * x.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(statistics['first.variance'], 0.9 + 0.1 * x.var(0, ddof=1), rtol=1e-5)
 
 
-def test_the_moving_average_averages_statistics(trainings, stepped):
-    """The average of the weights with the statistics of the newest ones would be a model that never trained."""
+def test_the_moving_average_includes_statistics(trainings, stepped):
+    """Evaluation would combine averaged weights with statistics of the newest weights, and lose accuracy."""
     first, (state, _) = trainings[SHARDED].first, stepped[SHARDED]
     assert state.ema.keys() == state.parameters.keys() | state.statistics.keys()
     for name, statistic in state.statistics.items():
@@ -179,8 +180,8 @@ def test_the_moving_average_averages_statistics(trainings, stepped):
 
 
 @pytest.mark.parametrize('scale', [np.nan, 1e25], ids=['loss', 'variance'])
-def test_a_broken_batch_leaves_statistics_as_they_were(trainings, stepped, scale):
-    """One broken image must not end in the running statistics; of 1e25, the loss is finite and the variance is not."""
+def test_a_broken_batch_leaves_statistics_unchanged(trainings, stepped, scale):
+    """One broken image would spoil the running statistics. Pixels of 1e25 give a finite loss, infinite variance."""
     state, _ = stepped[SHARDED]
     new, metrics = trainings[SHARDED].step(state, make_batch(scale=scale))
     assert np.isfinite(metrics['loss']) == (scale == 1e25)
@@ -189,8 +190,9 @@ def test_a_broken_batch_leaves_statistics_as_they_were(trainings, stepped, scale
         assert_same_bits(getattr(new, part), getattr(state, part))
 
 
-@pytest.mark.parametrize('here', [ALONE, SPREAD])
-def test_saved_they_come_back_on_another_mesh(trainings, stepped, tmp_path, here):
+@pytest.mark.parametrize('here', [ONE_DEVICE, DATA_PARALLEL])
+def test_saved_statistics_are_restored_on_another_mesh(trainings, stepped, tmp_path, here):
+    """A run with BatchNorm could not resume on another number of devices."""
     state, resumed = stepped[SHARDED][0], trainings[here]
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='accuracy') as checkpoints:
         checkpoints.save(state, {}, None)
@@ -205,7 +207,8 @@ def test_saved_they_come_back_on_another_mesh(trainings, stepped, tmp_path, here
 
 
 @pytest.mark.parametrize(('params', 'field'), [('raw', 'parameters'), ('ema', 'ema')])
-def test_what_is_read_from_a_checkpoint_evaluates_as_the_run_does(stepped, tmp_path, params, field):
+def test_weights_read_from_a_checkpoint_include_statistics(stepped, tmp_path, params, field):
+    """`eval.py`, `convert` and `predict` would use initial statistics."""
     state, _ = stepped[SHARDED]
     with Checkpoints(tmp_path / 'c', keep=1, best_metric='accuracy') as checkpoints:
         checkpoints.save(state, {}, None)
@@ -217,11 +220,11 @@ def test_what_is_read_from_a_checkpoint_evaluates_as_the_run_does(stepped, tmp_p
     evaluated = state.weights if params == 'raw' else state.ema
     for weights in (restore_parameters(tmp_path / 'c', 1, field), restore_parameters(tmp_path / 'c', 1, field, like)):
         assert_same_bits(weights, evaluated)
-        assert with_parameters(model, weights)(make_batch()['image']).shape == (ROWS, 2, 2, 5)
+        assert with_parameters(model, weights)(make_batch()['image']).shape == (BATCH_SIZE, 2, 2, 5)
 
 
-def test_a_checkpoint_without_them_is_refused_by_name(trainings, stepped, tmp_path):
-    """Freshly initialised statistics in their place would evaluate to chance, and no line would say why."""
+def test_missing_or_unexpected_statistics_in_a_checkpoint_are_refused_by_name(trainings, stepped, tmp_path):
+    """Accuracy would drop to chance with newly initialised statistics, and no message would explain it."""
     state, like = stepped[SHARDED][0], trainings[SHARDED].abstract_state
     bare = {'statistics': {}, 'ema': dict(state.parameters)}
     bare_like = {'statistics': {}, 'ema': dict(like.parameters)}
@@ -236,9 +239,9 @@ def test_a_checkpoint_without_them_is_refused_by_name(trainings, stepped, tmp_pa
 
 
 def test_accumulation_with_batch_statistics_is_refused():
-    """Norms over a quarter of the batch are another network than the one that was asked for."""
+    """The run would train another network, whose norms cover a quarter of the batch."""
     with pytest.raises(UserError, match='accumulation_steps=4, but the model normalises over the batch'):
-        Training(ALONE, accumulation_steps=4)
+        Training(ONE_DEVICE, accumulation_steps=4)
 
 
 class NormedConvNeXt(ConvNeXt):
@@ -264,7 +267,7 @@ def small_run(steps, fsdp):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """The workdir of a run of four steps that was resumed on another mesh for two more, and its log in between."""
+    """The workdir of a run of four steps that was resumed on another mesh for two more steps."""
     workdir = tmp_path_factory.mktemp('normed') / 'run'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classification, 'ConvNeXt', NormedConvNeXt)
@@ -273,7 +276,8 @@ def finished(tmp_path_factory):
         yield workdir
 
 
-def test_a_run_trains_stops_and_resumes_with_them(finished):
+def test_a_run_updates_statistics_before_and_after_it_resumes(finished):
+    """Evaluation would use initial statistics, or statistics from before the run resumed."""
     first, last = (restore_parameters(finished / 'checkpoints', step, 'parameters') for step in (4, 6))
     for name, initial in (('images_norm.mean', 0), ('images_norm.variance', 1)):
         assert first[name] != initial
@@ -281,13 +285,13 @@ def test_a_run_trains_stops_and_resumes_with_them(finished):
 
 
 @pytest.mark.parametrize(('params', 'prefix'), [('raw', ''), ('ema', 'ema_')])
-def test_evaluation_and_export_read_them(finished, tmp_path, params, prefix):
-    """With the initial mean and variance in their place, eval.py and the exported program would say another class."""
+def test_evaluation_and_export_use_statistics(finished, tmp_path, params, prefix):
+    """With the initial mean and variance, eval.py and the exported program would predict other classes."""
     record = read_records(finished)[-1]
     config = read_config(finished / 'config.json')
-    (of_run,) = evaluate_run(finished, config, params, None, EvaluationProtocol())
-    (of_weights,) = evaluate_weights(config, str(finished), params, EvaluationProtocol())
-    for result in (of_run, of_weights):
+    (run_result,) = evaluate_run(finished, config, params, None, EvaluationProtocol())
+    (weights_result,) = evaluate_weights(config, str(finished), params, EvaluationProtocol())
+    for result in (run_result, weights_result):
         assert result['loss'] == pytest.approx(record[f'{prefix}loss'], rel=1e-5)
     pretrained = read_weights(str(finished), params)
     export_stablehlo(pretrained, tmp_path / 'out')
@@ -300,8 +304,8 @@ def test_evaluation_and_export_read_them(finished, tmp_path, params, prefix):
     np.testing.assert_allclose(program.call(weights, images), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_starts_from_those_of_another(finished):
-    """Fine-tuning would begin with the right weights and the wrong statistics."""
+def test_fine_tuning_starts_from_the_statistics_of_a_run(finished):
+    """Fine-tuning would start with the right weights and the wrong statistics."""
     config = small_run(steps=2, fsdp=2)
     config.init.weights = str(finished)
     sources = make_task(config).open()

@@ -1,4 +1,4 @@
-"""The training step: accumulation, broken losses, moving average."""
+"""The training step: accumulation, losses that are not finite, moving average."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def small_config():
-    """A small ConvNeXt V2 on 16-pixel images, every random part on but for RandAugment, which is slow to compile."""
+    """A small ConvNeXt V2 on 16-pixel images, with all randomness except RandAugment, which is slow to compile."""
     config = default_config()
     config.augment.policy = ''
     config.model.name = 'convnextv2_atto'
@@ -80,7 +80,7 @@ def first_moment(state):
 
 
 def test_accumulation_equals_the_large_batch_with_drop_path_and_augmentation(plain):
-    """A user with fewer devices gets the published run, draws included."""
+    """Users with fewer devices could not reproduce a published run, with its random draws."""
     train_step, state = plain
     config = small_config()
     config.accumulation_steps = 4
@@ -88,23 +88,25 @@ def test_accumulation_equals_the_large_batch_with_drop_path_and_augmentation(pla
     whole, whole_metrics = train_step(state, make_batch())
     parts, part_metrics = accumulated_step(state, make_batch())
     np.testing.assert_allclose(part_metrics['loss'], whole_metrics['loss'], rtol=1e-6)
-    # The first moment is a tenth of the gradient; Adam's division would magnify its rounding.
+    # Compares the first moment, a tenth of the gradient, because Adam's division would magnify rounding errors.
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(first_moment(whole)))
     assert largest_difference(first_moment(whole), first_moment(parts)) < 1e-5 * scale
 
 
-def test_forty_steps_learn_the_batch_and_draw_anew_each_step(plain):
+def test_forty_steps_learn_a_batch(plain):
+    """Training would not reduce the loss."""
     train_step, state = plain
     losses = []
     for _ in range(40):
         state, metrics = train_step(state, make_batch())
         losses.append(float(metrics['loss']))
-    assert np.mean(losses[-5:]) < losses[0] - 0.2, 'of the last five: each mixes anew'
+    assert np.mean(losses[-5:]) < losses[0] - 0.2, 'the mean of five losses, because each step mixes other images'
     assert int(state.step) == 40
     assert int(state.skipped) == 0
 
 
-def test_the_seed_and_the_step_alone_decide_what_is_drawn(plain):
+def test_random_draws_depend_only_on_seed_and_step(plain):
+    """A resumed run would draw other random numbers, or each step would repeat the draws of the first."""
     train_step, state = plain
     once, again = train_step(state, make_batch())[1], train_step(state, make_batch())[1]
     assert float(once['loss']) == float(again['loss'])
@@ -116,7 +118,8 @@ def state_at(state, step):
     return dataclasses.replace(state, step=np.int32(step), last_good=np.int32(step))
 
 
-def test_moving_average_follows_the_updated_parameters(plain):
+def test_the_moving_average_follows_the_updated_parameters(plain):
+    """The average would be one step behind the parameters."""
     train_step, state = plain
     new, _ = train_step(state, make_batch())
     name = 'head.kernel'
@@ -124,8 +127,8 @@ def test_moving_average_follows_the_updated_parameters(plain):
     np.testing.assert_allclose(new.ema[name], expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_broken_loss_changes_nothing_but_the_counters(plain):
-    """One bad batch must not poison weights, moments or moving average."""
+def test_a_loss_that_is_not_finite_changes_only_the_counters(plain):
+    """One bad batch would turn weights, moments and moving average into NaN."""
     train_step, state = plain
     state, _ = train_step(state, make_batch())
     broken = {name: value * np.float32(np.nan) for name, value in state.parameters.items()}
@@ -143,8 +146,8 @@ def test_a_broken_loss_changes_nothing_but_the_counters(plain):
     assert int(metrics['skipped']) == 1
 
 
-def test_after_ten_broken_steps_the_state_stands_still(plain):
-    """The loop looks only now and then: what it finds must be the state of the tenth skip."""
+def test_after_ten_skipped_steps_the_state_stays_unchanged(plain):
+    """The loop checks for skips only when it logs, and the state of the tenth skip would be lost until then."""
     train_step, state = plain
     stuck = dataclasses.replace(state, step=np.int32(SKIPS_IN_A_ROW), last_good=np.int32(0))
     new, metrics = train_step(stuck, make_batch())

@@ -1,4 +1,4 @@
-"""Weights that a run starts from, or that are evaluated."""
+"""Weights from which a run starts, or which are evaluated."""
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,12 @@ def load(weights, initial, names, head='match'):
         (1, None, 'a sigmoid of each output, with 1 output'),
     ],
 )
-def test_heads_that_are_not_a_softmax_are_not_trained_or_judged_as_one(tmp_path, classes, kind, called):
-    """The accuracy would be of a question that the model was never asked."""
+def test_heads_without_a_softmax_are_not_trained_or_evaluated_as_softmax_heads(tmp_path, classes, kind, called):
+    """A multi-label or regression model would get a meaningless top-1 accuracy."""
     model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=classes)
     save_pretrained(model, tmp_path / 'out', problem_type=kind)
     with pytest.raises(UserError, match=f'the head of .*out is for {called}'):
-        # Raised before the data is opened.
+        # The error comes before the data is opened.
         next(evaluate_weights(default_config(), str(tmp_path / 'out'), 'raw', EvaluationProtocol()))
     mine = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=classes))
     with pytest.raises(
@@ -52,7 +52,7 @@ def test_heads_that_are_not_a_softmax_are_not_trained_or_judged_as_one(tmp_path,
 
 
 def test_outputs_of_the_head_follow_their_class_names(tmp_path):
-    """As many classes as the weights have, but other ones: kept by position the loss starts far above ln(classes)."""
+    """Fine-tuning on as many but other classes would keep wrong outputs, and start far above a loss of ln(classes)."""
     old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=3)
     save_pretrained(old, tmp_path / 'out', class_names=['ant', 'bee', 'cat'])
     initial = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=3))
@@ -66,8 +66,8 @@ def test_outputs_of_the_head_follow_their_class_names(tmp_path):
     assert notes[-1] == 'the head keeps 2 of 3 classes by their names; newly initialised: dog'
 
 
-def test_a_run_s_head_is_matched_too(finished_run):
-    """Fine-tuning from one's own run is the common case; here its classes come in another order, with a new one."""
+def test_the_head_of_a_run_is_matched_by_class_names(finished_run):
+    """Fine-tuning from a run would mix up the classes: here they are in another order, with a new one."""
     directory, step = newest_checkpoint(finished_run)
     theirs = restore_parameters(directory, step, 'parameters')
     names = read_about(directory, step)['data']['class names']
@@ -83,7 +83,7 @@ def test_a_run_s_head_is_matched_too(finished_run):
 
 
 def test_sharded_heads_keep_their_sharding(tmp_path):
-    """With mesh.fsdp the head is sharded, and no process may have to hold all of it twice."""
+    """With mesh.fsdp, a large head would be replicated on every device while its classes are matched."""
     old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=128)
     save_pretrained(old, tmp_path / 'out', class_names=[f'old {label}' for label in range(128)])
     mesh = make_mesh(fsdp=8)
