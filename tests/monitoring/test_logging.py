@@ -1,4 +1,4 @@
-"""A run's records, on a disk that is full and from one that altered them."""
+"""The records of a run when the disk is full, and when the disk has altered them."""
 
 import json
 import resource
@@ -17,7 +17,7 @@ METRICS = {'loss': 1.0, 'learning_rate': 0.1, **SPEEDS}
 
 @pytest.fixture
 def limit_files():
-    """Sets how large a file may become: beyond that a write fails as on a full disk."""
+    """Limits the size of files: a larger write fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -28,7 +28,7 @@ def steps(workdir: Path) -> list[int]:
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_record(tmp_path, capsys, limit_files):
-    """Nor does it stop the training, or say so at every step."""
+    """The run would lose records, stop, or repeat the warning at every step."""
     with RunLog(tmp_path, 0, 8, Headline('top1', 'top-1', ' %')) as log:
         log.train(1, 0.1, METRICS, 1.0)
         limit_files(1)
@@ -42,8 +42,8 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(tmp_path, capsys, limit
     assert capsys.readouterr().out.count('cannot be written') == 1
 
 
-def test_a_run_whose_records_are_not_on_disk_is_not_done(tmp_path, limit_files):
-    """The same command again evaluates and ends it: 'finished' would be said of another step's accuracy."""
+def test_a_run_whose_records_are_not_on_disk_does_not_finish(tmp_path, limit_files):
+    """The run would finish without its last records, and report the accuracy of an earlier step."""
 
     def run() -> None:
         with RunLog(tmp_path, 0, 8, Headline('top1', 'top-1', ' %')) as log:
@@ -56,8 +56,8 @@ def test_a_run_whose_records_are_not_on_disk_is_not_done(tmp_path, limit_files):
     assert [path.name for path in tmp_path.glob('.*')] == []
 
 
-def test_altered_records_are_left_out(tmp_path):
-    """A flipped bit in a line of metrics.jsonl must not keep a run from going on."""
+def test_altered_records_are_skipped(tmp_path):
+    """A flipped bit in metrics.jsonl would prevent a run from resuming."""
     good = json.dumps({'step': 1, 'epoch': 0.1, 'split': 'train'}).encode()
     lines = [good, good.replace(b'step', b'stap'), good.replace(b'"train"', b'"tr\xff'), b'7', good[:9]]
     (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))

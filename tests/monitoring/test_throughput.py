@@ -1,4 +1,4 @@
-"""What a run says of its speed, and of what holds it up."""
+"""The speed that a run reports, and what slows it down."""
 
 import io
 import itertools
@@ -26,20 +26,20 @@ from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks.classification import Classification
 
 
-def test_the_figures_of_a_run_are_those_of_its_steps(finished_run):
-    """Whoever tunes a run reads them; a share above 1, or a median above the whole, and nothing can be trusted."""
+def test_the_recorded_times_and_speeds_of_a_run_are_consistent(finished_run):
+    """Users who tune a run could not trust any value if a share were above 1, or a median above the maximum."""
     training = [record for record in read_records(finished_run) if record['split'] == 'train']
     for record in training:
         assert record['images_per_second_per_chip'] == record['images_per_second']
         assert 0 < record['step_ms_median'] <= record['step_ms_p99']
-        # Of four steps the 99th percentile lies just below the longest, and they take 16 images each.
+        # A step has 16 images. The 99th percentile of four steps is just below the longest one.
         mean = 1000 * 16 / record['images_per_second']
         assert record['step_ms_median'] / 2 <= mean <= record['step_ms_p99'] * 1.05
         assert 0 <= record['data_wait_share'] <= 1
         assert 0.1 < record['host_memory_gib'] < 100
         assert 1 < record['param_norm'] < 1000
         assert 'mfu' not in record, 'a CPU has no peak in the table'
-        assert 'device_memory_gib' not in record, 'nor does it count'
+        assert 'device_memory_gib' not in record, 'a CPU does not report device memory'
     assert training[0]['param_norm'] != training[1]['param_norm']
     (events,) = (finished_run / 'tensorboard').glob('events*')
     for name in ('step_ms_median', 'step_ms_p99', 'data_wait_share', 'images_per_second_per_chip', 'param_norm'):
@@ -50,19 +50,22 @@ def test_the_figures_of_a_run_are_those_of_its_steps(finished_run):
     ('device_kind', 'dtype', 'peak'),
     [('TPU v5 lite', 'bfloat16', 197e12), ('TPU v5', 'bfloat16', 459e12), ('NVIDIA A100-SXM4-80GB', 'float32', 156e12)],
 )
-def test_utilisation_is_that_of_the_papers_flops(device_kind, dtype, peak):
-    """ConvNeXt-T has 4.46 G multiply-adds by table 9 of arXiv:2201.03545; a step does six FLOPs for each."""
+def test_utilisation_follows_from_the_flops_in_the_paper(device_kind, dtype, peak):
+    """Users could not compare the MFU with other work.
+
+    ConvNeXt-T has 4.46 G multiply-adds (arXiv:2201.03545, table 9), and a step does six FLOPs for each.
+    """
     config = imagenet1k.get_config('tiny')
     config.model.num_classes, config.model.dtype = 1000, dtype
     assert utilisation(config, 1000.0, device_kind)['mfu'] == pytest.approx(6 * 4.46e9 * 1000 / peak, rel=2e-3)
     assert utilisation(config, 1000.0, 'cpu') == {}
 
 
-def test_the_host_that_holds_the_others_up_is_named():
-    """Of a thousand hosts one has a slow disk: all are slow, and nobody would know which."""
+def test_the_host_that_delays_the_others_is_named():
+    """If one of a thousand hosts has a slow disk, all are slow, and users could not find the cause."""
     names, even = [f'host{process}' for process in range(4)], np.full(4, 0.02)
     assert stragglers(names, even, even, 0.5) == {}
-    assert stragglers(names, np.full(4, 0.4), even, 0.5) == {}, 'all of them wait for data: none holds the others up'
+    assert stragglers(names, np.full(4, 0.4), even, 0.5) == {}, 'all hosts wait for data equally'
     slow = np.array([0.02, 0.02, 0.2, 0.02])
     assert stragglers(names, slow, even, 0.5) == {
         'process 2 (host2)': 'process 2 (host2) straggles: 200 ms of a step of 500 ms in waiting for data, '
@@ -72,44 +75,45 @@ def test_the_host_that_holds_the_others_up_is_named():
     assert '200 ms of a step of 500 ms in its own work' in line
 
 
-def test_patience_says_where_the_wait_is_and_again_ever_later(capsys):
+def test_a_stall_is_reported_with_growing_intervals_until_a_signal(capsys):
+    """A run that waits for data would not say so, or would fill the log, or could not be stopped."""
     stop = Stop()
-    patience = StallMonitor(300, stop, lambda: 'train after step 7')
+    monitor = StallMonitor(300, stop, lambda: 'train after step 7')
 
     def said(*seconds):
         for second in seconds:
-            patience(second, lambda: 'a/b.jpg')
+            monitor(second, lambda: 'a/b.jpg')
         return capsys.readouterr().err.splitlines()
 
     assert said(0.001, 299) == []
     assert said(301, 302, 599) == ['train after step 7: no batch for 301 s, still waiting for a/b.jpg']
-    assert len(said(*range(600, 5000, 10))) == 4, 'of 602, 1204, 2408 and 4816 s'
-    assert said(0.001, 100) == [], 'another batch'
+    assert len(said(*range(600, 5000, 10))) == 4, 'one report each at 602, 1204, 2408 and 4816 s'
+    assert said(0.001, 100) == [], 'the wait for the next batch starts at zero'
     assert len(said(310)) == 1
     stop.received = signal.SIGTERM
-    patience(1, lambda: 'a/b.jpg')  # it may yet come
+    monitor(1, lambda: 'a/b.jpg')  # the batch may still arrive
     with pytest.raises(DataStalled):
-        patience(10, lambda: 'a/b.jpg')
+        monitor(10, lambda: 'a/b.jpg')
 
 
 class Stderr(io.StringIO):
-    """Notes that the run has said what it waits for."""
+    """Sets an event when the run reports a stall."""
 
     def __init__(self):
         super().__init__()
-        self.told = threading.Event()
+        self.reported = threading.Event()
 
     def write(self, text):
         if 'no batch for' in text:
-            self.told.set()
+            self.reported.set()
         return super().write(text)
 
 
 class Slow:
-    """A source one of whose reads takes as long as the run says nothing."""
+    """A source with one read that blocks until the run reports a stall."""
 
-    def __init__(self, source, told):
-        self._source, self._told, self._reads = source, told, itertools.count()
+    def __init__(self, source, reported):
+        self._source, self._reported, self._reads = source, reported, itertools.count()
 
     def __getattr__(self, name):
         return getattr(self._source, name)
@@ -120,19 +124,19 @@ class Slow:
     def __getitem__(self, index):
         if next(self._reads) == 100:
             self.slow = self.name(index)
-            self._told.wait()
+            self._reported.wait()
         return self._source[index]
 
 
-def test_a_slow_source_shows_in_the_share_and_is_told(one_device, tmp_path, monkeypatch, finished_run):
-    """Of a run at a third of its speed one must see that it is the data, and where, without a profiler."""
+def test_a_slow_source_shows_in_the_wait_share_and_is_reported(one_device, tmp_path, monkeypatch, finished_run):
+    """Users would need a profiler to see that data slows a run down, and which file."""
     err, sources = Stderr(), []
 
     opened = Classification.open
 
     def slow(task):
         train, evaluation = opened(task)
-        sources.append(Slow(train.source, err.told))
+        sources.append(Slow(train.source, err.reported))
         train.source = sources[0]
         return train, evaluation
 
@@ -145,7 +149,7 @@ def test_a_slow_source_shows_in_the_share_and_is_told(one_device, tmp_path, monk
     np.testing.assert_allclose([record['loss'] for record in ours], [record['loss'] for record in one], rtol=1e-3)
     shares = {record['step']: record['data_wait_share'] for record in read_records(run) if record['split'] == 'train'}
     assert max(shares.values()) > 0.1
-    assert shares[24] < max(shares.values()) / 2, 'the images are kept in memory'
+    assert shares[24] < max(shares.values()) / 2, 'the images must be cached in memory'
     assert all(0 <= share <= 1 for share in shares.values())
     (line,) = (line for line in err.getvalue().splitlines() if 'no batch for' in line)
     assert re.fullmatch(
@@ -155,9 +159,9 @@ def test_a_slow_source_shows_in_the_share_and_is_told(one_device, tmp_path, monk
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path, workers):
-    """A file server that is gone: the run says which file it waits for, and can be ended.
+    """When a file server fails, users could not see which file a run waits for, nor stop it without losing steps.
 
-    A pipe that nobody writes to stands in for the file: opening it blocks, and nothing can break that off.
+    The file is a named pipe without a writer: opening it blocks, and nothing can interrupt that.
     """
     for split, images in (('train', 8), ('val', 2)):
         for name in ('cat', 'dog'):
@@ -208,20 +212,20 @@ from convnext_jax.monitoring.throughput import StepTimer
 
 process = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, process)
-pace = StepTimer(get_config(), 0, Stop())
+timer = StepTimer(get_config(), 0, Stop())
 lines = []
 for lap in range(2):
-    for batch in pace.batches(range(3)):
+    for batch in timer.batches(range(3)):
         time.sleep(0.5 * process)
-        pace.dispatched({'loss': jnp.zeros(())})
-    lines += pace.summary()[1]
+        timer.dispatched({'loss': jnp.zeros(())})
+    lines += timer.summary()[1]
 print(lines, flush=True)
 """
 
 
 @pytest.mark.slow
-def test_a_straggling_process_is_named_to_all(tmp_path):
-    """By a real collective of two processes: each knows its own times alone. What goes on is told once."""
+def test_every_process_names_a_straggling_process(tmp_path):
+    """The log of the main process would not name another host that is slow, or would name it every time."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         coordinator = f'localhost:{free.getsockname()[1]}'

@@ -1,4 +1,4 @@
-"""Traces of steps: the right ones, and found where TensorBoard looks for them."""
+"""Traces hold the requested steps, and are written where TensorBoard looks for them."""
 
 import contextlib
 import signal
@@ -16,7 +16,7 @@ from convnext_jax.monitoring.trace import ProfileWindow, Trace
 
 
 def traced_steps(folder):
-    """Numbers of the steps in the one trace below a run's TensorBoard folder."""
+    """The numbers of the steps in the only trace below the TensorBoard folder of a run."""
     (path,) = folder.glob('plugins/profile/*/*.xplane.pb')
     events = [
         event
@@ -30,7 +30,7 @@ def traced_steps(folder):
 
 @pytest.mark.parametrize(('steps', 'traced'), [(9, [12, 13, 14]), (4, [12, 13])])
 def test_whole_steps_of_the_window_are_traced(tmp_path, steps, traced):
-    """From the second step of a run that resumed at 10 on; of a run that ends inside, those there were."""
+    """Users would see other steps than they asked for: `--profile` counts from step 10, where this run resumes."""
     said = []
     with Trace(ProfileWindow(2, 3), tmp_path, 100, contextlib.nullcontext, said.append) as trace:
         for step in range(10, 10 + steps):
@@ -41,8 +41,8 @@ def test_whole_steps_of_the_window_are_traced(tmp_path, steps, traced):
     assert str(tmp_path) in said[0]
 
 
-def test_an_error_inside_still_leaves_the_trace(tmp_path):
-    """The trace of a run that fails is the one that is needed most."""
+def test_an_error_within_the_window_still_leaves_the_trace(tmp_path):
+    """The trace would be missing when users need it most, after a run failed."""
 
     def fail():
         with Trace(ProfileWindow(0, 3), tmp_path, 100, contextlib.nullcontext, print) as trace:
@@ -56,7 +56,8 @@ def test_an_error_inside_still_leaves_the_trace(tmp_path):
     assert traced_steps(tmp_path) == [0, 1]
 
 
-def test_a_trace_that_cannot_be_is_refused_or_told(tmp_path):
+def test_a_window_without_steps_is_refused_or_reported(tmp_path):
+    """Users would wait for a trace that is never written."""
     for text in ('5', '5:', '-1:2', '5:0', 'a:b', '1:2:3'):
         with pytest.raises(UserError, match='--profile needs START:STEPS'):
             ProfileWindow.parse(text)
@@ -69,8 +70,8 @@ def test_a_trace_that_cannot_be_is_refused_or_told(tmp_path):
     assert said == ['no trace: the run stopped before step 3 of this process']
 
 
-def test_a_stopped_run_has_its_trace_and_the_compiled_step(commands, tmp_path):
-    """By the command, stopped inside the window; the next start finds its programs in the cache of the config."""
+def test_a_run_stopped_in_the_window_writes_its_trace_and_caches_the_compiled_step(commands, tmp_path):
+    """A preempted run would lose its trace, and the next start would compile its programs again."""
     run, cache = tmp_path / 'run', tmp_path / 'deep' / 'cache'
     arguments = ('--profile=2:100000', '--config.steps=100000', f'--config.compilation_cache_dir={cache}')
     process = commands.start(*SMALL_TRAIN, f'--workdir={run}', '--config.log_every_steps=5', *arguments)

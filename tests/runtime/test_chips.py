@@ -1,4 +1,4 @@
-"""The table of accelerators: which chip is behind a name of JAX's, and its peak."""
+"""The table of accelerators: the chip that each device kind of JAX names, and its peak FLOP/s."""
 
 import pytest
 
@@ -21,8 +21,8 @@ from convnext_jax.runtime.chips import find_chip
         ('NVIDIA H100 80GB HBM3', 989e12, 494e12),
     ],
 )
-def test_a_chip_is_known_by_the_name_that_jax_gives_it(device_kind, bfloat16, float32):
-    """A v5p taken for a v5e has more than twice the utilisation it has."""
+def test_a_chip_is_found_by_its_device_kind(device_kind, bfloat16, float32):
+    """A v5p that is taken for a v5e would report more than twice its real utilisation."""
     chip = find_chip(device_kind)
     assert (chip.peak('bfloat16'), chip.peak('float32')) == (bfloat16, float32)
     assert chip.peak('float16') == bfloat16
@@ -31,6 +31,6 @@ def test_a_chip_is_known_by_the_name_that_jax_gives_it(device_kind, bfloat16, fl
 @pytest.mark.parametrize(
     'device_kind', ['cpu', 'TPU v4 lite', 'TPU v3', 'NVIDIA H100 PCIe', 'NVIDIA H100 NVL', 'TPU7x']
 )
-def test_of_other_chips_nothing_is_said(device_kind):
-    """Better no utilisation than a wrong one."""
+def test_an_unknown_device_kind_has_no_chip(device_kind):
+    """A run would report a wrong utilisation instead of none."""
     assert find_chip(device_kind) is None

@@ -1,3 +1,5 @@
+"""The environment variables that make JAX faster on CPU, and the launcher that sets them."""
+
 import os
 import subprocess
 import sys
@@ -25,7 +27,7 @@ VARIABLES = ('GLIBC_TUNABLES', 'XLA_FLAGS')
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine of a given cpuinfo and C library, on which the user has set nothing."""
+    """Simulates a machine with the given cpuinfo and C library, on which the user has set no variable."""
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
 
@@ -38,8 +40,8 @@ def machine(monkeypatch, tmp_path):
     return make
 
 
-def test_settings_follow_from_the_machine(machine):
-    """A setting that helps one machine slows another."""
+def test_settings_depend_on_the_machine(machine):
+    """A setting that makes one machine faster would slow another one."""
     machine(AVX2)
     assert missing_settings() == {
         'GLIBC_TUNABLES': ALLOCATOR,
@@ -59,8 +61,8 @@ def test_settings_follow_from_the_machine(machine):
     assert missing_settings() == {'GLIBC_TUNABLES': ALLOCATOR}
 
 
-def test_what_the_user_has_set_stays(machine, monkeypatch):
-    """Somebody who tunes a machine, or runs eight simulated devices, must not be overruled."""
+def test_variables_that_the_user_has_set_are_kept(machine, monkeypatch):
+    """Users could not tune a machine or simulate eight devices."""
     machine(AVX2)
     monkeypatch.setenv('XLA_FLAGS', '')
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.perturb=0')
@@ -70,7 +72,7 @@ def test_what_the_user_has_set_stays(machine, monkeypatch):
 NETWORK = """
 import sys, jax, jax.numpy as jnp, numpy as np, convnext_jax as cx
 from convnext_jax.models.variants import Variant
-# One network with what V1 has and what V2 has.
+# One network with the layer scale of V1 and the GRN of V2.
 create = lambda key: cx.create_model(Variant((2, 1), (96, 192), grn=True, layer_scale_init=1.0), num_classes=7, key=key)
 model, rng = jax.eval_shape(create, jax.random.key(0)), np.random.default_rng(0)
 draw = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
@@ -85,9 +87,10 @@ np.savez(sys.argv[1], logits, *jax.tree.leaves(gradient))
 
 
 @pytest.mark.slow
-def test_the_network_is_the_same_with_each_flag(tmp_path):
-    """Another library for products may compute another gradient, as oneDNN does; and a flag that XLA does not know ends
-    every command before its first line.
+def test_the_network_gives_equal_results_with_each_flag(tmp_path):
+    """Training could get other gradients, because a flag may select another matrix library, such as oneDNN.
+
+    A flag that XLA does not know would end every command at its start.
     """
     assert not jaxlib_knows('--xla_cpu_no_such_flag=1')
     found = {}
@@ -107,7 +110,7 @@ def test_the_network_is_the_same_with_each_flag(tmp_path):
 
 
 def test_a_flag_that_this_jaxlib_lacks_is_not_set(machine, monkeypatch):
-    """The next jaxlib may lack a flag, and every command would end before its first line."""
+    """With a later jaxlib that lacks a flag, every command would end at its start."""
     machine(AVX512, library=('', ''))
     monkeypatch.setattr(cpu_settings, 'jaxlib_knows', lambda flag: False)
     assert missing_settings() == {}
@@ -118,7 +121,7 @@ PRINT = 'import os, sys; print(os.environ.get("GLIBC_TUNABLES"), os.environ.get(
 
 
 def test_the_launcher_starts_a_command_with_the_settings_and_its_arguments(monkeypatch):
-    """A setting that does not reach the process changes nothing, and nobody notices."""
+    """Settings that do not reach the process would have no effect, and nobody would notice."""
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     settings = missing_settings()
@@ -131,8 +134,8 @@ def test_the_launcher_starts_a_command_with_the_settings_and_its_arguments(monke
 
 
 @pytest.mark.parametrize('arguments', [(), ('make', 'demo')])
-def test_the_launcher_needs_a_python(arguments):
-    """Another program would be run twice, the first time with the path of our script."""
+def test_the_launcher_refuses_commands_other_than_python(arguments):
+    """Another program would run twice, first with the path of `cpu_settings.py` as its argument."""
     refused = subprocess.run([LAUNCHER, *arguments], capture_output=True, text=True, timeout=LONGEST)
     assert (refused.returncode, refused.stdout) == (2, '')
     assert refused.stderr == 'usage: launch/cpu.sh PYTHON SCRIPT [ARGUMENT]...\n'

@@ -1,4 +1,4 @@
-"""Jobs of two real processes, as a pod runs them: one trajectory, one set of files, one end."""
+"""Jobs of two real processes, as on a pod: they train as one, write one set of files and end together."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from launch import local
 
 TWO = ('launch/local.py', 2, '--')
 JOB = (*TWO, *SMALL_TRAIN)
-# Evaluates 200 images after each step: there is time to interrupt it.
+# Evaluates 200 images after each step, which leaves time to interrupt the run.
 SLOW = ('--config.data.eval_split=test[:200]', '--config.eval_every_epochs=0.1', '--config.log_every_steps=1')
 
 
@@ -34,7 +34,7 @@ def losses(workdir: Path) -> list[float]:
 
 
 def start_and_wait_for_a_record(commands, run: Path, *arguments: str, step: int = 1):
-    """A job that is in the middle of its steps, and its processes' ids in their order."""
+    """Starts a job and waits until it has logged `step`; returns it, and the ids of its processes in order."""
     job = commands.start(*JOB, f'--workdir={run}', *SLOW, *arguments)
     while job.poll() is None and step not in [record['step'] for record in read_records(run)]:
         time.sleep(0.05)
@@ -45,21 +45,21 @@ def start_and_wait_for_a_record(commands, run: Path, *arguments: str, step: int 
 
 @pytest.fixture(scope='module')
 def two_processes(commands, tmp_path_factory):
-    """The small run on two processes: its workdir, and what it printed."""
+    """The small run on two processes: its workdir, and the command with its output."""
     run = tmp_path_factory.mktemp('two') / 'run'
     return run, commands.run(*JOB, f'--workdir={run}')
 
 
 def test_two_processes_train_as_one(two_processes, finished_run):
-    """The same samples in the same order: a recipe tried on one machine holds on a pod."""
+    """A recipe tried on one machine would train on other examples, or in another order, on a pod."""
     run, _ = two_processes
     kinds = [[(record['split'], record['step']) for record in read_records(w)] for w in (run, finished_run)]
     assert kinds[0] == kinds[1]
     np.testing.assert_allclose(losses(run), losses(finished_run), rtol=1e-3)
 
 
-def test_only_the_first_process_writes_and_prints(two_processes, finished_run):
-    """Two that write one file leave neither's lines; a pod of 64 would print each line 64 times."""
+def test_only_the_main_process_writes_and_prints(two_processes, finished_run):
+    """Two processes that write to one file would damage it, and a pod of 64 hosts would print each line 64 times."""
     run, done = two_processes
     assert done.stdout.count('devices    2 × cpu, mesh data=2 × fsdp=1, 2 process(es)') == 1
     assert done.stdout.count('finished: top-1') == 1
@@ -69,8 +69,8 @@ def test_only_the_first_process_writes_and_prints(two_processes, finished_run):
     assert len(list((run / 'tensorboard').iterdir())) == 1
 
 
-def test_what_two_saved_one_restores(two_processes, finished_run):
-    """A pod of another size, or a laptop that evaluates: each array is checked against what was saved."""
+def test_one_process_restores_what_two_processes_saved(two_processes, finished_run):
+    """A run on a pod could not resume on a pod of another size, or be evaluated on a laptop."""
     run, _ = two_processes
     assert saved_steps(run / 'checkpoints') == saved_steps(finished_run / 'checkpoints')
     ours, one = (restore_parameters(w / 'checkpoints', STEPS, 'ema') for w in (run, finished_run))
@@ -79,6 +79,7 @@ def test_what_two_saved_one_restores(two_processes, finished_run):
 
 
 def test_two_processes_evaluate_as_one(commands, one_device, finished_run, capsys):
+    """The accuracy would depend on the number of hosts."""
     outputs = [commands.run(*TWO, 'tests/small.py', 'eval.py', f'--workdir={finished_run}').stdout]
     eval_command.main(['eval.py', f'--workdir={finished_run}'])
     outputs.append(capsys.readouterr().out)
@@ -88,12 +89,12 @@ def test_two_processes_evaluate_as_one(commands, one_device, finished_run, capsy
         assert results[0][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
 
 
-def test_what_one_saved_two_go_on_with_until_notice_to_one_stops_both_and_one_resumes(
+def test_two_processes_resume_from_one_checkpoint_and_a_signal_to_one_saves_both(
     commands, train_here, finished_run, tmp_path
 ):
-    """Each for itself, one would go on from a damaged checkpoint's step and the other from the one before.
+    """If each process chose its own checkpoint, a damaged one would make them resume at different steps.
 
-    A preempted host is told alone; were the others not to save with it, there would be no checkpoint.
+    Only the preempted host gets the signal; unless the others save with it, there would be no checkpoint.
     """
     run = shutil.copytree(finished_run, tmp_path / 'run')
     shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
@@ -115,8 +116,8 @@ def test_what_one_saved_two_go_on_with_until_notice_to_one_stops_both_and_one_re
         np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
 
 
-def test_when_a_process_is_killed_the_other_ends_and_says_so(commands, tmp_path):
-    """A host that is gone would leave the rest of the pod waiting, and paid for, until somebody looks."""
+def test_when_a_process_is_killed_the_other_ends_with_an_error(commands, tmp_path):
+    """After one host failed, the others would wait, and cost money, until somebody noticed."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(second, signal.SIGKILL)
     _, err = job.communicate(timeout=LONGEST)
@@ -127,8 +128,8 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(commands, tmp_path)
     ]
 
 
-def test_what_one_process_cannot_write_ends_all_at_once(commands, tmp_path):
-    """Orbax's own barriers would let the pod stand for twenty minutes before anybody heard of it."""
+def test_a_failed_write_of_one_process_ends_all_immediately(commands, tmp_path):
+    """The pod would stand still for twenty minutes, the timeout of the barriers in Orbax, before it shows the error."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run')
     resource.prlimit(second, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     _, err = job.communicate(timeout=LONGEST)
@@ -140,7 +141,7 @@ def test_what_one_process_cannot_write_ends_all_at_once(commands, tmp_path):
 
 
 def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
-    """JAX's coordination service ends with process 0, and its client then ends the others."""
+    """The other hosts would wait for ever; JAX ends them when it loses its coordination service in process 0."""
     job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(first, signal.SIGKILL)
     _, err = job.communicate(timeout=LONGEST)
@@ -149,8 +150,8 @@ def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
     assert 'another task died' in err
 
 
-def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
-    """Here: a host on which the shared folder is not mounted."""
+def test_an_error_of_one_process_ends_all_and_each_shows_it(commands, tmp_path):
+    """The other hosts would wait for one that has failed, here because the shared folder is not mounted on it."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         flags = (f'--coordinator=127.0.0.1:{free.getsockname()[1]}', '--process_count=2')
     processes = [
@@ -170,8 +171,8 @@ def test_an_error_of_one_process_ends_all_and_is_shown(commands, tmp_path):
         (1, 'error: there is no coordinator at 127.0.0.1:1 (Connection refused) within 4 s: '),
     ],
 )
-def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, tmp_path, process, line):
-    """A wrong address in a script must not keep a pod."""
+def test_a_process_that_cannot_connect_to_the_others_ends(commands, tmp_path, process, line):
+    """A wrong address in a script would keep a pod waiting for ever."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1] if process == 0 else 1
     flags = (f'--coordinator=127.0.0.1:{port}', '--process_count=2', f'--process_id={process}', '--process_timeout=4')
@@ -188,13 +189,14 @@ def test_nobody_waits_for_ever_for_a_job_that_does_not_come_together(commands, t
         (('10.0.0.1:8476', 2, 2), 'must be between 0 and process_count − 1 = 1'),
     ],
 )
-def test_flags_that_do_not_fit_are_refused_at_once(flags, problem):
+def test_inconsistent_flags_are_refused_immediately(flags, problem):
+    """Users would learn of a wrong flag only after the timeout."""
     with pytest.raises(UserError, match=problem):
         processes.start(*flags, timeout=60)
 
 
-def test_each_process_loads_the_rows_of_its_own_devices():
-    """A mesh whose devices of one host are not neighbours must not change which example is in which row."""
+def test_each_process_loads_the_examples_of_its_own_devices():
+    """A batch would be in another order on a mesh where the devices of a host are not neighbours."""
     mesh = make_mesh(-1)
     assert list(processes.local_batch_indices(batch_sharding(mesh), 16)) == list(range(16))
 
@@ -205,8 +207,8 @@ def test_each_process_loads_the_rows_of_its_own_devices():
     assert processes.local_batch_indices(Scattered(), 16) == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
-def test_one_process_is_a_job_of_its_own():
-    """A laptop must not wait for anybody, nor lose its output."""
+def test_one_process_alone_is_a_complete_job():
+    """A run on a laptop would wait for other processes, or print nothing."""
     assert processes.all_gather_objects({'a': 1}) == [{'a': 1}]
     assert processes.is_main_process()
     assert not processes.is_multiprocess()
@@ -214,7 +216,7 @@ def test_one_process_is_a_job_of_its_own():
 
 
 def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):
-    """A test that hangs, or one that passes although a process failed."""
+    """A job would hang, or exit with status 0, although a process failed."""
     monkeypatch.setattr(local, 'GRACE_SECONDS', 0.5)
     code = 'import sys, time; last = sys.argv[-1] == "--process_id=1"; sys.exit(7) if last else time.sleep(100)'
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

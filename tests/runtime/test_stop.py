@@ -1,4 +1,4 @@
-"""A run that is told to stop saves first: the real loop, and the loop on steps that cost nothing."""
+"""A run that gets a stop signal saves first: real runs, and the loop with a training step that does nothing."""
 
 import contextlib
 import os
@@ -30,7 +30,8 @@ from convnext_jax.training.sharding import make_mesh
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_run, tmp_path, number):
+def test_a_run_that_gets_a_signal_saves_and_says_how_to_resume(commands, finished_run, tmp_path, number):
+    """A preempted job would lose the steps since its last checkpoint."""
     run = tmp_path / 'run'
     process = commands.start(*SMALL_TRAIN, f'--workdir={run}', '--config.checkpoint_every_steps=1000')
     while process.poll() is None and not read_records(run):
@@ -48,8 +49,8 @@ def test_told_to_stop_it_saves_first_and_says_how_to_resume(commands, finished_r
         assert fingerprints(run) == fingerprints(finished_run)
 
 
-def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resumed(train_here, tmp_path):
-    """An evaluation of ImageNet takes longer than the notice that a preempted machine is given."""
+def test_a_signal_in_an_evaluation_saves_immediately_and_the_resumed_run_evaluates(train_here, tmp_path):
+    """A preempted machine would be gone before an evaluation of ImageNet ends, and nothing would be saved."""
     run = tmp_path / 'run'
     split = 'test[:400]'
     arguments = (
@@ -59,13 +60,13 @@ def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resum
     )
     ended = threading.Event()
 
-    def notice():
+    def send_sigterm():
         while not read_records(run):
             if ended.wait(0.01):
                 return
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=notice)
+    thread = threading.Thread(target=send_sigterm)
     thread.start()
     try:
         with pytest.raises(Stopped, match='stopped by SIGTERM at step 10, saved') as stopped:
@@ -81,7 +82,7 @@ def test_told_to_stop_in_an_evaluation_it_saves_at_once_and_evaluates_when_resum
 
 
 class Steps:
-    """A training step that costs nothing."""
+    """A training step that does nothing."""
 
     def lower(self, *_):
         return self
@@ -93,7 +94,7 @@ class Steps:
 
 
 class Saves:
-    """Checkpoints in name: remembers what it was told to save; with an `error`, every save fails."""
+    """A fake `Checkpoints` that records which steps it should save; with an `error`, every save fails."""
 
     directory = Path('checkpoints')
 
@@ -125,7 +126,7 @@ def make_run(config, checkpoints):
 
 
 def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000, after=1):
-    """Runs for so many steps, then come a signal and the error, if there is one."""
+    """Runs for `after` steps; then comes a signal, and the error if there is one."""
     config, stop = get_config(), Stop()
     config.checkpoint_every_steps = every
     run = make_run(config, checkpoints)
@@ -142,22 +143,22 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000, after=1):
     run.go(SimpleNamespace(step=0), tmp_path)
 
 
-def test_a_stop_hides_no_error(tmp_path, monkeypatch):
-    """A save that fails, or a broken image, in the moment of the signal: 'saved' would be a lie."""
+def test_a_stop_signal_hides_no_error(tmp_path, monkeypatch):
+    """A run would claim that it is saved, although a save failed or an image was broken at the moment of the signal."""
     monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
     with pytest.raises(
         NotSaved, match=r'^not saved: step 2 \(the disk is full\); there is no checkpoint yet. Free disk space'
     ):
         stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), None)
-    assert full.steps == [2, 2], 'not tried again'
+    assert full.steps == [2, 2], 'the failed save must be retried once'
     with pytest.raises(NotSaved, match=r'^7.jpg is broken; not saved: step 1 \(the disk is full\)'):
         stopped_run(tmp_path, monkeypatch, Saves('the disk is full'), UserError('7.jpg is broken'))
     with pytest.raises(UserError, match='^7.jpg is broken$'):
         stopped_run(tmp_path, monkeypatch, Saves(), UserError('7.jpg is broken'))
 
 
-def test_a_state_whose_save_failed_is_not_told_as_saved(tmp_path, monkeypatch):
-    """The save of the very step that the run stops at has failed: it is tried again, and its end is told."""
+def test_a_state_whose_save_failed_is_not_reported_as_saved(tmp_path, monkeypatch):
+    """A run would stop at a step whose save has failed, without a second attempt and without an error."""
     monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
     for error, end in (
         (UserError('7.jpg is broken'), pytest.raises(UserError, match='^7.jpg is broken$')),
@@ -165,23 +166,23 @@ def test_a_state_whose_save_failed_is_not_told_as_saved(tmp_path, monkeypatch):
     ):
         with pytest.raises(NotSaved, match=r'not saved: step 1 \(the disk is full\)'):
             stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), error, every=1)
-        assert full.steps == [1, 1, 1], 'as the config says, and twice at the end'
+        assert full.steps == [1, 1, 1], 'one save as the config says, and two attempts at the end'
         with end:
             stopped_run(tmp_path, monkeypatch, saves := Saves(), error, every=1)
         assert saves.steps == [1], 'saved twice'
 
 
 @pytest.mark.parametrize('error', [UserError('0.jpg is broken'), DataStalled()])
-def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, capsys, error):
-    """'saved at step 0' would be a lie, and a checkpoint of it would fix a config that nothing was trained with."""
+def test_nothing_is_saved_before_the_first_step(tmp_path, monkeypatch, capsys, error):
+    """A checkpoint of step 0 would prevent changes to a config with which nothing was trained."""
     with pytest.raises(type(error) if isinstance(error, UserError) else Stopped):
         stopped_run(tmp_path, monkeypatch, saves := Saves(), error, after=0)
     assert saves.steps == []
     assert 'saved' not in capsys.readouterr().out
 
 
-def test_a_signal_in_an_evaluation_made_up_for_stops_at_once(tmp_path, monkeypatch):
-    """Compiling and one more step could take longer than the notice of a preemption."""
+def test_a_signal_in_the_evaluation_at_a_resume_stops_immediately(tmp_path, monkeypatch):
+    """A preempted machine would be gone before the run has compiled and done another step."""
     run, stop, evaluated = make_run(get_config(), saves := Saves()), Stop(), []
     step = run.durations.eval_every_steps
 
@@ -190,7 +191,7 @@ def test_a_signal_in_an_evaluation_made_up_for_stops_at_once(tmp_path, monkeypat
         stop.received = signal.SIGTERM
 
     monkeypatch.setattr(run, '_evaluate', evaluate)
-    monkeypatch.setattr(run, 'compile', lambda *_: pytest.fail('goes on'))
+    monkeypatch.setattr(run, 'compile', lambda *_: pytest.fail('the run continues'))
     monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
     with pytest.raises(Stopped, match=f'at step {step}, saved'):
         run.go(SimpleNamespace(step=step), tmp_path)
@@ -198,7 +199,7 @@ def test_a_signal_in_an_evaluation_made_up_for_stops_at_once(tmp_path, monkeypat
 
 
 def test_an_evaluation_stops_within_a_batch(tmp_path):
-    """Of 1,000 images in batches of 8, none is evaluated after the signal."""
+    """A preempted machine would be gone before the remaining images of the split are evaluated."""
     config = get_config()
     config.batch_size = 8
     run, stop, batches = make_run(config, checkpoints=None), Stop(), []
