@@ -32,7 +32,7 @@ from convnext_jax.prediction import find_photos
 
 @pytest.fixture
 def evaluate(one_device, capsys):
-    """The result that eval.py prints, in this process."""
+    """Runs eval.py in this process, and returns the result that it prints."""
 
     def evaluate(*arguments) -> dict:
         capsys.readouterr()
@@ -44,7 +44,7 @@ def evaluate(one_device, capsys):
 
 @pytest.fixture
 def package(one_device, capsys):
-    """What `python -m convnext_jax …` prints on stdout, in this process."""
+    """Runs `python -m convnext_jax …` in this process, and returns what it prints on stdout."""
 
     def package(*arguments) -> str:
         capsys.readouterr()
@@ -54,12 +54,12 @@ def package(one_device, capsys):
     return package
 
 
-def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, evaluate, finished_run):
-    """By the command itself, whose last line is for scripts."""
+def test_eval_gives_the_raw_and_ema_metrics_of_the_run(commands, evaluate, finished_run):
+    """eval.py would contradict the log of the run. Scripts read the last line that the command prints."""
     records = [json.loads(line) for line in (finished_run / 'metrics.jsonl').read_text().splitlines()]
     last = [record for record in records if record['split'] != 'train'][-1]
     out = commands.run('tests/small.py', 'eval.py', f'--workdir={finished_run}').stdout
-    raw = strict_json(out.splitlines()[-1])  # raw as predict, convert and export
+    raw = strict_json(out.splitlines()[-1])  # the default, as in predict, convert and export
     ema = evaluate(f'--workdir={finished_run}', '--params=ema')
     assert (ema['params'], ema['step'], ema['images']) == ('ema', 24, 40)
     assert ema['top1'] == last['ema_top1']
@@ -68,8 +68,8 @@ def test_eval_gives_the_numbers_of_the_run_raw_and_ema(commands, evaluate, finis
     assert raw['loss'] == pytest.approx(last['loss'], rel=1e-6)
 
 
-def test_eval_of_several_splits_by_another_protocol(evaluate, finished_run, tmp_path, capsys):
-    """A table for people, one JSON object for scripts, and a file for those who ask which class it is."""
+def test_eval_scores_several_splits_by_another_protocol(evaluate, finished_run, tmp_path, capsys):
+    """The table for people, the JSON object for scripts, or the file with the accuracy of each class would be wrong."""
     file = tmp_path / 'classes.csv'
     splits = '--splits=fashion_mnist_mini@test[:40],fashion_mnist_mini@test[40:60]'
     arguments = (f'--workdir={finished_run}', splits, '--flip', '--resolution=32', f'--per_class={file}')
@@ -91,21 +91,21 @@ def test_eval_of_several_splits_by_another_protocol(evaluate, finished_run, tmp_
         assert min(scores) <= result['top1'] <= max(scores)
 
 
-def test_eval_of_a_run_with_other_values_of_its_config(finished_run, capsys):
-    """The data set has moved, or another split is to be scored: a run that nobody can evaluate is lost."""
+def test_eval_of_a_run_accepts_other_config_values(finished_run, capsys):
+    """A run could not be evaluated after its data set moved, or on another split."""
     moved = BUNDLED['fashion_mnist_mini'].parent.parent
     overrides = (f'--config.data.dir={moved}', '--config.data.eval_split=test[:24]', '--config.batch_size=8')
     eval_command.main(['eval.py', f'--workdir={finished_run}', *overrides])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result['split'], result['images']) == ('test[:24]', 24)
-    assert read_config(finished_run / 'config.json').data.eval_split == 'test[:40]', 'the run keeps its own'
+    assert read_config(finished_run / 'config.json').data.eval_split == 'test[:40]', 'the run is unchanged'
 
 
 def test_eval_and_predict_agree_on_a_folder_that_lacks_classes(finished_run, tmp_path, capsys):
-    """Labels numbered by the folder's own order scored 0 % where predict was right about every photograph."""
+    """With labels numbered in the order of folders, eval would score 0 % on photos that predict gets right."""
 
     def predicted(folder):
-        """File → the class that the run finds most probable."""
+        """File → its most probable class."""
         package_command.main(['convnext_jax', 'predict', str(folder), f'--weights={finished_run}', '--top=1', '--json'])
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         return {Path(line['file']): line['best'][0]['name'] for line in lines}
@@ -114,7 +114,7 @@ def test_eval_and_predict_agree_on_a_folder_that_lacks_classes(finished_run, tmp
     (tmp_path / 'images').mkdir()
     for index in range(200):
         (tmp_path / 'images' / f'{index}.png').write_bytes(source[index].image)
-    # So few steps teach little: the folders have the predicted names, and one image in four is in a wrong folder.
+    # The short run learns little, so the folders are named after its predictions; one image in four is misplaced.
     folders = ['Coat', 'Dress', 'Trouser']
     for number, (file, name) in enumerate(predicted(tmp_path / 'images').items()):
         if name in folders:
@@ -134,7 +134,8 @@ def test_eval_and_predict_agree_on_a_folder_that_lacks_classes(finished_run, tmp
         eval_command.main(['eval.py', *arguments])
 
 
-def test_eval_of_an_earlier_step(evaluate, finished_run):
+def test_eval_can_restore_an_earlier_step(evaluate, finished_run):
+    """Users could not compare the checkpoints of a run."""
     assert evaluate(f'--workdir={finished_run}', '--step=20')['step'] == 20
 
 
@@ -166,6 +167,7 @@ def test_eval_of_an_earlier_step(evaluate, finished_run):
     ],
 )
 def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
+    """A mistake would end in a traceback, or in an evaluation of something else."""
     with pytest.raises(UserError, match=re.escape(line)):
         eval_command.main(['eval.py', *(argument.format(run=finished_run) for argument in arguments)])
 
@@ -203,12 +205,13 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
     ],
 )
 def test_train_refuses_what_it_cannot_do(tmp_path, arguments, line):
+    """A mistake would end in a traceback, or in the training of something else."""
     with pytest.raises(UserError, match=re.escape(line)):
         train_command.main(['train.py', f'--workdir={tmp_path / "run"}', *arguments])
 
 
-def test_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
-    """After = the shell leaves a ~: commands would make a folder of that name, or miss the one that is meant."""
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
+    """The shell does not expand ~ after =, so commands would create a folder called ~, or not find the right one."""
     home, here = tmp_path / 'home', tmp_path / 'here'
     here.mkdir()
     for name in ('cat', 'dog'):
@@ -236,13 +239,14 @@ def test_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
 
 
 def test_a_refusal_is_one_line_and_exit_status_2(commands, tmp_path):
+    """Users would have to find the problem in a traceback, and scripts could not recognise it."""
     refused = commands.run('train.py', '--config=configs/nowhere.py', f'--workdir={tmp_path}', status=2)
     assert refused.stderr == 'error: --config: there is no file configs/nowhere.py\n'
     assert refused.stdout == ''
 
 
-def test_a_disk_that_is_full_at_the_start_is_one_line_too(capsys):
-    """Whoever submits a job sees what to mend, not where in the code it was noticed."""
+def test_a_disk_that_is_full_at_the_start_is_reported_in_one_line(capsys):
+    """Users would see where the code failed instead of what to fix."""
 
     def command(_):
         with open('/dev/full', 'w') as file:
@@ -254,12 +258,12 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_too(capsys):
     assert capsys.readouterr().err == 'error: No space left on device\n'
 
 
-def test_a_warning_of_ours_is_one_line(tmp_path, capsys, monkeypatch):
-    """Two lines of code and a path per warning hide what was left out of a data set."""
+def test_a_warning_of_the_package_is_one_line(tmp_path, capsys, monkeypatch):
+    """The path and the code that Python adds to a warning would hide which files were left out of a data set."""
     (tmp_path / 'photos').mkdir()
     for name in ('a.png', '.b.png'):
         Image.new('L', (2, 2)).save(tmp_path / 'photos' / name)
-    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # restored after the test
     monkeypatch.setattr(sys, 'argv', ['convnext_jax', 'predict', str(tmp_path / 'photos')])
     with warnings.catch_warnings():
         warnings.simplefilter('default')
@@ -270,13 +274,14 @@ def test_a_warning_of_ours_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_models_lists_every_name_with_its_parameters(package):
+    """Users could not find a model of the right size."""
     table = package('models').splitlines()[1:]
     assert [line.split()[0] for line in table] == list_models()
     assert table[list_models().index('convnext_tiny')].split()[1:] == ['28,589,128', '4.46', 'G']
 
 
-def test_weights_leave_a_run_and_come_back(package, evaluate, train_here, finished_run, tmp_path):
-    """In the layout of Hugging Face: the same accuracy, and a run that starts from them."""
+def test_converted_weights_give_equal_results_and_start_a_run(package, evaluate, train_here, finished_run, tmp_path):
+    """Weights in the Hugging Face layout would have another accuracy, or could not be fine-tuned."""
     assert package('convert', finished_run, tmp_path / 'hf', '--params=ema') == (
         f'{tmp_path / "hf"} holds the ema weights of {finished_run}, step {STEPS}, in the huggingface layout\n'
     )
@@ -305,13 +310,14 @@ def test_weights_leave_a_run_and_come_back(package, evaluate, train_here, finish
     ],
 )
 def test_convert_refuses_what_it_cannot_do(finished_run, arguments, line):
+    """A mistake would end in a traceback, or overwrite a folder."""
     with pytest.raises(UserError, match=re.escape(line)):
         package_command.main(['convnext_jax', *(argument.format(run=finished_run) for argument in arguments)])
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two that can be read, in a folder with one that cannot and one that is no image."""
+    """A folder with two photos, one photo that cannot be read, and a text file."""
     folder = tmp_path / 'photos'
     (folder / 'deep').mkdir(parents=True)
     for number, name in enumerate(('b.jpg', 'deep/a.PNG')):
@@ -323,6 +329,7 @@ def photos(tmp_path):
 
 
 def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, package, finished_run, photos):
+    """One broken photo would end the command, or be missing from its output without a message."""
     options = (f'--weights={finished_run}', '--top=3', '--batch=2')
     done = commands.run('tests/small.py', '-m', 'convnext_jax', 'predict', photos, *options, '--json', status=2)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -345,7 +352,7 @@ def test_predict_prints_the_best_classes_and_reports_what_it_skips(commands, pac
 
 @pytest.fixture
 def infinite_weights(tmp_path):
-    """A folder of Hugging Face whose head holds infinities of both signs."""
+    """Weights in the Hugging Face layout whose head contains infinities of both signs."""
     model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=10)
     parameters = dict(get_parameters(model))
     parameters['head.kernel'] = parameters['head.kernel'].at[0, :2].set(np.asarray([np.inf, -np.inf]))
@@ -356,7 +363,7 @@ def infinite_weights(tmp_path):
 
 
 def test_eval_says_which_metric_is_not_finite(infinite_weights, photos, capsys):
-    """A script that reads NaN stops at it, or takes weights that are broken for a result."""
+    """A script would fail to parse NaN, or take the result of broken weights as valid."""
     for split in ('train', 'val'):
         shutil.copytree(photos / 'deep', photos.parent / 'data' / split / 'Bag')
     data = ('--config=configs/image_folder.py:atto', f'--config.data.dir={photos.parent / "data"}')
@@ -368,7 +375,7 @@ def test_eval_says_which_metric_is_not_finite(infinite_weights, photos, capsys):
 
 
 def test_predict_says_which_scores_are_not_finite(infinite_weights, photos, capsys):
-    """NaN has no order: the class at the top would be chance."""
+    """NaN cannot be sorted, so the best class would be random."""
     files = [str(photos / 'b.jpg'), str(photos / 'deep')]
     arguments = ['convnext_jax', 'predict', *files, f'--weights={infinite_weights}']
     with pytest.raises(UserError, match=r'^the scores of 2 of 2 files are not finite \(.*b.jpg, .*a.PNG\)'):
@@ -381,24 +388,24 @@ def test_predict_says_which_scores_are_not_finite(infinite_weights, photos, caps
 
 
 class NotebookStream(io.StringIO):
-    """As a notebook's: text alone, no descriptor, no encoding to change."""
+    """A stream as in a notebook: text only, without a descriptor, and with a fixed encoding."""
 
     reconfigure = property()
 
 
 def test_the_scripts_run_inside_another_program(one_device, small_models, tmp_path, monkeypatch):
-    """A notebook's `%run train.py …`: in its process and event loop, several times; its signals stay its own."""
+    """`%run train.py …` in a notebook would fail in its event loop or the second time, or take over its signals."""
     monkeypatch.chdir(ROOT)
     for stream in ('stdout', 'stderr'):
         monkeypatch.setattr(sys, stream, NotebookStream())
-    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # restored after the test
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     async def cell(script, *arguments):
         monkeypatch.setattr(sys, 'argv', [script, *arguments, f'--workdir={tmp_path / "run"}'])
         runpy.run_path(script, run_name='__main__')
 
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second time, the run is already finished
         asyncio.run(cell('train.py', *SMALL_RUN))
         assert sys.stdout.getvalue().splitlines()[-1].startswith('finished: top-1')
     asyncio.run(cell('eval.py'))
@@ -420,24 +427,25 @@ FASHION = ['Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker',
     ],
 )
 def test_predict_refuses_what_it_cannot_do(finished_run, arguments, line):
+    """A mistake would end in a traceback, or in predictions for other files."""
     with pytest.raises(UserError, match=re.escape(line)):
         package_command.main(['convnext_jax', *(argument.format(run=finished_run) for argument in arguments)])
 
 
 def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
+    """Users could not tell which of them was evaluated."""
     with pytest.raises(UserError, match='give --workdir or --weights, not both'):
         eval_command.main(['eval.py', f'--workdir={finished_run}', '--weights=x'])
 
 
-def test_an_unknown_command_lists_those_there_are():
-    with pytest.raises(
-        UserError, match=re.escape('{train | eval | prepare | models | predict | convert | export | plan}')
-    ):
+def test_an_unknown_command_lists_the_commands():
+    """Users would have to look up the name of the command that they misspelt."""
+    with pytest.raises(UserError, match=re.escape('{train | eval | prepare | models | predict | convert | export | plan}')):
         package_command.main(['convnext_jax', 'modles'])
 
 
-def test_what_a_failed_restore_leaves_behind_is_not_shown_and_other_errors_are(monkeypatch, capsys):
-    """Pages of a coroutine's traceback hide the one line that says which checkpoint is damaged."""
+def test_tracebacks_of_abandoned_coroutines_are_hidden_and_others_are_shown(monkeypatch, capsys):
+    """After a failed restore, pages of traceback would hide the line that says which checkpoint is damaged."""
 
     async def read():
         try:
@@ -449,10 +457,10 @@ def test_what_a_failed_restore_leaves_behind_is_not_shown_and_other_errors_are(m
         def __del__(self):
             raise ValueError('of our own')
 
-    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # restored after the test
     run(lambda arguments: None)
     abandoned, other = read(), Other()
-    abandoned.send(None)  # until it waits
+    abandoned.send(None)  # runs to its first await
     del abandoned
     assert capsys.readouterr().err == ''
     del other

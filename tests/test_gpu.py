@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: the same results as on CPU, and a run that is killed and goes on. `pytest -m gpu`."""
+"""An NVIDIA GPU gives the results of a CPU, and resumes a killed run exactly. Run with `pytest -m gpu`."""
 
 import os
 import subprocess
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def needs_a_gpu():
     if jax.default_backend() != 'gpu':
-        pytest.skip('no NVIDIA GPU here, or JAX is not told to use it')
+        pytest.skip('there is no NVIDIA GPU, or JAX does not use it')
 
 
 def randomized(name, dtype):
-    """A model in which every parameter matters."""
+    """A model, and random values of its parameters with which each of them changes the result."""
     model = create_model(name, key=jax.random.key(0), num_classes=10, dtype=dtype)
     rng = np.random.default_rng(0)
     values = {
@@ -49,7 +49,7 @@ def on_both(function, *arguments):
 
 
 def differences(ours, expected):
-    """The largest difference of each array, to its largest value."""
+    """The largest difference in each array, relative to its largest value."""
     return {
         name: float(np.abs(ours[name].astype(np.float64) - value).max() / max(np.abs(value).max(), 1e-30))
         for name, value in expected.items()
@@ -58,8 +58,8 @@ def differences(ours, expected):
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 0.1)])
-def test_model_and_gradients_equal_those_on_cpu(name, dtype, tolerance):
-    """A kernel that is wrong on the GPU alone trains another network, and nobody would see it in a loss."""
+def test_logits_and_gradients_agree_with_the_cpu(name, dtype, tolerance):
+    """A wrong GPU kernel would train another network, and the loss would not show it."""
     model, values = randomized(name, dtype)
     images = jnp.asarray(np.random.default_rng(1).standard_normal((4, 96, 96, 3)), jnp.float32)
 
@@ -75,8 +75,8 @@ def test_model_and_gradients_equal_those_on_cpu(name, dtype, tolerance):
     assert {name: difference for name, difference in found.items() if difference > tolerance} == {}
 
 
-def test_augmentation_equals_that_on_cpu():
-    """The recipe's images by the same keys: runs on a GPU and on CPU learn from the same data."""
+def test_augmentation_agrees_with_the_cpu():
+    """A recipe would train on other images on a GPU than on a CPU, although their keys are equal."""
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3)), jnp.uint8)
 
     def augmented(images):
@@ -86,11 +86,11 @@ def test_augmentation_equals_that_on_cpu():
 
     ours, expected = on_both(augmented, images)
     different = np.abs(ours['image'] - expected['image']) > 1e-4
-    assert different.mean() < 1e-3  # a value that lies on the edge between two grey levels may fall to the other side
+    assert different.mean() < 1e-3  # a value between two pixel levels may be rounded to either of them
 
 
-def test_killed_and_resumed_it_is_the_unbroken_run_and_its_weights_leave_it(tmp_path):
-    """A preempted run on a GPU goes on to the same bits, with XLA's deterministic operations."""
+def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_run(tmp_path):
+    """A preempted run would end with other weights, even with the deterministic operations of XLA."""
     flags = os.environ['XLA_FLAGS'] + ' --xla_gpu_deterministic_ops=true'
     environment = os.environ | {'XLA_FLAGS': flags, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
@@ -114,6 +114,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run_and_its_weights_leave_it(tmp_
 
 
 def test_an_exported_model_runs_on_the_gpu(tmp_path):
+    """Users could not serve an exported model on a GPU."""
     model, values = randomized('convnext_atto', 'float32')
     model = with_parameters(model, values)
     processor = ImageProcessor(size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))

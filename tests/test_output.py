@@ -1,4 +1,4 @@
-"""What is printed reaches its reader, or ends no run."""
+"""Results reach their reader, and output that cannot be written never ends a run."""
 
 import io
 import os
@@ -14,8 +14,8 @@ from convnext_jax.errors import UserError
 from convnext_jax.output import OutputClosed, finite, open_streams, say, say_in_handler, show, to_json
 
 
-def test_json_has_null_for_what_is_not_finite():
-    """Python alone reads NaN: jq, JavaScript and databases refuse the whole line."""
+def test_json_has_null_for_values_that_are_not_finite():
+    """Only Python reads NaN: jq, JavaScript and databases would refuse the whole line."""
     rows = [(1.5, float('inf')), {'low': -float('inf')}]
     value = {'loss': float('nan'), 'rows': rows, 'name': 'é', 'n': 3, 'no': None}
     expected = {'loss': None, 'rows': [[1.5, None], {'low': None}], 'name': 'é', 'n': 3, 'no': None}
@@ -48,7 +48,7 @@ STREAMS = {
 
 @pytest.mark.parametrize('name', STREAMS)
 def test_a_line_of_progress_never_ends_a_run(monkeypatch, name):
-    """Days of training must not end because the terminal of their output was closed."""
+    """Days of training would end because a terminal was closed."""
     for stream in ('stdout', 'stderr'):
         monkeypatch.setattr(sys, stream, STREAMS[name]())
     for error in (False, True):
@@ -57,17 +57,17 @@ def test_a_line_of_progress_never_ends_a_run(monkeypatch, name):
     for stream in (sys.stdout, sys.stderr):
         if name in ('broken pipe', 'full disk'):
             with pytest.raises(OSError, match='Broken pipe|No space left'):
-                stream.close()  # now, or Python would do it later, and complain
+                stream.close()  # otherwise Python closes it later and prints a warning
 
 
-def test_a_signal_handler_may_speak_where_there_is_no_stderr(monkeypatch):
-    """The signal says that the run has to save: an error at this moment would lose the state."""
+def test_a_signal_handler_ignores_errors_of_stderr(monkeypatch):
+    """An error in the handler would end the run before it saves its state."""
     monkeypatch.setattr(os, 'write', lambda *_: (_ for _ in ()).throw(OSError(5, 'Input/output error')))
     say_in_handler('stops')
 
 
-def test_a_result_that_reaches_nobody_is_an_error(monkeypatch):
-    """A script that reads an empty file and status 0 takes it for the result."""
+def test_a_result_that_cannot_be_written_is_an_error(monkeypatch):
+    """A script would take an empty file and exit status 0 for the result."""
     for name, error in (('broken pipe', OutputClosed), ('full disk', UserError)):
         monkeypatch.setattr(sys, 'stdout', stream := STREAMS[name]())
         with pytest.raises(error, match='standard output'):
@@ -76,29 +76,29 @@ def test_a_result_that_reaches_nobody_is_an_error(monkeypatch):
             stream.close()
 
 
-def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
-    """The class names of a data set may hold any character, also bytes that are no text at all."""
+def test_characters_that_a_terminal_cannot_show_are_escaped(monkeypatch):
+    """A command would fail on class names, which may have any characters, and even bytes that are not text."""
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(content := io.BytesIO(), 'ascii'))
     open_streams()
     show('28×28 … żubr \udcff')
     assert content.getvalue() == b'28\\xd728 \\u2026 \\u017cubr \\udcff\n'
 
 
-def test_streams_of_a_notebook_are_left_as_they_are(monkeypatch):
-    """They have neither an encoding to change nor a descriptor."""
+def test_streams_of_a_notebook_are_unchanged(monkeypatch):
+    """A command would fail in a notebook, whose streams have no descriptor and an encoding that is fixed."""
 
     class Stream(io.StringIO):
         reconfigure = property()
 
     monkeypatch.setattr(sys, 'stdout', stream := Stream())
     monkeypatch.setattr(sys, 'argv', ['command'])
-    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # put back after
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # restored after the test
     run(lambda arguments: show('28×28'))
     assert stream.getvalue() == '28×28\n'
 
 
 def test_training_goes_on_when_the_reader_of_its_output_ends(commands, finished_run, tmp_path, monkeypatch):
-    """`train.py … | head -3` trains to the end; here the reader wants ASCII too, and × is none."""
+    """`train.py … | head -3` would end the training. Its output is also ASCII here, which has no ×."""
     monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
     process = commands.start(*SMALL_TRAIN, f'--workdir={tmp_path / "run"}')
     assert r'28\xd728' in process.stdout.readline()
@@ -109,7 +109,7 @@ def test_training_goes_on_when_the_reader_of_its_output_ends(commands, finished_
 
 
 def test_training_goes_on_when_its_terminal_is_gone(finished_run, tmp_path):
-    """A connection that breaks takes the terminal with it: each write to it fails from then on, the bar's too."""
+    """A lost connection would end the training: each later write to the terminal fails, also from the progress bar."""
     master, terminal = pty.openpty()
     command = [sys.executable, *SMALL_TRAIN, f'--workdir={tmp_path / "run"}']
     options = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal, 'start_new_session': True}
@@ -137,8 +137,8 @@ run(command)
 """
 
 
-def test_what_is_printed_without_streams_goes_into_no_file(tmp_path):
-    """The first files that a process opens get the numbers of closed streams: libraries would print into records."""
+def test_output_without_streams_does_not_go_into_a_file(tmp_path):
+    """Libraries would print into records: the first files that a process opens get the numbers of closed streams."""
     shell = ['sh', '-c', 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, '-c', PRINTS, tmp_path / 'records']
     assert subprocess.run(shell, cwd=ROOT, env=os.environ | ONE_DEVICE, timeout=LONGEST).returncode == 0
     assert (tmp_path / 'records').read_text() == 'record'
@@ -153,7 +153,7 @@ def test_what_is_printed_without_streams_goes_into_no_file(tmp_path):
     ],
 )
 def test_a_command_whose_output_is_not_read_ends_quietly(output, status, error):
-    """Pages of traceback for `| head -1`, which other programs end without a word."""
+    """`… | head -1` would print pages of traceback."""
     shell = f'{{ "$0" -m convnext_jax models; echo "status $?" >&2; }} {output}'
     environment = os.environ | ONE_DEVICE
     done = subprocess.run(
