@@ -161,7 +161,7 @@ def test_eval_can_restore_an_earlier_step(evaluate, finished_run):
         (('--workdir={run}', '--config.batch_size=0'), 'batch_size must be above 0'),
         (
             ('--workdir={run}', '--config.data.dir=nowhere'),
-            'data.dir=DIR where fashion_mnist_mini is',
+            'set --config.data.dir=DIR to the folder of fashion_mnist_mini',
         ),
         (('--workdir={run}', '--stap=3'), "Unknown command line flag 'stap'"),
     ],
@@ -290,7 +290,7 @@ def test_converted_weights_give_equal_results_and_start_a_run(package, evaluate,
     theirs = evaluate(*config, f'--weights={tmp_path / "hf"}')
     assert (theirs['top1'], theirs['images'], theirs['params']) == (run['top1'], 40, 'raw')
     assert theirs['loss'] == pytest.approx(run['loss'], rel=1e-5)
-    with pytest.raises(UserError, match='timm builds a ConvNeXt of patch_size=2 otherwise'):
+    with pytest.raises(UserError, match='timm builds a different network for patch_size=2'):
         package('convert', tmp_path / 'hf', tmp_path / 'timm', '--layout=timm')
     started = train_here(tmp_path / 'tuned', f'--config.init.weights={tmp_path / "hf"}', *FINE_TUNING)
     assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started
@@ -303,7 +303,7 @@ def test_converted_weights_give_equal_results_and_start_a_run(package, evaluate,
     [
         (('convert', 'nowhere'), 'TARGET is missing'),
         (('convert', 'a', 'b', 'c'), 'unexpected argument: c'),
-        (('convert', './nowhere', 'out'), './nowhere is no file or folder'),
+        (('convert', './nowhere', 'out'), './nowhere is not a file, a folder or a hub id'),
         (('convert', '{run}', '{run}'), 'is not empty'),
         (('convert', '{run}', 'out', '--layout=keras'), 'flag --layout=keras'),
         (('convert', '{run}', 'out', '--params=best'), "weights are 'raw' or 'ema', not 'best'"),

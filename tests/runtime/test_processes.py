@@ -217,7 +217,7 @@ def test_one_process_alone_is_a_complete_job():
 
 def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):
     """A job would hang, or exit with status 0, although a process failed."""
-    monkeypatch.setattr(local, 'GRACE_SECONDS', 0.5)
+    monkeypatch.setattr(local, 'GRACE', 0.5)
     code = 'import sys, time; last = sys.argv[-1] == "--process_id=1"; sys.exit(7) if last else time.sleep(100)'
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
