@@ -35,6 +35,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 
 import jax  # noqa: E402 - reads the environment
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Checks the shapes and dtypes of jaxtyping in the augmentations; other modules have callers that pass NumPy arrays.
+CHECKED = ('augment', 'color', 'geometry', 'mixing', 'pillow_arithmetic', 'randaugment')
+install_import_hook([f'convnext_jax.data.{name}' for name in CHECKED], 'beartype.beartype')
+
 from small import small_variants  # noqa: E402
 
 import train as train_command  # noqa: E402

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from convnext_jax.data.color import jitter_colors, three_augment
 from convnext_jax.data.randaugment import parse_randaugment, rand_augment
@@ -18,8 +19,8 @@ ERASING_TRIES = 10
 
 
 def augment(
-    images: jax.Array,
-    keys: jax.Array,
+    images: UInt8[Array, 'n h w c'],
+    keys: Key[Array, ' n'],
     *,
     flip: bool,
     crop_padding: int,
@@ -29,7 +30,7 @@ def augment(
     erasing_mode: str,
     mean: Sequence[float],
     std: Sequence[float],
-) -> jax.Array:
+) -> Float[Array, 'n h w c']:
     """Augmented and normalised training images.
 
     Args:
@@ -64,18 +65,18 @@ def augment(
     return images
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def normalize(images: UInt8[Array, 'n h w c'], mean: Sequence[float], std: Sequence[float]) -> Float[Array, 'n h w c']:
     """(images / 255 − mean) / std, with the mean and std of each channel: (N, H, W, C) uint8 → float32."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
+def random_flip(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n']) -> UInt8[Array, 'n h w c']:
     """The images, (N, H, W, C), each mirrored left to right with probability ½; `keys` are (N,) random keys."""
     mirrored = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
+def random_crop(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n'], padding: int) -> UInt8[Array, 'n h w c']:
     """A random crop of each image after zero padding: (N, H, W, C) → (N, H, W, C).
 
     Args:
@@ -92,7 +93,9 @@ def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
     return jax.vmap(crop)(images, keys)
 
 
-def random_erasing(images: jax.Array, keys: jax.Array, probability: float, mode: str) -> jax.Array:
+def random_erasing(
+    images: Float[Array, 'n h w c'], keys: Key[Array, ' n'], probability: float, mode: str
+) -> Float[Array, 'n h w c']:
     """Random erasing (arXiv:1708.04896): overwrites a random rectangle of an image.
 
     Args:
@@ -121,7 +124,7 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float, mode:
     return jax.vmap(erase)(images, keys)
 
 
-def _erased_box(key: jax.Array, height: int, width: int) -> jax.Array:
+def _erased_box(key: Key[Array, ''], height: int, width: int) -> Bool[Array, '{height} {width}']:
     """The mask, (H, W) bool, of the first of ten random rectangles that fits; all False if none fits."""
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     area = height * width * jax.random.uniform(area_key, (ERASING_TRIES,), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from convnext_jax.data import pillow_arithmetic
 
@@ -11,7 +12,7 @@ SOLARIZE_THRESHOLD = 128
 BLUR_RADIUS = (0.1, pillow_arithmetic.MAX_BLUR_RADIUS)  # the range in DeiT (`augment.py`) and timm's policy '3a'
 
 
-def jitter_colors(images: jax.Array, keys: jax.Array, strength: float) -> jax.Array:
+def jitter_colors(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n'], strength: float) -> UInt8[Array, 'n h w c']:
     """Random changes of brightness, contrast and saturation, in random order (torchvision's ColorJitter).
 
     Args:
@@ -28,14 +29,16 @@ def jitter_colors(images: jax.Array, keys: jax.Array, strength: float) -> jax.Ar
     return images
 
 
-def _draw_jitter(key: jax.Array, strength: float) -> tuple[jax.Array, jax.Array]:
+def _draw_jitter(key: Key[Array, ''], strength: float) -> tuple[Int[Array, '3'], Float[Array, '3']]:
     """A random order of the three adjustments, and their factors in this order: (3,) int and (3,) float32."""
     order_key, factor_key = jax.random.split(key)
     factors = jax.random.uniform(factor_key, (3,), minval=max(0.0, 1 - strength), maxval=1 + strength)
     return jax.random.permutation(order_key, 3), factors
 
 
-def adjust(images: jax.Array, kind: jax.Array, factor: jax.Array) -> jax.Array:
+def adjust(
+    images: UInt8[Array, 'n h w c'], kind: Int[Array, ' n'], factor: Float[Array, ' n']
+) -> UInt8[Array, 'n h w c']:
     """One enhancement of Pillow's `ImageEnhance` for each image.
 
     Args:
@@ -52,7 +55,7 @@ def adjust(images: jax.Array, kind: jax.Array, factor: jax.Array) -> jax.Array:
     return pillow_arithmetic.blend(start, images, factor)
 
 
-def three_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
+def three_augment(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n']) -> UInt8[Array, 'n h w c']:
     """Three-augment (DeiT III, arXiv:2204.07118): each image becomes grey, solarised or blurred with probability ⅓.
 
     Args:
@@ -69,7 +72,7 @@ def three_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.where(choice == BLURRED, pillow_arithmetic.gaussian_blur(images, radius), changed)
 
 
-def _draw_three(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _draw_three(key: Key[Array, '']) -> tuple[Int[Array, ''], Float[Array, '']]:
     """The choice for one image, `GREY`, `SOLARIZED` or `BLURRED`, and a blur radius in pixels."""
     choice_key, radius_key = jax.random.split(key)
     low, high = BLUR_RADIUS

@@ -5,10 +5,10 @@ They are computed as shifts of rows and columns, because a gather of pixels is s
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float, UInt8
 
 from convnext_jax.data.pillow_arithmetic import clip_and_floor
 
@@ -20,15 +20,15 @@ EDGE = 4  # copies of the outermost row or column that are added at each side, f
 
 
 def move(
-    images: jax.Array,
+    images: UInt8[Array, 'n h w c'],
     *,
-    degrees: jax.Array,
-    shear_x: jax.Array,
-    shear_y: jax.Array,
-    translate_x: jax.Array,
-    translate_y: jax.Array,
+    degrees: Float[Array, ' n'],
+    shear_x: Float[Array, ' n'],
+    shear_y: Float[Array, ' n'],
+    translate_x: Float[Array, ' n'],
+    translate_y: Float[Array, ' n'],
     fill: Sequence[int],
-) -> jax.Array:
+) -> UInt8[Array, 'n h w c']:
     """A rotation, shear or translation of each image, bicubic as in Pillow's transforms.
 
     All five transforms are shifts of whole rows and columns: a rotation is three shears, of rows, columns and rows
@@ -80,7 +80,9 @@ def move(
     return jnp.where(inside[..., None], moved, jnp.asarray(fill, jnp.uint8))
 
 
-def _lines(slope: jax.Array, start: jax.Array, position: jax.Array) -> jax.Array:
+def _lines(
+    slope: Float[Array, ' n'], start: Float[Array, ' n'], position: Float[Array, ' length']
+) -> Float[Array, 'n length']:
     """slope · position + start: (N,), (N,), (L,) → (N, L).
 
     It is a matrix product because the CPU compiler would recompute another expression for every pixel that uses it.
@@ -89,7 +91,9 @@ def _lines(slope: jax.Array, start: jax.Array, position: jax.Array) -> jax.Array
     return jnp.matmul(jnp.stack([slope, start], 1), basis, precision=lax.Precision.HIGHEST)
 
 
-def _shift(images: jax.Array, shift: jax.Array, max_shift: float, rounds: jax.Array) -> jax.Array:
+def _shift(
+    images: UInt8[Array, 'n h w c'], shift: Float[Array, 'n h'], max_shift: float, rounds: Bool[Array, ' n']
+) -> UInt8[Array, 'n h w c']:
     """Row y of each image shifted left by `shift[:, y]` pixels, bicubic (a = −1, as in Pillow's transforms).
 
     The integer part of the shift is applied digit by digit in base 4: for each digit, a row selects one of four slices.

@@ -2,20 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
 from convnext_jax.errors import UserError
 
 
 def mix(
-    images: jax.Array,
-    targets: jax.Array,
-    key: jax.Array,
+    images: Float[Array, 'n h w c'],
+    targets: Float[Array, 'n classes'],
+    key: Key[Array, ''],
     *,
     mixup: float,
     cutmix: float,
     mode: str,
-    on: jax.Array | bool = True,
-) -> tuple[jax.Array, jax.Array]:
+    on: Bool[Array, ''] | bool = True,
+) -> tuple[Float[Array, 'n h w c'], Float[Array, 'n classes']]:
     """Mixup or cutmix of each image with its neighbour: image 0 with 1, 2 with 3, …, so that both are on one device.
 
     If both methods are enabled, each is chosen with probability ½.
@@ -63,7 +64,9 @@ def _with_neighbours(examples: jax.Array, weight: jax.Array) -> jax.Array:
     return weight * examples + (1 - weight) * neighbours
 
 
-def _boxes(key: jax.Array, weight: jax.Array, height: int, width: int) -> jax.Array:
+def _boxes(
+    key: Key[Array, ''], weight: Float[Array, ' draws'], height: int, width: int
+) -> Float[Array, 'draws {height} {width}']:
     """Masks, (draws, H, W) float32: 1 in a box of area 1 − weight around a random centre, clipped at the border."""
     row_key, column_key = jax.random.split(key)
     side = jnp.sqrt(1 - weight)

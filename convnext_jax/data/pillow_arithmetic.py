@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int, UInt, UInt8
 
 MAX_BLUR_RADIUS = 2.0  # largest radius of `gaussian_blur`, in pixels
 BLUR_REACH = 2  # pixels on each side that one box blur of this radius reads
 
 
-def grey(images: jax.Array) -> jax.Array:
+def grey(images: UInt8[Array, 'n h w c']) -> UInt8[Array, 'n h w 1']:
     """Conversion of RGB to greyscale, Pillow's mode L: (N, H, W, C) uint8 → (N, H, W, 1) uint8."""
     if images.shape[3] == 1:
         return images
@@ -18,12 +19,14 @@ def grey(images: jax.Array) -> jax.Array:
     return ((weighted.sum(-1, keepdims=True) + 2**15) >> 16).astype(jnp.uint8)
 
 
-def mean_grey(images: jax.Array) -> jax.Array:
+def mean_grey(images: UInt8[Array, 'n h w c']) -> UInt8[Array, 'n 1 1 1']:
     """The rounded mean grey value, as in `ImageEnhance.Contrast`: (N, H, W, C) uint8 → (N, 1, 1, 1) uint8."""
     return jnp.floor(grey(images).mean((1, 2, 3), dtype=jnp.float32, keepdims=True) + 0.5).astype(jnp.uint8)
 
 
-def blend(start: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
+def blend(
+    start: UInt8[Array, 'n _ _ _'], images: UInt8[Array, 'n h w c'], factor: Float[Array, ' n']
+) -> UInt8[Array, 'n h w c']:
     """`Image.blend`: start + factor · (images − start), clipped.
 
     Args:
@@ -39,12 +42,12 @@ def blend(start: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
     return clip_and_floor(mixed).astype(jnp.uint8)
 
 
-def clip_and_floor(value: jax.Array) -> jax.Array:
+def clip_and_floor(value: Float[Array, '*shape']) -> Int[Array, '*shape']:
     """Values clipped to [0, 255] and rounded down: any shape, float → int32."""
     return jnp.floor(jnp.clip(value, 0, 255)).astype(jnp.int32)
 
 
-def smooth(images: jax.Array) -> jax.Array:
+def smooth(images: UInt8[Array, 'n h w c']) -> UInt8[Array, 'n h w c']:
     """`ImageFilter.SMOOTH`, a 3×3 mean with weight 5 at the centre: (N, H, W, C) uint8 → uint8.
 
     The outermost pixels are unchanged.
@@ -55,7 +58,7 @@ def smooth(images: jax.Array) -> jax.Array:
     return images.at[:, 1:-1, 1:-1].set(clip_and_floor(total / 13 + 0.5).astype(jnp.uint8))
 
 
-def gaussian_blur(images: jax.Array, radius: jax.Array) -> jax.Array:
+def gaussian_blur(images: UInt8[Array, 'n h w c'], radius: Float[Array, ' n']) -> UInt8[Array, 'n h w c']:
     """`ImageFilter.GaussianBlur`: three box blurs along each axis (Gwosdek et al., SSVM 2011), rounded after each.
 
     It uses Pillow's integer arithmetic (`BoxBlur.c`), because many sums lie halfway between two pixel values.
@@ -84,7 +87,7 @@ def gaussian_blur(images: jax.Array, radius: jax.Array) -> jax.Array:
     return images.swapaxes(1, 2)
 
 
-def _weighted(images: jax.Array, weights: jax.Array) -> jax.Array:
+def _weighted(images: UInt8[Array, 'n h w c'], weights: UInt[Array, 'n taps']) -> UInt8[Array, 'n h w c']:
     """The weighted sum of the neighbours along W; `weights` are (N, taps) in units of 2⁻²⁴; borders are replicated."""
     width, taps = images.shape[2], weights.shape[1]
     padded = jnp.pad(images, ((0, 0), (0, 0), (taps // 2, taps // 2), (0, 0)), mode='edge').astype(jnp.uint32)
@@ -92,7 +95,7 @@ def _weighted(images: jax.Array, weights: jax.Array) -> jax.Array:
     return ((functools.reduce(jnp.add, terms) + 2**23) >> 24).astype(jnp.uint8)
 
 
-def autocontrast_table(counts: jax.Array) -> jax.Array:
+def autocontrast_table(counts: Int[Array, '*batch 256']) -> Int[Array, '*batch 256']:
     """The look-up table of `ImageOps.autocontrast`, which maps the darkest value to 0 and the brightest to 255.
 
     Args:
@@ -109,7 +112,7 @@ def autocontrast_table(counts: jax.Array) -> jax.Array:
     return jnp.where(high > low, clip_and_floor((level - low) * scale + 1e-4), level)
 
 
-def equalize_table(counts: jax.Array) -> jax.Array:
+def equalize_table(counts: Int[Array, '*batch 256']) -> Int[Array, '*batch 256']:
     """The look-up table of `ImageOps.equalize`, which makes the histogram as uniform as possible.
 
     Args:
@@ -126,7 +129,7 @@ def equalize_table(counts: jax.Array) -> jax.Array:
     return jnp.where(step > 0, jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255), level)
 
 
-def histogram(images: jax.Array) -> jax.Array:
+def histogram(images: UInt8[Array, 'n h w c']) -> Int[Array, 'n c 256']:
     """The number of pixels with each value: (N, H, W, C) uint8 → (N, C, 256) int32.
 
     On accelerators it is a matrix product of one-hot vectors of the upper and the lower four bits.
@@ -144,7 +147,7 @@ def histogram(images: jax.Array) -> jax.Array:
     return lax.platform_dependent(images, cpu=scatter, default=product)
 
 
-def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
+def look_up(images: UInt8[Array, 'n h w c'], tables: Int[Array, 'n c 256']) -> UInt8[Array, 'n h w c']:
     """Each pixel value replaced by its entry in a table.
 
     On accelerators a matrix product selects eight neighbouring entries by the upper five bits of the value, and a

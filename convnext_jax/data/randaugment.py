@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from convnext_jax.data import pillow_arithmetic
 from convnext_jax.data.geometry import MAX_DEGREES, MAX_SHEAR, MAX_TRANSLATION, move
@@ -75,16 +76,18 @@ def parse_randaugment(text: str) -> RandAugment:
         if not match or match[1] not in fields:
             raise UserError(f"augment.policy='{text}': '{part}' is not one of {', '.join(fields)} with a number")
         values[fields[match[1]]] = float(match[2])
-    policy = RandAugment(**values)
-    layers = int(policy.layers)
-    if kind != 'rand' or policy.magnitude > 10 or policy.probability > 1 or not 1 <= layers == policy.layers:
+    layers, increasing = values.pop('layers', 2), values.pop('increasing', 0)
+    policy = RandAugment(**values, layers=int(layers), increasing=bool(increasing))
+    if kind != 'rand' or policy.magnitude > 10 or policy.probability > 1 or not 1 <= policy.layers == layers:
         raise UserError(
             f"augment.policy='{text}' must be '3a' or like 'rand-m9-mstd0.5-inc1', with m ≤ 10, n an integer ≥ 1, p ≤ 1"
         )
-    return dataclasses.replace(policy, layers=layers, increasing=bool(policy.increasing))
+    return policy
 
 
-def rand_augment(images: jax.Array, keys: jax.Array, policy: RandAugment, fill: Sequence[int]) -> jax.Array:
+def rand_augment(
+    images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n'], policy: RandAugment, fill: Sequence[int]
+) -> UInt8[Array, 'n h w c']:
     """Images after random operations of the policy.
 
     Args:
@@ -108,7 +111,9 @@ def rand_augment(images: jax.Array, keys: jax.Array, policy: RandAugment, fill: 
     return lax.scan(apply, images, jax.vmap(draw)(jnp.arange(policy.layers)))[0]
 
 
-def apply_operations(images: jax.Array, operation: jax.Array, argument: jax.Array, fill: Sequence[int]) -> jax.Array:
+def apply_operations(
+    images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n'], fill: Sequence[int]
+) -> UInt8[Array, 'n h w c']:
     """One operation on each image.
 
     Args:
@@ -138,7 +143,7 @@ def apply_operations(images: jax.Array, operation: jax.Array, argument: jax.Arra
     )
 
 
-def _draw(key: jax.Array, policy: RandAugment) -> tuple[jax.Array, jax.Array]:
+def _draw(key: Key[Array, ''], policy: RandAugment) -> tuple[Int[Array, ''], Float[Array, '']]:
     """A random operation and its argument, for one image and layer."""
     choice_key, apply_key, level_key, sign_key = jax.random.split(key, 4)
     operation = jax.random.randint(choice_key, (), 0, len(OPERATIONS))
@@ -148,7 +153,9 @@ def _draw(key: jax.Array, policy: RandAugment) -> tuple[jax.Array, jax.Array]:
     return jnp.where(applied, operation, IDENTITY), argument
 
 
-def operation_argument(operation: jax.Array, level: jax.Array, negate: jax.Array, increasing: bool) -> jax.Array:
+def operation_argument(
+    operation: Int[Array, ''], level: Float[Array, ''], negate: Bool[Array, ''], increasing: bool
+) -> Float[Array, '']:
     """The argument of an operation for `apply_operations`, by the rules of timm's `auto_augment.py`.
 
     Args:
@@ -184,7 +191,9 @@ def operation_argument(operation: jax.Array, level: jax.Array, negate: jax.Array
     return jnp.select([operation == OPERATIONS.index(name) for name in by_name], list(by_name.values()), 0.0)
 
 
-def _tables(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax.Array:
+def _tables(
+    images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n']
+) -> Int[Array, 'n c 256']:
     """The look-up tables of the images, (N, C, 256) int32."""
     level = jnp.arange(256)[None, None]
     operation, argument = operation[:, None, None], argument[:, None, None]
@@ -207,7 +216,9 @@ def _tables(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax
     )
 
 
-def _enhance(images: jax.Array, operation: jax.Array, argument: jax.Array) -> jax.Array:
+def _enhance(
+    images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n']
+) -> UInt8[Array, 'n h w c']:
     """The images after an enhancement of `ImageEnhance`; images with another operation are unchanged."""
     degenerate = {
         'Brightness': jnp.uint8(0),

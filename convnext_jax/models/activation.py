@@ -7,6 +7,7 @@ reading them from memory. On NVIDIA GPUs the functions run as the Pallas kernels
 from collections.abc import Callable
 
 import jax
+from jaxtyping import Array, Float
 
 from convnext_jax.models import activation_gpu
 from convnext_jax.models.normal import density_and_cdf, widened
@@ -15,7 +16,7 @@ from convnext_jax.models.response_norm import response_norm
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, '*batch c'], bias: Float[Array, ' c']) -> Float[Array, '*batch c']:
     """The GELU in its erf form: y · Φ(y) with y = x + bias, exact up to the rounding of x's dtype.
 
     Args:
@@ -29,7 +30,9 @@ def gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
     return (y * density_and_cdf(y, x.dtype)[1]).astype(x.dtype)
 
 
-def _gelu_gradients(x: jax.Array, bias: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gelu_gradients(
+    x: Float[Array, '*batch c'], bias: Float[Array, ' c'], cotangent: Float[Array, '*batch c']
+) -> tuple[Float[Array, '*batch c'], Float[Array, ' c']]:
     y = widened(x) + bias
     # Φ(y) is computed as 1 − Φ(−y): otherwise XLA shares one erf with the forward pass and writes it to memory.
     density, upper_tail = density_and_cdf(-y, x.dtype)
@@ -52,7 +55,9 @@ gelu.defvjp(lambda *arguments: (gelu(*arguments), arguments), _gelu_backward)
 
 
 @jax.custom_vjp
-def gelu_and_response_norm(x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
+def gelu_and_response_norm(
+    x: Float[Array, 'n h w c'], bias: Float[Array, ' c'], gamma: Float[Array, ' c'], beta: Float[Array, ' c']
+) -> Float[Array, 'n h w c']:
     """GELU followed by GRN: `response_norm(gelu(x, bias), gamma, beta)`.
 
     Args:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from convnext_jax.models.normal import density_and_cdf, widened
 from convnext_jax.models.nvidia import triton as plgpu
@@ -20,8 +21,12 @@ PROGRAMS = 132 * 8  # approximate number of programs; each sums many rows, so th
 
 
 def gelu_gradients(
-    x: jax.Array, bias: jax.Array, cotangent: jax.Array, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, '*batch c'],
+    bias: Float[Array, ' c'],
+    cotangent: Float[Array, '*batch c'],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, '*batch c'], Float[Array, ' c']]:
     """The cotangents of the arguments of `activation.gelu`.
 
     Args:
@@ -36,8 +41,13 @@ def gelu_gradients(
 
 
 def gelu_and_response_norm(
-    x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, *, interpret: bool = False
-) -> jax.Array:
+    x: Float[Array, 'n h w c'],
+    bias: Float[Array, ' c'],
+    gamma: Float[Array, ' c'],
+    beta: Float[Array, ' c'],
+    *,
+    interpret: bool = False,
+) -> Float[Array, 'n h w c']:
     """`activation.gelu_and_response_norm` in two reads of x and one write; `interpret` as for `gelu_gradients`."""
     (squares,) = _sums(x, bias, interpret=interpret)
     factors = (gamma * relative_norms(squares) + 1)[:, None, None]
@@ -46,8 +56,14 @@ def gelu_and_response_norm(
 
 
 def gelu_and_response_norm_gradients(
-    x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, cotangent: jax.Array, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    x: Float[Array, 'n h w c'],
+    bias: Float[Array, ' c'],
+    gamma: Float[Array, ' c'],
+    beta: Float[Array, ' c'],
+    cotangent: Float[Array, 'n h w c'],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, 'n h w c'], Float[Array, ' c'], Float[Array, ' c'], Float[Array, ' c']]:
     """The cotangents of the four arrays of `gelu_and_response_norm`, in two reads of x and cotangent and one write."""
     squares, products, sums = _sums(x, bias, cotangent, interpret=interpret)
     norms, pull_back = jax.vjp(relative_norms, squares)

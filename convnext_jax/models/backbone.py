@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.execution import Execution
@@ -33,7 +33,7 @@ class Backbone(Trunk):
         self,
         variant: Variant,
         *,
-        key: jax.Array,
+        key: Key[Array, ''],
         out_features: Iterable[str] | None = None,
         output_stride: int | None = None,
         in_channels: int = 3,
@@ -56,7 +56,9 @@ class Backbone(Trunk):
         self.out_features = tuple(name for name in self.channels if name in chosen)
         self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
 
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(
+        self, images: Float[Array, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+    ) -> dict[str, Float[Array, 'n rows columns channels']]:
         """Name → normalised feature map, (N, H // stride, W // stride, C); arguments and errors as for `features`."""
         maps = self.features(images, key=key)
         return {name: self.norms[name](maps[name]) for name in self.out_features}

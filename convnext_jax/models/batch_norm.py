@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.layers import device_axes, mean_over_devices
@@ -32,7 +33,7 @@ class BatchNorm(nnx.Module):
         self.momentum = momentum
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array, *, training: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, '*batch c'], *, training: bool) -> Float[Array, '*batch c']:
         """The normalised x.
 
         Args:
@@ -62,8 +63,8 @@ class BatchNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _batch_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x: Float[Array, '*batch c'], scale: Float[Array, ' c'], bias: Float[Array, ' c'], epsilon: float
+) -> tuple[Float[Array, '*batch c'], Float[Array, ' c'], Float[Array, ' c']]:
     """The normalised x, and the mean and biased variance of the global batch, through which no gradient flows.
 
     The hand-written derivative saves x in its own dtype, no other array of x's size, and needs one all-reduce.

@@ -4,6 +4,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.execution import Execution, ExecutionOptions
@@ -28,7 +29,7 @@ class ConvNeXt(Trunk):
         self,
         variant: Variant,
         *,
-        key: jax.Array,
+        key: Key[Array, ''],
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
@@ -50,7 +51,9 @@ class ConvNeXt(Trunk):
         self.head = Linear(variant.widths[-1], num_classes, key=head_key)
         self.head.kernel[...] *= head_init_scale
 
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: Float[Array, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+    ) -> Float[Array, 'n classes']:
         """Class logits, (N, num_classes) float32; arguments and errors as for `features`."""
         last = list(self.features(images, key=key).values())[-1]
         return self.head(self.norm(last.mean((1, 2), dtype=jnp.float32)))
@@ -59,7 +62,7 @@ class ConvNeXt(Trunk):
 def create_model(
     name: str | Variant,
     *,
-    key: jax.Array,
+    key: Key[Array, ''],
     num_classes: int = 1000,
     drop_path_rate: float = 0.0,
     layer_scale_init: float | None = None,

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from convnext_jax.models import depthwise_gpu
 from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
@@ -35,7 +37,9 @@ MAX_ROWS = 7  # rows per step of the kernel gradient on CPU
 
 
 @functools.partial(jax.jit, static_argnames=('dilation', 'pallas'), inline=True)
-def depthwise_conv(x: jax.Array, kernel: jax.Array, *, dilation: int = 1, pallas: bool = False) -> jax.Array:
+def depthwise_conv(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int = 1, pallas: bool = False
+) -> Float[Array, 'n h w c']:
     """A convolution of each channel with its own square kernel: stride 1, zero padding that preserves H and W.
 
     Args:
@@ -58,7 +62,9 @@ kernel_gradient_p = Primitive('depthwise_kernel_gradient')
 sum over N, H and W of the cotangent of y times x shifted by (r, c)."""
 
 
-def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
+def _conv_native(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int, pallas: bool
+) -> Float[Array, 'n h w c']:
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None, :].astype(x.dtype),
@@ -71,8 +77,14 @@ def _conv_native(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
 
 
 def _kernel_gradient_native(
-    x: jax.Array, cotangent: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
-) -> jax.Array:
+    x: Float[Array, 'n h w c'],
+    cotangent: Float[Array, 'n h w c'],
+    *,
+    size: int,
+    dilation: int,
+    pallas: bool,
+    dtype: DTypeLike,
+) -> Float[Array, '{size} {size} c']:
     """A convolution with the cotangent as the kernel, in which images and channels swap their roles."""
     reach = size // 2 * dilation
     gradient = lax.conv_general_dilated(
@@ -87,7 +99,9 @@ def _kernel_gradient_native(
     return gradient[:, :, 0].astype(dtype)
 
 
-def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
+def _conv_on_cpu(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int, pallas: bool
+) -> Float[Array, 'n h w c']:
     """K · K shifted multiply-adds over the padded image, in passes of at most two kernel rows each.
 
     The barriers after the passes prevent their fusion with each other and with the norm that follows, so that the
@@ -110,8 +124,14 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool
 
 
 def _kernel_gradient_on_cpu(
-    x: jax.Array, cotangent: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
-) -> jax.Array:
+    x: Float[Array, 'n h w c'],
+    cotangent: Float[Array, 'n h w c'],
+    *,
+    size: int,
+    dilation: int,
+    pallas: bool,
+    dtype: DTypeLike,
+) -> Float[Array, '{size} {size} c']:
     """A scan over groups of rows of all images, with one accumulator, (W, K, C), for each kernel column.
 
     For images of 224 pixels the accumulators fit the L2 caches. A step adds to each accumulator one product for each
@@ -195,7 +215,9 @@ def _outside_jit(on_cpu: Callable, native: Callable) -> Callable:
     return on_cpu if jax.default_backend() == 'cpu' else native
 
 
-def _conv_on_tpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
+def _conv_on_tpu(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int, pallas: bool
+) -> Float[Array, 'n h w c']:
     if pallas and fits(x, kernel.shape[0], dilation):
         return depthwise_conv_on_tpu(x, kernel, dilation=dilation)
     return _conv_native(x, kernel, dilation=dilation, pallas=pallas)
@@ -212,15 +234,23 @@ _define(
 )
 
 
-def _conv_on_gpu(x: jax.Array, kernel: jax.Array, *, dilation: int, pallas: bool) -> jax.Array:
+def _conv_on_gpu(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int, pallas: bool
+) -> Float[Array, 'n h w c']:
     if has_kernels(x) and depthwise_gpu.fits(x, kernel.shape[0], dilation):
         return depthwise_gpu.depthwise_conv_on_gpu(x, kernel)
     return _conv_native(x, kernel, dilation=dilation, pallas=pallas)
 
 
 def _kernel_gradient_on_gpu(
-    x: jax.Array, cotangent: jax.Array, *, size: int, dilation: int, pallas: bool, dtype: jnp.dtype
-) -> jax.Array:
+    x: Float[Array, 'n h w c'],
+    cotangent: Float[Array, 'n h w c'],
+    *,
+    size: int,
+    dilation: int,
+    pallas: bool,
+    dtype: DTypeLike,
+) -> Float[Array, '{size} {size} c']:
     if has_kernels(x) and depthwise_gpu.fits(x, size, dilation):
         return depthwise_gpu.depthwise_kernel_gradient_on_gpu(x, cotangent, size=size).astype(dtype)
     return _kernel_gradient_native(x, cotangent, size=size, dilation=dilation, pallas=pallas, dtype=dtype)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from convnext_jax.models.nvidia import triton as plgpu
 
@@ -33,7 +34,9 @@ def fits(x: jax.Array, size: int, dilation: int) -> bool:
     return x.size > 0 and dilation == 1 and size <= 7
 
 
-def depthwise_conv_on_gpu(x: jax.Array, kernel: jax.Array, *, interpret: bool = False) -> jax.Array:
+def depthwise_conv_on_gpu(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, interpret: bool = False
+) -> Float[Array, 'n h w c']:
     """The convolution with zero padding that preserves H and W.
 
     Args:
@@ -57,8 +60,8 @@ def depthwise_conv_on_gpu(x: jax.Array, kernel: jax.Array, *, interpret: bool = 
 
 
 def depthwise_kernel_gradient_on_gpu(
-    x: jax.Array, cotangent: jax.Array, *, size: int, interpret: bool = False
-) -> jax.Array:
+    x: Float[Array, 'n h w c'], cotangent: Float[Array, 'n h w c'], *, size: int, interpret: bool = False
+) -> Float[Array, '{size} {size} c']:
     """The cotangent of the kernel, (K, K, C) float32.
 
     Args:

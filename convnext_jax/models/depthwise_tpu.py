@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 IMAGES, CHANNELS = 8, 128  # contents of one register: 8 sublanes × 128 lanes of float32
 COLUMNS = 4  # results computed together, so that each loaded weight is used four times
@@ -29,7 +30,9 @@ def fits(x: jax.Array, size: int, dilation: int) -> bool:
     return x.size > 0 and n % IMAGES == 0 and IMAGES * lanes * (padded + maps) < MAX_MEMORY
 
 
-def depthwise_conv_on_tpu(x: jax.Array, kernel: jax.Array, *, dilation: int, interpret: bool = False) -> jax.Array:
+def depthwise_conv_on_tpu(
+    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int, interpret: bool = False
+) -> Float[Array, 'n h w c']:
     """The convolution with zero padding that preserves H and W, with float32 sums.
 
     The kernel works on (H, W, N, C): the tiles of registers lie along N and C, so that a shift along H or W moves no

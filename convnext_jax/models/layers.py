@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
 
 from convnext_jax.models import norm_gpu
 from convnext_jax.models.nvidia import on_nvidia_gpu
@@ -21,7 +22,7 @@ from convnext_jax.models.response_norm import response_norm
 Tree = TypeVar('Tree')
 
 
-def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def normal(key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
     """An initial float32 kernel of standard deviation 0.02.
 
     The original repositories truncate the distribution at ±2 (100 standard deviations), which has no effect.
@@ -44,7 +45,7 @@ STATISTICS = 'norm statistics'
 """Name of the norms' means and inverse standard deviations in policies of `jax.checkpoint`."""
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def matmul(x: Float[Array, '*batch k'], kernel: Float[Array, '... out']) -> Float[Array, '*batch out']:
     """The matrix product x · kernel in x's dtype, with reverse-mode derivatives only.
 
     A kernel with fewer input features than x is this device's shard along `FSDP_AXIS`. It is all-gathered in the
@@ -97,13 +98,17 @@ def _backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple
 _matmul.defvjp(_forward, _backward)
 
 
-def _sum_of_outer(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def _sum_of_outer(
+    left: Float[Array, '*batch k'], right: Float[Array, '*batch out'], *, dtype: jnp.dtype
+) -> Float[Array, 'k out']:
     """The sum over all positions of the outer product at each position: (..., K), (..., out) → (K, out)."""
     positions = tuple(range(left.ndim - 1))
     return jax.lax.dot_general(left, right, ((positions, positions), ((), ())), preferred_element_type=dtype)
 
 
-def _sum_of_outer_on_cpu(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def _sum_of_outer_on_cpu(
+    left: Float[Array, '*batch k'], right: Float[Array, '*batch out'], *, dtype: jnp.dtype
+) -> Float[Array, 'k out']:
     """`_sum_of_outer` in the form that is fastest on CPU.
 
     The operands are flattened to two axes, which avoids copies of their transposes, and the wider one comes second. A
@@ -123,16 +128,18 @@ def _sum_of_outer_on_cpu(left: jax.Array, right: jax.Array, *, dtype: jnp.dtype)
 class Linear(nnx.Module):
     """A linear layer over the last axis: (..., in_features) → (..., out_features) of `dtype`."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, key: jax.Array):
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, key: Key[Array, '']):
         self.kernel = nnx.Param(normal(key, (in_features, out_features)), decays=True, fsdp_axis=INPUTS)
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
 
-    def product(self, x: jax.Array) -> jax.Array:
+    def product(self, x: Float[Array, '*batch in']) -> Float[Array, '*batch out']:
         """x · kernel without the bias: (..., in_features) → (..., out_features) of `dtype`."""
         return matmul(x.astype(self.dtype), self.kernel[...])
 
-    def __call__(self, x: jax.Array, *, scale: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, '*batch in'], *, scale: Float[Array, ' out'] | None = None
+    ) -> Float[Array, '*batch out']:
         """scale · (x · kernel + bias), with `scale` (out_features,) float32 or None for 1."""
         kernel, bias = self.kernel[...], self.bias[...]
         if scale is not None:
@@ -150,14 +157,14 @@ class PatchConv(nnx.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, size: int, *, dtype: DTypeLike = jnp.float32, key: jax.Array
+        self, in_channels: int, out_channels: int, size: int, *, dtype: DTypeLike = jnp.float32, key: Key[Array, '']
     ):
         shape = (size, size, in_channels, out_channels)
         self.kernel = nnx.Param(normal(key, shape), decays=True, fsdp_axis=INPUTS)
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns out']:
         size = self.kernel.shape[0]
         n, height, width, in_channels = x.shape
         rows, columns = height // size, width // size
@@ -175,14 +182,14 @@ class SameConv(nnx.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, size: int, *, dilation: int, dtype: DTypeLike, key: jax.Array
+        self, in_channels: int, out_channels: int, size: int, *, dilation: int, dtype: DTypeLike, key: Key[Array, '']
     ):
         self.kernel = nnx.Param(normal(key, (size, size, in_channels, out_channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
         self.dilation = dilation
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n h w out']:
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             self.kernel.astype(self.dtype),
@@ -202,12 +209,14 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, '*batch c']) -> Float[Array, '*batch c']:
         return _layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+def _layer_norm(
+    x: Float[Array, '*batch c'], scale: Float[Array, ' c'], bias: Float[Array, ' c'], epsilon: float
+) -> Float[Array, '*batch c']:
     """Layer norm over the last axis in float32: (..., C) → (..., C) of x's dtype.
 
     The derivative is hand-written: JAX's automatic one takes two more passes over x.
@@ -232,7 +241,9 @@ def _layer_norm_backward(epsilon: float, saved: tuple[jax.Array, ...], cotangent
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def _statistics(x: jax.Array, *, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def _statistics(
+    x: Float[Array, '*batch c'], *, epsilon: float
+) -> tuple[Float[Array, '*batch 1'], Float[Array, '*batch 1']]:
     """Mean and 1 / standard deviation over the last axis: two arrays, (..., 1) float32."""
     mean = x.mean(-1, keepdims=True, dtype=jnp.float32)
     variance = jnp.square(jnp.asarray(x, jnp.float32) - mean).mean(-1, keepdims=True)
@@ -240,8 +251,12 @@ def _statistics(x: jax.Array, *, epsilon: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _gradients(
-    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x: Float[Array, '*batch c'],
+    mean: Float[Array, '*batch 1'],
+    inverse: Float[Array, '*batch 1'],
+    scale: Float[Array, ' c'],
+    cotangent: Float[Array, '*batch c'],
+) -> tuple[Float[Array, '*batch c'], Float[Array, ' c'], Float[Array, ' c']]:
     """The cotangents of x, (..., C) of x's dtype, and of scale and bias, (C,) float32."""
     y = (jnp.asarray(x, jnp.float32) - mean) * inverse
     cotangent = jnp.asarray(cotangent, jnp.float32)
@@ -254,7 +269,7 @@ def _gradients(
     return dx.astype(x.dtype), dscale, dbias
 
 
-def mean_over_devices(x: jax.Array) -> jax.Array:
+def mean_over_devices(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """The mean of x over all devices inside `jax.shard_map`; x itself elsewhere."""
     axes = device_axes()
     return jax.lax.pmean(x, axes) if axes else x
@@ -272,11 +287,13 @@ class GRN(nnx.Module):
         self.gamma = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.beta = nnx.Param(jnp.zeros(channels, jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
         return response_norm(x, self.gamma[...], self.beta[...])
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array) -> jax.Array:
+def drop_path(
+    x: Float[Array, 'n h w c'], rate: Float[Array, ''] | float, keys: Key[Array, ' n']
+) -> Float[Array, 'n h w c']:
     """Stochastic depth (arXiv:1603.09382): x, set to zero for each image with probability `rate`, else / (1 − rate).
 
     Args:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from convnext_jax.models.nvidia import triton as plgpu
 
@@ -17,7 +18,9 @@ ELEMENTS = 2048  # size of a block: 16 elements for each of a program's 128 thre
 PROGRAMS = 132 * 8  # programs of the backward kernel; each sums many rows, so that few partial sums go through memory
 
 
-def statistics(x: jax.Array, epsilon: float, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def statistics(
+    x: Float[Array, '*batch c'], epsilon: float, *, interpret: bool = False
+) -> tuple[Float[Array, '*batch 1'], Float[Array, '*batch 1']]:
     """Mean and 1 / standard deviation over the last axis.
 
     Args:
@@ -44,14 +47,14 @@ def statistics(x: jax.Array, epsilon: float, *, interpret: bool = False) -> tupl
 
 
 def gradients(
-    x: jax.Array,
-    mean: jax.Array,
-    inverse: jax.Array,
-    scale: jax.Array,
-    cotangent: jax.Array,
+    x: Float[Array, '*batch c'],
+    mean: Float[Array, '*batch 1'],
+    inverse: Float[Array, '*batch 1'],
+    scale: Float[Array, ' c'],
+    cotangent: Float[Array, '*batch c'],
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, '*batch c'], Float[Array, ' c'], Float[Array, ' c']]:
     """The cotangents of x, scale and bias of a layer norm.
 
     Args:

@@ -3,9 +3,9 @@
 The functions are plain JAX and also run inside Pallas kernels.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 # Φ(−z) = exp(−z²/2) · Σ TAIL[k] · t^(k+1) with t = 1 / (1 + SLOPE · z), z ≥ 0. The formula is Abramowitz and Stegun
 # 7.1.26; these coefficients minimise the largest relative error, which is 4.7e-6.
@@ -13,12 +13,14 @@ SLOPE = 0.31
 TAIL = (0.1238606, 0.12044213, 0.13342702, 0.01574904, 0.18044703, -0.07392814)
 
 
-def widened(x: jax.Array) -> jax.Array:
+def widened(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """x in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def density_and_cdf(y: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def density_and_cdf(
+    y: Float[Array, '*shape'], dtype: jnp.dtype
+) -> tuple[Float[Array, '*shape'], Float[Array, '*shape']]:
     """φ(y) and Φ(y), with an error below the rounding of `dtype`.
 
     For a dtype of 16 bits, both take one exponential and one division.

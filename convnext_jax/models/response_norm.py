@@ -1,12 +1,14 @@
 """Global response normalisation (GRN; arXiv:2301.00808, algorithm 1) as a function of arrays."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from convnext_jax.models.normal import widened
 
 
-def response_norm(x: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
+def response_norm(
+    x: Float[Array, 'n h w c'], gamma: Float[Array, ' c'], beta: Float[Array, ' c']
+) -> Float[Array, 'n h w c']:
     """gamma · x · n + beta + x, where n is each channel's norm over H and W, divided by the mean norm of all channels.
 
     Args:
@@ -21,7 +23,7 @@ def response_norm(x: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
     return (gamma * (wide * norms) + beta + wide).astype(x.dtype)
 
 
-def relative_norms(squares: jax.Array) -> jax.Array:
+def relative_norms(squares: Float[Array, '*batch c']) -> Float[Array, '*batch c']:
     """Each channel's norm divided by the mean norm of all channels, from the sums of squares: (..., C) → (..., C)."""
     # The derivative of the square root is infinite at 0. A channel of zeros gets a norm and a gradient of 0 instead.
     positive = squares > 0

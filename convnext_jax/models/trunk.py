@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.activation import gelu, gelu_and_response_norm
@@ -31,13 +32,13 @@ KERNEL_SIZE = 7
 class Depthwise(nnx.Module):
     """A depthwise 7×7 convolution with bias: (N, H, W, C) → (N, H, W, C) of `execution.dtype`."""
 
-    def __init__(self, channels: int, *, dilation: int, execution: Execution, key: jax.Array):
+    def __init__(self, channels: int, *, dilation: int, execution: Execution, key: Key[Array, '']):
         self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.dilation = dilation
         self.execution = execution
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
         dtype, pallas = self.execution.dtype, self.execution.pallas
         y = depthwise_conv(x.astype(dtype), self.kernel[...], dilation=self.dilation, pallas=pallas)
         return (y + self.bias).astype(dtype)
@@ -49,7 +50,7 @@ class Block(nnx.Module):
     `variant` decides whether the parts in brackets exist; `dilation` applies to the depthwise convolution.
     """
 
-    def __init__(self, channels: int, *, variant: Variant, execution: Execution, dilation: int, key: jax.Array):
+    def __init__(self, channels: int, *, variant: Variant, execution: Execution, dilation: int, key: Key[Array, '']):
         keys = jax.random.split(key, 3)
         scale = variant.layer_scale_init
         self.depthwise = Depthwise(channels, dilation=dilation, execution=execution, key=keys[0])
@@ -60,7 +61,9 @@ class Block(nnx.Module):
         self.layer_scale = nnx.Param(jnp.full(channels, scale, jnp.float32)) if scale else None
         self.execution = execution
 
-    def __call__(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, 'n h w c'], drop_rate: Float[Array, ''], keys: Key[Array, ' n'] | None
+    ) -> Float[Array, 'n h w c']:
         """The output, (N, H, W, C).
 
         Args:
@@ -71,7 +74,9 @@ class Block(nnx.Module):
         run = self._checkpoint(Block.run) if self.execution.remat == 'full' else Block.run
         return run(self, x, drop_rate, keys)
 
-    def run(self, x: jax.Array, drop_rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def run(
+        self, x: Float[Array, 'n h w c'], drop_rate: Float[Array, ''], keys: Key[Array, ' n'] | None
+    ) -> Float[Array, 'n h w c']:
         """The computation of the block, which remat='full' wraps in `jax.checkpoint`."""
         expand, contract = Block.expand, Block.contract
         if self.execution.remat == 'dots':
@@ -89,11 +94,11 @@ class Block(nnx.Module):
         # `prevent_cse`.
         return jax.checkpoint(part, policy=policy, prevent_cse=self.execution.unroll)
 
-    def expand(self, x: jax.Array) -> jax.Array:
+    def expand(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w 4*c']:
         """Norm and first linear layer without its bias: (N, H, W, C) → (N, H, W, 4C)."""
         return self.pointwise1.product(self.norm(x))
 
-    def contract(self, x: jax.Array) -> jax.Array:
+    def contract(self, x: Float[Array, 'n h w hidden']) -> Float[Array, 'n h w c']:
         """Bias, activation, second linear layer and layer scale: (N, H, W, 4C) → (N, H, W, C)."""
         bias = self.pointwise1.bias[...]
         if self.grn is None:
@@ -106,12 +111,12 @@ class Block(nnx.Module):
 class Stem(nnx.Module):
     """The patch embedding: (N, H, W, in) → (N, H // patch_size, W // patch_size, C)."""
 
-    def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: jax.Array):
+    def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: Key[Array, '']):
         channels = variant.widths[0]
         self.conv = PatchConv(in_channels, channels, variant.patch_size, dtype=execution.dtype, key=key)
         self.norm = LayerNorm(channels) if variant.stem_norm else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns c']:
         x = self.conv(x)
         return x if self.norm is None else self.norm(x)
 
@@ -122,7 +127,9 @@ class Downsample(nnx.Module):
     Before a dilated stage the convolution has stride 1 and preserves H and W.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, dilation: int, execution: Execution, key: jax.Array):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dilation: int, execution: Execution, key: Key[Array, '']
+    ):
         dtype = execution.dtype
         self.norm = LayerNorm(in_channels)
         if dilation == 1:
@@ -131,7 +138,7 @@ class Downsample(nnx.Module):
             # As in timm: the dilation of the previous stage, but at most 2.
             self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns out']:
         return self.conv(self.norm(x))
 
 
@@ -159,7 +166,7 @@ class Stage(nnx.Module):
         first_block: int,
         variant: Variant,
         execution: Execution,
-        key: jax.Array,
+        key: Key[Array, ''],
     ):
         downsample_key, blocks_key = jax.random.split(key)
         if in_channels is None:
@@ -169,7 +176,7 @@ class Stage(nnx.Module):
                 in_channels, channels, dilation=dilation, execution=execution, key=downsample_key
             )
 
-        def block(key: jax.Array) -> Block:
+        def block(key: Key[Array, '']) -> Block:
             return Block(channels, variant=variant, execution=execution, dilation=dilation, key=key)
 
         self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
@@ -178,7 +185,7 @@ class Stage(nnx.Module):
         self.execution = execution
         self.first_block = first_block
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, 'n h w in'], keys: Key[Array, ' n'] | None) -> Float[Array, 'n rows columns c']:
         """The output, (N, H', W', C), of x, (N, H, W, in); `keys` are (N,) random keys, one for each image, or None."""
         if self.downsample is not None:
             x = self.downsample(x)
@@ -213,7 +220,7 @@ class Trunk(nnx.Module):
         self,
         variant: Variant,
         *,
-        key: jax.Array,
+        key: Key[Array, ''],
         in_channels: int = 3,
         drop_path_rate: float = 0.0,
         output_stride: int | None = None,
@@ -264,7 +271,9 @@ class Trunk(nnx.Module):
         strides = (self.variant.patch_size, *self.variant.strides)
         return self._by_name(min(stride, self.output_stride) for stride in strides)
 
-    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+    def features(
+        self, images: Float[Array, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+    ) -> dict[str, Float[Array, 'n rows columns channels']]:
         """Name → feature map, (N, H // stride, W // stride, C) of `execution.dtype`: 'stem', 'stage1', …
 
         Args:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from convnext_jax.data.augment import augment, normalize, random_crop, random_erasing, random_flip
 from convnext_jax.errors import UserError
@@ -30,6 +31,15 @@ def test_normalize_values():
     np.testing.assert_allclose(out, (images / 255.0 - mean) / std, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(out[0, 0, 0], [-2.117904, -2.035714, -1.804444], rtol=1e-5)
     np.testing.assert_allclose(out[0, 0, 1], [2.248908, 2.428571, 2.64], rtol=1e-5)
+
+
+def test_a_wrong_shape_or_dtype_is_an_error_in_tests():
+    """The annotated shapes could be wrong without notice; the hook in `tests/conftest.py` checks them."""
+    for images in (jnp.zeros((5, 6, 3), jnp.uint8), jnp.zeros((2, 5, 6, 3))):
+        with pytest.raises(TypeCheckError):
+            normalize(images, (0.0,), (1.0,))
+    with pytest.raises(TypeCheckError):
+        random_flip(jnp.asarray(noise(3)), keys(2))
 
 
 def test_flip_mirrors_left_to_right_half_the_time():

@@ -103,6 +103,6 @@ def test_bad_arguments():
     """A bad value would cause an obscure error inside JAX, not one line that names it."""
     images, targets = numbered(3)
     with pytest.raises(UserError, match='batch_size=3 must be even'):
-        mix(images, targets, jax.random.key(0), mixup=0.8, cutmix=0, mode='batch')
+        mix(images, targets, jax.random.key(0), mixup=0.8, cutmix=0.0, mode='batch')
     with pytest.raises(UserError, match="mix.mode must be 'batch' or 'elem', not 'pair'"):
-        mix(*numbered(), jax.random.key(0), mixup=0.8, cutmix=0, mode='pair')
+        mix(*numbered(), jax.random.key(0), mixup=0.8, cutmix=0.0, mode='pair')

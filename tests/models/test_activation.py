@@ -35,7 +35,9 @@ def test_gelu_gradients_equal_the_closed_form():
     """Training would use wrong gradients, or end with NaN after an overflow at a large value."""
     x = np.concatenate([np.linspace(-8, 8, 401), [-1e30, -40, 40, 1e30]]).astype(np.float32)[:, None]
     bias, weights = jnp.asarray([0.25]), np.random.default_rng(0).standard_normal(x.shape)
-    dx, dbias = jax.grad(lambda x, b: (gelu(x, b) * jnp.asarray(weights, jnp.float32)).sum(), (0, 1))(x, bias)
+    dx, dbias = jax.grad(lambda x, b: (gelu(x, b) * jnp.asarray(weights, jnp.float32)).sum(), (0, 1))(
+        jnp.asarray(x), bias
+    )
     with np.errstate(over='ignore'):
         expected = exact_slope(x.astype(np.float64) + 0.25) * weights
     np.testing.assert_allclose(dx, expected, atol=2e-6)

@@ -30,15 +30,15 @@ def test_batch_norm_equals_pytorch(shift, tolerance):
     norm, mean, variance = batch_norm(24), np.zeros(24), np.ones(24)
     scale, bias = np.asarray(norm.scale[...]), np.asarray(norm.bias[...])
     for step in range(3):
-        x = random(2, 3, 5, 24, seed=10 + step, scale=3, shift=shift)
-        wide = x.astype(np.float64).reshape(-1, 24)
-        expected = (x - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5) * scale + bias
+        x = jnp.asarray(random(2, 3, 5, 24, seed=10 + step, scale=3, shift=shift))
+        wide = np.asarray(x, np.float64).reshape(-1, 24)
+        expected = (np.asarray(x) - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5) * scale + bias
         np.testing.assert_allclose(norm(x, training=True), expected, rtol=tolerance, atol=tolerance)
         mean = 0.9 * mean + 0.1 * wide.mean(0)
         variance = 0.9 * variance + 0.1 * wide.var(0, ddof=1)
         np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(norm.variance[...], variance, rtol=1e-5)
-    expected = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias
+    expected = (np.asarray(x) - mean) / np.sqrt(variance + 1e-5) * scale + bias
     np.testing.assert_allclose(norm(x, training=False), expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-5, atol=1e-6, err_msg='inference updated the running mean')
 
@@ -82,7 +82,7 @@ def test_batch_norm_gradients_equal_autodiff(shape, dtype):
 
 def test_batch_norm_over_devices_uses_the_global_batch():
     """With few images per device, the mean and variance of each device's images would be noise."""
-    x, cotangent = random(16, 3, 6, shift=2), random(16, 3, 6, seed=1)
+    x, cotangent = jnp.asarray(random(16, 3, 6, shift=2)), random(16, 3, 6, seed=1)
     norm, mesh = batch_norm(6), Mesh(np.reshape(jax.devices(), (4, 2)), ('data', 'fsdp'))
 
     def run(weights, x, cotangent):

@@ -45,7 +45,7 @@ def test_layer_norm_equals_float64(epsilon, shift, tolerance):
     wide = x.astype(np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + epsilon)
     expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
-    np.testing.assert_allclose(norm(x), expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_layer_norm_epsilon_is_used():
@@ -105,12 +105,12 @@ def test_grn_equals_float64():
     x = random(2, 4, 3, 8) * np.asarray([1.0, 50.0], np.float32)[:, None, None, None]
     x[..., 2] = 0
     layer = grn(8)
-    np.testing.assert_allclose(layer(x), grn_in_numpy(layer, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), grn_in_numpy(layer, x), rtol=1e-5, atol=1e-5)
 
 
 def test_new_grn_is_the_identity():
     """Gamma and beta start at zero, as in the paper: other values would change the start of training."""
-    x = random(2, 3, 3, 4)
+    x = jnp.asarray(random(2, 3, 3, 4))
     np.testing.assert_array_equal(GRN(4)(x), x)
 
 
@@ -222,7 +222,7 @@ def test_patch_conv_equals_the_convolution(height, width, size):
 
 def test_linear_equals_numpy_and_computes_in_its_dtype():
     """A linear layer that ignored its dtype would run at half the speed of the accelerator."""
-    x, linear = random(5, 7), Linear(7, 3, key=jax.random.key(0))
+    x, linear = jnp.asarray(random(5, 7)), Linear(7, 3, key=jax.random.key(0))
     linear.bias[...] = random(3, seed=2)
     np.testing.assert_allclose(
         linear(x), x @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...]), rtol=1e-5, atol=1e-5
