@@ -148,7 +148,7 @@ def test_arguments_equal_timm(level, increasing):
 
 def test_operations_are_uniform_and_magnitudes_follow_the_policy():
     """No metric would show an operation that is never used, or always."""
-    policy = RandAugment(magnitude=9, magnitude_std=0.5, probability=0.5, increasing=True)
+    policy = RandAugment(magnitude=9.0, magnitude_std=0.5, probability=0.5, increasing=True)
     from convnext_jax.data.randaugment import _draw
 
     operation, argument = jax.jit(jax.vmap(lambda key: _draw(key, policy)))(jax.random.split(jax.random.key(0), 30000))
@@ -175,8 +175,8 @@ def test_the_draw_of_an_image_depends_on_its_key_only(photos):
 def test_parse_randaugment():
     """The policy of the published recipe would be read wrongly."""
     policy = parse_randaugment('rand-m9-mstd0.5-inc1')
-    assert policy == RandAugment(magnitude=9, magnitude_std=0.5, layers=2, probability=0.5, increasing=True)
-    assert parse_randaugment('rand-m5-n3-p1') == RandAugment(magnitude=5, layers=3, probability=1)
+    assert policy == RandAugment(magnitude=9.0, magnitude_std=0.5, layers=2, probability=0.5, increasing=True)
+    assert parse_randaugment('rand-m5-n3-p1') == RandAugment(magnitude=5.0, layers=3, probability=1.0)
 
 
 @pytest.mark.parametrize(
