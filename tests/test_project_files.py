@@ -1,0 +1,61 @@
+"""The files that tools and services read: what is malformed there fails in silence, on other machines."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import convnext_jax
+
+ROOT = Path(__file__).parent.parent
+YAML_FILES = sorted(
+    [*ROOT.glob('.github/**/*.yml'), ROOT / '.pre-commit-config.yaml', ROOT / 'CITATION.cff', ROOT / 'launch/gke.yaml'],
+)
+
+
+def load(name):
+    return yaml.safe_load((ROOT / name).read_text(encoding='utf-8'))
+
+
+@pytest.mark.parametrize('path', YAML_FILES, ids=lambda path: path.name)
+def test_yaml_is_well_formed(path):
+    assert isinstance(yaml.safe_load(path.read_text(encoding='utf-8')), dict)
+
+
+def test_the_version_is_the_same_everywhere():
+    """Whoever cites or reports a version would name another one."""
+    assert load('CITATION.cff')['version'] == convnext_jax.__version__
+    changes = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    assert re.findall(r'^## (\d\S*)', changes, re.MULTILINE)[0] == convnext_jax.__version__
+
+
+def test_workflows_and_hooks_run_targets_and_tools_that_exist():
+    """A renamed target of the Makefile would break every check of a pull request."""
+    targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
+    jobs = [job for name in ('quick', 'full') for job in load(f'.github/workflows/{name}.yml')['jobs'].values()]
+    commands = [step['run'] for job in jobs for step in job['steps'] if 'run' in step]
+    made = {command.split()[1] for command in commands if command.startswith('make ')}
+    assert made == {'check', 'lint', 'test', 'test-judges'}
+    assert made <= targets
+    tools = {Path(hook['entry'].split()[0]).name for hook in load('.pre-commit-config.yaml')['repos'][0]['hooks']}
+    assert tools == {'ruff', 'mypy'}
+
+
+def test_every_requirement_has_a_lower_bound_that_can_be_installed_exactly():
+    """The workflow turns >= into ==: a bound without an own release would not be tested."""
+    lines = [line.split('#')[0].strip() for line in (ROOT / 'requirements.txt').read_text().splitlines()]
+    odd = [line for line in lines if line and not re.fullmatch(r'[\w.-]+(\[\w+\])?>=\d[\d.]*(; .*)?', line)]
+    assert odd == []
+
+
+def test_the_python_versions_agree():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    oldest = project['requires-python'].removeprefix('>=')
+    named = [c.rpartition(' ')[2] for c in project['classifiers'] if re.search(r':: 3\.\d+$', c)]
+    tested = {
+        row['python'] for row in load('.github/workflows/full.yml')['jobs']['test']['strategy']['matrix']['include']
+    }
+    assert named[0] == oldest
+    assert tested == {named[0], named[-1]}
