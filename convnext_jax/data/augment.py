@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, Num, UInt8
 
 from convnext_jax.data.color import jitter_colors, three_augment
 from convnext_jax.data.randaugment import parse_randaugment, rand_augment
@@ -65,7 +65,7 @@ def augment(
     return images
 
 
-def normalize(images: UInt8[Array, 'n h w c'], mean: Sequence[float], std: Sequence[float]) -> Float[Array, 'n h w c']:
+def normalize(images: Num[Array, 'n h w c'], mean: Sequence[float], std: Sequence[float]) -> Float[Array, 'n h w c']:
     """(images / 255 − mean) / std, with the mean and std of each channel: (N, H, W, C) uint8 → float32."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 

@@ -17,6 +17,7 @@ from convnext_jax.errors import first_line
 from convnext_jax.output import say
 
 FAILURE = 'convnext_jax/failure'
+"""Key of the first failure: process, text and status as JSON, or null once all processes have finished."""
 HEARTBEAT = 'convnext_jax/heartbeat'
 SHUTDOWN_SECONDS = 5
 """After a failure, the processes wait this long for each other before they exit, so that all can read the failure: the
@@ -36,13 +37,14 @@ class Watchdog:
         self._process, self._processes = jax.process_index(), jax.process_count()
         self._exiting = threading.Lock()
         self._finished = False
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
     def _watch(self) -> None:
         for beat in range(2**62):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # timeout: no process has failed
-                failure = self._client.blocking_key_value_get(FAILURE, 250 * self._timeout)
-                return self._exit_after_failure(json.loads(failure))
+                failure = json.loads(self._client.blocking_key_value_get(FAILURE, 250 * self._timeout))
+                return self._exit_after_failure(failure) if failure else None
             if self._finished:
                 return None
             try:
@@ -83,8 +85,8 @@ class Watchdog:
         """
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(self._timeout + 1)  # if a collective failed because another process did, the thread reports that
-        say(text, error=True)
         with self._exiting:
+            say(text, error=True)
             failure = {
                 'process': self._process,
                 'text': text.splitlines()[-1].removeprefix('error: '),
@@ -108,6 +110,9 @@ class Watchdog:
         except jax.errors.JaxRuntimeError as error:
             self.fail(error, f'error: not all processes have finished: {first_line(error)}', 1)
         self._finished = True
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has set it
+            self._client.key_value_set(FAILURE, json.dumps(None))  # wakes the threads
+        self._thread.join(SHUTDOWN_SECONDS)  # Python aborts if a thread returns from JAX while the interpreter exits
         jax.distributed.shutdown()
 
 
