@@ -24,6 +24,7 @@ from convnext_jax.models.layers import (
     drop_path,
     normal,
 )
+from convnext_jax.models.masked import Visible, masked_gelu_and_response_norm
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
@@ -62,20 +63,29 @@ class Block(nnx.Module):
         self.execution = execution
 
     def __call__(
-        self, x: Float[Array, 'n h w c'], drop_rate: Float[Array, ''], keys: Key[Array, ' n'] | None
+        self,
+        x: Float[Array, 'n h w c'],
+        drop_rate: Float[Array, ''],
+        keys: Key[Array, ' n'] | None,
+        visible: Visible | None = None,
     ) -> Float[Array, 'n h w c']:
         """The output, (N, H, W, C).
 
         Args:
-            x: (N, H, W, C) float.
+            x: (N, H, W, C) float; with `visible`, 0 at the invisible positions.
             drop_rate: probability in [0, 1) with which an image's branch is dropped.
             keys: (N,) random keys, one for each image, or None to drop nothing.
+            visible: the visible patches; the output is 0 at the other positions. None for all.
         """
         run = self._checkpoint(Block.run) if self.execution.remat == 'full' else Block.run
-        return run(self, x, drop_rate, keys)
+        return run(self, x, drop_rate, keys, visible)
 
     def run(
-        self, x: Float[Array, 'n h w c'], drop_rate: Float[Array, ''], keys: Key[Array, ' n'] | None
+        self,
+        x: Float[Array, 'n h w c'],
+        drop_rate: Float[Array, ''],
+        keys: Key[Array, ' n'] | None,
+        visible: Visible | None = None,
     ) -> Float[Array, 'n h w c']:
         """The computation of the block, which remat='full' wraps in `jax.checkpoint`."""
         expand, contract = Block.expand, Block.contract
@@ -84,7 +94,9 @@ class Block(nnx.Module):
             # next matrix product. The backward pass recomputes the operations in between; it does not need the result.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
             expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
-        branch = contract(self, expand(self, self.depthwise(x)))
+        branch = contract(self, expand(self, self.depthwise(x)), visible)
+        if visible is not None:
+            branch = visible.keep(branch)
         if keys is not None:
             branch = drop_path(branch, drop_rate, keys)
         return x + branch
@@ -98,13 +110,15 @@ class Block(nnx.Module):
         """Norm and first linear layer without its bias: (N, H, W, C) → (N, H, W, 4C)."""
         return self.pointwise1.product(self.norm(x))
 
-    def contract(self, x: Float[Array, 'n h w hidden']) -> Float[Array, 'n h w c']:
+    def contract(self, x: Float[Array, 'n h w hidden'], visible: Visible | None = None) -> Float[Array, 'n h w c']:
         """Bias, activation, second linear layer and layer scale: (N, H, W, 4C) → (N, H, W, C)."""
         bias = self.pointwise1.bias[...]
         if self.grn is None:
             x = gelu(x, bias)
-        else:
+        elif visible is None:
             x = gelu_and_response_norm(x, bias, self.grn.gamma[...], self.grn.beta[...])
+        else:
+            x = masked_gelu_and_response_norm(x, bias, self.grn.gamma[...], self.grn.beta[...], visible)
         return self.pointwise2(x, scale=None if self.layer_scale is None else self.layer_scale[...])
 
 
@@ -185,15 +199,25 @@ class Stage(nnx.Module):
         self.execution = execution
         self.first_block = first_block
 
-    def __call__(self, x: Float[Array, 'n h w in'], keys: Key[Array, ' n'] | None) -> Float[Array, 'n rows columns c']:
-        """The output, (N, H', W', C), of x, (N, H, W, in); `keys` are (N,) random keys, one for each image, or None."""
+    def __call__(
+        self, x: Float[Array, 'n h w in'], keys: Key[Array, ' n'] | None, visible: Visible | None = None
+    ) -> Float[Array, 'n rows columns c']:
+        """The output, (N, H', W', C).
+
+        Args:
+            x: (N, H, W, in) float; with `visible`, 0 at the invisible positions.
+            keys: (N,) random keys, one for each image, or None.
+            visible: the visible patches; the output is 0 at the other positions. None for all.
+        """
         if self.downsample is not None:
             x = self.downsample(x)
+            if visible is not None:
+                x = visible.keep(x)
 
         def run(x, scanned):
             block, drop_rate, index = scanned
             block_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            return block(x, drop_rate, block_keys), None
+            return block(x, drop_rate, block_keys, visible), None
 
         indices = self.first_block + jnp.arange(len(self.drop_rates))
         scanned = (self.blocks, jnp.asarray(self.drop_rates, jnp.float32), indices)
@@ -272,7 +296,11 @@ class Trunk(nnx.Module):
         return self._by_name(min(stride, self.output_stride) for stride in strides)
 
     def features(
-        self, images: Float[Array, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self,
+        images: Float[Array, 'n h w c'],
+        *,
+        key: Key[Array, '*n'] | None = None,
+        visible: Visible | None = None,
     ) -> dict[str, Float[Array, 'n rows columns channels']]:
         """Name → feature map, (N, H // stride, W // stride, C) of `execution.dtype`: 'stem', 'stage1', …
 
@@ -280,21 +308,27 @@ class Trunk(nnx.Module):
             images: (N, H, W, in_channels) float, normalised.
             key: in training, one random key, or (N,) keys, one for each image; the blocks that are dropped for an image
                 depend on its key only. None for inference, which drops nothing.
+            visible: the visible patches; the maps are 0 at the other patches, whose pixels have no effect. None for all.
 
         Raises:
             UserError: the images have another rank or number of channels, or a side below the largest stride; `key` is
-                not a key from `jax.random.key`, or its shape is neither () nor (N,).
+                not a key from `jax.random.key`, or its shape is neither () nor (N,); a side of the patches is not a
+                multiple of the total stride, or stages are dilated.
         """
         self._check(images)
+        if visible is not None:
+            self._check_patches(images, visible)
+            images = visible.keep(images)
         if key is not None:
             check_key(key, ((), images.shape[:1]))
         if self.drop_path_rate == 0:
             key = None
         if key is not None and key.ndim == 0:
             key = jax.random.split(key, images.shape[0])
-        maps = [self.stem(images)]
+        stem = self.stem(images)
+        maps = [stem if visible is None else visible.keep(stem)]
         for stage in self.stages:
-            maps.append(stage(maps[-1], key))
+            maps.append(stage(maps[-1], key, visible))
         return self._by_name(maps)
 
     @staticmethod
@@ -310,6 +344,17 @@ class Trunk(nnx.Module):
                 f'images of {height}×{width} pixels are smaller than the total stride of {self.output_stride}: '
                 'enlarge them, or set a smaller patch_size'
             )
+
+    def _check_patches(self, images: jax.Array, visible: Visible) -> None:
+        (height, width), (rows, columns) = images.shape[1:3], visible.patches.shape[1:]
+        stride = self.variant.total_stride
+        if height % (rows * stride) or width % (columns * stride):
+            raise UserError(
+                f'{rows}×{columns} patches of images of {height}×{width}: a side of a patch must be a multiple of the '
+                f'total stride of {stride}'
+            )
+        if self.output_stride != stride:
+            raise UserError(f'a trunk of output_stride={self.output_stride} is dilated and cannot see patches alone')
 
 
 def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:

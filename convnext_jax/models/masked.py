@@ -1,0 +1,82 @@
+"""What an encoder sees of masked images: some patches, and nothing of the others.
+
+A convolution that reads zeros at invisible positions, and whose results there are dropped, gives the visible positions
+what a sparse convolution gives them: no sparse kernels are needed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from convnext_jax.models.activation import gelu
+from convnext_jax.models.activation_gpu import response_weights
+from convnext_jax.models.normal import widened
+
+GRN_STATISTICS = ('image', 'batch')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """The visible patches of the images of a batch.
+
+    Attributes:
+        patches: (N, rows, columns) bool, True where a patch is visible.
+        statistics: what the norms of GRN are taken over: the visible positions of each 'image', or of the whole
+            'batch', on all devices.
+    """
+
+    patches: jax.Array
+    statistics: str = dataclasses.field(default='image', metadata={'static': True})
+
+    def positions(self, x: jax.Array) -> jax.Array:
+        """Whether each position of x is visible: (N, H, W, C) → (N, H, W, 1) bool.
+
+        H and W are multiples of the rows and the columns.
+        """
+        height, width = (side // patches for side, patches in zip(x.shape[1:3], self.patches.shape[1:], strict=True))
+        return jnp.repeat(jnp.repeat(self.patches, height, axis=1), width, axis=2)[..., None]
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        """Sets x to 0 at the positions that are not visible, whatever it holds there: (N, H, W, C) → (N, H, W, C)."""
+        return jnp.where(self.positions(x), x, 0)
+
+
+def draw_patches(keys: jax.Array, rows: int, columns: int, visible: int) -> jax.Array:
+    """Draws which patches of each image are visible: exactly `visible` of them, from the image's key alone.
+
+    Args:
+        keys: (N,), one for each image.
+        rows, columns: of the patches.
+        visible: how many of an image are visible.
+
+    Returns:
+        (N, rows, columns) bool.
+    """
+    scores = jax.vmap(lambda key: jax.random.uniform(key, (rows * columns,)))(keys)
+    ranks = scores.argsort(-1).argsort(-1)
+    return (ranks < visible).reshape(-1, rows, columns)
+
+
+def masked_gelu_and_response_norm(
+    x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, visible: Visible
+) -> jax.Array:
+    """`activation.gelu_and_response_norm` with norms over the visible positions alone.
+
+    Args:
+        x: (N, H, W, C).
+        bias, gamma, beta: (C,) float32.
+        visible: patches of x.
+
+    Returns:
+        (N, H, W, C) of x's dtype; without meaning at invisible positions.
+    """
+    y = widened(visible.keep(gelu(x, bias)))
+    if visible.statistics == 'image':
+        squares = jnp.square(y).sum((1, 2), keepdims=True)
+    else:
+        squares = jnp.square(y).sum((0, 1, 2), keepdims=True)
+        if axes := jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map` a device has its images alone
+            squares = jax.lax.psum(squares, axes)
+    return (gamma * (y * response_weights(squares)) + beta + y).astype(x.dtype)
