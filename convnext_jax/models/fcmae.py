@@ -1,0 +1,136 @@
+"""The fully convolutional masked autoencoder of ConvNeXt V2's pre-training (arXiv:2301.00808, section 3)."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from convnext_jax.errors import UserError
+from convnext_jax.models.execution import Execution
+from convnext_jax.models.layers import Linear
+from convnext_jax.models.masked import Visible
+from convnext_jax.models.parameters import Weights
+from convnext_jax.models.trunk import Block, Trunk
+from convnext_jax.models.variants import Variant
+
+DECODER_WIDTH = 512
+DECODER = 'decoder.'
+"""How the names of the decoder's parameters begin; the encoder's have the names that they have in a classifier."""
+PATCH = 32
+"""Side of the patches that the decoder predicts, in pixels: one for each position of the encoder's last map."""
+
+
+class Decoder(nnx.Module):
+    """Predicts the pixels of all patches from the encoder's map: a V2 block between two linear layers.
+
+    Attributes:
+        project, mask_token, block, predict: the parts; the token stands at the positions that the encoder did not see.
+    """
+
+    def __init__(self, width: int, channels: int, *, execution: Execution, key: jax.Array):
+        project_key, token_key, block_key, predict_key = jax.random.split(key, 4)
+        dtype, variant = execution.dtype, Variant((1,), (DECODER_WIDTH,), grn=True, layer_scale_init=0)
+        self.project = Linear(width, DECODER_WIDTH, dtype=dtype, key=project_key)
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(token_key, (DECODER_WIDTH,)))
+        self.block = Block(DECODER_WIDTH, variant=variant, execution=execution, dilation=1, key=block_key)
+        self.predict = Linear(DECODER_WIDTH, PATCH**2 * channels, dtype=dtype, key=predict_key)
+
+    def __call__(self, x: jax.Array, visible: Visible) -> jax.Array:
+        """(N, rows, columns, width) → (N, rows, columns, PATCH² · channels) float32."""
+        x = self.project(x)
+        token = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), x.shape)
+        x = jnp.where(visible.positions(x), x, token)
+        return self.predict(self.block(x, jnp.float32(0), None)).astype(jnp.float32)
+
+
+class MaskedAutoencoder(Trunk):
+    """A trunk that encodes the visible patches of images, and a decoder that predicts the others.
+
+    Args:
+        variant: of the encoder.
+        key: random key of the initialisation.
+        in_channels, drop_path_rate, execution: of the encoder, as `Trunk`.
+
+    Raises:
+        UserError: the total stride of the encoder is not `PATCH`, or as `Trunk`.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        key: jax.Array,
+        in_channels: int = 3,
+        drop_path_rate: float = 0.0,
+        execution: Execution = Execution(),
+    ):
+        if variant.total_stride != PATCH:
+            raise UserError(f'FCMAE needs a backbone with a total stride of {PATCH}, not {variant.total_stride}')
+        trunk_key, decoder_key = jax.random.split(key)
+        super().__init__(
+            variant, key=trunk_key, in_channels=in_channels, drop_path_rate=drop_path_rate, execution=execution
+        )
+        self.decoder = Decoder(variant.widths[-1], in_channels, execution=execution, key=decoder_key)
+
+    def __call__(self, images: jax.Array, visible: Visible, *, key: jax.Array | None = None) -> jax.Array:
+        """Predicts the normalised pixels of all patches, in the order of `patches_of`.
+
+        Args:
+            images: (N, H, W, in_channels) float, normalised; H and W are multiples of `PATCH`.
+            visible: the patches that the encoder sees.
+            key: as `features`.
+
+        Returns:
+            (N, H / PATCH, W / PATCH, PATCH² · in_channels) float32.
+
+        Raises:
+            UserError: as `features`.
+        """
+        last = list(self.features(images, key=key, visible=visible).values())[-1]
+        return self.decoder(last, visible)
+
+
+def patches_of(images: jax.Array) -> jax.Array:
+    """The pixels of each patch, row by row: (N, H, W, C) → (N, H / PATCH, W / PATCH, PATCH² · C)."""
+    return rearrange(images, 'n (rows p) (columns q) c -> n rows columns (p q c)', p=PATCH, q=PATCH)
+
+
+def images_of(patches: jax.Array) -> jax.Array:
+    """The inverse of `patches_of`."""
+    return rearrange(patches, 'n rows columns (p q c) -> n (rows p) (columns q) c', p=PATCH, q=PATCH)
+
+
+def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of each patch's pixels, by which targets are normalised: (…, P) → two of (…, 1)."""
+    variance = patches.var(-1, ddof=1, keepdims=True)  # unbiased, as `torch.var` in the original
+    return patches.mean(-1, keepdims=True), jnp.sqrt(variance + 1e-6)
+
+
+def patch_errors(predicted: jax.Array, images: jax.Array) -> jax.Array:
+    """The mean squared error of the normalised pixels of each patch.
+
+    Args:
+        predicted: (N, rows, columns, P), as `MaskedAutoencoder` gives it.
+        images: (N, H, W, C).
+
+    Returns:
+        (N, rows, columns) float32.
+    """
+    patches = patches_of(images)
+    mean, std = patch_statistics(patches)
+    return jnp.square(predicted - (patches - mean) / std).mean(-1)
+
+
+def reconstruct(predicted: jax.Array, images: jax.Array, visible: Visible) -> jax.Array:
+    """The images with the predicted pixels in the patches that were not visible: (N, H, W, C) → (N, H, W, C).
+
+    A prediction is of normalised pixels: it takes mean and standard deviation of the patch from the image.
+    """
+    mean, std = patch_statistics(patches_of(images))
+    return jnp.where(visible.positions(images), images, images_of(predicted * std + mean))
+
+
+def split_decoder(weights: Weights) -> tuple[Weights, Weights]:
+    """The weights of an encoder, and those of the decoder that goes with it; the latter are {} of other networks."""
+    decoder = {name: x for name, x in weights.items() if name.startswith(DECODER)}
+    return {name: x for name, x in weights.items() if name not in decoder}, decoder
