@@ -2,7 +2,8 @@
 
     python -m tests.test_configs    # rewrites tests/golden/
 
-tests/golden/default.json has all fields. The other files have, for each variant, the fields that differ.
+tests/golden/default.json has all fields, and default_TASK.json those of another task. The other files have, for each
+variant, the fields that differ.
 """
 
 import importlib
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from configs import finetune, imagenet22k, isotropic, v2_finetune
+from configs import fcmae, finetune, imagenet22k, isotropic, v2_finetune
 from convnext_jax.config import as_dict, changed_fields, check_values, default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, list_models
-from convnext_jax.tasks import abstract_model
+from convnext_jax.tasks import abstract_model, make_task
 
 GOLDEN = Path(__file__).parent / 'golden'
 VARIANTS = {
@@ -26,7 +27,9 @@ VARIANTS = {
     'imagenet22k': list(imagenet22k.DROP_PATH_RATES),
     'finetune': finetune.VARIANTS,
     'v2_finetune': list(v2_finetune.RECIPES),
+    'fcmae': list(fcmae.VARIANTS),
 }
+DEFAULTS = {'default': 'classification', 'default_fcmae': 'fcmae'}
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 
 
@@ -36,7 +39,7 @@ def build(family, variant):
 
 
 def differences(config):
-    changed = changed_fields(as_dict(default_config()), as_dict(config))
+    changed = changed_fields(as_dict(default_config(config.task)), as_dict(config))
     return {field: new for field, (_, new) in changed.items()}
 
 
@@ -44,9 +47,10 @@ def golden(name):
     return json.loads((GOLDEN / f'{name}.json').read_text())
 
 
-def test_defaults_equal_the_golden_file():
+@pytest.mark.parametrize(('name', 'task'), DEFAULTS.items())
+def test_defaults_equal_the_golden_file(name, task):
     """A default changes by accident, and with it every recipe."""
-    assert as_dict(default_config()) == golden('default')
+    assert as_dict(default_config(task)) == golden(name)
 
 
 @pytest.mark.parametrize('family', VARIANTS)
@@ -61,8 +65,8 @@ def test_recipes_pass_the_checks_of_a_run(family, variant):
     """A typo in a recipe is found only after the data has been prepared."""
     config = build(family, variant)
     check_values(config)
-    config.model.num_classes = config.model.num_classes or 1000
-    assert 'head.kernel' in get_parameters(abstract_model(config))
+    make_task(config).assume_data()
+    assert 'stem.conv.kernel' in get_parameters(abstract_model(config))
     assert config.optimizer.warmup_epochs < config.epochs
 
 
@@ -78,6 +82,7 @@ def test_recipes_pass_the_checks_of_a_run(family, variant):
         (1024, 5e-3, 'v2_finetune', 'huge'),
         (4096, 4e-3, 'v2_finetune', 'nano_22k'),
         (512, 5e-5, 'v2_finetune', 'huge_22k_1k_512'),
+        (4096, 2.4e-3, 'fcmae', 'huge'),
     ],
 )
 def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, family, variant):
@@ -87,7 +92,7 @@ def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, fami
     assert config.optimizer.learning_rate * batch_size / 256 == pytest.approx(learning_rate)
 
 
-@pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune'])
+@pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune', 'fcmae'])
 def test_an_unknown_variant_is_refused_with_the_known_ones(family):
     """The user sees a traceback for a mistyped variant."""
     with pytest.raises(UserError, match=f"configs/{family}.py has no variant 'medium'; choose one of .*, "):
@@ -97,7 +102,8 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(family):
 def main():
     GOLDEN.mkdir(exist_ok=True)
     families = {family: {str(v): differences(build(family, v)) for v in names} for family, names in VARIANTS.items()}
-    for name, content in ({'default': as_dict(default_config())} | families).items():
+    defaults = {name: as_dict(default_config(task)) for name, task in DEFAULTS.items()}
+    for name, content in (defaults | families).items():
         (GOLDEN / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
 
 

@@ -308,7 +308,8 @@ class Trunk(nnx.Module):
             images: (N, H, W, in_channels) float, normalised.
             key: in training, one random key, or (N,) keys, one for each image; the blocks that are dropped for an image
                 depend on its key only. None for inference, which drops nothing.
-            visible: the visible patches; the maps are 0 at the other patches, whose pixels have no effect. None for all.
+            visible: the visible patches; the maps are 0 at the other patches, whose pixels have no effect. None for
+                all.
 
         Raises:
             UserError: the images have another rank or number of channels, or a side below the largest stride; `key` is

@@ -22,7 +22,10 @@ __all__ = [
     'task_class',
 ]
 
-TASKS = {'classification': 'convnext_jax.tasks.classification:Classification'}
+TASKS = {
+    'classification': 'convnext_jax.tasks.classification:Classification',
+    'fcmae': 'convnext_jax.tasks.fcmae:FCMAE',
+}
 """Name → module and class, which are imported on first use."""
 
 

@@ -99,12 +99,14 @@ class Headline(NamedTuple):
         title: for people, such as 'top-1'.
         unit: appended to the value, such as ' %' or ''.
         lowest: whether lower values are better, as for a loss.
+        digits: number of decimal places of the value as text.
     """
 
     name: str
     title: str
     unit: str = ''
     lowest: bool = False
+    digits: int = 2
 
     def describe(self, metrics: Mapping[str, float | None]) -> str:
         """The value of the metric as text, for the raw weights and, if there is one, for the moving average.
@@ -114,7 +116,7 @@ class Headline(NamedTuple):
         """
 
         def value(name: str) -> str:
-            return 'not finite' if metrics[name] is None else f'{metrics[name]:.2f}{self.unit}'
+            return 'not finite' if metrics[name] is None else f'{metrics[name]:.{self.digits}f}{self.unit}'
 
         average = f'ema_{self.name}'
         return f'{self.title} {value(self.name)}' + (f', EMA {value(average)}' if average in metrics else '')

@@ -1,0 +1,103 @@
+"""Images without labels as data sets: a folder of images, or a labelled source whose labels are left out."""
+
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convnext_jax.data.dataset import Dataset, Features
+from convnext_jax.data.dataset import Example as Arrays
+from convnext_jax.data.image_files import describe_left_out, find_images
+from convnext_jax.data.labelled_images import EvalImages, TrainImages
+from convnext_jax.data.sources import Example, Part, Source, open_source
+from convnext_jax.errors import UserError
+from convnext_jax.paths import local_path
+
+ALL = 'images'
+"""The split of all images below `data.dir`, for a folder that has no folders for splits."""
+
+
+def open_images(name: str, directory: str, split: str) -> Source:
+    """Opens one split; of a 'folder' all images below it, whether in folders or not.
+
+    Args:
+        name, directory: as `open_source`.
+        split: as `open_source`; of a 'folder' also 'images', or a part such as 'images[:95%]'.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    if name != 'folder':
+        return open_source(name, directory, split)
+    whole, bracket, _ = split.partition('[')
+    source = UnlabelledFolder(local_path(directory), whole)
+    return Part(source, split) if bracket else source
+
+
+class UnlabelledFolder:
+    """All images below `directory/split`, at any depth; 'images' is `directory` itself, if it has no such folder.
+
+    `find_images` says what counts as an image; a warning counts what is left out.
+    """
+
+    class_names = ()
+    many_labels = False
+    judged = None
+
+    def __init__(self, directory: Path, split: str):
+        root = directory if split == ALL and not (directory / ALL).is_dir() else directory / split
+        if not root.is_dir():
+            raise UserError(
+                f'{root} is not a folder: data.dir holds a folder for each split. For images without such folders give '
+                f'--config.data.train_split={ALL}[:95%] --config.data.eval_split={ALL}[95%:]'
+            )
+        found = find_images(root)
+        left_out = describe_left_out(found.left_out) if found.left_out else ''
+        if not found.paths:
+            raise UserError(f'{root} holds no images' + (f'; {left_out}' if left_out else ''))
+        if left_out:
+            warnings.warn(f'{root}: {left_out}', stacklevel=3)
+        self.files = found.paths
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def __getitem__(self, index: int) -> Example:
+        path = self.files[index]
+        try:
+            return Example(Path(path).read_bytes(), (), path)
+        except OSError as error:
+            raise UserError(f'{path} cannot be read: {error.strerror}') from error
+
+
+class UnlabelledImages(Dataset):
+    """The images of a data set without their labels.
+
+    Args:
+        images: decodes them.
+        numbered: whether an example also has its number in the data set, `index` () int32.
+    """
+
+    def __init__(self, images: TrainImages | EvalImages, *, numbered: bool = False):
+        self._images, self._numbered = images, numbered
+        self.features: Features = {'image': images.features['image']}
+        if numbered:
+            self.features['index'] = jax.ShapeDtypeStruct((), np.int32)
+        self.random = images.random
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int, draw: tuple[int, ...] = ()) -> Arrays:
+        example: Arrays = {'image': self._images.load(index, draw)['image']}
+        return example | ({'index': np.int32(index)} if self._numbered else {})
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)
+
+    def check(self, index: int) -> None:
+        self._images.check(index)

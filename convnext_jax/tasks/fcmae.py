@@ -1,0 +1,254 @@
+"""FCMAE, the pre-training of ConvNeXt V2 (arXiv:2301.00808): predicts the masked patches of images without labels."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from ml_collections import ConfigDict
+
+from convnext_jax.data.augment import normalize, random_flip
+from convnext_jax.data.dataset import Features
+from convnext_jax.data.labelled_images import EvalImages, TrainImages
+from convnext_jax.data.unlabelled_images import UnlabelledImages, open_images
+from convnext_jax.fields import Fields
+from convnext_jax.models import (
+    Execution,
+    Variant,
+    Weights,
+    get_parameters,
+    get_variant,
+    parameter_roles,
+    with_parameters,
+)
+from convnext_jax.models.fcmae import PATCH, MaskedAutoencoder, patch_errors, reconstruct, split_decoder
+from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
+from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
+
+EVALUATION_SEED = 0
+"""Of the masks in evaluations: the same in all runs, so that their losses can be compared."""
+GREY = 0.5
+"""What stands for a masked patch in pictures, of pixels in [0, 1]."""
+
+
+def _defaults(config: ConfigDict) -> None:
+    config.data.crop_scale = (0.2, 1.0)  # share of the area in the random resized crop; (): the whole image
+    config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
+    config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
+    config.augment = ConfigDict()
+    config.augment.flip = True
+
+    config.fcmae = ConfigDict()
+    config.fcmae.mask_ratio = 0.6  # share of the patches that are masked
+    config.fcmae.mask_patch = 32  # side of a masked patch in pixels, a multiple of 32
+    # GRN's norms in the encoder: over the visible positions of each 'image', as in the JAX code that trained the
+    # published weights, or of the whole 'batch', as in the published PyTorch code.
+    config.fcmae.grn = 'image'
+    # Standard deviation of the first kernels: 0.02 in the original's encoder. Its pre-training code draws most kernels
+    # again and leaves the value out there, which makes it 1.
+    config.fcmae.init_std = 0.02
+
+
+class FCMAE(Task):
+    """The encoder sees some patches of an image, and a decoder predicts the pixels of the others.
+
+    A batch holds `image` (N, H, W, C) uint8, in evaluation also `index` (N,) int32; augmented, `image` is float and
+    normalised.
+    """
+
+    headline = Headline('loss', 'loss on masked patches', lowest=True, digits=4)
+    fields = Fields(
+        _defaults,
+        positive=('data.crop_pct', 'fcmae.init_std'),
+        at_most_one=('data.crop_pct',),
+        choices={'fcmae.grn': GRN_STATISTICS},
+        fixed=('augment', 'fcmae'),
+        free=('data.crop_pct',),
+        evaluation=('data.crop_pct', 'fcmae.mask_ratio', 'fcmae.mask_patch'),
+    )
+
+    def problems(self) -> list[str]:
+        size, name, fcmae = self.config.data.image_size, self.config.model.name, self.config.fcmae
+        lines, stride = [], self.variant().total_stride
+        if stride != PATCH:
+            lines.append(f'FCMAE needs a backbone with a total stride of {PATCH}, and that of {name} is {stride}')
+        if not 0 < fcmae.mask_ratio < 1:
+            lines.append(f'fcmae.mask_ratio must be between 0 and 1, not {fcmae.mask_ratio}')
+        if fcmae.mask_patch < 1 or fcmae.mask_patch % PATCH or size % fcmae.mask_patch:
+            lines.append(
+                f'fcmae.mask_patch={fcmae.mask_patch} must be a multiple of {PATCH} that divides data.image_size={size}'
+            )
+        if not lines and not 0 < self._visible_patches < self._side**2:
+            lines.append(
+                f'fcmae.mask_ratio={fcmae.mask_ratio} of {self._side**2} patches leaves {self._visible_patches} '
+                'visible: take larger images or another ratio'
+            )
+        if fcmae.grn == 'batch' and self.config.accumulation_steps > 1:
+            lines.append("fcmae.grn='batch' needs accumulation_steps=1: the norms are over the images computed at once")
+        return lines
+
+    @property
+    def _side(self) -> int:
+        """Patches along a side of an image."""
+        return self.config.data.image_size // self.config.fcmae.mask_patch
+
+    @property
+    def _visible_patches(self) -> int:
+        """Of an image; rounded first, because 10 · (1 − 0.9) is a little less than 1."""
+        return int(round(self._side**2 * (1 - self.config.fcmae.mask_ratio), 9))
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.config.data.mean)
+
+    @property
+    def features(self) -> Features:
+        size = self.config.data.image_size
+        return {'image': jax.ShapeDtypeStruct((size, size, self.channels), jnp.uint8)}
+
+    def open(self) -> tuple[UnlabelledImages, UnlabelledImages]:
+        """Opens both splits, with or without labels.
+
+        Raises:
+            UserError: as `open_images`.
+        """
+        data = self.config.data
+        source = open_images(data.name, data.dir, data.train_split)
+        train = TrainImages(source, data.image_size, self.channels, crop_scale=data.crop_scale, exact=data.exact)
+        return UnlabelledImages(train), self.open_split(data.name, data.eval_split, {})
+
+    def open_split(self, name: str, split: str, facts: Mapping[str, Any]) -> UnlabelledImages:
+        data = self.config.data
+        source = open_images(name, data.dir, split)
+        images = EvalImages(source, data.image_size, self.channels, crop_pct=data.crop_pct)
+        return UnlabelledImages(images, numbered=True)
+
+    def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
+        """Mirrors images at random, by their keys, and normalises them."""
+        images = random_flip(batch['image'], keys) if self.config.augment.flip else batch['image']
+        return {'image': normalize(images, self.config.data.mean, self.config.data.std)}
+
+    def variant(self) -> Variant:
+        """The architecture of the encoder.
+
+        Raises:
+            UserError: no model has this name.
+        """
+        model = self.config.model
+        layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
+        return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
+
+    def build(self, key: jax.Array) -> MaskedAutoencoder:
+        """Builds the network with new parameters.
+
+        Raises:
+            UserError: as `MaskedAutoencoder`.
+        """
+        model = self.config.model
+        network = MaskedAutoencoder(
+            self.variant(),
+            key=key,
+            in_channels=self.channels,
+            drop_path_rate=model.drop_path_rate,
+            execution=Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas),
+        )
+        factor = self.config.fcmae.init_std / 0.02  # the layers' own
+        kernels = {name for name, role in parameter_roles(network).items() if role.decays}
+        parameters = get_parameters(network)
+        return with_parameters(network, parameters | {name: factor * parameters[name] for name in kernels})
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the encoder on all positions, as the dense computation has it, and of the decoder."""
+        config, size = self.config, self.config.data.image_size
+        encoder = self.variant().multiply_adds(size, 0, self.channels)
+        network = jax.eval_shape(self.build, jax.random.key(0))
+        decoder = split_decoder(get_parameters(network))[1]
+        kernels = sum(x.size for name, x in decoder.items() if name.endswith('kernel'))
+        return encoder + (config.data.image_size // PATCH) ** 2 * kernels
+
+    def visible(self, keys: jax.Array) -> Visible:
+        """The patches that the encoder sees of images, drawn from their keys, (N,)."""
+        patches = draw_patches(keys, self._side, self._side, self._visible_patches)
+        return Visible(patches, self.config.fcmae.grn)
+
+    def loss(self, model: MaskedAutoencoder, batch: Batch, keys: jax.Array) -> Loss:
+        """The mean squared error of each masked patch, with weight 1 for each patch of `PATCH` pixels."""
+        mask_keys, model_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        visible = self.visible(mask_keys)
+        errors, masked = masked_errors(model, batch['image'], visible, key=model_keys)
+        return Loss(jnp.where(masked, errors, 0).sum(), masked.sum(dtype=jnp.float32))
+
+    def evaluator(self, dataset: UnlabelledImages) -> 'MaskedLoss':
+        return MaskedLoss(self)
+
+    def figures(self, model: MaskedAutoencoder, batch: Batch) -> dict[str, jax.Array]:
+        """The images, what the encoder sees of them, and their reconstructions, side by side."""
+        return {'reconstructions': self.draw(model, batch['image'], batch['index'])}
+
+    def draw(self, model: MaskedAutoencoder, images: jax.Array, index: jax.Array) -> jax.Array:
+        """A row for each image: itself, what the encoder sees, and the reconstruction of the rest.
+
+        Args:
+            model: in inference.
+            images: (N, H, W, C) uint8.
+            index: (N,) int32, the numbers that the masks are drawn from.
+
+        Returns:
+            (N · H, 3 · W, 3) uint8.
+        """
+        mean, std = self.config.data.mean, self.config.data.std
+        normalised, visible = normalize(images, mean, std), self.evaluation_mask(index)
+        rebuilt = reconstruct(model(normalised, visible), normalised, visible) * jnp.asarray(std) + jnp.asarray(mean)
+        whole = images.astype(jnp.float32) / 255
+        seen = jnp.where(visible.positions(images), whole, GREY)
+        rows = rearrange(jnp.stack([whole, seen, rebuilt]), 'k n h w c -> (n h) (k w) c')
+        pixels = jnp.round(255 * jnp.clip(rows, 0, 1)).astype(jnp.uint8)
+        return jnp.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+    def evaluation_mask(self, index: jax.Array) -> Visible:
+        """The patches that the encoder sees of the images of an evaluation, by their numbers in the split, (N,)."""
+        return self.visible(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(EVALUATION_SEED), index))
+
+    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+        """The encoder starts from the weights', and so does the decoder where they have one; the head is dropped."""
+        encoder, decoder = split_decoder(trained.weights)
+        head = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
+        dropped = [name for name in head if name in encoder]
+        notes = [f'dropped, for FCMAE has none: {", ".join(dropped)}'] if dropped else []
+        if not decoder:
+            decoder = split_decoder(initial)[1]
+            notes.append('the decoder is newly initialised')
+        return {name: x for name, x in encoder.items() if name not in head} | decoder, notes
+
+
+def masked_errors(
+    model: MaskedAutoencoder, images: jax.Array, visible: Visible, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The error of each patch of `PATCH` pixels, and whether it was masked: two of (N, rows, columns)."""
+    errors = patch_errors(model(images, visible, key=key), images)
+    return errors, ~visible.positions(errors[..., None])[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLoss(Evaluator):
+    """The loss on masked patches, with a mask for each image that is the same in every evaluation."""
+
+    task: FCMAE
+
+    def measure(self, model: MaskedAutoencoder, batch: Batch) -> Measured:
+        """The sum of the errors of all masked patches, and their count."""
+        counted = batch['weight'] > 0
+        visible = self.task.evaluation_mask(batch['index'])
+        # Images that only fill up the batch are invisible, and so are not among the norms of GRN over the batch.
+        visible = dataclasses.replace(visible, patches=visible.patches & counted[:, None, None])
+        images = normalize(batch['image'], self.task.config.data.mean, self.task.config.data.std)
+        errors, masked = masked_errors(model, images, visible)
+        masked &= counted[:, None, None]
+        return Measured({'loss': jnp.where(masked, errors, 0).sum(), 'patches': masked.sum()})
+
+    def summary(self, measured: Measured) -> dict[str, float]:
+        return {'loss': float(measured.sums['loss']) / max(float(measured.sums['patches']), 1)}
