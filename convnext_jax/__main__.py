@@ -82,6 +82,7 @@ def convert(arguments: list[str]) -> None:
         processor=pretrained.processor,
         problem_type=pretrained.problem_type,
         licence=pretrained.licence,
+        head=pretrained.has_head,
     )
     _say_licence(pretrained)
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout')

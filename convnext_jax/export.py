@@ -44,6 +44,7 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
     Raises:
         UserError: the folder is not empty or not writable, or processor or class names do not match the model.
     """
+    pretrained.check_head()
     model = pretrained.model
     processor = processor_for(model.in_channels, pretrained.processor)
     if pretrained.class_names is not None:

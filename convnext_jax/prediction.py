@@ -78,6 +78,7 @@ def predict(
     Raises:
         UserError: the model is a regression, or the processor does not match the model.
     """
+    pretrained.check_head()
     if pretrained.activation is None:
         raise UserError('the model is a regression: its outputs are values, not probabilities of classes')
     activation = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}[pretrained.activation]

@@ -41,6 +41,20 @@ def classifier_config(
     return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
 
 
+def encoder_config(model: ConvNeXt, layout: str, processor: ImageProcessor) -> dict[str, dict]:
+    """The layout's `config.json`, if it has one, of a model without its head.
+
+    Raises:
+        UserError: the other library has no such model.
+    """
+    if layout == 'huggingface':
+        return {'config.json': _common(model, 'Model', processor) | {'layer_norm_eps': float(model.norm.epsilon)}}
+    if layout != 'timm':
+        return {}
+    config = _timm_config(model, None, processor)
+    return {'config.json': config | {'num_classes': 0, 'pretrained_cfg': config['pretrained_cfg'] | {'num_classes': 0}}}
+
+
 def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
     """Checks that there is one name for each class; names may be repeated, as 'crane' in ImageNet.
 

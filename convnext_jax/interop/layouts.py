@@ -173,7 +173,7 @@ def dense_encoder(tensors: Tensors) -> Tensors:
 
     Other tensors are returned unchanged. A sparse kernel is (positions, in, out), or (positions, channels) if it is
     depthwise, with positions in column-major order. Some names have an additional level, as in `norm.ln.weight`
-    (ConvNeXt-V2, utils.py). The prefix `encoder.` must have been removed.
+    (ConvNeXt-V2, utils.py). The prefix `encoder.` and the decoder must have been removed (`fcmae.split_original`).
 
     Raises:
         UserError: a sparse kernel does not have a square number of positions.
@@ -195,11 +195,7 @@ def dense_encoder(tensors: Tensors) -> Tensors:
         elif '.grn.' in name:
             x = x.reshape(1, 1, 1, -1)
         dense[name] = x
-    return {
-        name: x.reshape(1, 1, 1, -1) if '.grn.' in name else x
-        for name, x in dense.items()
-        if not name.startswith(('decoder.', 'proj.', 'pred.', 'mask_token'))
-    }
+    return {name: x.reshape(1, 1, 1, -1) if '.grn.' in name else x for name, x in dense.items()}
 
 
 def _block_name(ours: str, block: int, variant: Variant, layout: str) -> str:

@@ -10,7 +10,13 @@ import jax
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.backbone import backbone_tensors
-from convnext_jax.interop.configs import activation, backbone_config, check_problem_type, classifier_config
+from convnext_jax.interop.configs import (
+    activation,
+    backbone_config,
+    check_problem_type,
+    classifier_config,
+    encoder_config,
+)
 from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
@@ -36,6 +42,7 @@ class Pretrained(NamedTuple):
             config; None if unknown.
         origin: description, for messages, of the file, folder or run of the weights.
         licence: licence of the weights; None if their folder does not state one.
+        decoder: decoder of the original's FCMAE pre-training, for `fcmae.decoder_parameters`; {} for other files.
     """
 
     model: ConvNeXt
@@ -47,6 +54,21 @@ class Pretrained(NamedTuple):
     problem_type: str | None = None
     origin: str = ''
     licence: Licence | None = None
+    decoder: Tensors = {}  # noqa: RUF012 - never modified
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head was trained."""
+        return HEAD[0] not in self.fresh
+
+    def check_head(self) -> None:
+        """Checks that the head was trained.
+
+        Raises:
+            UserError: the head is newly initialised, as for the encoder of a pre-training.
+        """
+        if not self.has_head:
+            raise UserError(f'{self.origin or "the model"} has no classes: fine-tune it first, configs/v2_finetune.py')
 
     @property
     def activation(self) -> str | None:
@@ -143,10 +165,22 @@ def read_pretrained(
     model = with_parameters(model, parameters)
     licence = read_licence(opened.path, opened.config)
     if fresh:  # names and problem type in the config describe another head
-        return Pretrained(model, layout, None, _processor(opened), fresh, notes, licence=licence)
+        return Pretrained(
+            model, layout, None, _processor(opened), fresh, notes, licence=licence, decoder=opened.decoder
+        )
     class_names, problem_type = _class_names(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
-    return Pretrained(model, layout, class_names, _processor(opened), fresh, notes, problem_type, licence=licence)
+    return Pretrained(
+        model,
+        layout,
+        class_names,
+        _processor(opened),
+        fresh,
+        notes,
+        problem_type,
+        licence=licence,
+        decoder=opened.decoder,
+    )
 
 
 def save_pretrained(
@@ -158,6 +192,7 @@ def save_pretrained(
     processor: ImageProcessor | None = None,
     problem_type: str | None = None,
     licence: Licence | None = None,
+    head: bool = True,
 ) -> None:
     """Writes a folder that another library can load.
 
@@ -175,6 +210,7 @@ def save_pretrained(
             the library would interpret the logits differently.
         licence: licence of the weights, such as `Pretrained.licence`; a model card (`README.md`) in the folder states
             it.
+        head: False omits the head: Hugging Face loads the folder as `AutoModel`, timm with num_classes=0.
 
     Raises:
         UserError: the folder is not empty or not writable, a value is invalid, or the other library does not support
@@ -187,8 +223,12 @@ def save_pretrained(
             raise UserError('a backbone has no classes and can only be saved in the huggingface layout')
         tensors, files['config.json'] = backbone_tensors(model), backbone_config(model, processor)
     else:
-        tensors = to_layout(jax.device_get(get_parameters(model)), model.variant, layout)
-        files |= classifier_config(model, layout, class_names, processor, problem_type)
+        parameters = {name: x for name, x in get_parameters(model).items() if head or name not in HEAD}
+        tensors = to_layout(jax.device_get(parameters), model.variant, layout)
+        if head:
+            files |= classifier_config(model, layout, class_names, processor, problem_type)
+        else:
+            files |= encoder_config(model, layout, processor)
     if layout == 'huggingface':
         files['preprocessor_config.json'] = processor.to_huggingface()
     if licence:

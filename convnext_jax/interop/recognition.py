@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convnext_jax.errors import UserError
+from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
 from convnext_jax.interop.layouts import dense_encoder
 from convnext_jax.models import VARIANTS, Variant, get_variant
@@ -52,6 +53,7 @@ class Opened(NamedTuple):
         layout: one of `layouts.LAYOUTS`.
         variant: the architecture.
         in_channels: channels of the images.
+        decoder: name → tensor of the decoder of an FCMAE pre-training, in the original layout; {} for other files.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Opened(NamedTuple):
     layout: str
     variant: Variant
     in_channels: int
+    decoder: Tensors
 
 
 def open_weights(where: str, *, name: str | None, entry: str | None, revision: str | None) -> Opened:
@@ -74,13 +77,14 @@ def open_weights(where: str, *, name: str | None, entry: str | None, revision: s
     tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
-    tensors = dense_encoder(without_wrappers(tensors, where))
+    tensors, decoder = split_original(without_wrappers(tensors, where))
+    tensors = dense_encoder(tensors)
     config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
     layout = recognize_layout(tensors)
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
     variant = recognize_variant(tensors, config, name, layout)
-    return Opened(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1])
+    return Opened(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1], decoder)
 
 
 def without_wrappers(tensors: Tensors, where: str) -> Tensors:

@@ -27,6 +27,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.models import ConvNeXt, Execution, Variant, Weights, get_variant
+from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.accuracy import Accuracy
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
 
@@ -227,16 +228,22 @@ class Classification(Task):
         Raises:
             UserError: the loaded head was not trained with a softmax over classes.
         """
-        loaded, pretrained = trained.weights, trained.pretrained
+        pretrained = trained.pretrained
+        loaded, decoder = split_decoder(trained.weights)
+        notes = list(pretrained.notes) if pretrained else []
+        if decoder or (pretrained and pretrained.decoder):
+            notes.append('the decoder of the pre-training is dropped')
         if 'head.bias' not in loaded:
             new = {name: initial[name] for name in ('norm.scale', 'norm.bias', *HEAD) if name not in loaded}
-            return loaded | new, []
+            if not pretrained:
+                notes.append(f'newly initialised: {", ".join(new)}')
+            return loaded | new, notes
         names = trained.facts.get('class names')
         head, note = _matched_head(loaded, initial, names, facts['class names'], self.config.init.head)
         if head and pretrained and pretrained.activation != 'softmax':
             reason = _describe_head(pretrained, trained.where)
             raise UserError(f'{reason}; use --config.init.head=new for a newly initialised head')
-        return loaded | (head or {name: initial[name] for name in HEAD}), [note] if note else []
+        return loaded | (head or {name: initial[name] for name in HEAD}), [*notes, note] if note else notes
 
     def pretrained(self, model: ConvNeXt, facts: Mapping[str, Any]) -> Pretrained:
         data, names = self.config.data, facts['class names']
@@ -257,8 +264,9 @@ class Classification(Task):
         Preprocessing is the one stored with the weights, or else the one of the config.
 
         Raises:
-            UserError: the head was not trained with a softmax over several classes.
+            UserError: the head was not trained with a softmax over several classes, or the weights have no head.
         """
+        pretrained.check_head()
         if pretrained.activation != 'softmax':
             raise UserError(_describe_head(pretrained, where))
         config = self.config.copy_and_resolve_references()

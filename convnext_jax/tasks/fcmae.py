@@ -14,7 +14,10 @@ from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages
 from convnext_jax.data.unlabelled_images import UnlabelledImages, open_images
 from convnext_jax.fields import Fields
+from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.interop.fcmae import decoder_parameters
 from convnext_jax.models import (
+    ConvNeXt,
     Execution,
     Variant,
     Weights,
@@ -29,6 +32,8 @@ from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, L
 
 EVALUATION_SEED = 0
 """Of the masks in evaluations: the same in all runs, so that their losses can be compared."""
+NORM_AND_HEAD = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
+"""What a classifier has behind the encoder."""
 GREY = 0.5
 """What stands for a masked patch in pictures, of pixels in [0, 1]."""
 
@@ -216,13 +221,25 @@ class FCMAE(Task):
     def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
         """The encoder starts from the weights', and so does the decoder where they have one; the head is dropped."""
         encoder, decoder = split_decoder(trained.weights)
-        head = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
-        dropped = [name for name in head if name in encoder]
-        notes = [f'dropped, for FCMAE has none: {", ".join(dropped)}'] if dropped else []
-        if not decoder:
-            decoder = split_decoder(initial)[1]
-            notes.append('the decoder is newly initialised')
-        return {name: x for name, x in encoder.items() if name not in head} | decoder, notes
+        new = split_decoder(initial)[1]
+        if trained.pretrained and trained.pretrained.decoder:
+            decoder = decoder_parameters(trained.pretrained.decoder, {name: x.shape for name, x in new.items()})
+        notes = [] if decoder else ['the decoder is newly initialised']
+        if dropped := [name for name in NORM_AND_HEAD if name in encoder]:
+            notes.append(f'FCMAE has no classifier, so these are dropped: {", ".join(dropped)}')
+        return {name: x for name, x in encoder.items() if name not in dropped} | (decoder or new), notes
+
+    def pretrained(self, model: MaskedAutoencoder, facts: Mapping[str, Any]) -> Pretrained:
+        """The encoder as a classifier whose last norm and head are new, which `convert` writes without the head."""
+        data = self.config.data
+        classifier = jax.eval_shape(
+            lambda key: ConvNeXt(model.variant, key=key, num_classes=1, in_channels=self.channels), jax.random.key(0)
+        )
+        shapes = {name: x.shape for name, x in get_parameters(classifier).items()}
+        new = {name: jnp.full(shapes[name], float(name == 'norm.scale')) for name in NORM_AND_HEAD}
+        classifier = with_parameters(classifier, split_decoder(get_parameters(model))[0] | new)
+        processor = ImageProcessor(data.image_size, data.crop_pct, mean=tuple(data.mean), std=tuple(data.std))
+        return Pretrained(classifier, 'convnext_jax', None, processor, NORM_AND_HEAD, [])
 
 
 def masked_errors(

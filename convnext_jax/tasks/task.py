@@ -216,7 +216,7 @@ class Task(abc.ABC):
         Raises:
             UserError: the trained weights are for another task.
         """
-        return trained.weights, []
+        return trained.weights, list(trained.pretrained.notes) if trained.pretrained else []
 
     def pretrained(self, model: nnx.Module, facts: Mapping[str, Any]) -> Pretrained:
         """A trained network in the form that the commands predict, convert and export need.

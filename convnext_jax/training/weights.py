@@ -107,7 +107,7 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
-    notes = [f'starts from the {pretrained.layout} weights of {where}', *pretrained.notes]
+    notes = [f'starts from the {pretrained.layout} weights of {where}']
     return LoadedWeights(weights, pretrained.facts, where, pretrained), notes
 
 
