@@ -9,6 +9,7 @@ prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
 models                                       list the architectures
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns
+reconstruct PHOTO... --workdir=WORKDIR       write pictures of images as an fcmae run masks and reconstructs them
 convert SOURCE TARGET --layout=huggingface   write the weights of a run, or of another library, for another library
 export SOURCE TARGET --format=stablehlo      write a program for CPU, GPU and TPU that runs without this package
 plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs that are not attached (or GPUs, with
@@ -34,6 +35,7 @@ from convnext_jax.output import say, show, to_json
 from convnext_jax.paths import local_path
 from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
+from convnext_jax.reconstruction import reconstruct_photos, save_picture
 from convnext_jax.training.weights import read_weights
 
 
@@ -162,6 +164,35 @@ def _as_table(prediction: Prediction) -> str:
     return '\n'.join([f'{prediction.path}', *lines])
 
 
+def reconstruct(arguments: list[str]) -> None:
+    """Writes a PNG for each image: the image, its visible patches, and the reconstruction.
+
+    If a file cannot be read, the command reports it, continues with the other files, and exits with status 2.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string('workdir', None, 'Folder of a run of the task fcmae.', flag_values=values)
+    flags.DEFINE_string(
+        'params', 'raw', "Weights to use: 'raw', or 'ema' for their moving average.", flag_values=values
+    )
+    flags.DEFINE_string(
+        'output', None, 'Folder for the pictures; WORKDIR/reconstructions by default.', flag_values=values
+    )
+    photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
+    workdir = required(values, 'workdir')
+    folder = local_path(values.output or f'{workdir}/reconstructions')
+    unread = 0
+    for number, reconstruction in enumerate(reconstruct_photos(workdir, photos, values.params)):
+        if reconstruction.pixels is None:
+            unread += 1
+            say(f'skipped: {reconstruction.error}', error=True)
+        else:
+            picture = folder / f'{number:04d}_{reconstruction.path.stem}.png'
+            save_picture(reconstruction.pixels, picture)
+            show(f'{picture}')
+    if unread:
+        raise UserError(f'{unread} of {len(photos)} files could not be read')
+
+
 def plan_step(arguments: list[str]) -> None:
     """Prints the compiler's figures for the training step of a config on accelerators that are not attached."""
     values = flags.FlagValues()
@@ -185,6 +216,7 @@ COMMANDS = {
     'prepare': prepare,
     'models': models,
     'predict': predict_photos,
+    'reconstruct': reconstruct,
     'convert': convert,
     'export': export,
     'plan': plan_step,

@@ -1,0 +1,83 @@
+"""Pictures of what an FCMAE run reconstructs of photographs."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, restore_parameters
+from convnext_jax.checkpoints.workdir import CONFIG, workdir_path
+from convnext_jax.config import read_config
+from convnext_jax.data.decode import decode, eval_resize
+from convnext_jax.errors import UserError
+from convnext_jax.models import with_parameters
+from convnext_jax.tasks import abstract_model, make_task
+from convnext_jax.tasks.fcmae import FCMAE
+from convnext_jax.training.weights import newest_checkpoint, weights_field
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """The picture of one file.
+
+    Attributes:
+        path: of the file.
+        pixels: (size, 3 · size, 3) uint8: the image, what the encoder sees, the reconstruction; None after an error.
+        error: why the file could not be read, or ''.
+    """
+
+    path: Path
+    pixels: np.ndarray | None = None
+    error: str = ''
+
+
+def reconstruct_photos(workdir: str, photos: Sequence[Path], params: str = 'raw') -> Iterator[Reconstruction]:
+    """Reconstructs photographs with the newest checkpoint of a run.
+
+    The mask of a photograph follows from its position in the list.
+
+    Args:
+        workdir: of a run of the task fcmae.
+        photos: the files.
+        params: 'raw' or 'ema'.
+
+    Raises:
+        UserError: there is no such run or no such weights, or the run is of another task.
+    """
+    field = weights_field(params)
+    config = read_config(workdir_path(workdir) / CONFIG)
+    task = make_task(config)
+    if not isinstance(task, FCMAE):
+        raise UserError(f'{workdir} is a run of the task {config.task}, and only an fcmae run reconstructs images')
+    directory, step = newest_checkpoint(workdir_path(workdir))
+    try:
+        weights = restore_parameters(directory, step, field)
+    except DamagedCheckpoint as error:
+        raise UserError(f'checkpoint {step} of {workdir} is damaged: {error}') from error
+    model = with_parameters(abstract_model(config), weights)
+    draw, data = jax.jit(task.draw), config.data
+    for number, path in enumerate(photos):
+        try:
+            image = decode(path.read_bytes(), task.channels, str(path))
+            pixels = eval_resize(image, data.image_size, data.crop_pct, name=str(path))
+        except (OSError, UserError) as error:
+            yield Reconstruction(path, error=str(error))
+        else:
+            yield Reconstruction(path, np.asarray(draw(model, jnp.asarray(pixels[None]), jnp.asarray([number]))))
+
+
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Writes a PNG file, and its folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}') from error
