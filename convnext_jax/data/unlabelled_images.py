@@ -42,8 +42,8 @@ class UnlabelledFolder:
     """
 
     class_names = ()
-    many_labels = False
-    judged = None
+    multi_label = False
+    eval_classes = None
 
     def __init__(self, directory: Path, split: str):
         root = directory if split == ALL and not (directory / ALL).is_dir() else directory / split

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from convnext_jax.models.activation import gelu
-from convnext_jax.models.activation_gpu import response_weights
 from convnext_jax.models.normal import widened
+from convnext_jax.models.response_norm import relative_norms
 
 GRN_STATISTICS = ('image', 'batch')
 
@@ -79,4 +79,4 @@ def masked_gelu_and_response_norm(
         squares = jnp.square(y).sum((0, 1, 2), keepdims=True)
         if axes := jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map` a device has its images alone
             squares = jax.lax.psum(squares, axes)
-    return (gamma * (y * response_weights(squares)) + beta + y).astype(x.dtype)
+    return (gamma * (y * relative_norms(squares)) + beta + y).astype(x.dtype)
