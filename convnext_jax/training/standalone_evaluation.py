@@ -110,7 +110,10 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
 
 def _changed(config: ConfigDict, protocol: EvaluationProtocol) -> ConfigDict:
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(protocol.changes)
+    try:
+        config.update_from_flattened_dict(protocol.changes)
+    except KeyError as error:  # --flip, say, of a task that has no such field
+        raise UserError(f'the task {config.task} cannot be evaluated so: {error.args[0]}') from error
     check_values(config)
     return config
 

@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
+from configs import v2_finetune
+from convnext_jax import __main__ as package_command
 from convnext_jax.checkpoints.checkpoint import restore_parameters, saved_steps
 from convnext_jax.config import check_values, default_config
 from convnext_jax.data.augment import normalize
 from convnext_jax.errors import UserError
+from convnext_jax.interop import read_pretrained
 from convnext_jax.models import fcmae as models
 from convnext_jax.models import get_parameters, parameter_roles, with_parameters
 from convnext_jax.models.fcmae import patch_errors
@@ -23,6 +26,7 @@ from convnext_jax.tasks import make_task
 from convnext_jax.tasks.fcmae import MaskedLoss
 from convnext_jax.training.loop import train
 from convnext_jax.training.sharding import batch_sharding, make_mesh, sum_over_mesh
+from convnext_jax.training.weights import load_weights
 from tests.conftest import fingerprints, shrink_models
 
 STEPS = 8
@@ -101,7 +105,7 @@ def test_a_run_that_is_stopped_resumes_to_the_bit(run, one_device, tmp_path, mon
     assert fingerprints(tmp_path, STEPS) == fingerprints(run, STEPS)
     assert losses(tmp_path) == losses(run)
     values = losses(run)
-    assert values[STEPS, 'test[:20]', 'loss'] < 0.95 * values[2, 'train', 'loss'], 'it learns'
+    assert values[STEPS, 'test[:20]', 'loss'] < values[STEPS // 2, 'test[:20]', 'loss'] < 1, 'it learns'
 
 
 @pytest.mark.slow
@@ -120,6 +124,8 @@ def test_an_evaluation_masks_each_image_as_every_other_evaluation_does(run, one_
         evaluation.main(['eval.py', f'--workdir={run}', f'--config.batch_size={batch_size}'])
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     recorded = losses(run)[STEPS, 'test[:20]', 'loss']
+    with pytest.raises(UserError, match=r'the task fcmae cannot be evaluated so: Key "eval\.flip"'):
+        evaluation.main(['eval.py', f'--workdir={run}', '--flip'])
     assert [result['images'] for result in results] == [20, 20]
     assert [result['loss'] for result in results] == [pytest.approx(recorded, rel=1e-5)] * 2
 
@@ -140,7 +146,7 @@ def test_an_evaluation_masks_each_image_as_every_other_evaluation_does(run, one_
     assert figure.shape == (16 * 64, 3 * 64, 3)
     assert np.abs(figure.astype(int) - expected).max() <= 1
     np.testing.assert_array_equal(figure[:64, :64, 0], pixels[0, ..., 0])
-    assert any(b'test[:20]/reconstructions' in file.read_bytes() for file in (run / 'tensorboard').glob('events*'))
+    assert any(b'/reconstructions' in file.read_bytes() for file in (run / 'tensorboard').glob('events*'))
 
 
 @pytest.mark.slow
@@ -165,7 +171,7 @@ def test_norms_over_the_batch_are_those_of_all_devices():
     mesh = make_mesh(data=4, fsdp=2)
     over_mesh = jax.jit(sum_over_mesh(value_and_grad, mesh, parameter_roles(model)))
     sums, others, _ = over_mesh(parameters, {}, *jax.device_put((images, keys), batch_sharding(mesh)))
-    assert sums[0] == pytest.approx(total, rel=1e-5)
+    assert float(sums[0]) == pytest.approx(float(total), rel=1e-5)
     for name, expected in gradient.items():
         scale = np.abs(expected).max()
         np.testing.assert_allclose(others[name], expected, atol=1e-4 * scale, err_msg=name)
@@ -215,3 +221,35 @@ def test_the_first_kernels_have_the_deviation_of_the_config():
             assert np.std(parameters[name]) == pytest.approx(std, rel=0.2)
         assert np.std(parameters['decoder.mask_token']) == pytest.approx(0.02, rel=0.5)
         assert not np.any(parameters['decoder.predict.bias'])
+
+
+@pytest.mark.slow
+def test_a_run_is_handed_over_to_fine_tuning_and_to_other_libraries(run, tmp_path, monkeypatch):
+    """The encoder comes over whole, by name and shape, and the decoder stays behind with a word."""
+    config = v2_finetune.get_config('atto')
+    config.init.weights, config.model.num_classes, config.data.mean, config.data.std = str(run), 10, (0.5,), (0.5,)
+    task = make_task(config)
+    initial = get_parameters(jax.jit(task.build)(jax.random.key(1)))
+    loaded, notes = load_weights(task, initial, {'class names': list('abcdefghij')})
+    assert notes == [
+        f'starts from the raw weights of {run}, step {STEPS}',
+        'the decoder of the pre-training is dropped',
+        'newly initialised: norm.scale, norm.bias, head.kernel, head.bias',
+    ]
+    theirs = restore_parameters(run / 'checkpoints', STEPS, 'parameters')
+    for name, x in loaded.items():
+        np.testing.assert_array_equal(x, theirs[name] if name in theirs else initial[name], err_msg=name)
+    assert np.abs(loaded['head.kernel']).max() < 1e-3, 'the head has the scale of the recipe'
+
+    package_command.main(['convnext_jax', 'convert', str(run), str(tmp_path / 'out'), '--params=ema'])
+    back = read_pretrained(tmp_path / 'out', num_classes=10, key=jax.random.key(0))
+    average = restore_parameters(run / 'checkpoints', STEPS, 'ema')
+    for name, x in get_parameters(back.model).items():
+        if name.startswith(('stem', 'stages')):
+            np.testing.assert_array_equal(x, average[name], err_msg=name)
+    with pytest.raises(UserError, match='has no classes: fine-tune it first'):
+        package_command.main(['convnext_jax', 'predict', str(run / 'curves.png'), f'--weights={run}'])
+
+    shrink_models(monkeypatch, (1, 1, 1, 1), (8, 8, 8, 24))
+    with pytest.raises(UserError, match=r'stages\.3\.downsample\.conv\.bias is \(16,\), not \(24,\)'):
+        load_weights(task, get_parameters(jax.jit(task.build)(jax.random.key(1))), {'class names': list('abcdefghij')})
