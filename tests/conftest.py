@@ -82,6 +82,7 @@ LONGEST_FILES = (
     'test_step.py',
     'test_stop.py',
     'test_task.py',
+    'test_fcmae.py',
     'test_reference.py',
     'test_backbone.py',
     'test_pretrained.py',

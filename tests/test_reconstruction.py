@@ -21,7 +21,7 @@ from tests.conftest import shrink_models
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A workdir with a config, and parameters in place of its checkpoint."""
-    shrink_models(monkeypatch, (1, 1, 1, 1), (4, 4, 4, 4))
+    shrink_models(monkeypatch, depths=(1, 1, 1, 1), widths=(4, 4, 4, 4))
     monkeypatch.setattr(models, 'DECODER_WIDTH', 8)
     config = default_config('fcmae')
     config.model.name, config.data.image_size = 'convnextv2_atto', 64

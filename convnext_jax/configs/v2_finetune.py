@@ -10,7 +10,8 @@ Variants, after the colon:
 - SIZE_22k_1k and SIZE_22k_1k_384: ImageNet-1k at 224 or 384 pixels, from SIZE_22k weights.
 - huge_22k_1k_512: ImageNet-1k at 512 pixels, from huge_22k weights.
 
-init.weights is a workdir, a folder or file of weights, or a hub id such as facebook/convnextv2-base-22k-224.
+init.weights is a workdir, for example of configs/fcmae.py, a folder or file of weights, or a hub id such as
+facebook/convnextv2-base-22k-224.
 
 Published top-1 on ImageNet-1k:
 - from FCMAE, at 224: A/F/P/N/T/B/L/H 76.7/78.5/80.3/81.9/83.0/84.9/85.8/86.3 %

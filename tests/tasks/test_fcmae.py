@@ -60,7 +60,7 @@ def small_config(**changes):
 def small_models():
     """Four stages of one narrow block, and a decoder that a mesh shards."""
     with pytest.MonkeyPatch.context() as patch:
-        shrink_models(patch, (1, 1, 1, 1), (8, 8, 8, 16))
+        shrink_models(patch, depths=(1, 1, 1, 1), widths=(8, 8, 8, 16))
         patch.setattr(models, 'DECODER_WIDTH', 32)
         yield
 
@@ -134,14 +134,14 @@ def test_an_evaluation_masks_each_image_as_every_other_evaluation_does(run, one_
     dataset = task.open()[1]
     pixels = np.stack([dataset.load(index)['image'] for index in range(20)])
     visible = task.evaluation_mask(jnp.arange(20))
-    images = normalize(pixels, config.data.mean, config.data.std)
+    images = normalize(jnp.asarray(pixels), config.data.mean, config.data.std)
     model = with_parameters(task.build(jax.random.key(0)), parameters)
     errors = np.asarray(patch_errors(model(images, visible), images))
     assert errors[~np.asarray(visible.patches)].mean() == pytest.approx(recorded, rel=1e-4)
     assert errors[~np.asarray(visible.patches)].size == 60
 
     average = with_parameters(model, restore_parameters(run / 'checkpoints', STEPS, 'ema'))
-    expected = np.asarray(task.draw(average, pixels[:16], jnp.arange(16)))
+    expected = np.asarray(task.draw(average, jnp.asarray(pixels[:16]), jnp.arange(16)))
     figure = np.asarray(Image.open(run / 'figures' / 'reconstructions.png'))
     assert figure.shape == (16 * 64, 3 * 64, 3)
     assert np.abs(figure.astype(int) - expected).max() <= 1
@@ -250,6 +250,6 @@ def test_a_run_is_handed_over_to_fine_tuning_and_to_other_libraries(run, tmp_pat
     with pytest.raises(UserError, match='has no classes: fine-tune it first'):
         package_command.main(['convnext_jax', 'predict', str(run / 'curves.png'), f'--weights={run}'])
 
-    shrink_models(monkeypatch, (1, 1, 1, 1), (8, 8, 8, 24))
+    shrink_models(monkeypatch, depths=(1, 1, 1, 1), widths=(8, 8, 8, 24))
     with pytest.raises(UserError, match=r'stages\.3\.downsample\.conv\.bias is \(16,\), not \(24,\)'):
         load_weights(task, get_parameters(jax.jit(task.build)(jax.random.key(1))), {'class names': list('abcdefghij')})
