@@ -64,7 +64,7 @@ def gelu_and_response_norm_gradients(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, 'n h w c'], Float[Array, ' c'], Float[Array, ' c'], Float[Array, ' c']]:
-    """The cotangents of the four arrays of `gelu_and_response_norm`, in two reads of x and cotangent and one write."""
+    """The cotangents of the arguments of `gelu_and_response_norm`, in two reads of x and cotangent and one write."""
     squares, products, sums = _sums(x, bias, cotangent, interpret=interpret)
     norms, pull_back = jax.vjp(relative_norms, squares)
     (squares_cotangent,) = pull_back(gamma * products)
@@ -74,7 +74,7 @@ def gelu_and_response_norm_gradients(
 
 
 def _sums(x: jax.Array, bias: jax.Array, *cotangent: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
-    """Sums over H and W of y² for y = gelu(x + bias), and with a cotangent c also of c · y and c, in one pass.
+    """Sums over H and W, in one pass: of y² with y = gelu(x + bias), and if a cotangent c is given, of c · y and of c.
 
     Args:
         x: (N, H, W, C) float of 16 bits.
@@ -132,8 +132,8 @@ def _gradients(
     Args:
         x, cotangent: (N, ..., C) float of 16 bits.
         bias: (C,) float32.
-        factors: () if `cotangent` is the cotangent of z; otherwise a and b, (N, C) float32 each, if the cotangent of z
-            is a · cotangent + b · z.
+        factors: () if the cotangent of z is `cotangent`. With two arrays a and b, (N, C) float32 each, the cotangent of
+            z is a · cotangent + b · z.
         interpret: as for `gelu_gradients`.
 
     Returns:

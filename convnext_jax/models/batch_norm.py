@@ -38,13 +38,13 @@ class BatchNorm(nnx.Module):
 
         Args:
             x: (..., C) float.
-            training: whether to use the statistics of x and to update the running ones.
+            training: whether to normalise by the statistics of x and to update the running statistics.
 
         Returns:
             (..., C) of x's dtype; the statistics are computed in float32.
 
         Raises:
-            UserError: the global batch has one value per channel in training, so the variance is undefined.
+            UserError: in training, the global batch has only one value per channel, so the variance is undefined.
         """
         if not training:
             inverse = jax.lax.rsqrt(self.variance[...] + self.epsilon)
@@ -65,9 +65,10 @@ class BatchNorm(nnx.Module):
 def _batch_norm(
     x: Float[Array, '*batch c'], scale: Float[Array, ' c'], bias: Float[Array, ' c'], epsilon: float
 ) -> tuple[Float[Array, '*batch c'], Float[Array, ' c'], Float[Array, ' c']]:
-    """The normalised x, and the mean and biased variance of the global batch, through which no gradient flows.
+    """The normalised x, and the mean and the biased variance of the global batch.
 
-    The hand-written derivative saves x in its own dtype, no other array of x's size, and needs one all-reduce.
+    No gradient flows through mean and variance. The hand-written derivative needs one all-reduce. It saves x in x's
+    dtype, and no other array of x's size.
     """
     return _batch_norm_forward(x, scale, bias, epsilon)[0]
 

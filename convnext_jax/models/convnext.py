@@ -16,13 +16,13 @@ from convnext_jax.models.variants import Variant, get_variant
 class ConvNeXt(Trunk):
     """The classifier: trunk, global average pooling, LayerNorm and a linear head.
 
-    The arguments are those of `create_model`, except that `variant` and `execution` are objects.
+    The arguments have the meaning that they have in `create_model`, except that `variant` and `execution` are objects.
 
     Attributes:
         stem, stages, norm, head: the parts, in the order in which they run.
 
     Raises:
-        UserError: a value is out of its range, or `key` is not a key of `jax.random.key`.
+        UserError: a value is out of its range, or `key` is not a key from `jax.random.key`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ConvNeXt(Trunk):
             variant, key=trunk_key, in_channels=in_channels, drop_path_rate=drop_path_rate, execution=execution
         )
         self.norm = LayerNorm(variant.widths[-1], epsilon=layer_norm_eps)
-        # The head is 0.01 % of the computation: it stays in float32 whatever `execution.dtype` is.
+        # The head is 0.01 % of the computation, so it is always computed in float32, not in `execution.dtype`.
         self.head = Linear(variant.widths[-1], num_classes, key=head_key)
         self.head.kernel[...] *= head_init_scale
 
@@ -72,7 +72,9 @@ def create_model(
     patch_size: int | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> ConvNeXt:
-    """A newly initialised classifier, whose derivatives exist in reverse mode only (no `jax.jvp`).
+    """A newly initialised classifier.
+
+    It supports reverse-mode differentiation (`jax.grad`, `jax.vjp`), but not forward mode (`jax.jvp`).
 
     Args:
         name: one of `list_models()`, or a `Variant`.

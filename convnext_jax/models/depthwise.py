@@ -9,8 +9,8 @@
 JAX selects the implementation when it lowers the program for a platform.
 
 The convolution and the gradient of its kernel are JAX primitives. Both are linear in each of their two arguments, and
-the derivatives and the batching rule of either consist of these two primitives only. This gives derivatives of any
-order and `vmap`.
+the derivatives and the batching rule of each consist of these two primitives only. Therefore derivatives of any order
+and `vmap` work.
 """
 
 import functools
@@ -31,7 +31,8 @@ from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
 from convnext_jax.models.nvidia import has_kernels
 
 # The convolution on CPU makes several passes over the image. The weights of a pass, 12 KiB in float32, must fit the L1
-# cache of 32 KiB or more. With fewer kernel positions per pass, more passes would cost more time than the cache saves.
+# cache of 32 KiB or more. A pass has at least MIN_POSITIONS kernel positions: with fewer, the additional passes would
+# cost more time than the cache saves.
 PASS_WEIGHTS, MIN_POSITIONS = 3072, 5
 MAX_ROWS = 7  # rows per step of the kernel gradient on CPU
 
@@ -85,7 +86,7 @@ def _kernel_gradient_native(
     pallas: bool,
     dtype: DTypeLike,
 ) -> Float[Array, '{size} {size} c']:
-    """A convolution with the cotangent as the kernel, in which images and channels swap their roles."""
+    """A convolution of x with the cotangent as the kernel; the axes of images and channels are exchanged."""
     reach = size // 2 * dilation
     gradient = lax.conv_general_dilated(
         x,
@@ -105,8 +106,8 @@ def _conv_on_cpu(
     """K · K shifted multiply-adds over the padded image, in passes of at most two kernel rows each.
 
     The barriers after the passes prevent their fusion with each other and with the norm that follows, so that the
-    weights and the window of a pass stay in the L1 cache. The barrier on the kernel makes a scan over stacked blocks
-    slice this block's kernel once, not once for each product.
+    weights and the window of a pass stay in the L1 cache. The barrier on the kernel has an effect in a scan over
+    stacked blocks: the block's kernel is sliced once, not once for each product.
     """
     size = kernel.shape[0]
     height, width = x.shape[1:3]

@@ -3,8 +3,8 @@
 A program computes a strip of columns of one image for a group of channels, row by row from the top. It loads each row
 of x once for each kernel column, and multiplies it in registers by all kernel rows. Sums are float32.
 
-Times in ms on an H100 with jax 0.11.2, for 128 images in bfloat16, of the compiler's convolution (cuDNN) and of these
-kernels:
+Times in ms of the compiler's convolution (cuDNN) and of these kernels, for 128 images in bfloat16 on an H100 with jax
+0.11.2:
 
     shape           forward or input gradient   kernel gradient
                     cuDNN          Pallas       cuDNN  Pallas
@@ -30,7 +30,7 @@ IMAGES = 4  # images per program of the kernel gradient, so that fewer partial s
 
 
 def fits(x: jax.Array, size: int, dilation: int) -> bool:
-    """Whether the kernels support the shape: a window of `size` rows of a strip must fit into registers."""
+    """Whether the kernels support these sizes: a window of `size` rows of a strip must fit into registers."""
     return x.size > 0 and dilation == 1 and size <= 7
 
 

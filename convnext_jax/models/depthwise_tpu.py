@@ -35,9 +35,9 @@ def depthwise_conv_on_tpu(
 ) -> Float[Array, 'n h w c']:
     """The convolution with zero padding that preserves H and W, with float32 sums.
 
-    The kernel works on (H, W, N, C): the tiles of registers lie along N and C, so that a shift along H or W moves no
-    data within a register. XLA stores the arrays of its own convolutions in this layout too, so that the transposes
-    are free.
+    The kernel works on arrays of shape (H, W, N, C): a register holds a tile along N and C, so that a shift along H or
+    W moves no data within a register. XLA also stores the arrays of its own convolutions in this layout, so the
+    transposes take no time.
 
     Args:
         x: (N, H, W, C) float.

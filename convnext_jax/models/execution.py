@@ -1,4 +1,4 @@
-"""Options of computation: dtype, recomputation in the backward pass, unrolling, Pallas kernel."""
+"""Options that say how a network is computed: dtype, recomputation in the backward pass, unrolling, Pallas kernel."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ class ExecutionOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Options of computation. They change speed, memory and rounding, but no parameter and no shape.
+    """How a network is computed. The options change speed, memory and rounding, but no parameter and no shape.
 
     Attributes:
         dtype: dtype of matrix products and convolutions: 'float32', 'bfloat16' or 'float16', as a name or as a dtype

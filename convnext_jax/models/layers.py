@@ -38,8 +38,8 @@ def apart_on_cpu(tree: Tree) -> Tree:
 FSDP_AXIS = 'fsdp'
 """Name of the mesh axis along which kernels may be sharded inside `jax.shard_map`."""
 INPUTS = -2
-"""The kernel axis along which `matmul` gathers shards: the input features. A scan over stacked blocks never runs over
-it, and shards along it fill whole rows of an accelerator's tiles."""
+"""The kernel axis along which `matmul` gathers shards: the input features. It is never the axis of a scan over stacked
+blocks, and shards along it fill whole rows of an accelerator's tiles."""
 
 STATISTICS = 'norm statistics'
 """Name of the norms' means and inverse standard deviations in policies of `jax.checkpoint`."""
@@ -54,7 +54,8 @@ def matmul(x: Float[Array, '*batch k'], kernel: Float[Array, '... out']) -> Floa
 
     Args:
         x: (..., K) float.
-        kernel: (..., in, out) float, where the product of all axes but `out` is K; or a shard of it along `in`.
+        kernel: (..., in, out) float, where the product of all axes except `out` is K; or a shard of this array along
+            `in`.
 
     Returns:
         (..., out) of x's dtype.
@@ -169,7 +170,7 @@ class PatchConv(nnx.Module):
         n, height, width, in_channels = x.shape
         rows, columns = height // size, width // size
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
-        # The barrier makes the copy contiguous in each row of a patch: fused, it would compute an index per element.
+        # With the barrier, the copy is contiguous in each row of a patch. Fused, it would compute an index per element.
         lines = apart_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
         patches = rearrange(lines, 'n rows y columns line -> n rows columns (y line)')
         return (matmul(patches, self.kernel[...]) + self.bias).astype(self.dtype)
@@ -294,7 +295,7 @@ class GRN(nnx.Module):
 def drop_path(
     x: Float[Array, 'n h w c'], rate: Float[Array, ''] | float, keys: Key[Array, ' n']
 ) -> Float[Array, 'n h w c']:
-    """Stochastic depth (arXiv:1603.09382): x, set to zero for each image with probability `rate`, else / (1 − rate).
+    """Stochastic depth (arXiv:1603.09382): an image of x is set to 0 with probability `rate`, else divided by 1 − rate.
 
     Args:
         x: (N, H, W, C) float, the residual branch of a block.

@@ -14,7 +14,7 @@ TAIL = (0.1238606, 0.12044213, 0.13342702, 0.01574904, 0.18044703, -0.07392814)
 
 
 def widened(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
-    """x in float32, or in its own dtype if that is wider."""
+    """x in float32; unchanged if its dtype is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -19,8 +19,8 @@ def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], 
     """The result of `kernel` in programs for NVIDIA GPUs that support such kernels, and of `native` in all others.
 
     Args:
-        kernel, native: functions with equal arguments and results.
-        arguments: their arguments.
+        kernel, native: two implementations of one function.
+        arguments: the arguments of the function.
     """
     if not has_kernels(*arguments):
         return native(*arguments)

@@ -68,7 +68,7 @@ def with_parameters(model: Network, weights: Weights) -> Network:
     Raises:
         KeyError: a parameter or statistic is missing.
     """
-    return tree_map_with_path(lambda path, _: weights[_name(path[:-1])], model)  # a path ends in 'value', not in a name
+    return tree_map_with_path(lambda path, _: weights[_name(path[:-1])], model)  # the last entry is 'value'
 
 
 def _variables(model: nnx.Module, kind: type[nnx.Variable]) -> dict[str, nnx.Variable]:

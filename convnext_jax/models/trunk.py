@@ -91,7 +91,7 @@ class Block(nnx.Module):
         expand, contract = Block.expand, Block.contract
         if self.execution.remat == 'dots':
             # Each of the two parts starts from the saved result of a convolution or matrix product, and ends with the
-            # next matrix product. The backward pass recomputes the operations in between; it does not need the result.
+            # next matrix product. The backward pass recomputes the operations in between, but not this last product.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
             expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
         branch = contract(self, expand(self, self.depthwise(x)), visible)
@@ -166,8 +166,8 @@ class Stage(nnx.Module):
         drop_rates: drop rate of each block.
         dilation: dilation of the depthwise convolutions.
         execution: how the blocks are computed.
-        first_block: index of the stage's first block in the whole model. A block folds its index in the whole model
-            into the images' random keys.
+        first_block: index of the stage's first block in the whole model. A block's random keys are the images' keys
+            with the block's index folded in (`jax.random.fold_in`).
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Trunk(nnx.Module):
     Attributes:
         stem, stages: the parts, in the order in which they run.
         variant: the architecture.
-        execution: how it is computed.
+        execution: how the network is computed.
         in_channels: channels of the images.
         drop_path_rate: drop rate of the last block, in [0, 1); the rates rise linearly from 0 at the first block.
         output_stride: the largest stride in pixels, by default the variant's; stages whose stride would be larger are
@@ -291,7 +291,7 @@ class Trunk(nnx.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Name of a feature map → its stride: the distance of neighbouring positions, in pixels of the image."""
+        """Name of a feature map → its stride: the distance between neighbouring positions, in pixels of the image."""
         strides = (self.variant.patch_size, *self.variant.strides)
         return self._by_name(min(stride, self.output_stride) for stride in strides)
 

@@ -32,7 +32,7 @@ class Variant:
     stem_norm: bool = True
 
     def replace(self, **changes: int | float | None) -> 'Variant':
-        """A copy with these fields changed; a field whose value is None is left as it is.
+        """A copy with these fields changed; a field with the argument None keeps its value.
 
         Raises:
             UserError: `patch_size` is below 1.
@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The stride of each stage: the distance of neighbouring positions, in pixels of the image."""
+        """The stride of each stage: the distance between neighbouring positions, in pixels of the image."""
         return tuple(self.patch_size * 2**stage for stage in range(len(self.depths)))
 
     @property
