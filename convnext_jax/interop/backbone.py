@@ -48,10 +48,10 @@ def create_backbone(
 
     Args:
         source: one of `list_models()` or a `Variant`, for a newly initialised backbone; or the path or hub id of
-            weights, as for `load_pretrained`, with or without a head. Write './name' for a folder that has the name of
-            a model. Norms that are missing in the file start as the identity, with a warning.
-        out_features: names of the returned feature maps, out of 'stem', 'stage1', 'stage2', …; by default those in the
-            folder's config, or else all stages.
+            weights, as for `load_pretrained`, with or without a head. If a folder has the name of a model, write
+            './name'. Norms that are missing in the file are initialised as the identity, with a warning.
+        out_features: names of the returned feature maps: some of 'stem', 'stage1', 'stage2', …; by default the names in
+            the folder's config, or else all stages.
         output_stride: the largest stride in pixels, such as 8 or 16 for a model with stride 32: later stages are
             dilated instead, with unchanged weights.
         key: random key of the initialisation; only for a newly initialised backbone.
@@ -113,7 +113,7 @@ def create_backbone(
 
 
 def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
-    """The parameters with the names and shapes of ConvNextBackbone or ConvNextV2Backbone, which have no prefix."""
+    """The parameters with the names and shapes of ConvNextBackbone or ConvNextV2Backbone; the names have no prefix."""
     tensors = to_layout(jax.device_get(get_parameters(backbone)), backbone.variant, 'huggingface')
     return {name.split('.', 1)[1]: x for name, x in tensors.items()}
 
@@ -126,7 +126,7 @@ def _is_architecture(source: str | Path | Variant) -> TypeGuard[str | Variant]:
 
 
 def _without_heads(tensors: Tensors, layout: str, unused: set[str]) -> Tensors:
-    """The tensors without last norm, head, and the norms of the unused feature maps."""
+    """The tensors except those of the last norm, of the head, and of the norms of unused feature maps."""
     norms = {name: match[1] for name in tensors if (match := NORM_NAMES.fullmatch(name))}
     heads = HEADS[layout] + LAST_NORMS[layout]
     return {name: x for name, x in tensors.items() if not name.startswith(heads) and norms.get(name) not in unused}

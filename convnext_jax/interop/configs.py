@@ -114,7 +114,7 @@ def _huggingface_config(
     config = _common(model, 'ForImageClassification', processor) | {
         'layer_norm_eps': float(model.norm.epsilon),
         'id2label': {str(label): name for label, name in enumerate(names)},
-        'label2id': {name: label for label, name in enumerate(names)},  # the last of several classes with one name
+        'label2id': {name: label for label, name in enumerate(names)},  # of classes with equal names, the last
     }
     return config | ({'problem_type': problem_type} if problem_type else {})
 
@@ -141,7 +141,13 @@ def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: 
 
 
 def _common(model: ConvNeXt | Backbone, architecture: str, processor: ImageProcessor) -> dict:
-    """The common part of Hugging Face's `config.json`; `architecture` is for instance 'ForImageClassification'."""
+    """The fields of Hugging Face's `config.json` that classifiers and backbones share.
+
+    Args:
+        model: the classifier or backbone.
+        architecture: end of the name of Hugging Face's class, such as 'ForImageClassification'.
+        processor: the preprocessing of images.
+    """
     variant = model.variant
     kind = 'ConvNextV2' if variant.grn else 'ConvNext'
     config = {

@@ -19,14 +19,14 @@ from convnext_jax.paths import local_path
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, which `np.asarray` reads, so that a model is never in memory twice."""
+    """A tensor in a safetensors file. `np.asarray` reads its values when they are needed, to save memory."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        # The file is opened for each tensor: the pages of a mapped file count as memory of the process.
+        # The file is opened again for each tensor, because the pages of a mapped file count as memory of the process.
         try:
             with safe_open(self.path, framework='np') as file:
                 array = file.get_tensor(self.name)
@@ -48,7 +48,8 @@ WEIGHTS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_m
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 RAW_ENTRIES = ('model', 'state_dict')
 EMA_ENTRIES = ('model_ema', 'state_dict_ema')
-"""Names of the weights, and of their moving average, in the PyTorch files of training programs."""
+"""Names of the entries with the weights (`RAW_ENTRIES`) and with their moving average (`EMA_ENTRIES`) in the PyTorch
+files of training programs."""
 SAFE_CLASSES = (
     'argparse.Namespace',
     'types.SimpleNamespace',
@@ -57,7 +58,8 @@ SAFE_CLASSES = (
     'numpy.ndarray',
     *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('scalar', '_reconstruct')),
 )
-"""Classes and functions of the arguments, paths and metrics that training programs store beside the weights."""
+"""Classes and functions of objects that training programs store beside the weights, such as arguments, paths and
+metrics. They are read as `_Inert` and ignored."""
 
 
 def locate(where: str, revision: str | None = None) -> Path:
@@ -234,7 +236,7 @@ def _read_torch(path: Path, entry: str | None) -> Tensors:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """A one-line message for an error of `torch.load`, which has many lines."""
+    """A one-line message for an error of `torch.load`, whose own message has many lines."""
     if unknown := re.search(r'GLOBAL (\S+)', str(error)):
         return (
             f'{path} needs the code of {printable(unknown[1])}, but code in files is never run: save only the weights, '
@@ -277,7 +279,7 @@ def _is_state_dict(content: object, tensor: type) -> TypeGuard[Mapping]:
 
 
 def _exact_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """The array with float64 converted to float32, and other dtypes unchanged.
+    """The array, converted to float32 if it is float64.
 
     Raises:
         UserError: float32 does not represent a value exactly.

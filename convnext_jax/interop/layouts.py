@@ -21,7 +21,7 @@ LAYOUTS = ('huggingface', 'timm', 'original')
 TIMM_STRIDE = 32  # timm's default `output_stride`
 MAX_LISTED = 50
 
-# Our module name → names in the order of LAYOUTS. S is the index of the stage, B of the block.
+# Our module name → names in the order of LAYOUTS. S is the index of the stage, and B the index of the block.
 TRUNK = {
     'stem.conv': ('embeddings.patch_embeddings', 'stem.0', 'downsample_layers.0.0'),
     'stem.norm': ('embeddings.layernorm', 'stem.1', 'downsample_layers.0.1'),
@@ -39,7 +39,7 @@ TRUNK = {
     'norm': ('layernorm', 'head.norm', 'norm'),
     'head': ('classifier', 'head.fc', 'head'),
 }
-# Layout → prefixes of the tensors of the head, and of the norm before it.
+# Layout → prefixes of the names of the head's tensors; then the prefixes for the norm before the head.
 HEADS = {'huggingface': ('classifier.',), 'timm': ('head.fc.',), 'original': ('head.',)}
 LAST_NORMS = {
     'huggingface': ('convnext.layernorm.', 'convnextv2.layernorm.'),
@@ -62,7 +62,13 @@ BLOCK = {
 
 
 class Entry(NamedTuple):
-    """One tensor of another layout: its name, the name of our parameter, and the block's index if that is stacked."""
+    """One tensor of another layout.
+
+    Attributes:
+        theirs: name in the other layout.
+        ours: name of our parameter.
+        block: index of the block along the leading axis of our parameter; None if the parameter is not stacked.
+    """
 
     theirs: str
     ours: str
@@ -112,7 +118,7 @@ def to_layout(parameters: Mapping[str, np.ndarray], variant: Variant, layout: st
         layout: one of `LAYOUTS`.
 
     Raises:
-        UserError: as `entries`.
+        UserError: as for `entries`.
     """
     shapes = {name: array.shape for name, array in parameters.items()}
     tensors = {}
@@ -127,7 +133,7 @@ def to_layout(parameters: Mapping[str, np.ndarray], variant: Variant, layout: st
 def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> Parameters:
     """The tensors of another layout as our float32 parameters.
 
-    The additional memory is that of the largest parameter.
+    In addition to the result, the conversion needs memory for the largest parameter.
 
     Args:
         tensors: all tensors of the model, and no others.
@@ -146,7 +152,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
         shape = shapes[ours] if block is None else shapes[ours][1:]
         expected = _to_their_shape(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
         allowed = {expected}
-        if layout == 'timm' and '.pointwise' in ours and ours.endswith('.kernel'):  # its conv_mlp
+        if layout == 'timm' and '.pointwise' in ours and ours.endswith('.kernel'):  # its option conv_mlp
             allowed = {expected[:2], (*expected[:2], 1, 1)}
         if theirs in tensors and tensors[theirs].shape not in allowed:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
@@ -158,7 +164,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
     for theirs, ours, block in wanted:
         sources[ours].append((theirs, block))
     parameters = {}
-    # The largest first: each parameter is in memory twice for a moment, when the smaller ones do not exist yet.
+    # Each parameter is briefly in memory twice. The largest is converted first, while the others do not exist yet.
     for ours in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
         array = np.empty(shapes[ours], np.float32)
         for theirs, block in sources[ours]:

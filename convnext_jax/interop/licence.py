@@ -8,18 +8,18 @@ from convnext_jax.errors import first_line
 from convnext_jax.interop.files import printable
 
 CARD = 'README.md'
-"""A model card, as the Hugging Face hub has it: Markdown below a block of YAML between two lines `---`."""
+"""File name of a model card on the Hugging Face hub: a block of YAML between two lines `---`, and then Markdown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Licence:
-    """The licence of weights, in the words of a model card.
+    """The licence of weights, with the fields of a model card.
 
     Attributes:
         identifier: the card's `license`, such as 'apache-2.0', or 'other'.
-        name: the card's `license_name`, such as 'dinov3-license' where the identifier is 'other'.
-        link: the card's `license_link`: where the text of the licence is.
-        source: where the licence is stated, for messages.
+        name: the card's `license_name`, such as 'dinov3-license' if the identifier is 'other'.
+        link: the card's `license_link`, the address of the text of the licence.
+        source: the file that states the licence, for messages.
     """
 
     identifier: str
@@ -35,11 +35,11 @@ class Licence:
 
 
 def read_licence(folder: Path, config: dict) -> Licence | None:
-    """The licence that a folder states in its model card, or else in its config; None where it states none.
+    """The licence that a folder states in its model card, or else in its config; None if it states no licence.
 
     Args:
-        folder: of weights.
-        config: content of its `config.json`, or empty. timm has the licence in its part `pretrained_cfg`.
+        folder: a folder of weights.
+        config: content of the folder's `config.json`, or {}. timm states the licence in its entry `pretrained_cfg`.
     """
     card = _read_card(folder / CARD)
     if licence := _text(card.get('license')):
@@ -59,7 +59,7 @@ def model_card(licence: Licence) -> bytes:
 
 
 def _read_card(path: Path) -> dict:
-    """The YAML block of a model card; empty where there is none. Warns where it cannot be read."""
+    """The YAML block of a model card; {} if there is no card or block. Warns if the card cannot be read."""
     if not path.is_file():
         return {}
     from huggingface_hub import metadata_load
@@ -73,7 +73,7 @@ def _read_card(path: Path) -> dict:
 
 
 def _text(value: object) -> str | None:
-    """A text of a card or a config; of several licences, all; None for anything else."""
+    """A value of a card or a config as text: a string, or a list joined by commas; None for anything else."""
     if isinstance(value, list):
         value = ', '.join(map(str, value))
     return value.strip() or None if isinstance(value, str) else None

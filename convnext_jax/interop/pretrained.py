@@ -1,4 +1,4 @@
-"""load_pretrained and save_pretrained: models in the folders and files of other libraries."""
+"""load_pretrained and save_pretrained: read and write models in the folders and files of other libraries."""
 
 import math
 import warnings
@@ -29,18 +29,18 @@ HEAD = ('head.kernel', 'head.bias')
 
 
 class Pretrained(NamedTuple):
-    """A model with the other information of its folder.
+    """A model, and the other information in its folder.
 
     Attributes:
         model: the classifier.
-        layout: the layout of its file, one of `layouts.LAYOUTS`.
+        layout: the layout of the file, one of `layouts.LAYOUTS`; 'convnext_jax' for a run.
         class_names: names of the head's outputs; None if unknown.
         processor: the preprocessing of images; None if unknown.
         fresh: names of the parameters that are missing in the file and were newly initialised.
         notes: messages for the user, about newly initialised parameters or about other weights of the file or run.
         problem_type: 'single_label_classification', 'multi_label_classification' or 'regression', from Hugging Face's
             config; None if unknown.
-        origin: description, for messages, of the file, folder or run of the weights.
+        origin: description of the file, folder or run that contains the weights, for messages.
         licence: licence of the weights; None if their folder does not state one.
         decoder: decoder of the original's FCMAE pre-training, for `fcmae.decoder_parameters`; {} for other files.
     """
@@ -124,8 +124,8 @@ def read_pretrained(
 
     Raises:
         TypeError: an unknown keyword.
-        UserError: the file cannot be read, has another model, or has missing or unexpected tensors or tensors of
-            another shape, which the message lists.
+        UserError: the file cannot be read or contains another model; or tensors are missing, unexpected or of another
+            shape, and the message lists them.
     """
     execution = Execution.from_keywords(read_pretrained, options)
     opened = open_weights(str(where), name=name, entry=entry, revision=revision)
@@ -205,11 +205,10 @@ def save_pretrained(
         folder: a new or empty folder.
         layout: one of `LAYOUTS`.
         class_names: names of the head's outputs.
-        processor: preprocessing of images; by default that of the published models at 224 pixels.
-        problem_type: as in `Pretrained`. Only the Hugging Face layout stores it; for the others there is a warning if
-            the library would interpret the logits differently.
-        licence: licence of the weights, such as `Pretrained.licence`; a model card (`README.md`) in the folder states
-            it.
+        processor: preprocessing of images; by default the preprocessing of the published models at 224 pixels.
+        problem_type: as in `Pretrained`. Only the Hugging Face layout stores it. With another layout there is a warning
+            if users would interpret the logits differently without it.
+        licence: licence of the weights, such as `Pretrained.licence`; it is written into a model card, `README.md`.
         head: False omits the head: Hugging Face loads the folder as `AutoModel`, timm with num_classes=0.
 
     Raises:

@@ -26,9 +26,10 @@ class ImageProcessor:
 
     Attributes:
         size: side of the result in pixels.
-        crop_pct: `size` as a fraction of the shorter side before the crop; not used with `squash`.
+        crop_pct: `size` as a fraction of the shorter side of the resized image before the crop; unused with `squash`.
         resample: Pillow's number of the resampling filter: 2 is bilinear, 3 bicubic.
-        squash: resize to a square without a crop or the aspect ratio; None means for sizes of 384 and above.
+        squash: whether to resize to a square, without a crop and ignoring the aspect ratio; None means True for sizes
+            of 384 and above, else False.
         rescale_factor: factor by which pixel values from 0 to 255 are multiplied.
         mean, std: mean and standard deviation of each channel after rescaling; one value for greyscale, three for RGB.
 
@@ -104,7 +105,7 @@ class ImageProcessor:
 
     @classmethod
     def from_timm(cls, config: dict) -> 'ImageProcessor':
-        """A processor from timm's `pretrained_cfg`, with the training size, not the larger `test_input_size`.
+        """A processor from timm's `pretrained_cfg`; its size is the training size, not the larger `test_input_size`.
 
         If the margin around the crop is odd, timm's crop is one pixel further right and down than ours.
 
@@ -153,7 +154,7 @@ class ImageProcessor:
         }
 
     def to_timm(self) -> dict:
-        """The entries for images in timm's `pretrained_cfg`.
+        """The entries of timm's `pretrained_cfg` that describe the preprocessing.
 
         Raises:
             UserError: timm does not support the resampling filter.
@@ -269,5 +270,5 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _three(values: object) -> tuple:
-    """A value for each channel: a number is used for three channels, and a list of one is for greyscale images."""
+    """One value for each channel. A single number is used for all three channels; a list is used as it is."""
     return tuple(values) if isinstance(values, list | tuple) else (values,) * 3

@@ -12,13 +12,13 @@ from convnext_jax.interop.layouts import dense_encoder
 from convnext_jax.models import VARIANTS, Variant, get_variant
 
 BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
-MAX_TENSORS = 2000  # five times the number of the largest model
+MAX_TENSORS = 2000  # five times as many as the largest model has
 STEMS = {
     'huggingface': ('embeddings.patch_embeddings.weight',),
     'timm': ('stem.0.weight',),
     'original': ('downsample_layers.0.0.weight', 'stem.weight'),
 }
-"""Layout → suffix of the name of the stem's kernel, which every ConvNeXt has."""
+"""Layout → possible endings of the name of the stem's kernel, which every ConvNeXt has."""
 
 
 TIMM_SUPPORTED = {
@@ -35,7 +35,7 @@ TIMM_SUPPORTED = {
     'features_only': (False,),
     'pruned': (False,),
 }
-"""Argument of timm's ConvNeXt → the values that are supported, because timm's model then equals ours."""
+"""Argument of timm's ConvNeXt → the values with which timm's model equals ours. Other values are refused."""
 TIMM_IGNORED = {
     *('depths', 'dims', 'use_grn'),  # applied to the variant
     *('in_chans', 'patch_size', 'num_classes', 'ls_init_value', 'conv_mlp'),  # determined by the tensors
@@ -101,7 +101,7 @@ def without_wrappers(tensors: Tensors, where: str) -> Tensors:
         UserError: the file contains several models, or two tensors get one name.
     """
     ends = tuple(end for layout_ends in STEMS.values() for end in layout_ends)
-    kernels = [name for name, x in tensors.items() if len(x.shape) == 4]  # the name stem.weight is also that of a norm
+    kernels = [name for name, x in tensors.items() if len(x.shape) == 4]  # a norm may also be called stem.weight
     wrappers = {name.removesuffix(end) for name in kernels for end in ends if f'.{name}'.endswith(f'.{end}')}
     if len(wrappers) > 1:
         listed = ', '.join(sorted(f"'{printable(wrapper)}'" for wrapper in wrappers))
@@ -136,7 +136,7 @@ def recognize_layout(tensors: Tensors) -> str:
 
 
 def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: str) -> Variant:
-    """The architecture, from the name or the config, or else by comparison with those of `list_models()`.
+    """The architecture, from the name or the config, or else by comparison with all known architectures.
 
     Args:
         tensors: name → tensor.
@@ -188,7 +188,10 @@ def last_epsilon(config: dict, layout: str) -> float:
 
 
 def _with_layer_scale(variant: Variant, tensors: Tensors) -> Variant:
-    """The variant with a layer scale if every block has one, and without if none has: V1 and V2 exist with both."""
+    """The variant with a layer scale if every block in the file has one, and without if no block has one.
+
+    V1 and V2 both exist with and without a layer scale.
+    """
     scales = sum(name.endswith(('.gamma', '.layer_scale_parameter')) and '.grn.' not in name for name in tensors)
     if scales == 0:
         return variant.replace(layer_scale_init=0)
@@ -228,7 +231,7 @@ def _timm_changes(config: dict, tensors: int) -> dict[str, Any]:
 
 
 def _are_sizes(values: object, stages: int) -> bool:
-    """Whether `values` is a list of `stages` positive integers below 2¹⁶, a limit for damaged files."""
+    """Whether `values` is a list of `stages` positive integers. Values of 2¹⁶ and above are taken for damage."""
     return (
         isinstance(values, list) and len(values) == stages and all(isinstance(n, int) and 0 < n < 2**16 for n in values)
     )
@@ -241,7 +244,7 @@ def _huggingface_variant(config: dict, tensors: int) -> Variant:
     if config.get('hidden_act', 'gelu') != 'gelu':
         raise UserError(f"config.json: hidden_act is '{config['hidden_act']}', but ConvNeXt has gelu")
     patch_size = config.get('patch_size', 4)
-    # More blocks than tensors are refused before a model of that size is built.
+    # A config with more blocks than the file has tensors is refused before a model of that size is built.
     sizes = [depths or [3, 3, 9, 3], widths or [96, 192, 384, 768]]
     valid = isinstance(sizes[0], list) and all(_are_sizes(size, len(sizes[0])) for size in sizes)
     valid = valid and isinstance(patch_size, int) and 0 < patch_size < 1024
@@ -263,12 +266,12 @@ def _stem_shape(tensors: Tensors, layout: str) -> tuple[int, int, int, int]:
 
 
 def _has_grn(tensors: Tensors) -> bool:
-    """Whether the tensors are those of a V2."""
+    """Whether the tensors belong to a ConvNeXt V2."""
     return any('.grn.' in name for name in tensors)
 
 
 def _with_prefix(tensors: Tensors) -> Tensors:
-    """The tensors of a ConvNextModel, ConvNextV2Model or backbone with the prefix that a model with a head has."""
+    """The tensors of a ConvNextModel, ConvNextV2Model or backbone, with the prefix of a classifier's trunk."""
     prefix = 'convnextv2.' if _has_grn(tensors) else 'convnext.'
     bare = ('embeddings.', 'encoder.', 'layernorm.', 'hidden_states_norms.')
     return {prefix + name if name.startswith(bare) else name: x for name, x in tensors.items()}
