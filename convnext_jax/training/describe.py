@@ -57,7 +57,7 @@ def describe(
 
 
 def finished(workdir: Path, config: ConfigDict, headline: Headline) -> str:
-    """The message at the end of a run: its headline metric, its curves, and the command to evaluate it."""
+    """The message at the end of a run: its headline metric, the path of its curves, and the command to evaluate it."""
     results = [record for record in read_records(workdir) if record['split'] == config.data.eval_split]
     scores = ''
     if results:

@@ -18,7 +18,7 @@ class Durations:
     eval_every_steps: int
 
     def epoch(self, step: int) -> float:
-        """Passes over the training split after `step` steps."""
+        """The number of passes over the training split after `step` steps."""
         return step / self.steps_per_epoch
 
 
@@ -26,7 +26,7 @@ def make_durations(config: ConfigDict, images: int) -> Durations:
     """Converts the epochs of a config into steps.
 
     Args:
-        config: of the experiment.
+        config: the config of the experiment.
         images: number of training images.
 
     Raises:

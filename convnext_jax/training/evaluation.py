@@ -13,7 +13,7 @@ from convnext_jax.tasks import Batch, Evaluator, Measured, Task
 
 REPLICATED = P()
 FIGURE_EXAMPLES = 16
-"""Number of examples of the first batch that a task gets for its figures."""
+"""Maximum number of examples that a task gets for its figures, from the first batch of an evaluation."""
 
 EvalStep = Callable[[Weights, Batch], tuple[Measured, jax.Array]]
 
@@ -27,9 +27,9 @@ def make_eval_step(
     in `jax.shard_map`, because `jax.jit` cannot partition Pallas kernels.
 
     Args:
-        evaluator: of the split.
+        evaluator: the evaluator of the split.
         model: the architecture. Its arrays are not used.
-        mesh: of the devices; None for a program that `jax.jit` may partition.
+        mesh: the device mesh; None for a program that `jax.jit` may partition.
         specs: PartitionSpec of each weight on the mesh.
 
     Returns:
@@ -64,11 +64,11 @@ def make_figures(task: Task, model: nnx.Module, mesh: Mesh) -> Callable[[Weights
     Args:
         task: draws the figures.
         model: the architecture. Its arrays are not used.
-        mesh: of the devices.
+        mesh: the device mesh.
 
     Returns:
-        A function of weights and the first batch of an evaluation that returns name → (H, W, 3) uint8, drawn from at
-        most `FIGURE_EXAMPLES` examples.
+        A function of weights and the first batch of an evaluation. It returns name → (H, W, 3) uint8, drawn from the
+        first `FIGURE_EXAMPLES` examples of the batch.
     """
 
     def draw(weights: Weights, batch: Batch) -> dict[str, jax.Array]:
@@ -89,8 +89,8 @@ def evaluate(
         batches: all batches of the split.
 
     Returns:
-        The number of examples; and prefix → measurements over the whole split. Sums are float64 (exact for counts), and
-        results of single examples are in the order of the split, without padding. (0, {}) if there was no batch.
+        The number of examples, and prefix → measurements over the whole split; (0, {}) if there was no batch. Sums are
+        float64 (exact for counts). Results of single examples are in the order of the split, without padding.
     """
     images, totals = 0, {name: _Total() for name in weights}
     pending = None
@@ -135,11 +135,11 @@ def metrics_of(evaluator: Evaluator, images: int, measured: dict[str, Measured])
     """The metrics of a split by name.
 
     Args:
-        evaluator: of the split.
+        evaluator: the evaluator of the split.
         images, measured: from `evaluate`.
 
     Returns:
-        `images`, and the metrics of each set of weights with its prefix; {} if nothing was measured.
+        Name → value: `images`, and the metrics of each set of weights, with its prefix; {} if nothing was measured.
     """
     metrics = {f'{name}{key}': x for name, part in measured.items() for key, x in evaluator.summary(part).items()}
     return {'images': images} | metrics if measured else {}

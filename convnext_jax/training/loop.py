@@ -51,10 +51,11 @@ SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before each retry of a save that must not fail: in total, less than the notice of a preemption."""
 
 LAST_VALUES = ('learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
-"""Metrics of which the value at the last step is recorded. Of the loss and the task's terms, the mean is recorded."""
+"""Metrics that are recorded with their value at the newest step. The loss and the task's terms are recorded as means
+over the steps since the last record."""
 
 REPORT_CHECK_SECONDS = 3
-"""If checking the evaluation images takes longer than this, the run reports that it has finished."""
+"""If checking the evaluation images takes longer than this, the run reports the end of the check."""
 
 
 def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = None) -> None:
@@ -103,14 +104,14 @@ class Run(Program):
     Args:
         config, durations, mesh: as for `Program`.
         train_set, eval_set: the open splits.
-        checkpoints: of the workdir.
+        checkpoints: the checkpoints of the workdir.
 
     Attributes:
         unreadable: the training images that could not be read.
-        evaluator: of the evaluation split.
+        evaluator: the evaluator of the evaluation split.
         eval_step: from `make_eval_step`, jitted.
         figures: from `make_figures`, jitted.
-        licence: of the weights that the run started from, if it is known.
+        licence: licence of the weights that the run started from; None if unknown.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class Run(Program):
         """Trains from a state to the last step.
 
         Args:
-            state: donated to the first step.
+            state: the training state; the first step donates it.
             workdir, profile: as for `train`.
 
         Raises:
@@ -273,7 +274,7 @@ class Run(Program):
         return Share(batch_size, local_batch_indices(self.batch_sharding, batch_size))
 
     def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Generator[Batch, None, None]:
-        """Global training batches on the devices, from the batch of step `start_step` on.
+        """Global training batches on the devices, beginning with the batch of the next step.
 
         Args:
             start_step: number of finished steps.

@@ -15,7 +15,7 @@ def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: f
     """The factor on the learning rate of each parameter: `decay` to the power of its distance from the head in layers.
 
     Args:
-        names: of all parameters.
+        names: names of all parameters.
         depths: number of blocks in each stage.
         rule: 'single': each block is a layer. 'group': every three blocks of the third stage are a layer, and each
             other stage is one layer. Both are from `optim_factory.py` of the original repositories.
@@ -47,7 +47,10 @@ def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: f
 
 
 def _single_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
-    """The layers of each stage's downsampling and blocks, and the layer of the head. The stem is layer 0."""
+    """For each stage, the layer of its downsampling and the layers of its blocks; and the layer of the head.
+
+    The stem is layer 0.
+    """
     layers = []
     for stage, depth in enumerate(depths):
         first = sum(depths[:stage]) + 1
@@ -98,7 +101,7 @@ def adamw(
     weight_decay: float,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW (arXiv:1711.05101) without the last factor: the training step multiplies by −learning rate.
+    """AdamW (arXiv:1711.05101) without the learning rate: the training step multiplies the update by −learning rate.
 
     Its `update` takes an additional argument `good`, a bool scalar. If it is False, the state does not change, and the
     returned update must not be applied.
@@ -111,7 +114,7 @@ def adamw(
     """
 
     def by_layer(updates: Parameters, _) -> Parameters:
-        # The block axis of stacked parameters is the leading axis.
+        # The leading axis of stacked parameters is the block axis, so that each block is multiplied by its own factor.
         return {name: u * np.reshape(factors[name], (-1,) + (1,) * (u.ndim - 1)) for name, u in updates.items()}
 
     return optax.chain(

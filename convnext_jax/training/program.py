@@ -1,4 +1,4 @@
-"""Program: the training state and the jitted training step of a config on a mesh, without data or device memory."""
+"""Program: the shapes of the training state and the jitted training step of a config, without data or device memory."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ class Program:
     """The computation of a run.
 
     Args:
-        config: of the experiment.
+        config: the config of the experiment.
         durations: from `make_durations`.
         mesh: from `make_mesh`.
 

@@ -28,7 +28,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
     Args:
         data, fsdp: lengths of the axes. One of them may be −1: all remaining devices.
-        devices: by default all devices.
+        devices: the devices of the mesh; by default all devices.
 
     Raises:
         UserError: data × fsdp is not the number of devices, or `fsdp` does not fit into a slice.
@@ -98,7 +98,7 @@ def parameters_sharding(mesh: Mesh, roles: Roles, parameters: Parameters) -> dic
 
 
 def share_held(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
-    """The fraction of all parameter elements that one device holds, in (0, 1]."""
+    """The fraction of the elements of all parameters that one device stores, in (0, 1]."""
     shardings = parameters_sharding(mesh, roles, parameters)
     held = sum(np.prod(shardings[name].shard_shape(x.shape)) for name, x in parameters.items())
     return float(held) / sum(x.size for x in parameters.values())
@@ -107,8 +107,8 @@ def share_held(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
 def state_sharding(mesh: Mesh, roles: Roles, state: TrainState) -> TrainState:
     """The sharding of each array of the state: `parameter_sharding` for arrays that belong to a parameter.
 
-    All other arrays are replicated. Among them are the statistics and their moving average, which are small, and which
-    all devices update identically.
+    All other arrays are replicated, also the statistics and their moving average: they are small, and all devices
+    update them identically.
     """
 
     def sharding(path: tuple, array: jax.Array) -> NamedSharding:
@@ -132,10 +132,11 @@ def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAn
     sharded parameters are all-reduced along `data` only.
 
     Args:
-        function: of parameters, statistics and pytrees of examples; returns sums over these examples, their gradient,
-            and new statistics. It must already sum the gradients of shards over `fsdp`, as `models.layers.matmul` does.
-        mesh: of the parameters, which have `parameter_sharding`, and of the examples, which have `batch_sharding`.
-        roles: of the parameters.
+        function: a function of parameters, statistics and pytrees of examples. It returns sums over these examples,
+            their gradient, and new statistics. It must already sum the gradients of shards over `fsdp`, as
+            `models.layers.matmul` does.
+        mesh: the device mesh. The parameters have `parameter_sharding` on it, and the examples `batch_sharding`.
+        roles: name → role of each parameter.
 
     Returns:
         A function with the arguments and results of `function`, on global arrays.
@@ -174,7 +175,7 @@ def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> No
     """Checks that a batch divides evenly over devices and accumulation steps.
 
     Raises:
-        UserError: it does not. The message suggests the nearest valid sizes.
+        UserError: the batch does not divide evenly. The message suggests the nearest valid sizes.
     """
     unit = mesh.size * accumulation_steps
     if batch_size % unit:

@@ -35,7 +35,7 @@ class EvaluationProtocol:
     Attributes:
         splits: pairs (data set name, split) in `config.data.dir`; empty: `data.name` and `data.eval_split`.
         changes: config field → value, for example {'data.image_size': 288}.
-        table: CSV file to write `Evaluator.table` to, or None.
+        table: CSV file for the rows of `Evaluator.table`; None to write none.
     """
 
     splits: tuple[tuple[str, str], ...] = ()
@@ -49,11 +49,11 @@ def evaluate_run(
     """Evaluates a checkpoint of a run, and yields the metrics of each split when they are ready.
 
     Args:
-        workdir: of the run, which may still be training.
-        config: of the run. `config.evaluation_fields` may have other values.
+        workdir: the workdir of the run, which may still be training.
+        config: the config of the run. The fields that `config.evaluation_fields` lists may have been changed.
         params: 'raw' or 'ema'.
-        step: of the checkpoint; None: the newest.
-        protocol: the splits and further changes.
+        step: the step of the checkpoint; None for the newest checkpoint.
+        protocol: the splits, and further changes of the config.
 
     Yields:
         The metrics with `model`, `params`, `step`, `data`, `split` and `images`.
@@ -87,9 +87,10 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
     """Evaluates weights of another library or of a run, and yields the metrics of each split when they are ready.
 
     Args:
-        config: gives the data and the batch size. If preprocessing is stored with the weights, it takes precedence.
+        config: the config that gives the data and the batch size. Preprocessing that is stored with the weights takes
+            precedence over it.
         where, params: as for `read_weights`.
-        protocol: the splits and further changes.
+        protocol: the splits, and further changes of the config.
 
     Yields:
         The metrics with `weights`, `layout`, `params`, `data`, `split` and `images`.

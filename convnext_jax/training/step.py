@@ -33,17 +33,17 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the training step.
 
-    A step is skipped, which means that parameters, statistics, moments and moving average keep their values, if the
-    loss, the gradient or a statistic is not finite.
+    If the loss, the gradient or a statistic is not finite, the step is skipped: parameters, statistics, moments and
+    moving average keep their values.
 
     Args:
         task: augments the batch and computes the loss.
         model: the architecture. Its arrays are not used.
         optimizer: from `adamw`.
         schedule: number of finished steps → learning rate.
-        config: of the experiment.
+        config: the config of the experiment.
         steps_per_epoch: number of optimizer steps in an epoch.
-        mesh: of the devices.
+        mesh: the device mesh.
 
     Returns:
         A function of the state and a global batch. It returns the next state and these scalar metrics: `loss`, the

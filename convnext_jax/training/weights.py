@@ -50,7 +50,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
 
 
 def licence_of_weights(where: str) -> Licence | None:
-    """The licence of weights that a run starts from: as their folder states it, or as an earlier run kept it."""
+    """The licence of weights that a run starts from: stated in their folder, or stored by the run they come from."""
     if _is_run(where):
         return licence_of_run(read_about(*newest_checkpoint(_folder(where))))
     folder = locate(where)
@@ -103,7 +103,7 @@ def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 
 def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
-    """The weights in a file of another library, without those that it does not contain, and messages for the user."""
+    """The weights in a file of another library, without newly initialised ones, and messages for the user."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
@@ -112,7 +112,10 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The value as an array with a sharding. An array that has the sharding may be distributed over processes."""
+    """The value as a global array with a sharding.
+
+    An array that already has the sharding is returned unchanged, because it may be distributed over processes.
+    """
     if isinstance(value, jax.Array) and value.sharding == sharding:
         return value
     return make_global_array(value, sharding)
