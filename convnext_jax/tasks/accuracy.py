@@ -18,12 +18,13 @@ CALIBRATION_BINS = 15  # bins of equal width, as in arXiv:1706.04599
 class Accuracy(Evaluator):
     """Evaluates logits against labels.
 
-    If an image has several labels, a prediction of any of them is correct, and the loss is the smallest one.
+    If an image has several labels, a prediction of any of them is correct, and its loss is the smallest loss of all its
+    labels.
 
     Attributes:
-        mean, std: of each channel, for pixels in [0, 1].
+        mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
         class_names: names of the first outputs.
-        eval_classes: outputs to choose among; None: all. Other outputs are masked with −∞.
+        eval_classes: the outputs that are compared; None for all. The other outputs are masked with −∞.
         flip: whether to average the logits of each image and its mirror image.
     """
 
@@ -41,9 +42,9 @@ class Accuracy(Evaluator):
             batch: `image` (N, H, W, C) uint8; `label` (N,) or (N, labels) int32, padded with −1; `weight` (N,).
 
         Returns:
-            Float32 sums over the examples with weight above 0. Scalars: `loss`, `top1`, `top5`, `count`. For each bin
-            of the confidence: `bin_count`, `bin_hits`, `bin_confidence`. For each output, by the first label:
-            `label_count`, `label_hits`.
+            Float32 sums over the examples with weight above 0. Scalars: `loss`, `top1`, `top5`, `count`. One value for
+            each bin of the confidence: `bin_count`, `bin_hits`, `bin_confidence`. One value for each output, counted by
+            the first label of an image: `label_count`, `label_hits`.
         """
         images = normalize(batch['image'], self.mean, self.std)
         logits = model(images)

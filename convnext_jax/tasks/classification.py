@@ -111,7 +111,7 @@ class Classification(Task):
     def open(self) -> tuple[TrainImages, EvalImages]:
         """Opens the training and the evaluation split, and sets `model.num_classes` if it is 0.
 
-        Both use the labels of the training split. Warns if a class is missing in the evaluation split.
+        Both splits get the labels of the training split. Warns if the evaluation split lacks a class.
 
         Raises:
             UserError: as for `open_source`; the training split has only one class, several labels per image, or more
@@ -261,7 +261,7 @@ class Classification(Task):
     def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
         """The config for an evaluation of weights of another library.
 
-        Preprocessing is the one stored with the weights, or else the one of the config.
+        If preprocessing is stored with the weights, it replaces the preprocessing in the config.
 
         Raises:
             UserError: the head was not trained with a softmax over several classes, or the weights have no head.
@@ -334,7 +334,7 @@ def _matched_head(
 
 
 def _describe_head(pretrained: Pretrained, where: str) -> str:
-    """The reason why a head can be neither trained nor evaluated as a classifier with softmax."""
+    """A message that says why a head can be neither trained nor evaluated as a classifier with softmax."""
     outputs = pretrained.model.head.bias.size
     kind = pretrained.problem_type or 'a sigmoid of each output'
     return (

@@ -38,9 +38,9 @@ class LoadedWeights(NamedTuple):
 
     Attributes:
         weights: name → array.
-        facts: `Dataset.facts` of the data that they were trained on; {} if unknown.
-        where: path or hub id, for messages.
-        pretrained: what else was read from a file of another library; None for the checkpoint of a run.
+        facts: `Dataset.facts` of the data that the weights were trained on; {} if unknown.
+        where: path or hub id of the weights, for messages.
+        pretrained: everything that was read from a file of another library; None for the checkpoint of a run.
     """
 
     weights: Weights
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
     """Measurements of an evaluation, on a batch or over a whole split.
 
     Attributes:
-        sums: name → array that is added over batches, such as a count or a confusion matrix. float64 over a split.
+        sums: name → array that is added over batches, such as a count or a confusion matrix; float64 for a whole split.
         examples: name → (N, …) array with a result for each example, such as features. Over a split, the results are in
             the order of the split, without padding.
     """
@@ -79,14 +79,14 @@ class Evaluator(abc.ABC):
         """Computes the metrics of a split on the host: the headline of the task, `loss` if there is one, and others.
 
         Args:
-            measured: over the whole split.
+            measured: the measurements over the whole split.
         """
 
     def table(self, measured: Measured) -> list[dict[str, object]]:
         """Rows of a table with detailed results, such as one row for each class. All rows have the same columns.
 
         Args:
-            measured: over the whole split.
+            measured: the measurements over the whole split.
         """
         return []
 
@@ -96,7 +96,7 @@ class Headline(NamedTuple):
 
     Attributes:
         name: key in the metrics of an evaluation, such as 'top1'.
-        title: for people, such as 'top-1'.
+        title: name in logs and figures, such as 'top-1'.
         unit: appended to the value, such as ' %' or ''.
         lowest: whether lower values are better, as for a loss.
         digits: number of decimal places of the value as text.
@@ -112,7 +112,7 @@ class Headline(NamedTuple):
         """The value of the metric as text, for the raw weights and, if there is one, for the moving average.
 
         Args:
-            metrics: of an evaluation. None stands for a value that is not finite.
+            metrics: the metrics of an evaluation. None stands for a value that is not finite.
         """
 
         def value(name: str) -> str:
@@ -127,10 +127,10 @@ class Task(abc.ABC):
 
     Attributes:
         headline: the main metric.
-        fields: the config fields of the task, in addition to those of all experiments.
+        fields: the config fields of the task, in addition to the fields that all tasks have.
 
     Args:
-        config: of the experiment.
+        config: the config of the experiment.
     """
 
     headline: ClassVar[Headline]
@@ -161,8 +161,8 @@ class Task(abc.ABC):
         """Opens a split for the evaluation of a trained network.
 
         Args:
-            name: of the data set in `config.data.dir`.
-            split: of the data set.
+            name: the name of the data set in `config.data.dir`.
+            split: the name of the split.
             facts: `Dataset.facts` of the data that the network was trained on; {} if unknown.
 
         Raises:
@@ -181,7 +181,7 @@ class Task(abc.ABC):
         return batch
 
     def assume_data(self) -> None:  # noqa: B027 - few tasks need it
-        """Sets the config fields that `open` sets, to compile a program without data."""
+        """Sets the config fields that `open` would set, so that a program can be compiled without data."""
 
     @abc.abstractmethod
     def build(self, key: jax.Array) -> nnx.Module:
@@ -265,6 +265,6 @@ class Task(abc.ABC):
         Args:
             model: the network with the parameters and statistics of this step. If the call updates its statistics,
                 the next step gets their mean over the devices.
-            batch: the part of the result of `augment` on this device.
+            batch: this device's part of the result of `augment`.
             keys: (N,) random keys for the network, one for each example.
         """
