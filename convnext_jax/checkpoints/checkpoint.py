@@ -3,7 +3,7 @@
 A checkpoint has four items with the arrays of `TrainState`: `parameters`, `optimizer`, `ema` and `counters`. The items
 `parameters` and `ema` also contain the statistics. A fifth item, the JSON manifest, contains the position in the data,
 the config, the metrics, the shape, dtype and bit fingerprint of each array, and a checksum of the manifest itself.
-Orbax alone would silently restore a part of a tree, or flipped bits.
+Without the manifest, Orbax would silently restore a part of a tree, or arrays with flipped bits.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def restore(directory: Path, step: int, like: TrainState) -> TrainState:
 
     Args:
         directory: workdir/checkpoints.
-        step: of the checkpoint.
+        step: the step of the checkpoint.
         like: a state with the expected shapes, dtypes and shardings.
 
     Raises:
@@ -91,9 +91,10 @@ def restore_parameters(directory: Path, step: int, field: str, like: Like | None
 
     Args:
         directory: workdir/checkpoints.
-        step: of the checkpoint.
+        step: the step of the checkpoint.
         field: 'parameters' or 'ema'.
-        like: the expected shapes, dtypes and shardings. By default the saved arrays are restored to the first device.
+        like: name → array with the expected shape, dtype and sharding. By default all saved arrays are restored to the
+            first local device.
 
     Raises:
         UserError: as for `restore`, or the checkpoint has no moving average.
@@ -119,7 +120,7 @@ def _restore_item(directory: Path, step: int, item: str, like: Like) -> Arrays:
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in like.items()}
     with _raise_on_all_processes():
         try:
-            # Not a Checkpointer: it waits at a barrier, so an error on one process would only surface as a timeout.
+            # Not a Checkpointer: it waits at a barrier, so an error of one process would only appear as a timeout.
             handler = ocp.StandardCheckpointHandler()
             path = checkpoints_for_orbax(directory) / str(step) / item
             arrays = handler.restore(path, args=ocp.args.StandardRestore(target))

@@ -47,9 +47,9 @@ class _Manager(ocp.CheckpointManager):
 
 
 class NewestAndBest:
-    """An Orbax preservation policy: keeps the newest checkpoints and the one with the highest score.
+    """An Orbax preservation policy: keeps the newest checkpoints and the checkpoint with the highest score.
 
-    The scores are kept here and not in Orbax, which reads its metrics at start and fails if a file is damaged.
+    The scores are stored here, not as Orbax metrics: Orbax fails at start if one of its metrics files is damaged.
 
     Args:
         newest: number of newest checkpoints to keep.
@@ -82,8 +82,9 @@ class NotWritable(Exception):
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager: leaving it waits for the save in progress.
 
-    If a save fails, immediately or in the background, the failure is reported, its files are removed, and the earlier
-    checkpoints stay. In a job of several processes, a failure after they have started to write raises `NotSaved`.
+    If a save fails, immediately or in the background, the failure is reported, the files of the save are removed, and
+    earlier checkpoints are kept. In a job of several processes, a failure after they have started to write raises
+    `NotSaved`.
 
     Args:
         directory: workdir/checkpoints.
@@ -134,7 +135,7 @@ class Checkpoints:
         return all_gather_objects(sorted(map(int, self._manager.all_steps())))[0]
 
     def save(self, state: TrainState, about: dict, metrics: dict[str, float] | None) -> None:
-        """Starts a save in the background. When it returns, the buffers of the state may be donated.
+        """Starts a save in the background. After the call, the buffers of the state may be donated.
 
         Args:
             state: the training state.
@@ -163,7 +164,7 @@ class Checkpoints:
             self._fail(error)
 
     def check(self) -> None:
-        """Reports the save in progress if it has failed; does not block."""
+        """Reports a failure of the save in progress, if it has failed; does not block."""
         if self._saving_step is not None and (self._manager.write_error or not self._manager.is_saving_in_progress()):
             self.wait()
 
@@ -182,12 +183,12 @@ class Checkpoints:
         self._saving_step = None
 
     def last_saved(self) -> str:
-        """A phrase for messages that names the newest checkpoint."""
+        """A part of a sentence that names the newest checkpoint, for messages."""
         steps = self.steps()
         return f'the last checkpoint is of step {steps[-1]}' if steps else 'there is no checkpoint yet'
 
     def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
-        if metrics and metrics[self._best_metric] is not None:  # in a manifest, None stands for NaN
+        if metrics and metrics[self._best_metric] is not None:  # in a manifest, None stands for NaN or infinity
             self._kept.scores[step] = self._sign * metrics[self._best_metric]
 
     def _fail(self, error: Exception) -> None:
@@ -214,7 +215,7 @@ class Checkpoints:
             raise NotWritable(problem)
 
     def _problem(self, needed: int) -> str | None:
-        """The reason why this process cannot write `needed` bytes, or None if none is known beforehand."""
+        """The reason why this process cannot write `needed` bytes; None if the check finds no reason."""
         if not is_local(self.directory):
             return None
         free = shutil.disk_usage(self.directory).free

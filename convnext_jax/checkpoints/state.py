@@ -15,13 +15,14 @@ class TrainState:
     """The training state: what a checkpoint stores, and what a training step maps to the next state.
 
     Attributes:
-        step: int32 scalar, number of finished steps. Random keys and the position in the data follow from it and the
-            seed.
+        step: int32 scalar, number of finished steps. It and the seed determine the random keys and the position in the
+            data.
         parameters: name → float32 array.
-        statistics: name → float32 array that the model updates itself, without a gradient; {} if it has none.
+        statistics: name → float32 array that the model itself updates, without a gradient; {} if there are none.
         optimizer: the state of the optax transformation.
         ema: moving average of parameters and statistics, by name, or None.
-        skipped: int32 scalar, number of steps without an update because the loss or the gradient was not finite.
+        skipped: int32 scalar, number of steps without an update because the loss, the gradient or a statistic was not
+            finite.
         last_good: int32 scalar, value of `step` after the newest update.
     """
 

@@ -36,7 +36,7 @@ def workdir_path(text: str) -> Path | epath.Path:
 
 
 def is_local(path: Path | epath.Path) -> bool:
-    """Whether a path is local, so that locks, appending and free disk space exist."""
+    """Whether a path is local. Only local paths have locks, appending and a known free disk space."""
     return isinstance(path, Path)
 
 
@@ -47,7 +47,7 @@ def checkpoints_for_orbax(directory: Path | epath.Path) -> Path | epath.Path:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Creates the workdir and locks it against other runs. The lock is released when the process ends.
+    """Creates the workdir and locks it against other runs, until the body or the process ends.
 
     Buckets have no locks, so nothing is done for them.
 
