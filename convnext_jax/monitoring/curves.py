@@ -12,8 +12,8 @@ def draw_curves(workdir: Path, headline: Headline) -> None:
     """Draws the loss, the headline metric (raw and EMA), the learning rate and the throughput over epochs.
 
     Args:
-        workdir: of the run; it has metrics.jsonl, and curves.png is replaced.
-        headline: the metric to draw.
+        workdir: the workdir of the run. metrics.jsonl is read, and curves.png is written or replaced.
+        headline: the evaluation metric to draw.
     """
     from matplotlib.figure import Figure  # imported here because the import takes a second
 

@@ -37,7 +37,7 @@ class RunLog:
     UserError if metrics.jsonl is incomplete.
 
     Args:
-        workdir: of the run. Records of steps after `start_step`, which a killed run has left, are deleted.
+        workdir: the workdir of the run. Records of steps after `start_step`, which a killed process wrote, are deleted.
         start_step: number of steps that are finished.
         total_steps: number of steps of the whole run.
         headline: the evaluation metric to print and to draw.
@@ -70,7 +70,7 @@ class RunLog:
         with self._warn_on_write_error():
             self._events.close()
         try:
-            self._metrics.close()  # writes the lines that a full disk has kept in the buffer
+            self._metrics.close()  # writes the lines that are still in the buffer because the disk was full
         except OSError as error:
             if kind is None:
                 path = self._workdir / METRICS
@@ -79,7 +79,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _warn_on_write_error(self) -> Iterator[None]:
-        """Turns a write error into a warning, so that it costs records but not the run."""
+        """Turns a write error into a warning: records may be missing, but training continues."""
         try:
             yield
         except OSError as error:
@@ -88,7 +88,7 @@ class RunLog:
             self._warned = True
 
     def say(self, line: str) -> None:
-        """Prints a line, as `output.say`."""
+        """Prints a line with `output.say`."""
         say(line)
 
     def advance(self) -> None:
@@ -101,7 +101,7 @@ class RunLog:
         Args:
             step: number of finished steps.
             epoch: number of finished epochs.
-            metrics: `loss`, `learning_rate`, further metrics of the steps, and those of `StepTimer.summary`.
+            metrics: `loss`, `learning_rate`, further metrics of the steps, and the metrics from `StepTimer.summary`.
             seconds_left: estimated time until the end of the run.
         """
         self._record(step, epoch, 'train', metrics)
@@ -162,7 +162,7 @@ class RunLog:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _drop_events_from(self, step: int) -> None:
-        """Makes TensorBoard ignore earlier events of this step and later ones, which a killed run has written."""
+        """Makes TensorBoard ignore the events of this step and later steps that a killed process wrote."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
@@ -175,7 +175,7 @@ def _event_name(name: str) -> str:
 
 
 class NullLog:
-    """A `RunLog` that writes nothing, for all processes but the main process."""
+    """A `RunLog` that writes nothing, for all processes except the main process."""
 
     def __enter__(self) -> 'NullLog':
         return self

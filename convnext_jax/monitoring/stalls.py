@@ -8,7 +8,7 @@ from convnext_jax.output import say
 from convnext_jax.runtime.stop import Stop
 
 MAX_WAIT_AFTER_SIGNAL = 5.0
-"""Once a signal has been received, a wait for a batch ends after this many seconds in total."""
+"""After a signal, a wait for a batch ends when it has lasted this many seconds in total."""
 
 
 class DataStalled(Exception):

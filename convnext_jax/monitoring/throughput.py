@@ -24,7 +24,8 @@ STEPS_IN_FLIGHT = 2
 needed, because the host would otherwise dispatch steps without end and hold their batches in memory."""
 
 STRAGGLER_THRESHOLD = 0.1
-"""A host is a straggler if it spends this fraction of a step more than the median host on data, or on its own work."""
+"""A host is a straggler if its time for data, or for other work on the host, exceeds the median host's time by this
+fraction of a step."""
 
 PROCESS_MEMORY = Path('/proc/self/statm')
 
@@ -32,11 +33,11 @@ PROCESS_MEMORY = Path('/proc/self/statm')
 class StepTimer:
     """Times the steps of the training loop, and limits how many of them are in flight.
 
-    The time of a step lasts from the completion of the previous step to its own completion, as the host sees them. It
-    includes work of the host between two steps, and excludes `paused` spans.
+    The time of a step is measured on the host, from the completion of the previous step to the completion of the step.
+    It includes work of the host between two steps, and excludes the time in `paused`.
 
     Args:
-        config: of the experiment.
+        config: the config of the experiment.
         step: number of steps that are finished.
         stop: holds the signal once it is received.
     """
@@ -56,7 +57,7 @@ class StepTimer:
         return StallMonitor(seconds, self._stop, lambda: f'{split} after step {self._step}')
 
     def _restart(self) -> None:
-        self._seconds: list[float] = []  # of each step
+        self._seconds: list[float] = []  # the time of each step
         self._starved = 0.0  # seconds in which the device was idle because no batch was ready
         self._fetching = 0.0  # seconds in which the loop waited for a batch, whether the device was idle or not
         self._blocked = 0.0  # seconds in which the loop waited for the device
@@ -94,7 +95,7 @@ class StepTimer:
         """Notes that a step was dispatched, and waits until fewer than `STEPS_IN_FLIGHT` are in flight.
 
         Args:
-            metrics: of the step.
+            metrics: the metrics of the step, on the device.
         """
         self._step += 1
         self._in_flight.append(metrics)
@@ -127,8 +128,8 @@ class StepTimer:
             - `step_ms_median`, `step_ms_p99`: median and 99th percentile of the step time in ms.
             - `data_wait_share`: fraction of the time in which the devices of this process had no batch.
             - `mfu`: model FLOP utilisation, if the peak of the chip is known.
-            - `host_memory_gib`: of this process, on Linux.
-            - `device_memory_gib`, `device_memory_peak_gib`: of the fullest local device, if the backend reports them.
+            - `host_memory_gib`: memory of this process, on Linux.
+            - `device_memory_gib`, `device_memory_peak_gib`: maximum over the local devices, if the backend reports it.
         """
         while self._in_flight:
             self._wait_for_oldest()
@@ -164,7 +165,7 @@ class StepTimer:
 
 
 def stragglers(names: list[str], data: np.ndarray, work: np.ndarray, step_seconds: float) -> dict[str, str]:
-    """Finds the hosts that slow down the others, which wait for the slowest in every step.
+    """Finds the hosts that slow down the job: in every step, all hosts wait for the slowest host.
 
     A slow chip is not found, because its steps end on all hosts at the same time.
 
@@ -175,7 +176,7 @@ def stragglers(names: list[str], data: np.ndarray, work: np.ndarray, step_second
         step_seconds: mean time of a step.
 
     Returns:
-        Host → a message that says what it is slow at.
+        Host → a message that says whether the host waits for data or is slow in other work.
     """
     found = {}
     for what, seconds in (('waiting for data', data), ('its own work', work)):
@@ -194,8 +195,8 @@ def utilisation(config: ConfigDict, images_per_second: float, device_kind: str) 
     the backward pass has twice the FLOPs of the forward pass. Recomputation and augmentation do not count.
 
     Args:
-        config: of the experiment.
-        images_per_second: per chip.
+        config: the config of the experiment.
+        images_per_second: training speed of one chip.
         device_kind: `jax.Device.device_kind`.
 
     Returns:
@@ -209,10 +210,10 @@ def utilisation(config: ConfigDict, images_per_second: float, device_kind: str) 
 
 
 def memory() -> dict[str, float]:
-    """Memory in GiB of this process (on Linux), and of its fullest local device (if the backend reports it).
+    """Memory in use, in GiB: of this process (on Linux), and the maximum over its devices (if the backend reports it).
 
     Returns:
-        `host_memory_gib`, `device_memory_gib` and `device_memory_peak_gib`, as far as they are known.
+        Name → value, for those of `host_memory_gib`, `device_memory_gib` and `device_memory_peak_gib` that are known.
     """
     metrics = {}
     if PROCESS_MEMORY.exists():

@@ -44,7 +44,7 @@ class Trace:
     """Profiles whole steps on process 0. Use as a context manager: leaving it finishes the trace, also after an error.
 
     Args:
-        window: the steps to profile; None: none.
+        window: the steps to profile; None to profile no steps.
         folder: the trace is written to FOLDER/plugins/profile/TIME, where TensorBoard finds it.
         steps_left: number of steps until the end of the run.
         paused: a context manager that waits for the steps in flight, and excludes its body from the step times.
