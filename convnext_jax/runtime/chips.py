@@ -9,12 +9,13 @@ class Chip:
     """One accelerator, which is one JAX device.
 
     Attributes:
-        memory: of the device, in GiB.
+        memory: memory of the device in GiB.
         bfloat16: dense peak of matrix products of bfloat16 arrays, in TFLOP/s.
         float32: dense peak of matrix products of float32 arrays at JAX's default precision, in TFLOP/s. TPUs multiply
             them in bfloat16, and GPUs in TensorFloat-32.
         kind: regular expression for `jax.Device.device_kind`.
-        clock: in GHz, to convert the compiler's estimated cycles; None if the compiler estimates none.
+        clock: clock frequency in GHz, to convert the compiler's estimated cycles to seconds; None if the compiler does
+            not estimate cycles.
         link: total bandwidth of the links to other chips in one direction, in GB/s; None if `clock` is None.
     """
 

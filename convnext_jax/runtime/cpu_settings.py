@@ -22,12 +22,12 @@ ALLOCATOR = ':'.join(
 temporary arrays of every step are allocated from the system, with one page fault for each 4 kB."""
 
 EIGEN_PRODUCTS = '--xla_cpu_experimental_ynn_fusion_type=-individual_dot'
-"""Matrix products by Eigen instead of YNNPACK, which is faster on CPUs without AVX-512. oneDNN
+"""Matrix products with Eigen, which on CPUs without AVX-512 is faster than the default, YNNPACK. oneDNN
 (xla_cpu_experimental_onednn_custom_call) is faster than both, but its gradients can be wrong: XLA of jaxlib 0.12.0
 fuses a GELU written as x · ½(1 + erf) into a product whose own value is also needed."""
 
 WIDE_VECTORS = '--xla_cpu_prefer_vector_width=512'
-"""The loops that XLA generates use the full vector width of AVX-512."""
+"""Makes the loops that XLA generates use the full vector width of AVX-512."""
 
 
 def missing_settings() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Jobs of several processes: start, exchange of values, global arrays, and a stop that all processes agree on.
 
-Everything uses JAX's distributed runtime: its coordination service on process 0, with key-value store, barriers and
-preemption notice, and collectives over the devices.
+Everything uses JAX's distributed runtime: collectives over the devices, and the coordination service on process 0,
+which provides a key-value store, barriers and preemption notices.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from convnext_jax.runtime.watchdog import exit_now
 
 
 def start(coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int) -> bool:
-    """Connects the processes of a job with `jax.distributed.initialize`. Must precede any other call of JAX.
+    """Connects the processes of a job with `jax.distributed.initialize`. Call it before any other function of JAX.
 
     Without arguments, JAX detects Cloud TPU pods, GKE, Slurm and Open MPI. The standard output of all processes except
     process 0 is discarded.
@@ -34,7 +34,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
         coordinator: 'HOST:PORT' on which process 0 listens; None: detected by JAX.
         process_count: number of processes; None: detected by JAX.
         process_id: index of this process; None: detected by JAX.
-        timeout: seconds to wait for the coordinator and all processes. After it, this process exits with status 1.
+        timeout: seconds to wait for the coordinator and all processes. Then this process exits with status 1.
 
     Returns:
         Whether there are several processes.
@@ -105,7 +105,7 @@ def _exit_after_timeout(
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0, which writes logs and files, or the only process."""
+    """Whether this is the main process, which writes logs and files: process 0, or the only process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -131,7 +131,7 @@ def all_gather_objects(value: object) -> list:
 def local_batch_indices(sharding: Sharding, batch_size: int) -> Sequence[int]:
     """The indices of the examples of a global batch that are on devices of this process, in ascending order."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    # The type annotation of JAX allows None for a device, which a NamedSharding never has.
+    # JAX's type annotation allows None for a device, but a NamedSharding has indices for every device.
     return sorted({i for (part,) in slices for i in range(*part.indices(batch_size))})  # type: ignore[misc]
 
 

@@ -13,7 +13,7 @@ class Stopped(Exception):
 
     Args:
         by: the signal.
-        step: of the saved state; 0 if nothing is saved.
+        step: step of the saved state; 0 if nothing is saved.
 
     Attributes:
         status: exit status of the process, 128 + signal number.

@@ -20,8 +20,8 @@ FAILURE = 'convnext_jax/failure'
 """Key of the first failure: process, text and status as JSON, or null once all processes have finished."""
 HEARTBEAT = 'convnext_jax/heartbeat'
 SHUTDOWN_SECONDS = 5
-"""After a failure, the processes wait this long for each other before they exit, so that all can read the failure: the
-coordination service ends with process 0."""
+"""After a failure, the processes wait up to this long for each other before they exit, so that all of them can read the
+failure: the coordination service ends with process 0."""
 
 
 class Watchdog:
@@ -84,7 +84,7 @@ class Watchdog:
             status: exit status of all processes.
         """
         if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(self._timeout + 1)  # if a collective failed because another process did, the thread reports that
+            time.sleep(self._timeout + 1)  # if another process caused the error, the thread exits first
         with self._exiting:
             say(text, error=True)
             failure = {
