@@ -16,7 +16,7 @@ from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import make_mesh
 
 IMAGES = 1_281_167
-"""Number of training images, here those of ImageNet-1k. It sets the number of steps, a constant in the program."""
+"""Number of training images in ImageNet-1k. It determines the number of steps, which is a constant in the program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Compiled:
     """The result of compiling a training step.
 
     Attributes:
-        images: per chip in one pass.
+        images: number of images per chip in one accumulation step.
         seconds: duration of the compilation.
-        memory: of the program; None if it does not fit into the memory of a chip.
+        memory: memory that the program needs; None if this is more than the memory of a chip.
         text: the program in HLO; the error of the compiler if the program does not fit.
     """
 
@@ -61,9 +61,9 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     """Compiles the training step.
 
     Args:
-        config: of the experiment; its batch_size is not used.
+        config: the config of the experiment; its batch_size is not used.
         target: the chips.
-        images: per chip in one pass.
+        images: number of images per chip in one accumulation step.
 
     Raises:
         UserError: as for `make_durations`, `make_mesh` and `Task.build`.

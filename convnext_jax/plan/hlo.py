@@ -9,7 +9,7 @@ COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(')
 CALLED = re.compile(r'\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
 BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
-# Three formats of the devices in a collective: {{0,1},{2,3}}; [groups,size]<=…; mesh axes, each in full or in part.
+# Three formats of a collective's groups of devices: {{0,1},{2,3}}; [groups,size]<=…; mesh axes, whole or in part.
 GROUP = re.compile(r'\breplica_groups=\{\{([\d,]+)\}')
 GROUPS_BY_NUMBER = re.compile(r'\breplica_groups=\[\d+,(\d+)\]<=')
 GROUPS_BY_AXES = re.compile(r'\breplica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
@@ -22,7 +22,7 @@ class Instruction:
     """One instruction of the program.
 
     Attributes:
-        name: in the program.
+        name: name of the instruction in the program.
         opcode: such as 'fusion'. An asynchronous operation has two instructions, such as 'all-reduce-start' and
             'all-reduce-done'.
         result: type of the result, such as 'bf16[64,56,56,96]{3,2,1,0}', or a tuple of types in parentheses.
@@ -106,7 +106,7 @@ def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[I
             group=group,
             chain=_first(r'\bchain_id="(\d+)"', line),
         )
-        if opcode.endswith(('-done', '-update')):  # the computation that they name was counted at -start
+        if opcode.endswith(('-done', '-update')):  # they name the computation that was counted at -start
             continue
         times = _trip_count(line, computations) if opcode == 'while' else 1
         branches = re.findall(r'[\w.-]+', _first(BRANCHES, line) or '')

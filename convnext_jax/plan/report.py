@@ -21,15 +21,16 @@ GIB = 2**30
 def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     """Prints memory, collectives and estimated cycles of the training step, and the largest batch that fits.
 
-    If the program does not fit, it is compiled again with half the images per chip.
+    If the program does not fit, it is compiled again with half the images per chip, until it fits. One more program
+    with half the images of that program is compiled to extrapolate the largest batch.
 
     Args:
-        config: of the experiment.
+        config: the config of the experiment.
         target: the chips.
-        images: per chip in one pass; None: as in the config.
+        images: number of images per chip in one accumulation step; None for the number that follows from the config.
 
     Raises:
-        UserError: as for `compile_step`, the batch does not divide evenly, or one image per chip does not fit.
+        UserError: as for `compile_step`; or the batch does not divide evenly, or one image per chip does not fit.
     """
     check_values(config)
     images = images or _images(config, target)

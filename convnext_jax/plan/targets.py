@@ -21,10 +21,10 @@ class Target:
     """A number of chips of one kind, which do not have to be attached.
 
     Attributes:
-        name: from the user, such as 'v5e:4x4'.
+        name: the name that the user gave, such as 'v5e:4x4'.
         chip: memory and speed of a chip.
         devices: descriptions of the devices.
-        compiler: its package and version.
+        compiler: package and version of the compiler.
         options: compiler options.
     """
 
