@@ -19,8 +19,9 @@ Published top-1 on ImageNet-1k:
 - from 22k, at 384: N/T/B/L/H 83.4/85.1/87.7/88.2/88.7 %; at 512: H 88.9 %
 Hardware: 16 to 64 accelerators.
 
-The paper's learning rate for huge, used here, is doubtful. Where the papers do not say whether the layer decay counts
-single blocks or groups of blocks, it counts single blocks, the default of the original code.
+The learning rate for huge is the one in the paper, which is doubtful. The papers do not always say whether layer decay
+counts single blocks or groups of blocks. In these cases the recipe counts single blocks, as the original code does by
+default.
 """
 
 from typing import NamedTuple
