@@ -12,10 +12,10 @@ from convnext_jax.data.pipeline import Share
 from convnext_jax.errors import UserError
 
 BATCH_SIZE = 16
-"""Images per batch: signals are handled between batches."""
+"""Images per batch. It is small because signals are handled between batches."""
 
 MAX_NAMED = 3
-"""Unreadable images that a message names."""
+"""Maximum number of unreadable images that a message names."""
 
 
 def find_unreadable(
@@ -25,7 +25,7 @@ def find_unreadable(
 
     Args:
         dataset: the split.
-        process: index of this process; every process checks an equal number of batches.
+        process: index of this process. All processes check equal numbers of batches.
         processes: number of processes that share the work.
         waiting: called while a batch is pending, see `loading.Waiting`.
 
@@ -59,7 +59,7 @@ def find_unreadable(
 
 
 def describe_unreadable(errors: dict[int, str], images: int, split: str) -> str:
-    """An error message of one line: the number of unreadable images, the first of them, and what to do.
+    """A one-line error message: the number of unreadable images, the errors of the first few, and what to do.
 
     Args:
         errors: index of an unreadable example → error message.

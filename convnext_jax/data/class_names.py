@@ -18,7 +18,7 @@ def normalize(name: str) -> str:
 
 
 def same_names(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether two lists have equal names in equal order."""
+    """Whether two lists have equal names in the same order, compared as by `normalize`."""
     return list(map(normalize, names)) == list(map(normalize, others))
 
 
@@ -28,10 +28,10 @@ def match_names(names: Sequence[str], known: Sequence[str], owner: str) -> list[
     Args:
         names: the names to find.
         known: the list in which to find them.
-        owner: owner of the list for error messages: 'the model', or a split.
+        owner: what the list belongs to, for error messages: 'the model', or a split.
 
     Raises:
-        UserError: a name is missing in `known`, or the lists differ and a name occurs several times in one of them.
+        UserError: a name is missing in `known`; or the lists differ, and one of the `names` occurs several times.
     """
     if same_names(names, known):
         return list(range(len(names)))
@@ -64,7 +64,7 @@ def outputs_of_classes(
         The output of each class, and a message for the user if classes were matched by position, else ''.
 
     Raises:
-        UserError: as `match_names`, or the model has fewer outputs than the data set has classes.
+        UserError: as for `match_names`, or the model has fewer outputs than the data set has classes.
     """
     if model_names is not None and not _trust_positions(data_names, model_names):
         return match_names(data_names, model_names, 'the model'), ''
@@ -129,12 +129,12 @@ def _trust_positions(names: Sequence[str], others: Sequence[str]) -> bool:
     if not _positions(names).keys().isdisjoint(_positions(others)):
         return False
     if all(map(str.isdecimal, names)) and not _are_placeholders(names):
-        return False  # numbers that differ from the positions: LABEL_3 might mean either
+        return False  # names '1', '2', … at positions 0, 1, …: the others' LABEL_2 may mean the name or the position
     return _are_placeholders(names) or _are_placeholders(others) or _wordnet_and_words(names, others)
 
 
 def _are_placeholders(names: Sequence[str]) -> bool:
-    """Whether each name is only the number of its position."""
+    """Whether each name only repeats its position, as 'LABEL_3' at position 3."""
     numbers = [NUMBER.fullmatch(name) for name in names]
     return all(number and int(number[1]) == position for position, number in enumerate(numbers))
 

@@ -18,7 +18,7 @@ def jitter_colors(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n'], stren
     Args:
         images: (N, H, W, C) uint8.
         keys: (N,) random keys, one for each image.
-        strength: the three factors are uniform in [max(0, 1 − strength), 1 + strength].
+        strength: maximum change; the three factors are uniform in [max(0, 1 − strength), 1 + strength].
 
     Returns:
         (N, H, W, C) uint8.

@@ -14,7 +14,7 @@ Batch = dict[str, jax.Array]
 """Examples of a global batch on the devices: name → array with a leading batch axis."""
 
 HostBatch = dict[str, np.ndarray]
-"""Examples of a batch in the memory of one process, which holds its share of the global batch: name → array."""
+"""One process's share of a global batch, in host memory: name → array with a leading batch axis."""
 
 Features = dict[str, jax.ShapeDtypeStruct]
 """Name → shape and dtype of each array of one example."""
@@ -26,7 +26,7 @@ class Dataset(abc.ABC):
     Attributes:
         features: name → shape and dtype of the arrays of an example. A feature `weight`, () float32, is the weight of
             the example in evaluation metrics, 1 by default; 0 ignores the example.
-        facts: name → JSON value; a run is resumed only if these values have not changed.
+        facts: name → JSON value; a run resumes only if these values have not changed.
         random: whether `load` depends on `draw`. If not, a small split is loaded once and kept in memory.
         about: a short description for the first lines of a run, such as '10 classes'.
     """
@@ -46,8 +46,8 @@ class Dataset(abc.ABC):
 
         Args:
             index: index of the example, at least 0 and below the length of the data set.
-            draw: non-negative integers that seed all random choices: the seed of the run, the epoch, the index, and the
-                number of this copy of the example in its batch.
+            draw: non-negative integers that seed all random choices: the seed of the run, the epoch, the index, and
+                which copy of the example in its batch this is.
 
         Raises:
             UserError: the example cannot be read.

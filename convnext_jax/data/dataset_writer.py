@@ -1,4 +1,4 @@
-"""A writer of TFDS data sets in ArrayRecord format, which needs no TensorFlow and does not re-encode the images.
+"""A writer of TFDS data sets in ArrayRecord format. It needs no TensorFlow and does not re-encode the images.
 
 It writes the shards to DATA/NAME/incomplete.VERSION and renames this folder when the data set is complete. After an
 interruption, the next call keeps the complete shards.
@@ -26,7 +26,7 @@ from convnext_jax.paths import plain_path
 
 SHARD_BYTES = 2**29  # large, because a reader keeps all shards open, and most systems allow 1,024 open files
 READERS = 16  # threads; the images are read in random order, and parallel reads hide the seeks
-DIGEST = 'plan.sha256'  # file in the scratch folder: digest of the class names and images to be written
+DIGEST = 'plan.sha256'  # file in the scratch folder: digest of class names and of the images' names, labels and sizes
 
 Serialize = Callable[[dict], bytes]
 
@@ -97,7 +97,10 @@ def describe_dataset(directory: Path) -> str:
 
 
 def _in_order(split: str, images: list[Image]) -> list[Image]:
-    """TFDS's order, by hash of the name: 'train[:10%]' is a random sample, and has the images that it has in TFDS."""
+    """The images in TFDS's order, by a hash of their names.
+
+    In this order 'train[:10%]' is a random sample, with the images that it has in the data set prepared by TFDS.
+    """
     return sorted(images, key=lambda image: hashlib.md5(split.encode() + os.fsencode(image.name)).digest())
 
 
@@ -111,7 +114,7 @@ def _digest(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Creates the folder and holds an exclusive lock on it, which also ends with the process."""
+    """Creates the folder and locks it exclusively, until the body or the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -127,7 +130,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _begin(scratch: Path, digest: str) -> None:
-    """Creates the scratch folder, or keeps it if an interrupted call has written shards of the same images there."""
+    """Creates the scratch folder, or keeps the one of an interrupted call if the class names and images are equal."""
     try:
         if (scratch / DIGEST).is_file() and (scratch / DIGEST).read_text(encoding='utf-8') == digest:
             say(f'{scratch} is from an interrupted command: its complete shards are kept')

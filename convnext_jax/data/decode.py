@@ -18,13 +18,13 @@ except ImportError:  # not available on Linux with ARM processors
     fast = None
 
 JPEG = b'\xff\xd8\xff'
-MAX_PIXELS = 10**8  # of a resized image; similar to Pillow's limit for the images that it opens
+MAX_PIXELS = 10**8  # maximum number of pixels of a resized image; similar to Pillow's limit for opened images
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP', 'DIB', 'GIF', 'PPM', 'JPEG2000', 'AVIF')
 """The formats that are decoded, by their names in Pillow. The content of a file determines its format, not the suffix.
-Other formats of Pillow are excluded, because it would start Ghostscript for a PostScript file."""
+Pillow's other formats are excluded, because for a PostScript file Pillow would start Ghostscript."""
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, MemoryError)
-"""The errors that Pillow raises for damaged files: for instance RuntimeError for AVIF, MemoryError for a wrong size."""
+"""The errors that Pillow raises for damaged files, such as RuntimeError for AVIF, and MemoryError for a wrong size."""
 
 
 def decode(image: bytes, channels: int, name: str) -> Image.Image:
@@ -43,7 +43,7 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as file:
             converted = convert_mode(file, channels)
-            orientation = _orientation(file)  # after the pixels: in a PNG the EXIF data may follow them
+            orientation = _orientation(file)  # read after the pixels, because a PNG may store the EXIF data after them
     except Image.UnidentifiedImageError as error:
         raise UserError(f'{name} cannot be decoded as an image: its format is none of {", ".join(FORMATS)}') from error
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
@@ -98,7 +98,7 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation of an open file, 1 to 8; 1 (upright) if it is missing or the EXIF data are damaged.
 
-    When Pillow loads a TIFF it rotates the image itself and removes the tag.
+    For a loaded TIFF the result is 1, because Pillow itself rotates the image and removes the tag.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -142,8 +142,9 @@ def train_crop(
 ) -> np.ndarray:
     """A random resized crop of an encoded image, upright: (size, size, C) uint8.
 
-    The crop of arXiv:1409.4842 as in torchvision: its area is uniform in `scale` times the image's area, its aspect
-    ratio log-uniform in [3/4, 4/3]; after ten crops that do not fit, the largest centre crop with an allowed ratio.
+    The crop of arXiv:1409.4842, as in torchvision: the fraction of the image's area is uniform in `scale`, and the
+    aspect ratio is log-uniform in [3/4, 4/3]. After ten draws that do not fit into the image, the result is the largest
+    centre crop with an allowed ratio.
 
     Args:
         image: the bytes of the file.
@@ -152,12 +153,12 @@ def train_crop(
         scale: smallest and largest fraction of the image's area.
         seed: non-negative integers that seed the random crop.
         exact: use Pillow's decoder and bicubic filter. Otherwise JPEGs are decoded at the smallest sufficient
-            resolution and filtered with rounded weights; on photographs the pixel values differ by 0.2 on average, and
-            by 1.1 if the sides of the crop are more than four times `size`.
+            resolution and filtered with rounded weights: the pixel values of photographs then differ by 0.2 on average,
+            and by 1.1 if the sides of the crop are more than four times `size`.
         name: the file, for error messages.
 
     Raises:
-        UserError: as `decode`.
+        UserError: as for `decode`.
     """
     if not exact and image.startswith(JPEG):
         with contextlib.suppress(ValueError):  # CMYK or damaged: Pillow decodes it or reports the error
@@ -177,7 +178,8 @@ def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float
     if orientation >= 5:
         height, width = width, height
     left, top, right, bottom = _random_box(width, height, scale, seed)
-    # libjpeg downscales by powers of two at little cost, but blurs: the filter does the last factor of 2 or more.
+    # libjpeg downscales by powers of two at little cost, but it blurs. The filter therefore does at least the last
+    # factor of 2.
     limit = min(right - left, bottom - top) // (2 * size)
     shrink = max(factor for factor in (1, 2, 4, 8) if factor <= max(limit, 1))
     pixels = simplejpeg.decode_jpeg(
@@ -228,12 +230,13 @@ def eval_resize(
         image: an upright image.
         size: side of the result in pixels.
         crop_pct: `size` as a fraction of the shorter side after the resize.
-        squash: whether to ignore `crop_pct` and the aspect ratio; None means for sizes of 384 and above.
+        squash: whether to ignore `crop_pct` and the aspect ratio; None means True for sizes of 384 and above, else
+            False.
         resample: Pillow's number of the resampling filter.
         name: the file, for error messages.
 
     Raises:
-        UserError: as `eval_sides`.
+        UserError: as for `eval_sides`.
     """
     width, height = eval_sides(image.size, size, crop_pct, squash=squash, name=name)
     resized = image.resize((width, height), resample)

@@ -69,7 +69,7 @@ def move(
     moved = _shift(moved.swapaxes(1, 2), columns, max_columns, rotated).swapaxes(1, 2)
     moved = _shift(moved, back, max_rotated, jnp.zeros_like(rotated))[:, :, margin:-margin]
 
-    # The position in the original image of each pixel, by one affine map: pixels from outside are filled.
+    # One affine map gives the position of each pixel in the original image. Pixels from outside the image are filled.
     cosine = jnp.cos(angle)[:, None, None]
     sine, x, y = sine[:, None, None], x[None, None], y[None, :, None]
     from_x = width / 2 + cosine * (x - width / 2) + sine * (y - height / 2)
@@ -85,7 +85,7 @@ def _lines(
 ) -> Float[Array, 'n length']:
     """slope · position + start: (N,), (N,), (L,) → (N, L).
 
-    It is a matrix product because the CPU compiler would recompute another expression for every pixel that uses it.
+    It is a matrix product, because the CPU compiler would recompute an elementwise expression for every pixel.
     """
     basis = jnp.stack([position, jnp.ones_like(position)])
     return jnp.matmul(jnp.stack([slope, start], 1), basis, precision=lax.Precision.HIGHEST)
@@ -94,7 +94,7 @@ def _lines(
 def _shift(
     images: UInt8[Array, 'n h w c'], shift: Float[Array, 'n h'], max_shift: float, rounds: Bool[Array, ' n']
 ) -> UInt8[Array, 'n h w c']:
-    """Row y of each image shifted left by `shift[:, y]` pixels, bicubic (a = −1, as in Pillow's transforms).
+    """Row y of each image shifted left by `shift[:, y]` pixels, with Pillow's bicubic filter for transforms (a = −1).
 
     The integer part of the shift is applied digit by digit in base 4: for each digit, a row selects one of four slices.
 
@@ -112,7 +112,7 @@ def _shift(
     least = -int(max_shift) - 1
     steps = integer.astype(jnp.int32) - least
     digits = int(np.ceil(np.log(1 - 2 * least) / np.log(4)))
-    sides = (1 - least, 4**digits + least + 1)  # a pixel before and two after: the bicubic taps
+    sides = (1 - least, 4**digits + least + 1)  # the bicubic taps need one pixel before and two after
     moved = jnp.pad(images, ((0, 0), (0, 0), sides, (0, 0)), mode='edge')
     for stride in (4**digit for digit in reversed(range(digits))):
         length = moved.shape[2] - 3 * stride

@@ -24,7 +24,7 @@ class FoundImages(NamedTuple):
 
     Attributes:
         paths: the image files, sorted by name.
-        left_out: description of a kind of files or folders → number of them that were ignored.
+        left_out: description of a kind of files or folders → number of ignored files or folders of this kind.
     """
 
     paths: list[str]
@@ -34,10 +34,10 @@ class FoundImages(NamedTuple):
 def find_images(folder: Path, split: Path | None = None) -> FoundImages:
     """Finds all images in a folder and its subfolders.
 
-    A file is an image if it has a suffix in `IMAGE_SUFFIXES`, or if its content is an image. The exception are files
-    with TIFF content and another suffix, which may be camera raw files. Hidden files and folders are ignored. Links to
-    folders are followed, but no folder is read twice. A broken link with an image suffix counts as an image, so that
-    the attempt to read it reports the problem.
+    A file is an image if it has a suffix in `IMAGE_SUFFIXES`, or if its content is an image. Files with TIFF content
+    and an unknown suffix are not images, because they may be camera raw files. Hidden files and folders are ignored.
+    Links to folders are followed, but no folder is read twice. A broken link with an image suffix counts as an image,
+    so that the attempt to read it reports the problem.
 
     Args:
         folder: the folder to search.
@@ -95,7 +95,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _kind_of_file(entry: os.DirEntry) -> str:
-    """'image', or the kind under which the file is counted as ignored."""
+    """'image', or the key under which `FoundImages.left_out` counts the file."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if os.path.exists(entry.path) and not os.path.isfile(entry.path):
         return 'pipes, sockets and devices'  # reading them might block forever

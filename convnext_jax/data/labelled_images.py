@@ -25,7 +25,7 @@ def image_features(size: int, channels: int) -> Features:
 
 
 class LabelledImages(Dataset):
-    """The base class: examples of a source as decoded images with labels.
+    """Base class of the data sets: the examples of a source as decoded images with labels.
 
     Args:
         source: the encoded images and their labels.
@@ -145,10 +145,10 @@ class EvalImages(LabelledImages):
 
 
 def _check(image: bytes, channels: int, name: str) -> tuple[int, int]:
-    """Width and height of an image, which is decoded as cheaply as possible to check that it is complete.
+    """Checks that an image is complete, by decoding it as cheaply as possible; returns its width and height.
 
     Raises:
-        UserError: as `decode`.
+        UserError: as for `decode`.
     """
     if image.startswith(JPEG):
         with contextlib.suppress(

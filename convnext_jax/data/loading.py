@@ -1,4 +1,4 @@
-"""The loader: threads or processes load examples into batches in advance, in a fixed order."""
+"""The loader: threads or processes load examples in advance and collect them in batches, in a fixed order."""
 
 import atexit
 import collections
@@ -30,22 +30,22 @@ from convnext_jax.errors import UserError
 HANDLED_BY_PARENT = {signal.SIGINT, signal.SIGTERM}
 
 GRACE = 5.0
-"""Seconds that a thread or process has on `close()` to finish its batch. After that, a thread that hangs in a read is
-abandoned until this process ends, and a process is terminated."""
+"""Seconds that threads and processes have to finish their batches when the loader is closed. Then a thread that hangs
+in a read is abandoned until this process ends, and a process is terminated."""
 
 OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
 """The open batch iterators; an `atexit` hook closes them before the interpreter shuts down."""
 
 Waiting = Callable[[float, Callable[[], str]], None]
-"""A callback that is called repeatedly while a batch is pending. Its arguments are the seconds so far and a function
-that returns the name of the first missing example. An exception that it raises cancels the wait."""
+"""A callback that is called repeatedly while a batch is pending. Its arguments are the duration of the wait in seconds,
+and a function that returns the name of the first missing example. An exception that it raises cancels the wait."""
 
 
 Done = queue.SimpleQueue[Future]
 """A queue that receives the future of a call once the call has ended.
 
-The main thread waits for this queue and not for the future. If Ctrl-C interrupts it while it takes the lock of the
-future, the lock is never released, and the thread that sets the result blocks forever."""
+The main thread waits for this queue and not for the future itself. If Ctrl-C interrupted the main thread while it takes
+the lock of the future, the lock would never be released, and the thread that sets the result would block forever."""
 
 
 def no_word(_seconds: float, _what: object) -> None:
@@ -64,7 +64,7 @@ def decoders(workers: int) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     if workers < 0:
         workers = cores // 4 if cores >= 8 else 0
-    # Without processes, one core is left to the training loop, which would compete with another thread.
+    # Without processes, one core stays free for the training loop, which would compete with one more thread.
     return workers, max(cores // workers if workers else cores - 1, 1)
 
 
@@ -83,7 +83,8 @@ def load_batches(
     does not prevent this process from ending.
 
     Args:
-        load: index of an example → the example. Several threads call it at once; for processes it must be picklable.
+        load: index of an example → the example. Several threads call it concurrently. With processes it must be
+            picklable.
         batches: indices of the batches, in order.
         size: number of examples in a batch.
         features: name → shape and dtype of the arrays of an example.
@@ -95,7 +96,7 @@ def load_batches(
         Name → array, (size, …).
 
     Raises:
-        UserError: as `load`, or there is too little shared memory, or a process was killed.
+        UserError: as for `load`, or there is too little shared memory, or a process was killed.
         ValueError: an example does not match the features.
     """
     processes, threads = decoders(workers)
@@ -182,7 +183,7 @@ def _by_processes(
     waiting: Waiting,
     name: Callable[[int], str],
 ) -> Generator[HostBatch, None, None]:
-    """`load_batches` by processes: each feature has a block of shared memory with a slot for each pending batch."""
+    """`load_batches` with processes. Each feature has a block of shared memory with a slot for each pending batch."""
     slots = processes + 2
     sizes = {feature: slots * size * x.size * x.dtype.itemsize for feature, x in features.items()}
     total = sum(sizes.values())
@@ -208,7 +209,7 @@ def _by_processes(
     with (
         _closing(workers, stop_end) as (pool, busy),
         # A separate thread starts the processes, because a signal could interrupt the main thread during a start. The
-        # processes inherit the blocked signals of this thread until they have imported their handlers.
+        # signals are blocked in this thread, and in the processes that it starts until `_Worker.start` ignores them.
         ThreadPoolExecutor(
             1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, HANDLED_BY_PARENT)
         ) as starter,
@@ -272,8 +273,9 @@ class _Worker:
         threads: int,
         parent_end: Connection,
     ) -> None:
-        # Only the training process handles Ctrl-C, and SIGTERM, which Slurm sends to every process: it needs batches
-        # until all hosts have agreed on the last step. This process ends when the training process closes the pipe.
+        # Only the training process handles Ctrl-C and SIGTERM, although Slurm sends SIGTERM to every process: the
+        # training process needs batches until all hosts have agreed on the last step. This process ends when the
+        # training process closes the pipe.
         for number in HANDLED_BY_PARENT:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_BY_PARENT)
@@ -304,7 +306,7 @@ def _put(example: Example, batch: HostBatch, position: int) -> None:
     """Copies an example into a batch.
 
     Raises:
-        ValueError: the names, shapes or dtypes differ from those of the batch.
+        ValueError: the names, shapes or dtypes of the example do not match the batch.
     """
     given = {feature: (np.shape(x), np.asarray(x).dtype) for feature, x in example.items()}
     wanted = {feature: (array.shape[1:], array.dtype) for feature, array in batch.items()}
@@ -328,7 +330,7 @@ def _result(done: Done, waiting: Waiting, missing: Callable[[], str]) -> Any:
 
 
 def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
-    """The results of the calls in order; each call is made `count` results before its own is needed."""
+    """The results of the calls, in order. Before it yields a result, it has made the next `count` calls."""
     pending: collections.deque = collections.deque()
     for call in calls:
         pending.append(call())
@@ -339,7 +341,7 @@ def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
 
 @contextlib.contextmanager
 def _closing(pool: Executor, stop_end: Connection) -> Iterator[tuple[Executor, dict[int, Future]]]:
-    """The pool and a dict for its pending results; closing `stop_end` ends the processes even if they hang."""
+    """The pool, and a dict for its pending results. On exit `stop_end` is closed, which ends even hanging processes."""
     busy: dict[int, Future] = {}
     try:
         yield pool, busy

@@ -17,7 +17,7 @@ def mix(
     mode: str,
     on: Bool[Array, ''] | bool = True,
 ) -> tuple[Float[Array, 'n h w c'], Float[Array, 'n classes']]:
-    """Mixup or cutmix of each image with its neighbour: image 0 with 1, 2 with 3, …, so that both are on one device.
+    """Mixup or cutmix of neighbouring images: 0 with 1, 2 with 3, …, so that both are usually on one device.
 
     If both methods are enabled, each is chosen with probability ½.
 

@@ -74,7 +74,7 @@ def gaussian_blur(images: UInt8[Array, 'n h w c'], radius: Float[Array, ' n']) -
     full = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)  # pixels on each side with full weight
     edge = (
         (2 * full + 1) * (full * (full + 1) - 3 * variance) / (6 * (variance - (full + 1) ** 2))
-    )  # weight of the next
+    )  # weight of the next pixel on each side
     distance = jnp.abs(jnp.arange(-BLUR_REACH, BLUR_REACH + 1))
     inner = jnp.floor(2**24 / (2 * (full + edge) + 1))
     outer = jnp.floor((2**24 - (2 * full + 1) * inner) / 2)
@@ -108,7 +108,7 @@ def autocontrast_table(counts: Int[Array, '*batch 256']) -> Int[Array, '*batch 2
     low = jnp.where(counts > 0, level, 255).min(-1, keepdims=True)
     high = jnp.where(counts > 0, level, 0).max(-1, keepdims=True)
     scale = 255 / jnp.maximum(high - low, 1)
-    # Fractions are truncated, as in Pillow. The summand corrects integers that rounding errors have made smaller.
+    # Fractions are truncated, as in Pillow. 1e-4 is added because rounding errors may make an integer slightly smaller.
     return jnp.where(high > low, clip_and_floor((level - low) * scale + 1e-4), level)
 
 

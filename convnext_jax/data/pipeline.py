@@ -1,7 +1,7 @@
 """The batches of training and evaluation: order of the examples, share of each process, transfer to the devices.
 
-The order is a function of seed and step. So there is no iterator state to save, and a resumed run, on any number of
-processes, gets the examples that the uninterrupted run would have got.
+The order is a function of seed and step. So there is no iterator state to save, and a run that resumes, on any number
+of processes, gets the examples that it would have got without the interruption.
 """
 
 import collections
@@ -21,7 +21,7 @@ from convnext_jax.errors import UserError
 
 REPLACE = 'replace each with a readable file of that name, or delete them and choose another workdir'
 REPLACE_IN_EVALUATION = 'replace it with a readable file of that name, then run the same command again'
-ROUNDS = 4  # rounds of the cipher that shuffles, Grain's default
+ROUNDS = 4  # rounds of the cipher that shuffles the examples; Grain's default
 CACHE_BYTES = 2**28  # a split without random augmentation on the host stays in memory up to this size
 
 
@@ -31,7 +31,7 @@ class Share:
 
     Attributes:
         batch_size: examples in a global batch.
-        indices: indices of this process's examples in a global batch, in order; by default all.
+        indices: indices of this process's examples in a global batch, in order; None for all examples.
     """
 
     batch_size: int
@@ -43,7 +43,11 @@ class Share:
         return self.batch_size if self.indices is None else len(self.indices)
 
     def position(self, local: int) -> int:
-        """The index in the global sequence of examples of the process's example with index `local`."""
+        """The global index of an example: its position in the examples of all global batches one after the other.
+
+        Args:
+            local: index of the example in the sequence of the examples that this process loads.
+        """
         batch, index = divmod(local, self.local_batch_size)
         return batch * self.batch_size + (index if self.indices is None else self.indices[index])
 
@@ -57,7 +61,7 @@ class Unreadable:
         self._reported = 0
 
     def add(self, index: int) -> None:
-        """Adds the example with this index, if it is new.
+        """Adds the example with this index, unless it was added before.
 
         Raises:
             UserError: more than one example in a thousand is unreadable.
@@ -92,7 +96,7 @@ class Unreadable:
             errors: the `errors()` of each process.
 
         Raises:
-            UserError: as `add`.
+            UserError: as for `add`.
         """
         for index, error in itertools.chain.from_iterable(errors):
             if index not in self._errors:
@@ -109,7 +113,7 @@ class Unreadable:
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """The number of complete batches in an epoch; the remaining examples are dropped, different ones in each epoch.
+    """The number of complete batches in an epoch. The remaining examples, others in each epoch, are not used in it.
 
     Raises:
         UserError: the split is smaller than one batch.
@@ -170,16 +174,16 @@ def train_batches(
 
 
 def fits_in_cache(dataset: Dataset) -> bool:
-    """Whether loaded examples are kept in memory: they are equal in each epoch, and small."""
+    """Whether loaded examples are kept in memory: if they are equal in each epoch, and the split is small."""
     size = sum(x.size * x.dtype.itemsize for x in dataset.features.values())
     return not dataset.random and len(dataset) * size <= CACHE_BYTES
 
 
 class TrainExamples:
-    """Index in this process's sequence → training example; the arguments are those of `train_batches`.
+    """Index in the sequence of examples of this process → training example; arguments as for `train_batches`.
 
     Attributes:
-        cache: index in the split → loaded example; None if examples are not cache.
+        cache: index in the split → loaded example; None if examples are not cached.
     """
 
     def __init__(self, dataset: Dataset, share: Share, seed: int, repeats: int, replace: bool):
@@ -223,14 +227,15 @@ class TrainExamples:
 
 
 def shuffled(position: int, images: int, seed: int, epoch: int) -> int:
-    """The index of the image at a position of an epoch's random order, without computation of the whole order.
+    """The index of the image at a position in an epoch's random order; the whole order is not computed.
 
     Args:
         position: position in the order, at least 0 and below `images`.
         images: number of images.
         seed, epoch: they determine the order.
     """
-    # Grain's cipher may repeat an index if images − 1 is a power of 4. Then one more index is shuffled, and skipped.
+    # Grain's cipher repeats an index if images − 1 is a large power of 4. For all powers of 2, one more index is
+    # shuffled, and skipped.
     largest = images if (images - 1).bit_count() == 1 else images - 1
     while True:
         position = grain.experimental.index_shuffle(position, largest, _epoch_seed(seed, epoch), ROUNDS)
@@ -246,7 +251,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 def _report(
     batches: Generator[HostBatch, None, None], unreadable: Unreadable | None
 ) -> Generator[HostBatch, None, None]:
-    """The batches without the feature `unreadable`, whose examples are added to `unreadable`."""
+    """The batches without the feature `unreadable`. The examples that it names are added to `unreadable`, if given."""
     with contextlib.closing(batches):
         for batch in batches:
             for index in batch.pop('unreadable'):

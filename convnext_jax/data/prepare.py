@@ -24,11 +24,11 @@ def prepare_imagenet2012(manual_dir: Path, data_dir: Path) -> None:
     TFDS re-encodes 22 CMYK images and a PNG among the JPEGs. Here they are unchanged, because the decoder reads them.
 
     Args:
-        manual_dir: folder of the tar files.
+        manual_dir: folder that contains the tar files.
         data_dir: TFDS data directory in which the data set is created.
 
     Raises:
-        UserError: a tar file is missing or damaged, or has unknown members; or as `write_dataset`.
+        UserError: a tar file is missing or damaged, or has unknown members; or as for `write_dataset`.
     """
     directory = data_dir / 'imagenet2012' / '5.1.0'
     if _is_prepared(directory):
@@ -56,13 +56,13 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
     """Writes the images `manual_dir/SPLIT/CLASS/*.jpg` as the TFDS data set `name`, version 1.0.0.
 
     Args:
-        manual_dir: folder with one folder per split.
+        manual_dir: folder that contains one folder for each split.
         data_dir: TFDS data directory in which the data set is created.
         name: name of the data set.
 
     Raises:
         UserError: the name is taken or invalid, a split has a class that is missing in the split with the most classes,
-            there is only one class, or a split is not a folder of class folders; or as `write_dataset`.
+            there is only one class, or a split is not a folder of class folders; or as for `write_dataset`.
     """
     import tensorflow_datasets as tfds
 

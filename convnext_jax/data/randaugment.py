@@ -1,8 +1,8 @@
 """RandAugment (arXiv:1909.13719) in timm's version, on the device, with random operations for each image.
 
 The results equal Pillow's, except for rotations (see `geometry`). One program computes all operations: a look-up table
-of 256 entries for each channel, a blend, and three shifts of rows and columns. Operations that an image does not use
-are the identity in it. On accelerators nothing is a gather of pixels, which is slow on TPUs.
+of 256 entries for each channel, a blend, and three shifts of rows and columns. For each image, all parts that its own
+operation does not need are the identity. On accelerators no part gathers pixels, because gathers are slow on TPUs.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from convnext_jax.errors import UserError, first_line
 
 BLOCK = 512  # bytes; a tar file consists of such blocks, and a block of zeros marks its end
-MAX_PADDING = 2**21  # bytes; longer than the zeros at the end of any tar file
+MAX_PADDING = 2**21  # bytes; more than the zeros at the end of any tar file
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'convnext_jax'
 
 
@@ -71,7 +71,7 @@ def read_bytes(path: Path, offset: int, size: int) -> bytes:
     """Part of a file, `size` bytes from `offset`; no file stays open, so that any thread or process may call it.
 
     Raises:
-        UserError: the file cannot be read, or is shorter.
+        UserError: the file cannot be read, or ends before these bytes.
     """
     try:
         with path.open('rb', buffering=0) as file:
@@ -105,8 +105,9 @@ def find_shards(directory: Path, split: str) -> list[Path]:
 def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Set[str]) -> np.memmap:
     """The index of a split: a memory-mapped record array with `shard`, `offset`, `size`, `label`, `name` of each image.
 
-    It is stored in the folder of the shards, or in the user's cache if that folder is not writable. The file name has
-    a hash of the suffixes and of the shards' names, sizes and times, so that a change creates a new index.
+    It is stored in the folder of the shards, or in the user's cache if that folder is not writable. The file name
+    contains a hash of the suffixes and of the shards' names, sizes and modification times: a change creates a new
+    index.
 
     Args:
         directory: folder of the shards.
@@ -115,7 +116,7 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Se
         suffixes: lower-case suffixes of images, with the dot.
 
     Raises:
-        UserError: as `index_shard`, or the index cannot be written.
+        UserError: as for `index_shard`, or the index cannot be written.
     """
     name = f'{split}.index-{_fingerprint(shards, suffixes)}.npy'
     if (directory / name).is_file() or os.access(directory, os.W_OK):
@@ -137,7 +138,7 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Se
 
 
 def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
-    """The index records of one shard. As in WebDataset, a key is a path up to the first dot of its file name.
+    """The index records of one shard. As in WebDataset, a key is a member's path up to the first dot in the file name.
 
     Hidden members, and members of hidden folders, are ignored with a warning that counts them.
 
@@ -150,8 +151,8 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
         (images,) records with the fields that `open_index` describes.
 
     Raises:
-        UserError: as `tar_members`; or an image without KEY.cls, a KEY.cls without an image or without a number, two
-            images or labels with one key, a key with a dot, or no images.
+        UserError: as for `tar_members`; or there is an image without KEY.cls, a KEY.cls without an image or without a
+            number, two images or labels with one key, a key with a dot, or no image.
     """
     images: dict[str, Member] = {}
     labels: dict[str, Member] = {}

@@ -18,10 +18,10 @@ from convnext_jax.errors import UserError, first_line
 from convnext_jax.paths import local_path, plain_path
 
 BUNDLED = {'fashion_mnist_mini': Path(__file__).parent / 'fashion_mnist_mini' / '1.0.0'}
-# ImageNet-A (arXiv:1907.07174) and ImageNet-R (arXiv:2006.16241) have 200 of ImageNet's classes. By their protocol only
-# these 200 outputs of a model are compared.
+# ImageNet-A (arXiv:1907.07174) and ImageNet-R (arXiv:2006.16241) have 200 of ImageNet's classes. Their protocols
+# compare only these 200 outputs of a model.
 SUBSET_DATASETS = ('imagenet_a', 'imagenet_r')
-MAX_CLASSES = 10**6  # a larger label is not a class number, but for instance the number of the image
+MAX_CLASSES = 10**6  # a larger label is not a class number; it may be the number of the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source(Protocol):
     Attributes:
         class_names: the names of the labels, in order.
         multi_label: whether the labels of the examples are tuples.
-        eval_classes: the labels that an evaluation compares; None for all.
+        eval_classes: the labels whose outputs an evaluation compares; None for all.
     """
 
     @property
@@ -111,7 +111,7 @@ def with_classes_of_model(source: Source, class_names: Sequence[str] | None, out
         The relabelled split, and a message for the user if classes were matched by position, else ''.
 
     Raises:
-        UserError: as `outputs_of_classes`.
+        UserError: as for `outputs_of_classes`.
     """
     with _with_folders_hint(source):
         labels, note = outputs_of_classes(source.class_names, class_names, outputs)
@@ -236,7 +236,7 @@ class FolderSource:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
     def subfolders_hint(self) -> str:
-        """A hint for an error message if the subfolders of the only class folder may be the classes; else ''."""
+        """A hint for an error message if the only class folder has subfolders, which may be the classes; else ''."""
         folder, *others = self._folders
         names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
         if others or not names:
@@ -255,7 +255,7 @@ class WebDatasetSource:
     The class names are the lines of `directory/classnames.txt`. Without this file they are the numbers.
 
     Raises:
-        UserError: as `find_shards` and `open_index`, or a label is too large.
+        UserError: as for `find_shards` and `open_index`, or a label is too large.
     """
 
     multi_label = False
