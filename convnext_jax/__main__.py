@@ -142,7 +142,7 @@ def predict_photos(arguments: list[str]) -> None:
 
 
 def _define_weights(values: flags.FlagValues) -> None:
-    """Adds --params and --name, which all commands that read weights take."""
+    """Adds the flags --params and --name of all commands that read weights."""
     flags.DEFINE_string(
         'params', 'raw', "Weights to use: 'raw', or 'ema' for their moving average.", flag_values=values
     )

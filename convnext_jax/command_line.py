@@ -1,4 +1,4 @@
-"""Code that all commands share: flags with a config file, one-line errors, exit statuses."""
+"""Code that all commands share: flags and configs, one-line errors, exit statuses."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 """Error numbers of a disk that is full or read-only, or of a path without write permission."""
 
 INVALID_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
-"""Error numbers of a path that is too long, or of a symbolic link that leads to itself."""
+"""Error numbers of a path that is too long or contains a loop of symbolic links."""
 
 OUTPUT_CLOSED = 141
 """The exit status that a shell reports for a process ended by SIGPIPE: 128 + 13."""
@@ -37,13 +37,13 @@ def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command with the arguments of this process, and turns its errors into messages and exit statuses.
 
     The exit status is 0 after success, 2 after an error that the user can fix, 128 + N after signal N, 141 if the
-    reader of stdout ended before the command, and 1 after any other error.
+    program that reads stdout ended before the command, and 1 after any other error.
 
     Args:
         command: takes `sys.argv`.
     """
     open_streams()
-    # Orbax logs tracebacks of errors that it also raises, and asyncio logs errors of tasks that nobody awaits.
+    # Orbax logs tracebacks of errors that it also raises, and asyncio logs errors of tasks that are never awaited.
     logging.set_verbosity(logging.FATAL)
     getLogger('asyncio').setLevel(CRITICAL)
     sys.unraisablehook = _show_unraisable
@@ -102,7 +102,7 @@ def all_processes(values: flags.FlagValues) -> Iterator[None]:
     The processes leave the body together. If it raises in one of them, all exit with the status of that error.
 
     Args:
-        values: parsed flags, among them those of `define_processes`.
+        values: parsed flags, with those that `define_processes` adds.
 
     Raises:
         UserError: the flags of `define_processes` contradict each other, or the processes cannot connect.
@@ -138,8 +138,8 @@ def _show_warning(
 
 
 def _show_unraisable(unraisable: 'sys.UnraisableHookArgs') -> None:
-    # When a save or a restore fails, Orbax raises one error and abandons hundreds of other coroutines. Each would be
-    # reported when it is deleted, and again when TensorStore calls back into its closed event loop.
+    # When a save or a restore fails, Orbax raises one error and abandons hundreds of other coroutines. Without the hook
+    # each is reported when it is deleted, and again when TensorStore calls back into the closed event loop.
     if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
@@ -208,7 +208,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError) as error:
-        # The message of ml_collections has the unknown name in quotes, and a similar name on a further line.
+        # The message of ml_collections has the unknown name in quotes, and perhaps a similar name on another line.
         name, *near = re.findall(r'\w+(?=\\?["\'])', str(error))
         hint = f': did you mean {near[0]}?' if near else ''
         raise UserError(f"the config has no field '{name}'{hint}") from error
@@ -243,7 +243,7 @@ def required_config(values: flags.FlagValues) -> ConfigDict:
 
 
 def _with_config_path(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with the value of --config as the path of a file."""
+    """The arguments, in which the value of --config is the path of a file instead of the name of a recipe."""
     result: list[str] = []
     for argument in arguments:
         flag, equals, value = argument.partition('=')
@@ -256,10 +256,10 @@ def _with_config_path(arguments: Sequence[str]) -> list[str]:
 
 
 def _config_path(text: str) -> str:
-    """The path of a recipe NAME[:VARIANT] of the package; a path stays as it is, apart from a ~ at its start.
+    """The path of the recipe NAME[:VARIANT] in the package; a path is returned unchanged, with a leading ~ expanded.
 
     Raises:
-        UserError: it is neither a path nor the name of a recipe.
+        UserError: the text is neither a path nor the name of a recipe.
     """
     name, colon, variant = text.partition(':')
     if name in RECIPES:

@@ -1,6 +1,6 @@
 """The config fields of an experiment, with their defaults and meaning. The files in configs/ override the defaults.
 
-This module has the fields of all experiments. Fields of a single task are in its module in `tasks/`.
+This module has the fields that all tasks share. The fields of a single task are in its module in `tasks/`.
 """
 
 import json
@@ -45,13 +45,13 @@ def _defaults(config: ConfigDict) -> None:
     config.model.layer_scale_init = -1.0  # −1: the default of the architecture; 0: no layer scale
     config.model.patch_size = 0  # 0: the default of the architecture
     config.model.dtype = 'float32'  # of matrix products and convolutions; use 'bfloat16' on accelerators
-    config.model.remat = 'dots'  # what the backward pass recomputes: 'none', all but 'dots' (matmuls), or 'full' blocks
+    config.model.remat = 'dots'  # the backward pass recomputes: 'none', all but matmuls ('dots'), or 'full' blocks
     config.model.unroll = False  # compile each block separately: slower to compile, 1 to 3 % faster; less memory on TPU
-    config.model.pallas = False  # depthwise convolutions by a Pallas kernel on TPU v5e, v5p and v6e; untested on TPUs
+    config.model.pallas = False  # depthwise convolutions with a Pallas kernel on TPU v5e, v5p, v6e; untested on TPUs
 
     config.init = ConfigDict()
     config.init.weights = ''  # fine-tuning: a workdir, or a folder, file or hub id of weights; '': random
-    config.init.params = 'raw'  # 'raw' or 'ema'; of an original .pth file: 'model' or 'model_ema'
+    config.init.params = 'raw'  # 'raw' or 'ema': in an original .pth file, 'model' or 'model_ema'
 
     config.data = ConfigDict()
     config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or a TFDS name
@@ -63,7 +63,7 @@ def _defaults(config: ConfigDict) -> None:
     config.data.workers = -1  # processes that decode training images; 0: threads instead; −1: chosen by CPU cores
     config.data.on_error = 'replace'  # unreadable training images: 'replace' (at most 1 in 1,000) or 'raise'
     config.data.patience_seconds = 300.0  # time without a batch until the run reports what it is waiting for
-    config.data.mean = (0.485, 0.456, 0.406)  # of each channel, for pixels in [0, 1]
+    config.data.mean = (0.485, 0.456, 0.406)  # mean of each channel, for pixels in [0, 1]
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optimizer = ConfigDict()  # AdamW
@@ -75,7 +75,7 @@ def _defaults(config: ConfigDict) -> None:
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
-    config.optimizer.layer_decay = 1.0  # factor on the learning rate from each layer to the one below; 1: off
+    config.optimizer.layer_decay = 1.0  # a layer's learning rate divided by the next layer's; 1: off
     config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block, or a 'group' of blocks
     config.optimizer.clip_norm = 0.0  # maximum global norm of the gradient; 0: off
 
@@ -180,7 +180,7 @@ def is_fixed(field: str, task: str) -> bool:
 
 
 def evaluation_fields(task: str) -> tuple[str, ...]:
-    """The fields that an evaluation reads: `eval.py --workdir` may override them."""
+    """The fields that an evaluation reads; `eval.py --workdir` may override them."""
     return COMMON.evaluation + task_class(task).fields.evaluation
 
 
@@ -216,10 +216,10 @@ def read_config(path: Path) -> ConfigDict:
     """Reads the config that a run wrote into its workdir.
 
     Args:
-        path: of config.json.
+        path: path of config.json.
 
     Raises:
-        UserError: the file is missing or damaged, or another version of the package wrote a field that is unknown here.
+        UserError: the file is missing or damaged, or another version of the package wrote an unknown field.
     """
     try:
         values = json.loads(path.read_text(encoding='utf-8'))

@@ -19,7 +19,7 @@ from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.paths import local_path
 
 DECODING = 'turned upright by the EXIF orientation; transparency dropped; 16-bit grey scaled by 255 / 65535'
-"""A description in `model.json` of `data.decode.decode`, for users of other decoders."""
+"""Text of `model.json` that says how `data.decode.decode` decodes images, for users of other decoders."""
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 
@@ -32,9 +32,9 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
 
     `images` are (N, size, size, C) uint8, decoded, resized and cropped as described in `model.json`; the program
     normalises them. The logits are (N, classes) float32. `activation` in `model.json` is the function from logits to
-    probabilities: "softmax", "sigmoid" (multi-label, or one output), or null for a regression, whose outputs are
-    values. The weights are arguments of the program: as constants they would be limited to 2 GB, and ConvNeXt-L would
-    start ten times slower.
+    probabilities: "softmax", "sigmoid" (multi-label, or one output), or null for a regression, which has no
+    probabilities. The weights are arguments of the program. As constants they would be limited to 2 GB, and ConvNeXt-L
+    would take ten times longer to start.
 
     Args:
         pretrained: model, preprocessing (by default ImageNet's at 224 pixels) and class names. A known licence is
@@ -42,7 +42,7 @@ def export_stablehlo(pretrained: Pretrained, folder: str | Path) -> None:
         folder: a new or empty folder.
 
     Raises:
-        UserError: the folder is not empty or not writable, or processor or class names do not match the model.
+        UserError: the folder is not empty or not writable, or the processor or the class names do not match the model.
     """
     pretrained.check_head()
     model = pretrained.model

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The config fields of all experiments, or of one task. Names are dotted, such as 'data.name'.
+    """The config fields that all tasks share, or those of one task. Names are dotted, such as 'data.name'.
 
     Attributes:
         defaults: sets every field of a config to its default. Sections of the config may exist already.
@@ -18,8 +18,8 @@ class Fields:
         below_one: fields whose value must be in [0, 1).
         at_most_one: fields whose value must be at most 1.
         choices: field → allowed values.
-        fixed: fields or whole sections that must not change when a run resumes, because they change its steps.
-        free: exceptions from `fixed`: they change no step, or only its rounding.
+        fixed: fields or whole sections that must not change when a run resumes, because they affect the training steps.
+        free: exceptions from `fixed`: fields that do not affect the training steps, or only their rounding.
         evaluation: fields that an evaluation reads. `eval.py --workdir` may override them.
     """
 

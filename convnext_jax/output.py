@@ -12,14 +12,14 @@ from convnext_jax.errors import UserError
 
 
 class OutputClosed(Exception):
-    """The reader of standard output has exited, as `head` does after its last line."""
+    """The program that reads standard output has exited, as `head` does after its last line."""
 
 
 def show(text: str) -> None:
     """Prints the result of a command on stdout, above the progress bar if there is one.
 
     Raises:
-        OutputClosed: the reader of stdout has exited.
+        OutputClosed: the program that reads stdout has exited.
         UserError: stdout cannot be written, for example because the disk is full.
     """
     try:
@@ -32,7 +32,7 @@ def show(text: str) -> None:
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Prints a line of progress above the progress bar if there is one; never raises.
+    """Prints a line of progress, above the progress bar if there is one. It never raises an error.
 
     If the stream cannot be written (a closed pipe, a lost terminal, a full disk), the line is dropped, so that training
     continues.

@@ -1,4 +1,4 @@
-"""Local paths: `~` expanded, and free of characters that C++ libraries do not accept."""
+"""Local paths: expansion of `~`, and paths without characters that C++ libraries do not accept."""
 
 import atexit
 import functools
@@ -10,8 +10,8 @@ from pathlib import Path
 from convnext_jax.errors import UserError, first_line
 
 PLAIN = re.compile(r'[\w/ .,=+~-]*')
-"""Paths that all libraries accept. TensorStore reads a backslash as a slash, and [0:3] as its own syntax. Bindings of
-C++ libraries refuse bytes that are not UTF-8."""
+"""Paths that all libraries accept. TensorStore interprets a backslash as a slash, and [0:3] as its own syntax. Bindings
+of C++ libraries reject bytes that are not UTF-8."""
 
 
 def local_path(text: str | Path) -> Path:

@@ -36,10 +36,10 @@ class Prediction:
 
 
 def find_photos(arguments: Iterable[str]) -> list[Path]:
-    """The image files that the arguments of a command name, in their order.
+    """The image files that the arguments of a command name, in the order of the arguments.
 
     An argument is a file, a folder, or a pattern such as 'photos/*.jpg'. In folders, `find_images` finds the images,
-    and a warning counts the files left out. Files that are given directly or by a pattern are returned in any case.
+    and a warning counts the ignored files. Files that are named directly or match a pattern are always returned.
 
     Raises:
         UserError: an argument matches no file.
@@ -66,7 +66,9 @@ def find_photos(arguments: Iterable[str]) -> list[Path]:
 def predict(
     pretrained: Pretrained, photos: Iterable[Path], *, top: int = 5, batch_size: int = 16
 ) -> Iterator[Prediction]:
-    """An iterator over the predictions for files, in their order; unreadable files give a prediction with an error.
+    """An iterator over the predictions for files, in the order of the files.
+
+    The prediction for an unreadable file contains the error.
 
     Args:
         pretrained: model, preprocessing and class names. The defaults are ImageNet's preprocessing at 224 pixels, and
