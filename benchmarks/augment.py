@@ -2,12 +2,12 @@
 
     python -m benchmarks.augment [--batch_size=16]
 
-For each policy, prints GFLOPs and GB per image of augmentation with mixing, those of the rest of the training step, and
-the fraction of the first in the sum. The figures are counted by XLA (`cost_analysis`); nothing is run. FLOPs are those
-of the lowered program, because the CPU compiler turns depthwise convolutions into dense ones. Bytes are those of the
-program after fusion by the CPU compiler. XLA counts the body of a loop once, so the loops of the model are unrolled,
-and the cost of a RandAugment layer is multiplied by the number of layers. Where code differs between platforms, the
-code for accelerators is counted.
+For each policy, the command prints the GFLOPs and GB per image of augmentation with mixing, the GFLOPs and GB of the
+rest of the training step, and the fraction of augmentation in the sum. XLA counts the figures (`cost_analysis`);
+nothing is run. FLOPs are counted in the lowered program, because the CPU compiler turns depthwise convolutions into
+dense ones. Bytes are counted in the compiled program, after fusion by the CPU compiler. XLA counts the body of a loop
+once, so the loops of the model are unrolled, and the cost of a RandAugment layer is multiplied by the number of layers.
+If code differs between platforms, the code for accelerators is counted.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     launch/cpu.sh python -m benchmarks.depthwise [--rounds=21] [--batch=8]
 
-In float32, at the four shapes of ConvNeXt-T. In each round, both libraries are timed over a few calls. Prints the
-median over rounds of the mean time per call, and the median ratio of torch's time to ours.
+The arrays are float32, with the four shapes of ConvNeXt-T. In each round, both libraries are timed over a few calls.
+The command prints the median over rounds of the mean time per call, and the median ratio of torch's time to ours.
 """
 
 import argparse

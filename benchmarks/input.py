@@ -5,7 +5,8 @@
 PHOTOS is a folder of JPEGs. Each loader yields endless, shuffled batches of random resized crops (bicubic, uint8), with
 the given number of workers. In each round, every loader is timed once, after it has used up its prefetched batches.
 timm and tf.data are left out if they are not installed. timm augments on the host, so it is timed with the crop only
-and with the full ImageNet recipe; ours augments on the device. At the end, prints the memory over epochs (Linux only).
+and with the full ImageNet recipe; our loader only crops, because augmentation runs on the device. At the end, the
+command prints the memory over epochs (Linux only).
 """
 
 import argparse
@@ -35,7 +36,7 @@ SCALE = (0.08, 1.0)
 
 
 def ours(folder: Path, size: int, processes: int, threads: int) -> Iterator[np.ndarray]:
-    """Our loader, with a number of processes (0: only threads) and of threads in each."""
+    """Our loader with `processes` decoding processes (0: only threads), and `threads` threads in each process."""
     decoders, loading.decoders = loading.decoders, lambda _: (processes, threads)
     images = TrainImages(FolderSource(folder, 'train'), size, 3, crop_scale=SCALE)
     batches = train_batches(images, Share(BATCH), seed=0, start_step=0, workers=processes)
@@ -140,7 +141,7 @@ def memory() -> float:
 
 
 def photos_as_folder(photos: Path, folder: Path) -> int:
-    """Creates links to the photos as a split of four classes, and returns their number."""
+    """Creates links to the photos, as a split of four classes, and returns the number of photos."""
     paths = sorted(path.resolve() for path in photos.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg'))
     for number, path in enumerate(paths):
         link = folder / 'train' / f'class{number % 4}' / path.name

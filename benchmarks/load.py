@@ -2,8 +2,8 @@
 
     python -m benchmarks.load [--model=convnext_large] [--rounds=5]
 
-Each load runs in a new process, and the libraries alternate. The measurement starts after the imports and ends when
-every weight is in memory. The peak is the growth of the resident memory, divided by the size of the weights.
+Each load runs in a new process, and the libraries alternate. The measurement starts after the imports and ends when all
+weights are in memory. The peak is the growth of the peak resident memory divided by the size of the weights.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.loop [--rounds=12] [--steps=39]
 
 The training loop runs the config of the demo, with decoding, transfer, dispatch and records. After every `steps` steps,
-instead of an evaluation, the bare step runs the same number of times. Each ratio compares measurements that follow each
-other, so a busy machine slows both. The first two rounds (an epoch by default) are a warm-up, after which the decoded
-images are cached in memory. A second part repeats everything without the cache, as for large images.
+instead of an evaluation, the jitted step alone runs equally often. Each ratio compares two consecutive measurements, so
+a busy machine slows both. The first two rounds (an epoch by default) are a warm-up, after which the decoded images are
+cached in memory. A second part repeats everything without the cache, as for large images.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WARM_UP = 2
 
 
 class Alternating(Run):
-    """A run that measures the bare step instead of evaluating."""
+    """A run that measures the jitted step alone instead of evaluating."""
 
     def prepare(self, steps: int) -> None:
         """Puts batches on the device and compiles the step."""
@@ -51,7 +51,7 @@ class Alternating(Run):
 
 
 def ratios(rounds: int, steps: int) -> list[float]:
-    """The speed of the loop divided by the speed of the bare step, for each round."""
+    """The speed of the loop divided by the speed of the jitted step alone, for each round."""
     config = get_config()
     config.steps = (rounds + WARM_UP) * steps
     config.log_every_steps = steps

@@ -4,8 +4,8 @@
 
 The training loop runs with checkpoints. It saves at the beginning of every other window of steps, so that windows with
 and without a save alternate, and a busy machine slows both. The time of a window includes the blocking part of `save`,
-and the slowdown of the following steps by the background write. The stall is the difference between the median times,
-also given as a fraction of the config's interval between saves.
+and the slowdown of the following steps by the background write. The stall is the difference between the median times of
+windows with and without a save. It is also printed as a fraction of the config's interval between saves.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from convnext_jax.training.durations import make_durations
 from convnext_jax.training.loop import Run
 from convnext_jax.training.sharding import make_mesh
 
-WARM_UP = 2  # pairs of windows: the first epoch decodes
+WARM_UP = 2  # pairs of windows that are not measured, because the first epoch decodes images
 
 
 class Timed(Run):

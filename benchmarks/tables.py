@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; `TABLES` says what NAME shows.
+The lines `<!-- table: NAME -->` and `<!-- end of table -->` enclose a table, and `TABLES` defines its content.
 """
 
 import json
@@ -23,9 +23,9 @@ class Table(NamedTuple):
     """A table of a page.
 
     Attributes:
-        file: of `docs/measurements`, without its suffix.
-        columns: heading → the format of the cells, as `str.format` takes it, with the fields of a result.
-        shows: which results are shown.
+        file: name of a file in `docs/measurements`, without its suffix.
+        columns: heading → template of the cells for `str.format`, with the fields of a result.
+        shows: returns whether a result is shown.
         source: whether a line below the table says where its figures come from.
     """
 
@@ -177,7 +177,7 @@ def _cell(form: str, result: Result) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The text of a page with its tables written again.
+    """The text of a page with newly rendered tables.
 
     Raises:
         KeyError: the page names a table that is not in `TABLES`.

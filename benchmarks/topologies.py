@@ -2,11 +2,11 @@
 
     python -m benchmarks.topologies [--steps=50] [--config.FIELD=VALUE …]
 
-The topologies are simulated CPU devices: one device; one device with two accumulation steps, which shows the effect of
-rounding alone; eight devices along `data`; 4 × 2 devices along `data` and `fsdp`; and both of the latter in two
-processes. The config is the demo with drop path, RandAugment, erasing, mixup and cutmix, and with a learning rate of
-1e-5: with 1.2e-2 as in the demo, rounding differences grow from 1e-7 to 7e-4 within 50 steps. The losses are read from
-metrics.jsonl. It takes minutes, mostly for compiling.
+The topologies consist of simulated CPU devices: one device; one device with two accumulation steps, which shows the
+effect of rounding alone; eight devices along `data`; 4 × 2 devices along `data` and `fsdp`; and each of these two
+meshes of eight devices in two processes. The config is the demo with drop path, RandAugment, erasing, mixup and cutmix,
+and with a learning rate of 1e-5: with 1.2e-2 as in the demo, rounding differences grow from 1e-7 to 7e-4 within 50
+steps. The losses are read from metrics.jsonl. The command takes minutes, mostly for compiling.
 """
 
 import argparse

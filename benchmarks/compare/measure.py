@@ -27,9 +27,9 @@ class Case:
         mode: 'train': the training step; 'eval': the forward pass; 'latency': the forward pass of one image.
         batch: images in a step.
         size: height and width of the images in pixels.
-        dtype: of matrix products and convolutions.
-        parameters: of the model.
-        multiply_adds: of the forward pass of one image.
+        dtype: dtype of matrix products and convolutions.
+        parameters: number of parameters of the model.
+        multiply_adds: number of multiply-adds of the forward pass of one image.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def of_timm(self) -> bool:
-        """Whether the model is one of timm."""
+        """Whether the model is a model of timm."""
         return self.model.startswith(timm_models.PREFIX)
 
     @property
@@ -70,10 +70,10 @@ class Case:
 
 
 def make_cases(models: Sequence[str], modes: Sequence[str], batch: int, size: int, dtype: str) -> list[Case]:
-    """Every model in every mode.
+    """One case for each model in each mode.
 
     Raises:
-        UserError: an unknown model or mode, or images of a size that a model does not take.
+        UserError: a model or mode is unknown, or a model does not support images of this size.
     """
     for mode in modes:
         if mode not in MODES:
@@ -100,7 +100,7 @@ def _count(name: str, size: int) -> tuple[int, int]:
 
 
 def choose_baselines(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits baselines into those that are installed, and those that are not with the reason.
+    """The names of the installed baselines, and name → reason for the baselines that are not installed.
 
     Raises:
         UserError: a name is unknown.
@@ -118,10 +118,10 @@ def choose_baselines(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def choose_implementations(case: Case, baselines: Sequence[str]) -> list[str]:
-    """The implementations that run a case: ours and the baselines, or only those for models of timm.
+    """The implementations that run a case: ours and the baselines; for a model of timm, only the baselines that run it.
 
     Raises:
-        UserError: the model is one of timm, and none of the baselines runs it.
+        UserError: the model is a model of timm, and none of the baselines runs it.
     """
     if not case.of_timm:
         return [OURS, *baselines]
@@ -137,12 +137,12 @@ def compare(case: Case, names: Sequence[str], rounds: int, say: Callable[[str], 
 
     Args:
         case: what is measured.
-        names: of the implementations.
-        rounds: how often each is measured.
-        say: is called with lines of progress.
+        names: names of the implementations.
+        rounds: number of measurements of each implementation.
+        say: called with lines of progress.
 
     Returns:
-        The result of each implementation, as benchmark.json has it; and for each that failed, the reason.
+        The result of each implementation for benchmark.json; and name → reason for the implementations that failed.
     """
     running: dict[str, BaselineProcess] = {}
     failed: dict[str, str] = {}
@@ -171,8 +171,8 @@ def compare(case: Case, names: Sequence[str], rounds: int, say: Callable[[str], 
 def _result(case: Case, name: str, process: BaselineProcess, ours: BaselineProcess | None) -> dict:
     """A result for benchmark.json.
 
-    `ratio` is our images/s divided by those of this implementation. `share_of_peak` is relative to the FLOP/s of a
-    matrix product in the same process.
+    `ratio` is our images/s divided by this implementation's images/s. `share_of_peak` is the model's FLOP/s divided by
+    the FLOP/s of a matrix product in the same process.
     """
     speeds = process.images_per_second
     shares = [case.flops * speed / peak for speed, peak in zip(speeds, process.matmul_flops, strict=True)]

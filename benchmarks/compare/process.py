@@ -1,4 +1,4 @@
-"""The table of implementations, and the command's side of their processes."""
+"""The table of implementations, and the class with which the command runs each of them in its own process."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = 'benchmarks.compare.baselines'
 RUN = (sys.executable, '-m', f'{MODULES}.run')
 ROUND_SECONDS = 3.0
-# No caches, so that compile times are those of a first start. No preallocation, because the processes share a device.
+# No caches, so that every start compiles. No preallocation of memory, because the processes share a device.
 ENVIRONMENT = {
     'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1',
@@ -58,17 +58,17 @@ class BaselineFailed(Exception):
 class BaselineProcess:
     """One implementation, a baseline or ours, in its own process. Use as a context manager.
 
-    The process ends when this process ends, also if this process is killed.
+    The started process ends when the command ends, even if the command is killed.
 
     Args:
-        workload: what it computes.
-        parameters: number of parameters that its model must have.
+        workload: the computation.
+        parameters: number of parameters that the model must have.
 
     Attributes:
         device: 'cpu', or the name of the accelerator.
         compile_seconds: time of the first step minus the time of a warm step.
-        peak_memory: in bytes, over set-up and three steps: resident memory of the process on CPU, memory of arrays on
-            an accelerator; None if unknown.
+        peak_memory: peak memory over set-up and three steps, in bytes: on CPU the resident memory of the process, on an
+            accelerator the memory of arrays; None if unknown.
         images_per_second: one value for each round.
         matmul_side: rows and columns of the matrices for `matmul_flops`.
         matmul_flops: FLOP/s of the fastest of a few matrix products, one value for each round.

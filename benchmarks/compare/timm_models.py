@@ -1,4 +1,4 @@
-"""Models of timm (`timm:NAME`) as cases of the comparison; they are run by timm, eager and compiled."""
+"""Models of timm (`timm:NAME`) as cases of the comparison. Only timm runs them, eager and compiled."""
 
 import difflib
 import importlib.util

@@ -2,10 +2,11 @@
 
     python -m benchmarks.faults [--kills=50] [--seed=0] [--only=kill,damage] [--folder=DIR]
 
-A case passes in two ways. Either the run ends, and all its arrays are bit-identical to those of an uninterrupted run.
-Or it stops with a one-line error and intact checkpoints, and after the fault is removed, the same command ends with
-bit-identical arrays. All finished checkpoints are restored and compared. The command prints one line for each case, and
-exits with status 1 if a case fails. Cases that need more rights (a small tmpfs needs root) are skipped with the reason.
+A case passes if the run finishes and all its arrays are bit-identical to the arrays of an uninterrupted run. It also
+passes if the run stops with a one-line error and intact checkpoints, and finishes with bit-identical arrays when the
+same command runs again without the fault. All finished checkpoints are restored and compared. The command prints one
+line for each case, and exits with status 1 if a case fails. Cases that need more permissions (a small tmpfs needs root)
+are skipped, and the reason is printed.
 """
 
 import argparse

@@ -37,13 +37,16 @@ def cases(lab: Lab, rng: random.Random) -> Iterator[Case]:
 
 
 def _kind(path: Path) -> str:
-    """The kind of a file: its path without random parts, and with one name for the three items that hold arrays."""
+    """The kind of a file: its path without random parts, and with one name for three of the items with arrays."""
     name = re.sub('[0-9a-f]{32}', '*', str(path))
     return re.sub('^(parameters|optimizer|ema)/', 'ARRAYS/', name)
 
 
 def _resume(lab: Lab, moment: str, paths: list[Path], damage: str, rng: random.Random) -> Case:
-    """Damages files of a finished run and starts it again. The run must be repaired, or refused with intact files."""
+    """Damages files of a finished run and starts it again.
+
+    The run must finish with correct files; or it must be refused, and its undamaged checkpoints stay intact.
+    """
     case, workdir = Case(moment), lab.copy(lab.finished)
     damaged_steps = {path.parts[1] for path in paths if path.parts[0] == 'checkpoints'}
     for path in paths:

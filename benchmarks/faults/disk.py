@@ -17,7 +17,7 @@ CHECKPOINT = 54 * MB  # size of a checkpoint of the small run
 
 
 def full_disk(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """A limit on the size of files, which any user can set, and a small tmpfs, which needs root."""
+    """Full disks of two kinds: a limit on the size of files, which needs no rights; a small tmpfs, which needs root."""
     del rng
     yield from _limited_files(lab)
     with contextlib.ExitStack() as stack:
@@ -86,7 +86,7 @@ def _small_disk(lab: Lab, disk: Path) -> Iterator[Case]:
 
 
 def read_only(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """The folder of checkpoints and the workdir without write permission."""
+    """A workdir, or its folder of checkpoints, without write permission."""
     del rng
     before = ()
     if os.geteuid() == 0:  # root may write everywhere, unless the process drops these capabilities

@@ -1,7 +1,7 @@
 """Runs a program with an injected fault: python -m benchmarks.faults.injected FAULT PROGRAM ARGUMENTS …
 
-`nan=5,6` makes the augmented images of steps 5 and 6 NaN, and with them the loss and all gradients. `clock=SEED` sets
-Python's clock to a random time within a day of the right one, every five seconds, also backwards.
+`nan=5,6` sets the augmented images of steps 5 and 6 to NaN, so that the loss and all gradients are NaN. `clock=SEED`
+shifts Python's clock by a random offset of up to a day, forwards or backwards, which changes every five seconds.
 """
 
 import random
@@ -11,7 +11,7 @@ import time
 
 
 def nan(steps: list[int]) -> None:
-    """Makes the augmented images of these steps NaN, in a run with seed 0."""
+    """Sets the augmented images of these steps to NaN, in a run with seed 0."""
     import jax
     import jax.numpy as jnp
 

@@ -31,7 +31,7 @@ def cases(lab: Lab, rng: random.Random, kills: int) -> Iterator[Case]:
 
 
 def _kill_one_run(lab: Lab, rng: random.Random, moments: list[str], overrides: tuple[str, ...]) -> Iterator[Case]:
-    """Kills a run at these moments. Returns the moments that did not occur before it ended."""
+    """Kills a run at these moments. Returns the moments that were not reached before the run ended."""
     workdir, unbroken = lab.workdir(), lab.uninterrupted(*overrides)
     cases = []
     while moments:

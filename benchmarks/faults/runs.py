@@ -29,7 +29,7 @@ from convnext_jax.training.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
 LAST = 24
-# A run of some seconds: ten batches per epoch, and 40 evaluation images.
+# A run that takes a few seconds: ten batches per epoch, and 40 evaluation images.
 SMALL = (
     '--config=configs/fashion_mnist.py',
     '--config.data.train_split=train[:160]',
@@ -67,7 +67,7 @@ class Case:
         return 'skip' if self.skipped else 'FAIL' if self.problems else 'pass'
 
     def must(self, problems: list[str]) -> None:
-        """Adds problems, if there are any."""
+        """Adds problems to the case; an empty list changes nothing."""
         self.problems += problems
         self.happened += [f'BUT {problem}' for problem in problems]
 
@@ -119,7 +119,7 @@ class Running:
         return self.process.returncode
 
     def ended(self, *statuses: int) -> list[str]:
-        """Problems with how the process ended: an unexpected status, a traceback, not exactly one line of error."""
+        """The problems with the end of the process: an unexpected status, a traceback, or not one line of error."""
         problems = []
         if self.status not in statuses:
             problems.append(f'status {self.status}: {" | ".join(self.errors[-3:])}')
@@ -139,7 +139,7 @@ class Lab:
     """Starts runs that share a compilation cache, and caches uninterrupted runs to compare them with.
 
     Args:
-        folder: for all workdirs.
+        folder: the folder of all workdirs.
     """
 
     def __init__(self, folder: Path):
@@ -166,7 +166,7 @@ class Lab:
         """Starts the program.
 
         Args:
-            workdir: of the run.
+            workdir: the workdir of the run.
             overrides: flags in addition to `SMALL`.
             program: arguments of Python.
             before: a command prefix, such as setpriv.
@@ -202,7 +202,7 @@ def _collect(stream: TextIO, lines: list[str]) -> None:
 
 
 def intact(workdir: Path, unbroken: Path) -> list[str]:
-    """Problems of the finished checkpoints: restores them, and compares them with those of the uninterrupted run."""
+    """Restores the finished checkpoints, and compares them with the uninterrupted run. Returns the problems found."""
     checkpoints = workdir / 'checkpoints'
     steps = saved_steps(checkpoints) if checkpoints.exists() else []
     like = _like(workdir) if steps else None
@@ -219,7 +219,7 @@ def intact(workdir: Path, unbroken: Path) -> list[str]:
 
 
 def complete(workdir: Path, unbroken: Path, *, records: bool = True) -> list[str]:
-    """Problems of a run that has ended: its checkpoints, leftover files and, if `records`, its records."""
+    """Checks the files of an ended run: checkpoints, leftover files and, if `records`, records. Returns problems."""
     problems = intact(workdir, unbroken)
     steps = saved_steps(workdir / 'checkpoints')
     if LAST not in steps:
@@ -239,10 +239,10 @@ def ends(case: Case, run: Running, workdir: Path, unbroken: Path, *statuses: int
     """Waits for the end of a run with a fault. Checks that it is complete, or else that its checkpoints are intact.
 
     Args:
-        case: gets the results.
-        run: of the workdir.
-        workdir: of the run.
-        unbroken: workdir of the uninterrupted run.
+        case: the case to which the results are added.
+        run: the process of the run.
+        workdir: the workdir of the run.
+        unbroken: the workdir of the uninterrupted run.
         statuses: allowed exit statuses.
     """
     run.end()
@@ -262,12 +262,12 @@ def resumes(lab: Lab, case: Case, workdir: Path, unbroken: Path, *overrides: str
 
 
 def unfinished(workdir: Path) -> list[Path]:
-    """Folders of saves in progress."""
+    """The folders of the saves in progress."""
     return list((workdir / 'checkpoints').glob(f'*{UNFINISHED}*'))
 
 
 def _kept(checkpoints: Path, steps: list[int]) -> set[int]:
-    """The checkpoints that a run keeps: the two newest, and the best."""
+    """The steps of the checkpoints that a run keeps: the two newest, and the best."""
     scores = {}
     for step in steps:
         with contextlib.suppress(OSError, ValueError):  # damaged
@@ -294,7 +294,7 @@ def _like(workdir: Path) -> object:
 
 
 def _results(workdir: Path) -> list[tuple]:
-    """The values of all records that do not depend on time. Duplicate records stay in the list."""
+    """The values in all records, except values that depend on time. Duplicate records stay in the list."""
     names = ('split', 'step', 'loss', 'learning_rate', 'grad_norm', 'skipped', 'top1', 'ema_top1', 'ema_loss')
     return sorted(tuple(str(record.get(name)) for name in names) for record in read_records(workdir))
 

@@ -59,7 +59,7 @@ def images(lab: Lab, rng: random.Random) -> Iterator[Case]:
 
 
 def not_finite(lab: Lab, rng: random.Random) -> Iterator[Case]:
-    """Augmented images that are NaN, and with them the loss and its gradients."""
+    """Augmented images that are NaN, so that the loss and its gradients are NaN."""
     few = sorted(rng.sample(range(1, LAST - 1), 3))
     program = ('-m', 'benchmarks.faults.injected', f'nan={",".join(map(str, few))}', 'train.py')
     unbroken = lab.uninterrupted(program=program)
@@ -99,7 +99,7 @@ def clock(lab: Lab, rng: random.Random) -> Iterator[Case]:
         run.process.kill()
         run.end()
         last = lab.start(workdir, program=program)
-        ends(case, last, workdir, lab.uninterrupted(), 0, 2)  # 2: to Orbax, a jump ahead is a timeout
+        ends(case, last, workdir, lab.uninterrupted(), 0, 2)  # 2: Orbax takes a jump ahead for a timeout
         if last.status:
             resumes(lab, case, workdir, lab.uninterrupted())
         yield case

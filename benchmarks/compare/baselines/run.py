@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.compare.baselines.workload import Baseline, Device, Workload
 
 WARM_STEPS = 2
-PROBES = 3  # the fastest of these counts
+PROBES = 3  # number of measurements of the device; the fastest one is reported
 # An accelerator needs larger arrays, and several calls in a row, which hide the dispatch time of each.
 MATMUL_SIDE, COPY_BYTES, CALLS = 2048, 2**28, 1
 ACCELERATOR_MATMUL_SIDE, ACCELERATOR_COPY_BYTES, ACCELERATOR_CALLS = 8192, 2**30, 10
@@ -49,7 +49,7 @@ def _listen(questions: queue.SimpleQueue) -> None:
 
 
 def _answers(module: str, questions: queue.SimpleQueue) -> Iterator[dict]:
-    """Yields the measurements as JSON objects: first of the set-up, then of each round."""
+    """Yields the measurements as JSON objects: first for the set-up, then for each round."""
     workload = Workload(**questions.get())
     baseline = importlib.import_module(module).build(workload)
     step, device = baseline.step, baseline.device

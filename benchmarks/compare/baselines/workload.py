@@ -14,15 +14,15 @@ class Workload:
     """The computation to measure, with random weights and a batch that stays on the device.
 
     Attributes:
-        implementation: its name.
-        model: its name in convnext_jax, or in timm if the variant is None.
+        implementation: name of the implementation.
+        model: name of the model in convnext_jax, or in timm if the variant is None.
         variant: the fields of the model's architecture in convnext_jax; None for a model that only timm has.
         training: forward, backward and AdamW with weight decay on arrays of two and more axes; if False, the forward
             pass. No augmentation, drop path, label smoothing or moving average.
         latency: whether to wait for the result of each step before the next step starts, also on an accelerator.
-        batch: images.
+        batch: number of images.
         size: height and width of the images in pixels.
-        classes: outputs of the head.
+        classes: number of outputs of the head.
         dtype: 'float32' or 'bfloat16', of matrix products and convolutions; parameters are float32.
     """
 
