@@ -7,8 +7,8 @@
 #       --config=configs/imagenet1k.py:tiny --config.data.dir=/mnt/data --workdir=/mnt/runs/tiny
 #
 # All hosts must share /mnt/data and /mnt/runs (Filestore); SETUP='COMMAND' runs on every host first, for example to
-# mount them. The workdir can also be gs://BUCKET/RUN. SLICES=2 creates a multi-slice pod. The exit status is the one of
-# train.py.
+# mount them. The workdir can also be gs://BUCKET/RUN. SLICES=2 creates a multi-slice pod. The script exits with the exit
+# status of train.py.
 set -euo pipefail
 NAME=$1
 shift
@@ -32,6 +32,6 @@ while true; do
     everywhere "cd run && .venv/bin/python train.py $(printf '%q ' "$@")" || status=$?
     lost=$(pod describe --format='value(state.state)')
     pod delete --quiet --force
-    # 143: train.py received SIGTERM and saved. 255: ssh lost its hosts. Any other status is an error or the end.
+    # 143: train.py received SIGTERM and saved. 255: ssh lost its hosts. With any other status, train.py failed or ended.
     [ "$status" = 143 ] || [ "$status" = 255 ] || [ "$lost" != ACTIVE ] || exit "$status"
 done
