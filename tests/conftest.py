@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-# The tests mostly compile, so LLVM skips its optimisations and all processes share one compilation cache.
+# Tests spend most time compiling, so LLVM skips its optimisations and all processes share one compilation cache.
 XLA_FLAGS = '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count='
 ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{XLA_FLAGS}1'}
 os.environ |= {
@@ -27,7 +27,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # pytest-xdist workers inheri
     cache = tempfile.TemporaryDirectory(prefix='compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = cache.name
 
-# A shell script starts background jobs with SIGINT ignored, and subprocesses would inherit that.
+# A shell script starts background jobs with SIGINT ignored. Without this, subprocesses of pytest would ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -48,7 +48,7 @@ from convnext_jax.models.variants import VARIANTS  # noqa: E402
 
 STEPS = 24
 LONGEST = 900
-"""Timeout of a subprocess in seconds: a process that takes longer, even on a busy machine, hangs."""
+"""Timeout of a subprocess in seconds. Even on a busy machine, only a process that hangs takes longer."""
 # A run that takes a few seconds, with ten batches per epoch and 40 images to evaluate.
 SMALL_RUN = (
     '--config=configs/fashion_mnist.py',
@@ -65,7 +65,7 @@ SMALL_TRAIN = ('tests/small.py', 'train.py', *SMALL_RUN)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """`pytest -m gpu` runs on the GPU, everything else on CPU."""
+    """Lets `pytest -m gpu` run on the GPU; all other tests run on CPU."""
     if config.getoption('markexpr') == 'gpu':
         del os.environ['JAX_PLATFORMS']
 
@@ -207,20 +207,20 @@ def commands() -> Commands:
 
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands called in this process see one device, as in a subprocess, so both give equal results to the bit."""
+    """Commands called in this process see one device, as in a subprocess, so that both give bit-identical results."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, 'devices', lambda *_: first)
 
 
 def shrink_models(patch: pytest.MonkeyPatch, **sizes: tuple[int, ...]) -> None:
-    """Replaces the atto models by small ones in this process."""
+    """Replaces the atto models with small models in this process."""
     for name, variant in small_variants(**sizes).items():
         patch.setitem(VARIANTS, name, variant)
 
 
 @pytest.fixture
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the atto models in this process by models with two stages of one narrow block each."""
+    """Replaces the atto models in this process with models that have two stages of one narrow block each."""
     shrink_models(monkeypatch)
 
 
@@ -240,7 +240,7 @@ def train_here(one_device: None, small_models: None, capsys: pytest.CaptureFixtu
 def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a small run that was never interrupted.
 
-    The first pytest-xdist worker that needs it trains it, and the other workers wait.
+    The first pytest-xdist worker that needs the run trains it, and the other workers wait.
     """
     folder = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:

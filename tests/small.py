@@ -1,6 +1,6 @@
 """Runs a command with atto models of two stages: `python tests/small.py train.py …`, `… -m convnext_jax predict …`.
 
-Their training step compiles in a third of the time that a model of four stages needs.
+The training step of these models compiles in a third of the time that a model of four stages needs.
 """
 
 import runpy
@@ -14,7 +14,7 @@ from convnext_jax.models.variants import VARIANTS, Variant  # noqa: E402 - needs
 
 
 def small_variants(depths: tuple[int, ...] = (1, 1), widths: tuple[int, ...] = (8, 16)) -> dict[str, Variant]:
-    """Small architectures that replace the atto models of both versions, by name."""
+    """Name of an atto model of V1 or V2 → the small architecture that replaces it."""
     return {
         'convnext_atto': Variant(depths, widths),
         'convnextv2_atto': Variant(depths, widths, grn=True, layer_scale_init=0),

@@ -1,4 +1,4 @@
-"""Golden files of all recipes: an accidental change of a hyperparameter fails here.
+"""All recipes, compared with golden files, so that an accidental change of a hyperparameter is found.
 
     python -m tests.test_configs    # rewrites tests/golden/
 

@@ -1,7 +1,7 @@
 """The commands and the Python examples of README.md and docs/ work as they are printed.
 
-A block after the line `<!-- needs: X -->` needs more than a clone and its requirements. Its commands are parsed all the
-same. A block after `<!-- from: FILE -->` is a part of that file.
+A block after the line `<!-- needs: X -->` needs more than a clone and its requirements; its commands are only parsed. A
+block after `<!-- from: FILE -->` must be a part of that file.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SHAPES = {
     'README.md': {'images': (2, 64, 96, 3), 'maps': (2, 2, 3, 16), 'pyramid': (2, 4, 6, 16)},
     'weights.md': {'pyramid': (2, 4, 6, 16)},
 }
-"""Page → variable of its examples → its shape, or that of its stage4."""
+"""Page → variable in its examples → shape of the array, or of the feature map stage4."""
 HUB_ID = 'facebook/convnext-tiny-224'
 
 
@@ -51,7 +51,7 @@ def blocks_of(language):
 
 
 class Parsed(Exception):
-    """Raised where a command would begin to work."""
+    """Raised after a command has checked its arguments, before it does any work."""
 
 
 def stop(values):
@@ -141,7 +141,7 @@ def check_command(words, monkeypatch):
 
 @pytest.mark.parametrize(('page', 'marker', 'value', 'text'), blocks_of('sh'))
 def test_commands_parse(page, marker, value, text, only_parsing, monkeypatch):
-    """A command with a flag or a config field that is not there costs a newcomer the first hour."""
+    """New users would copy a command with a flag or a config field that does not exist."""
     commands = list(commands_of(text))
     assert commands
     for words in commands:
@@ -162,14 +162,14 @@ def test_commands_parse(page, marker, value, text, only_parsing, monkeypatch):
     ],
 )
 def test_a_wrong_command_is_found(line, only_parsing, monkeypatch):
-    """Otherwise the test above would let any command pass."""
+    """The test above would accept any command."""
     with pytest.raises((cx.errors.UserError, AssertionError, SystemExit)):
         check_command(shlex.split(line), monkeypatch)
 
 
 @pytest.fixture(scope='module')
 def files_of_examples(tmp_path_factory):
-    """A folder with the files that the examples read. The atto models are smaller, and one stands in for the hub's."""
+    """A folder with the files that the examples read. The atto models are small, and one replaces one of the hub."""
     with pytest.MonkeyPatch.context() as patch:
         shrink_models(patch, depths=(1, 1, 1, 1), widths=(8, 8, 8, 16))
         yield write_files(tmp_path_factory)
@@ -188,7 +188,7 @@ def write_files(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(('page', 'marker', 'value', 'text'), blocks_of('python'))
 def test_python_examples_run(page, marker, value, text, files_of_examples, tmp_path, monkeypatch):
-    """The examples are the first code that a user copies."""
+    """Users would copy an example that raises an error."""
     if marker == 'from':
         assert text in (ROOT / value).read_text(encoding='utf-8'), f'{value} has changed: copy it into {page.name}'
         return
@@ -205,7 +205,7 @@ def test_python_examples_run(page, marker, value, text, files_of_examples, tmp_p
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 def test_every_block_is_tested_and_every_file_is_there(page):
-    """A block without a language would be tested by nothing, and a link to nothing ends a reader's way."""
+    """A block without a language would not be tested, and a link would lead to a missing file."""
     text = page.read_text(encoding='utf-8')
     blocks = BLOCK.findall(text)
     assert text.count('```') == 2 * len(blocks)
@@ -217,7 +217,7 @@ def test_every_block_is_tested_and_every_file_is_there(page):
 
 
 def test_the_layout_names_every_module():
-    """The page is the map of the code."""
+    """The list of modules in the documentation would be incomplete or outdated."""
     layout = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
     files = [path for path in (ROOT / 'convnext_jax').rglob('*.py') if path.parent.name != 'configs']
     modules = {path.name for path in files} - {'__init__.py'}
@@ -225,7 +225,7 @@ def test_the_layout_names_every_module():
 
 
 def test_every_page_is_in_the_navigation():
-    """A page that the navigation does not list is not found by readers of the HTML."""
+    """Readers of the HTML pages would not find a page that is missing in the navigation."""
     pages = {str(page.relative_to(ROOT / 'docs')) for page in (ROOT / 'docs').rglob('*.md')}
     listed = re.findall(r': ([\w/-]+\.md)$', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)
     assert sorted(listed) == sorted(pages)

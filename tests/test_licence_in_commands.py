@@ -1,4 +1,4 @@
-"""Each command that loads weights says their licence in one line, and what it makes of them keeps it."""
+"""Each command that loads weights prints their licence in one line, and its output files state the licence."""
 
 import json
 
@@ -36,7 +36,7 @@ def weights(small_models, tmp_path):
 
 @pytest.mark.slow
 def test_convert_export_and_predict_say_the_licence_and_keep_it(weights, tmp_path, capsys):
-    """Whoever gets the folder from a colleague reads the licence there."""
+    """A colleague who gets the folder would not know the licence."""
     for command in ('convert', 'export'):
         package_command.main(['convnext_jax', command, str(weights), str(tmp_path / command)])
         assert capsys.readouterr().err == f'{LINE} (README.md)\n'
@@ -57,7 +57,7 @@ def test_eval_says_the_licence(weights, one_device, capsys):
 
 
 def test_a_run_says_the_licence_and_its_weights_keep_it(weights, train_here, tmp_path, capsys):
-    """Fine-tuned weights are derived from the originals, also those of a run that was resumed."""
+    """Fine-tuned weights are derived from the original weights, so their licence applies, also after a run resumes."""
     said = f'{LINE} (README.md of {weights})'
     start = (f'--config.init.weights={weights}', *FINE_TUNING)
     assert said in train_here(tmp_path / 'run', *start, '--config.steps=6', '--config.optimizer.warmup_steps=2')

@@ -1,4 +1,4 @@
-"""Results reach their reader, and output that cannot be written never ends a run."""
+"""Results are written or reported as an error, and progress that cannot be written never ends a run."""
 
 import io
 import os
@@ -67,7 +67,7 @@ def test_a_signal_handler_ignores_errors_of_stderr(monkeypatch):
 
 
 def test_a_result_that_cannot_be_written_is_an_error(monkeypatch):
-    """A script would take an empty file and exit status 0 for the result."""
+    """A script would get an empty file and exit status 0."""
     for name, error in (('broken pipe', OutputClosed), ('full disk', UserError)):
         monkeypatch.setattr(sys, 'stdout', stream := STREAMS[name]())
         with pytest.raises(error, match='standard output'):

@@ -1,4 +1,4 @@
-"""What `pip install` brings works by itself, without a clone beside it."""
+"""The installed package works without a clone of the repository."""
 
 import importlib.metadata
 import os
@@ -29,7 +29,7 @@ def installed_files():
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    """Built offline, from a copy: what an earlier build has left in the clone does not get in."""
+    """The wheel, built offline from a copy of the clone, so that files of an earlier build are not included."""
     versions = {name: importlib.metadata.version(name) for name in ('pip', 'setuptools') if find_spec(name)}
     if int(versions.get('setuptools', '0').split('.')[0]) < 77 or 'pip' not in versions:
         pytest.skip('pip and setuptools 77 or newer build the wheel: not installed')
@@ -45,7 +45,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    """Recipes, the demo's images and the GPU's description are data, which setuptools leaves out unless told."""
+    """The demo's images and the GPU's description would be missing: setuptools includes data only if configured."""
     assert wheel.name == f'convnext_jax-{__version__}-py3-none-any.whl'
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if '.dist-info/' not in name}
@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_finds_its_recipes_and_its_data(wheel, tmp_path):
-    """In a folder without configs/: it opens the demo's images, 5,000 of them, before it refuses the batch size."""
+    """The installed command could not be used outside a clone. The error shows that it has opened the demo's images."""
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / 'site')
     command = [sys.executable, '-P', '-m', 'convnext_jax', 'train', '--config=fashion_mnist', '--workdir=run']
@@ -77,7 +77,7 @@ def test_the_wheel_finds_its_recipes_and_its_data(wheel, tmp_path):
 
 
 def test_configs_in_a_clone_are_the_recipes_of_the_package():
-    """A recipe that is edited in a clone is the one that trains."""
+    """A change to a recipe in a clone would have no effect on the command."""
     assert {path.name for path in (ROOT / 'configs').glob('[a-z]*.py')} == {path.name for path in RECIPES.values()}
     assert all((ROOT / 'configs' / path.name).samefile(path) for path in RECIPES.values())
 

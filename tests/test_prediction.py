@@ -1,4 +1,4 @@
-"""Predictions, compared with those of the pipeline of transformers in `tests/reference`."""
+"""Predictions, compared with stored predictions of the pipeline of transformers (`tests/reference`)."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The files that tools and services read: what is malformed there fails in silence, on other machines."""
+"""The files that tools and services read: an error in them would only appear on other machines, without a message."""
 
 import re
 import tomllib
@@ -25,7 +25,7 @@ def test_yaml_is_well_formed(path):
 
 
 def test_the_version_is_the_same_everywhere():
-    """Whoever cites or reports a version would name another one."""
+    """Citations and bug reports would name a wrong version."""
     assert load('CITATION.cff')['version'] == convnext_jax.__version__
     changes = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
     assert re.findall(r'^## (\d\S*)', changes, re.MULTILINE)[0] == convnext_jax.__version__
@@ -44,7 +44,7 @@ def test_workflows_and_hooks_run_targets_and_tools_that_exist():
 
 
 def test_every_requirement_has_a_lower_bound_that_can_be_installed_exactly():
-    """The workflow turns >= into ==: a bound without an own release would not be tested."""
+    """The workflow replaces >= with ==, so it cannot test a lower bound that is not the version of a release."""
     lines = [line.split('#')[0].strip() for line in (ROOT / 'requirements.txt').read_text().splitlines()]
     odd = [line for line in lines if line and not re.fullmatch(r'[\w.-]+(\[\w+\])?>=\d[\d.]*(; .*)?', line)]
     assert odd == []

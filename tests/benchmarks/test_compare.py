@@ -1,4 +1,4 @@
-"""The comparison with fake implementations, some of which fail, and once with real ones. No speed is asserted."""
+"""The comparison, with fake implementations (some fail) and once with real implementations. No speed is asserted."""
 
 import dataclasses
 import importlib.util
@@ -276,7 +276,7 @@ def test_only_ours_has_the_settings_of_its_commands(stand_in, monkeypatch, capfd
 
 
 def test_baselines_are_measured_without_ours_but_the_status_is_1(stand_in, capfd):
-    """A script takes a comparison without convnext_jax for a success."""
+    """A script treats a comparison without convnext_jax as a success."""
     stand_in(OURS, at_build="raise RuntimeError('a bug')")
     stand_in('good')
     with pytest.raises(SystemExit) as ended:
@@ -298,7 +298,7 @@ run(__main__.main)
 @pytest.mark.skipif(sys.platform != 'linux', reason='finds the processes in /proc')
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_no_process_outlives_the_command(commands, stand_in, number, status):
-    """A process that did would slow the machine and every later measurement."""
+    """A process that outlives the command slows the machine and all later measurements."""
     stand_in(OURS)
     command = commands.start('-c', COMMAND_WITH_STAND_IN, '--models=convnext_atto', '--rounds=1000000', '--peers=')
     while 'round 1 of' not in (line := command.stderr.readline()):

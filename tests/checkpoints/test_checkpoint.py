@@ -51,7 +51,7 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Checkpoints of steps 1, 2, 3, of which 1 scored best."""
+    """Checkpoints of steps 1, 2 and 3; step 1 has the best score."""
     directory = tmp_path / 'checkpoints'
     with Checkpoints(directory, keep=2, best_metric='top1') as checkpoints:
         for step, top1 in ((1, 90.0), (2, 80.0), (3, 85.0)):

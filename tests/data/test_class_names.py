@@ -1,4 +1,4 @@
-"""The matching of classes by name, and with a message by position if there are no names."""
+"""The matching of classes by name; without names, by position and with a message."""
 
 import unicodedata
 

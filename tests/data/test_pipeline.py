@@ -74,7 +74,7 @@ def assert_equal(ours, theirs):
 
 
 def test_dtypes_and_shapes_of_a_batch():
-    """The transfer of float32 images to the device would take four times as long as that of uint8."""
+    """The transfer of float32 images to the device would take four times as long as the transfer of uint8 images."""
     fields = {'image': ((4, 4, 4, 1), 'uint8'), 'label': ((4,), 'int32')}
     weighted = fields | {'weight': ((4,), 'float32')}  # training batches have no padding
     for batch, expected in ((train(steps=1)[0], fields), (evaluation(23, Share(4))[0], weighted)):
@@ -201,7 +201,7 @@ def test_a_process_with_scattered_devices_loads_their_examples():
     ('batch_size', 'processes'), [(1, 1), (7, 1), (23, 1), (64, 1), (1024, 1), (6, 2), (4, 4), (64, 4), (1032, 8)]
 )
 def test_evaluation_counts_every_example_once(batch_size, processes):
-    """The accuracy would be that of a part of the split, or include padding."""
+    """The accuracy would cover only a part of the split, or include padding."""
     parts = [evaluation(23, share_of(process, processes, batch_size)) for process in range(processes)]
     assert {len(part) for part in parts} == {-(-23 // batch_size)}, 'all processes have the same number of steps'
     counted = []

@@ -103,7 +103,7 @@ def test_rotation_is_close_to_pillow(photos, degrees):
 
 
 def test_each_image_gets_only_its_own_operation(photos):
-    """One program computes all operations: those of other images could change an image."""
+    """One program computes all operations, so an image could get the operation of another image."""
     names = ['Equalize', 'Rotate', 'Color', 'ShearX']
     operation = jnp.asarray([*map(OPERATIONS.index, names), IDENTITY, IDENTITY])
     argument = jnp.asarray([0, 20, 0.3, 0.2, 0.7, -0.7])
@@ -125,7 +125,7 @@ def test_greyscale_images_support_every_operation(photos):
 
 
 def test_the_program_for_accelerators_equals_that_for_cpu(photos, monkeypatch):
-    """Histogram and look-up table have two implementations, of which this host runs only one."""
+    """Histogram and look-up table have another implementation on accelerators, which tests on CPU do not run."""
     expected = [np.asarray(apply(photos, jnp.full(6, number), jnp.full(6, 3.0))) for number in range(15)]
     take_default = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731 - replaces a function
     monkeypatch.setattr('convnext_jax.data.pillow_arithmetic.lax.platform_dependent', take_default)

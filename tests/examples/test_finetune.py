@@ -1,4 +1,4 @@
-"""The examples run as they stand: they are what people copy first."""
+"""The examples run unchanged, because users copy them."""
 
 import sys
 

@@ -13,7 +13,7 @@ NOTEBOOK = ROOT / 'examples' / 'finetune.ipynb'
 
 @pytest.mark.slow
 def test_the_cells_run_in_order(tmp_path, monkeypatch, capsys):
-    """A name that has changed shows here, and not when somebody opens the notebook."""
+    """A user would open a notebook that uses a renamed function."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', [str(NOTEBOOK.parent), *sys.path])
     matplotlib.use('Agg')
@@ -28,7 +28,7 @@ def test_the_cells_run_in_order(tmp_path, monkeypatch, capsys):
 
 
 def test_the_stored_outputs_are_there_and_small():
-    """Pictures are seen on the web without running anything; a large file is in every clone for ever."""
+    """Readers on the web would see no pictures; or a large notebook would stay in the history of every clone."""
     cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
     kinds = [kind for cell in cells for output in cell.get('outputs', ()) for kind in output.get('data', ())]
     assert kinds == ['image/png', 'image/png']

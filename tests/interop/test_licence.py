@@ -1,4 +1,4 @@
-"""The licence of weights stays with them: some must not be used commercially, and nobody should find out too late."""
+"""Saved and fine-tuned weights keep their licence, because some weights must not be used commercially."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_model_card_states_the_licence(folder, card, licence):
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm'])
 def test_a_saved_folder_keeps_the_licence(tmp_path, layout):
-    """Converted weights are under the licence of the originals."""
+    """Users of converted weights would not know that the licence of the original weights applies."""
     licence = Licence('other', 'dinov3-license', 'https://example.org/licence')
     save_pretrained(random_model(), tmp_path / 'out', layout=layout, licence=licence)
     assert read_pretrained(tmp_path / 'out').licence == Licence(
@@ -61,7 +61,7 @@ def test_a_saved_backbone_keeps_the_licence(tmp_path, folder):
 
 
 def test_without_a_licence_none_is_invented(folder):
-    """A card without a licence would look as if somebody had decided that there is none."""
+    """A model card would make a statement about the licence that nobody has made."""
     assert read_pretrained(folder).licence is None
     assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
 
@@ -75,21 +75,21 @@ def test_the_config_of_timm_states_the_licence_where_the_card_does_not(folder):
 
 
 def test_a_new_head_does_not_change_the_licence(folder):
-    """Fine-tuned weights are derived from the originals."""
+    """Fine-tuned weights, which are derived from the original weights, would lose the licence."""
     (folder / 'README.md').write_text(DINO)
     assert read_pretrained(folder, num_classes=7, key=jax.random.key(0)).licence.name == 'dinov3-license'
 
 
 @pytest.mark.parametrize('content', [b'---\nlicense: [\n---\n', b'---\n- mit\n---\n', b'---\nlicense: \xff\n---\n'])
 def test_a_damaged_card_is_reported_and_the_weights_load(folder, content):
-    """The weights are whole: a card that somebody edited by hand must not keep them from being used."""
+    """A model card with a syntax error would prevent the use of undamaged weights."""
     (folder / 'README.md').write_bytes(content)
     with pytest.warns(UserWarning, match=r'README.md cannot be read, and no licence is taken from it'):
         assert read_pretrained(folder).licence is None
 
 
 def test_the_line_says_what_the_licence_is_called_and_where_it_is_stated():
-    """A name from a file cannot forge further lines of output."""
+    """A name from a file could print misleading lines of output."""
     assert Licence('cc-by-nc-4.0', source='README.md').line == 'licence of the weights: cc-by-nc-4.0 (README.md)'
     assert Licence('other', 'dinov3-license').line == 'licence of the weights: dinov3-license'
     assert '\n' not in Licence('mit\nfree').line

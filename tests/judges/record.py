@@ -183,7 +183,7 @@ def backbones() -> dict[str, np.ndarray]:
 
 
 def training_run(name: str) -> tuple[list[float], dict[str, dict[str, np.ndarray]]]:
-    """30 steps in torch: the losses; and by timm's names the first gradient, the last parameters and the average."""
+    """30 steps in torch: the losses; by timm's names, the first gradient, the last parameters and their average."""
     run = cases.Training
     module = timm.create_model(name, num_classes=run.CLASSES).train()
     model = jax.eval_shape(lambda key: create_model(name, key=key, num_classes=run.CLASSES), jax.random.key(0))

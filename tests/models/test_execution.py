@@ -1,4 +1,4 @@
-"""The options of computation: the object, and its fields as keywords of every function that builds a network."""
+"""`Execution`, and its fields as keywords of every function that builds a network."""
 
 import dataclasses
 from functools import partial

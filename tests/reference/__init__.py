@@ -1,8 +1,8 @@
 """Results of other libraries, stored so that tests can compare with them without these libraries.
 
 `python -m tests.judges.record` computes and writes them. Inputs and weights are not stored: they are random numbers
-seeded by their names. A large array is stored as a sketch: some of its values, and sums over all values, in which every
-mistake is visible.
+seeded by their names. A large array is stored as a sketch: some of its values, and sums that together cover all values,
+so that every mistake changes the sketch.
 """
 
 import gzip
@@ -59,7 +59,7 @@ def sketch(array: np.ndarray, values: int = 256) -> np.ndarray:
 
 
 def difference(array: np.ndarray, stored: np.ndarray) -> float:
-    """The largest difference between the sketch of an array and a stored one, in standard deviations of the latter."""
+    """The largest difference between an array's sketch and a stored sketch, in the latter's standard deviations."""
     ours = sketch(array)
     assert ours.shape == stored.shape
     return float(np.abs(ours - stored).max() / stored.std())

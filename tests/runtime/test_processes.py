@@ -129,7 +129,7 @@ def test_when_a_process_is_killed_the_other_ends_with_an_error(commands, tmp_pat
 
 
 def test_a_failed_write_of_one_process_ends_all_immediately(commands, tmp_path):
-    """The pod would stand still for twenty minutes, the timeout of the barriers in Orbax, before it shows the error."""
+    """The pod would wait for twenty minutes, the timeout of the barriers in Orbax, before it shows the error."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run')
     resource.prlimit(second, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     _, err = job.communicate(timeout=LONGEST)
@@ -141,7 +141,7 @@ def test_a_failed_write_of_one_process_ends_all_immediately(commands, tmp_path):
 
 
 def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
-    """The other hosts would wait for ever; JAX ends them when it loses its coordination service in process 0."""
+    """The other hosts would wait forever. JAX ends them when it loses its coordination service in process 0."""
     job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(first, signal.SIGKILL)
     _, err = job.communicate(timeout=LONGEST)
@@ -172,7 +172,7 @@ def test_an_error_of_one_process_ends_all_and_each_shows_it(commands, tmp_path):
     ],
 )
 def test_a_process_that_cannot_connect_to_the_others_ends(commands, tmp_path, process, line):
-    """A wrong address in a script would keep a pod waiting for ever."""
+    """With a wrong address in a script, a pod would wait forever."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1] if process == 0 else 1
     flags = (f'--coordinator=127.0.0.1:{port}', '--process_count=2', f'--process_id={process}', '--process_timeout=4')

@@ -133,7 +133,7 @@ def losses(run):
 def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
     """A new task needs changes in the training loop, or a copy of it.
 
-    The run is stopped during an evaluation, resumed on another mesh and evaluated. Its results equal those of an
+    The run is stopped during an evaluation, resumed on another mesh and evaluated. Its results equal the results of an
     uninterrupted run, and each example counts once.
     """
     unbroken, run = tmp_path / 'unbroken', tmp_path / 'run'
