@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The config fields that all tasks share, or those of one task. Names are dotted, such as 'data.name'.
+    """The config fields that all tasks share, or the fields of one task. Names are dotted, such as 'data.name'.
 
     Attributes:
         defaults: sets every field of a config to its default. Sections of the config may exist already.

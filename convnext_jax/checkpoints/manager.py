@@ -24,7 +24,7 @@ UNFINISHED = '.orbax-checkpoint-tmp'
 
 
 class _Manager(ocp.CheckpointManager):
-    """A CheckpointManager that exposes the error of a background write at once.
+    """A CheckpointManager that exposes the error of a background write immediately.
 
     The base class raises the error only after the other processes have timed out at a barrier.
 

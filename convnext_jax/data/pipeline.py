@@ -113,7 +113,7 @@ class Unreadable:
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """The number of complete batches in an epoch. The remaining examples, others in each epoch, are not used in it.
+    """The number of complete batches in an epoch. The remaining examples, different ones in each epoch, are not used.
 
     Raises:
         UserError: the split is smaller than one batch.

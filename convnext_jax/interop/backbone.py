@@ -119,14 +119,14 @@ def backbone_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
 
 
 def _is_architecture(source: str | Path | Variant) -> TypeGuard[str | Variant]:
-    """Whether `source` is an architecture or the name of one, possibly misspelt, and not a path or hub id."""
+    """Whether `source` is an architecture or its (possibly misspelt) name, and not a path or hub id."""
     if isinstance(source, str):
         return source in VARIANTS or bool(re.fullmatch(r'\w{1,64}', source) and not Path(source).exists())
     return isinstance(source, Variant)
 
 
 def _without_heads(tensors: Tensors, layout: str, unused: set[str]) -> Tensors:
-    """The tensors except those of the last norm, of the head, and of the norms of unused feature maps."""
+    """The tensors except the last norm, the head, and the norms of unused feature maps."""
     norms = {name: match[1] for name in tensors if (match := NORM_NAMES.fullmatch(name))}
     heads = HEADS[layout] + LAST_NORMS[layout]
     return {name: x for name, x in tensors.items() if not name.startswith(heads) and norms.get(name) not in unused}

@@ -16,7 +16,7 @@ Result = TypeVar('Result', bound=jax.Array | tuple[jax.Array, ...])
 
 
 def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], *arguments: jax.Array) -> Result:
-    """The result of `kernel` in programs for NVIDIA GPUs that support such kernels, and of `native` in all others.
+    """The result of `kernel` in programs for NVIDIA GPUs with Pallas kernels, and of `native` in all other programs.
 
     Args:
         kernel, native: two implementations of one function.

@@ -213,7 +213,7 @@ def memory() -> dict[str, float]:
     """Memory in use, in GiB: of this process (on Linux), and the maximum over its devices (if the backend reports it).
 
     Returns:
-        Name → value, for those of `host_memory_gib`, `device_memory_gib` and `device_memory_peak_gib` that are known.
+        Name → value: `host_memory_gib`, `device_memory_gib` and `device_memory_peak_gib`; unknown values are omitted.
     """
     metrics = {}
     if PROCESS_MEMORY.exists():

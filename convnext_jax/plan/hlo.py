@@ -70,10 +70,10 @@ Found = dict[tuple[str, str, int], Collectives]
 
 
 def read_program(text: str) -> list[Instruction]:
-    """Reads all instructions that the program runs, including those in loops, calls and conditionals.
+    """Reads all instructions that the program runs, also in loops, calls and conditionals.
 
-    The trip count of a loop is the annotated one, or else the only constant in its condition. A loop without a static
-    trip count counts as one iteration. All branches of a conditional count.
+    The trip count of a loop is read from its annotation, or else it is the only constant in the loop's condition. A
+    loop without a static trip count counts as one iteration. All branches of a conditional count.
 
     Args:
         text: the program in HLO.

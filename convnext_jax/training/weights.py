@@ -103,7 +103,7 @@ def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
 
 
 def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
-    """The weights in a file of another library, without newly initialised ones, and messages for the user."""
+    """The weights in a file of another library, without newly initialised parameters, and messages for the user."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
