@@ -149,7 +149,7 @@ def test_the_forward_pass_of_flax_gives_logits(small_models):
 
 
 def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd, tmp_path):
-    """One broken baseline costs all measurements, or a wrong model is silently measured."""
+    """One broken baseline prevents all measurements, or a wrong model is silently measured."""
     stand_in(OURS)
     stand_in('good')
     stand_in('absent', packages=('json', 'no_such_package'))

@@ -152,7 +152,7 @@ def test_an_altered_manifest_is_refused(directory):
 
 @pytest.mark.parametrize('damage', ['truncated', 'missing', 'manifest'])
 def test_damaged_files_fall_back_to_the_checkpoint_before(directory, damage):
-    """One damaged file costs the whole run instead of a few steps."""
+    """One damaged file makes the whole run unusable, instead of repeating a few steps."""
     path = biggest_file(directory / '3' / 'parameters')
     if damage == 'truncated':
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -79,7 +79,7 @@ def begun(tmp_path: Path) -> Path:
     ],
 )
 def test_another_model_data_set_or_seed_is_refused_with_the_difference(begun, field, value, line):
-    """A run resumes with other steps than those it was started with."""
+    """A run resumes as a different experiment, without a message."""
     other = default_config()
     other.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=line):

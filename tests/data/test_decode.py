@@ -112,7 +112,7 @@ def test_16_bit_images_are_scaled_to_8_bits(form, low, high):
 
 
 def test_tiffs_with_12_bits_or_inverted_values():
-    """Images from microscopes (12 bits) would be almost black, and those from some scanners inverted."""
+    """Images from microscopes (12 bits) would be almost black, and images from some scanners inverted."""
     values = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
     inverted = encoded(Image.fromarray(values), 'TIFF', tiffinfo={262: 0})
     np.testing.assert_array_equal(decode(inverted, 1, 'x'), 255 - np.round(values / 257).astype(np.uint8))

@@ -144,7 +144,7 @@ def backbone_maps(name: str, size: tuple[int, int], patch_size: int, output_stri
     trunk = {feature: x for feature, x in drawn.items() if not feature.startswith('norms.')}
     arguments = {'output_stride': output_stride, 'patch_size': patch_size}
     module = timm.create_model(name, features_only=True, **arguments)
-    # `to_layout` refuses some patch sizes, because timm's classifiers differ; the names are those of the variant.
+    # With the default patch size, because `to_layout` refuses sizes for which timm's classifiers differ.
     tensors = to_layout(trunk, get_variant(name), 'timm')
     # features_only changes the names: stem.0 → stem_0, stages.1 → stages_1
     load(module, {t.replace('stem.', 'stem_').replace('stages.', 'stages_', 1): x for t, x in tensors.items()})

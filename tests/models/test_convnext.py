@@ -125,7 +125,7 @@ def forward_in_numpy(variant, parameters, images, last_epsilon):
     ('variant', 'epsilon'), [(V1, 0.5), (V2, 1e-6), (ISOTROPIC, 1e-12)], ids=['v1', 'v2', 'isotropic']
 )
 def test_logits_equal_a_plain_numpy_model(variant, epsilon, images):
-    """An omitted, repeated or misplaced layer would cost published weights their accuracy."""
+    """An omitted, repeated or misplaced layer would reduce the accuracy of published weights."""
     model = build(variant, layer_norm_eps=epsilon)
     expected = forward_in_numpy(variant, get_parameters(model), images, epsilon)
     assert np.abs(expected).max() > 0.3

@@ -88,7 +88,7 @@ def test_replace_with_none_keeps_the_value():
     [('convnext_tinny', 'convnext_tiny'), ('convnextv2_attto', 'convnextv2_atto'), ('ConvNeXt_Base', 'convnext_base')],
 )
 def test_an_unknown_name_suggests_similar_ones(name, similar):
-    """A typing error would cost a search in the documentation."""
+    """After a typing error, users would have to search the documentation."""
     with pytest.raises(UserError, match=f"there is no model '{name}': did you mean .*{similar}") as error:
         get_variant(name)
     assert '\n' not in str(error.value)

@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_run(commands, 
 
 
 def test_a_finished_run_repeats_the_steps_of_a_damaged_last_checkpoint(commands, finished_run, tmp_path):
-    """One damaged file after the end of training would cost the whole run."""
+    """One damaged file after the end of training would make the whole run unusable."""
     run = copy_of(finished_run, tmp_path)
     (run / 'checkpoints' / str(STEPS) / 'manifest' / 'metadata').write_text('')
     again = commands.train(run)

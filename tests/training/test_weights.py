@@ -52,7 +52,7 @@ def test_heads_without_a_softmax_are_not_trained_or_evaluated_as_softmax_heads(t
 
 
 def test_outputs_of_the_head_follow_their_class_names(tmp_path):
-    """Fine-tuning on as many but other classes would keep wrong outputs, and start far above a loss of ln(classes)."""
+    """Fine-tuning on equally many different classes would keep wrong outputs, with a loss far above ln(classes)."""
     old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=3)
     save_pretrained(old, tmp_path / 'out', class_names=['ant', 'bee', 'cat'])
     initial = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=3))
@@ -67,7 +67,7 @@ def test_outputs_of_the_head_follow_their_class_names(tmp_path):
 
 
 def test_the_head_of_a_run_is_matched_by_class_names(finished_run):
-    """Fine-tuning from a run would mix up the classes: here they are in another order, with a new one."""
+    """Fine-tuning from a run would mix up the classes: here they are in another order, and one is new."""
     directory, step = newest_checkpoint(finished_run)
     theirs = restore_parameters(directory, step, 'parameters')
     names = read_about(directory, step)['data']['class names']
