@@ -20,10 +20,10 @@ from convnext_jax.models import get_parameters, with_parameters
 def finetune(
     weights: str, folder: str, images: int = 1024, epochs: int = 5, batch_size: int = 32, learning_rate: float = 1e-3
 ) -> float:
-    """Trains on images of the bundled Fashion-MNIST subset; returns the accuracy on its first 200 test images."""
+    """Trains on the bundled Fashion-MNIST images, and returns the accuracy on the first 200 test images."""
     train = open_source('fashion_mnist_mini', '', f'train[:{images}]')
     test = open_source('fashion_mnist_mini', '', 'test[:200]')
-    # The weights of any library; the head is new, because the classes are others.
+    # The weights may be in any supported layout. The head is newly initialised, because the classes are different.
     loaded = read_pretrained(weights, num_classes=len(train.class_names), key=jax.random.key(0), drop_path_rate=0.1)
     model, processor = loaded.model, loaded.processor or cx.ImageProcessor()
 

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob('[a-z]*.py'))}
-"""Name → file, for --config=NAME[:VARIANT]."""
+"""Name of a recipe → its file, for --config=NAME[:VARIANT]."""

@@ -9,7 +9,7 @@ Variants, after the colon:
 - base_1k_384 and large_1k_384: from weights trained with configs/imagenet1k.py, at 384 pixels.
 
 init.weights is a workdir, a folder or file of weights, or a hub id such as timm/convnext_base.fb_in22k. large_1k_384
-starts from the moving average of the weights (init.params='ema'), all others from the raw weights.
+starts from the moving average of the weights (init.params='ema'), all other variants from the raw weights.
 
 Published top-1 of T/S/B/L/XL from 22k: 82.9/84.6/85.8/86.6/87.0 % at 224 pixels, 84.1/85.8/86.8/87.5/87.8 % at 384.
 Published top-1 of B/L from 1k: 85.1/85.5 % at 384 pixels. The batch of 512 images needs 8 to 16 accelerators.

@@ -5,8 +5,8 @@
         --config.init.weights=runs/mine --config.optimizer.learning_rate=1e-4
 
 Variants, after the colon: a V1 size such as tiny, or any name listed by `python -m convnext_jax models`. Folder names
-are class names. When fine-tuning, the head's outputs are copied for the classes whose names the weights contain. Choose
-config.epochs and config.batch_size for the size of your data set.
+are class names. Fine-tuning copies the output of each class whose name the weights also have. Set config.epochs and
+config.batch_size according to the size of your data set.
 """
 
 from ml_collections import ConfigDict

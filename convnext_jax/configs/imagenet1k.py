@@ -9,8 +9,8 @@ Published top-1 of T/S/B/L: 82.1/83.1/83.8/84.3 %. No results are published for 
 
 Hardware: the batch has 4,096 images. 64 chips with 16 GB each are enough for T, B and L: `python -m convnext_jax plan`
 gives 3.6, 7.2 and 12.6 GiB for 64 images on a v5e. 16 such chips are enough for T. On fewer chips, raise
-config.accumulation_steps. According to `plan`, no size needs mesh.fsdp, and model.remat='dots' is the best choice: for
-T, 'none' needs twice the memory and is slower.
+config.accumulation_steps. The estimates also show that T, B and L do not need mesh.fsdp, and that model.remat='dots'
+is the best choice: for T, 'none' needs about twice the memory and is slower.
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@ Variants, after the colon: tiny, small, base, large or xlarge. DIR holds train/S
 val/SYNSET/*.JPEG with a few images of each class that you hold out. No top-1 is published for this stage: the paper
 evaluates after fine-tuning on ImageNet-1k (configs/finetune.py).
 
-Hardware: as for configs/imagenet1k.py. The 90 epochs take three times as many steps as the 300 epochs of that recipe,
-because the data set is ten times as large.
+Hardware: as for configs/imagenet1k.py. The run has about three times as many steps: 90 epochs instead of 300, of a data
+set that is about ten times as large.
 """
 
 from ml_collections import ConfigDict

@@ -19,9 +19,9 @@ Published top-1 on ImageNet-1k:
 - from 22k, at 384: N/T/B/L/H 83.4/85.1/87.7/88.2/88.7 %; at 512: H 88.9 %
 Hardware: 16 to 64 accelerators.
 
-The learning rate for huge is the one in the paper, which is doubtful. The papers do not always say whether layer decay
-counts single blocks or groups of blocks. In these cases the recipe counts single blocks, as the original code does by
-default.
+The learning rate of huge is the one in the paper, but it may be a mistake there: it is higher than for all other sizes.
+If the papers do not say whether layer decay applies to single blocks or to groups of blocks, this file uses single
+blocks, the default of the original code.
 """
 
 from typing import NamedTuple
