@@ -149,8 +149,8 @@ def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     config_flags.DEFINE_config_file(
         'config',
         None,
-        'The experiment: a recipe of the package, NAME[:VARIANT], or a file, PATH.py[:VARIANT]. --config.FIELD=VALUE '
-        'overrides a value.',
+        'Recipe of the package (NAME[:VARIANT]) or config file (PATH.py[:VARIANT]); --config.FIELD=VALUE overrides a '
+        'value.',
         flag_values=values,
         sys_argv=list(arguments),
     )
@@ -266,7 +266,8 @@ def _config_path(text: str) -> str:
         return f'{RECIPES[name]}{colon}{variant}'
     if '/' in name or name.endswith('.py') or Path(name).is_file():
         return str(local_path(text)) if text.startswith('~') else text
-    raise UserError(f"--config: there is no recipe '{name}': {', '.join(RECIPES)}. Or give the path of a config file")
+    known = ', '.join(RECIPES)
+    raise UserError(f"--config: there is no recipe '{name}'; choose one of {known}, or give the path of a config file")
 
 
 def _last_line(error: Exception) -> str:

@@ -45,13 +45,13 @@ def _defaults(config: ConfigDict) -> None:
     config.model.layer_scale_init = -1.0  # −1: the default of the architecture; 0: no layer scale
     config.model.patch_size = 0  # 0: the default of the architecture
     config.model.dtype = 'float32'  # of matrix products and convolutions; use 'bfloat16' on accelerators
-    config.model.remat = 'dots'  # the backward pass recomputes: 'none', all but matmuls ('dots'), or 'full' blocks
+    config.model.remat = 'dots'  # backward pass recomputes nothing ('none'), all but matmuls ('dots') or all ('full')
     config.model.unroll = False  # compile each block separately: slower to compile, 1 to 3 % faster; less memory on TPU
     config.model.pallas = False  # depthwise convolutions with a Pallas kernel on TPU v5e, v5p, v6e; untested on TPUs
 
     config.init = ConfigDict()
-    config.init.weights = ''  # fine-tuning: a workdir, or a folder, file or hub id of weights; '': random
-    config.init.params = 'raw'  # 'raw' or 'ema': in an original .pth file, 'model' or 'model_ema'
+    config.init.weights = ''  # fine-tuning: a workdir, or a folder, file or hub id of weights; '': train from scratch
+    config.init.params = 'raw'  # 'raw' or 'ema' (moving average); in a .pth file: the entry 'model' or 'model_ema'
 
     config.data = ConfigDict()
     config.data.name = 'imagenet2012'  # 'fashion_mnist_mini' (bundled), 'folder', 'webdataset', or a TFDS name
@@ -90,7 +90,7 @@ def _defaults(config: ConfigDict) -> None:
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0
     config.checkpoint_every_steps = 1000
-    config.keep_checkpoints = 2  # number of newest checkpoints to keep, in addition to the best by the task's metric
+    config.keep_checkpoints = 2  # number of newest checkpoints to keep; the best by the task's metric is kept as well
     config.compilation_cache_dir = ''  # folder for compiled programs; '': JAX_COMPILATION_CACHE_DIR, or no cache
 
 

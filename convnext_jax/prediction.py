@@ -82,7 +82,7 @@ def predict(
     """
     pretrained.check_head()
     if pretrained.activation is None:
-        raise UserError('the model is a regression: its outputs are values, not probabilities of classes')
+        raise UserError('the model has a regression head: its outputs are values, not probabilities of classes')
     activation = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}[pretrained.activation]
     processor = processor_for(pretrained.model.in_channels, pretrained.processor)
     classes = pretrained.model.head.bias.shape[0]

@@ -294,7 +294,7 @@ def test_converted_weights_give_equal_results_and_start_a_run(package, evaluate,
         package('convert', tmp_path / 'hf', tmp_path / 'timm', '--layout=timm')
     started = train_here(tmp_path / 'tuned', f'--config.init.weights={tmp_path / "hf"}', *FINE_TUNING)
     assert f'starts from the huggingface weights of {tmp_path / "hf"}' in started
-    kept = 'the head keeps 10 of 10 classes by their names; newly initialised: 2 outputs without a class'
+    kept = 'the head keeps the outputs of 10 of 10 classes; newly initialised: 2 outputs without a class'
     assert kept in started
 
 

@@ -121,7 +121,7 @@ def test_grey_models_and_odd_ones(tmp_path):
     export_stablehlo(Pretrained(grey, 'timm', None, None, (), []), tmp_path / 'grey')
     assert len(json.loads((tmp_path / 'grey' / 'model.json').read_text())['preprocessing']['mean']) == 1
     four = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2, in_channels=4)
-    with pytest.raises(UserError, match='images of 4 channels have no processor'):
+    with pytest.raises(UserError, match='there is no image processor for 4 channels'):
         export_stablehlo(Pretrained(four, 'timm', None, None, (), []), tmp_path / 'four')
     with pytest.raises(UserError, match='3 class names for 2 classes'):
         export_stablehlo(Pretrained(grey, 'timm', ('a', 'b', 'c'), None, (), []), tmp_path / 'names')

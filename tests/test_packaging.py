@@ -96,7 +96,9 @@ def test_an_unknown_recipe_is_refused_with_those_there_are(command, monkeypatch,
         run(package_command.main)
     assert end.value.code == 2
     recipes = 'fashion_mnist, finetune, image_folder, imagenet1k, imagenet22k, isotropic, v2_finetune'
-    line = f"error: --config: there is no recipe 'imagenet': {recipes}. Or give the path of a config file\n"
+    line = (
+        f"error: --config: there is no recipe 'imagenet'; choose one of {recipes}, or give the path of a config file\n"
+    )
     assert capsys.readouterr().err == line
 
 

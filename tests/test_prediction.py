@@ -37,5 +37,5 @@ def test_probabilities_equal_the_pipeline_of_transformers(tmp_path, photos, numb
 def test_a_regression_has_no_probabilities(photos):
     """The outputs of a regression would be shown as percentages."""
     model = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2)
-    with pytest.raises(UserError, match='the model is a regression: its outputs are values, not probabilities'):
+    with pytest.raises(UserError, match='the model has a regression head: its outputs are values, not probabilities'):
         next(predict(Pretrained(model, 'huggingface', None, None, (), [], 'regression'), photos))

@@ -24,9 +24,9 @@ from convnext_jax.paths import local_path
 
 def main(arguments: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure; timm:NAME is one of timm.', flag_values=values)
+    flags.DEFINE_list('models', ['convnext_tiny'], 'Models to measure; timm:NAME is a timm model.', flag_values=values)
     flags.DEFINE_list('mode', ['train'], f'One or more of {", ".join(MODES)}.', flag_values=values)
-    flags.DEFINE_list('peers', DEFAULT_BASELINES, f'Some of {", ".join(BASELINES)}.', flag_values=values)
+    flags.DEFINE_list('peers', DEFAULT_BASELINES, f'To compare with: {", ".join(BASELINES)}.', flag_values=values)
     flags.DEFINE_integer('batch', 8, 'Images per step; the mode latency uses 1.', lower_bound=1, flag_values=values)
     flags.DEFINE_integer('size', 224, 'Height and width of the images in pixels.', flag_values=values)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of matrix products.', flag_values=values)

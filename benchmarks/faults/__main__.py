@@ -25,7 +25,7 @@ from benchmarks.faults.runs import Lab
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument('--kills', type=int, default=50, help='number of kills')
-    arguments.add_argument('--seed', type=int, default=0, help='for the choice of times, files and bits')
+    arguments.add_argument('--seed', type=int, default=0, help='seed of the random times, files and bits')
     arguments.add_argument('--only', default='', help='kinds of faults, for example kill or damage,disk')
     arguments.add_argument('--folder', type=Path, help='folder for the runs; by default a temporary folder')
     options = arguments.parse_args()

@@ -102,7 +102,7 @@ def restore_parameters(directory: Path, step: int, field: str, like: Like | None
     """
     saved = read_manifest(directory, step)['arrays'][field]
     if not saved:
-        raise UserError(f'checkpoint {step} of {directory} has no {field}: the run kept none; use the raw weights')
+        raise UserError(f'checkpoint {step} of {directory} has no moving average (ema.decay=0): use the raw weights')
     if like is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = {

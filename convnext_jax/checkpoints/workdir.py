@@ -68,7 +68,8 @@ def locked(workdir: Path) -> Iterator[None]:
         except OSError as error:
             lock.seek(0)
             process = lock.read().partition(' ')[0]
-            raise UserError(f'workdir {workdir} is in use by process {process}: stop it, or use another') from error
+            line = f'workdir {workdir} is in use by process {process}: stop it, or use another workdir'
+            raise UserError(line) from error
         lock.truncate(0)
         lock.write(f'{os.getpid()} {secrets.token_hex(8)}')
         lock.flush()
@@ -116,7 +117,7 @@ def write_config(workdir: Path, config: ConfigDict) -> list[str]:
     changes = {}
     if path.exists() and any((workdir / CHECKPOINTS).glob('[0-9]*')):
         changes = changed_fields(as_dict(read_config(path)), as_dict(config))
-    lines = {field: f'{field} was {old}, is {new}' for field, (old, new) in changes.items()}
+    lines = {field: f'{field} was {old}, is now {new}' for field, (old, new) in changes.items()}
     refused = [line for field, line in lines.items() if is_fixed(field, config.task)]
     if refused:
         raise UserError(

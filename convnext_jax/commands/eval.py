@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         'weights', None, 'Folder, file or hub id of weights, or the workdir of a run.', flag_values=values
     )
     flags.DEFINE_list(
-        'splits', [], 'Comma-separated NAME@SPLIT of data sets in data.dir to evaluate on.', flag_values=values
+        'splits', [], 'Comma-separated list of NAME@SPLIT, data sets in data.dir to evaluate on.', flag_values=values
     )
     flags.DEFINE_integer(
         'resolution', None, 'Height and width of the evaluated images, in pixels.', lower_bound=1, flag_values=values

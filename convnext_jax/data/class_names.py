@@ -114,7 +114,7 @@ def kept_outputs(
     unnamed = new_outputs - len(new_names)
     new_parts = [_listed(new)] * bool(new) + [f'{unnamed} outputs without a class'] * bool(unnamed)
     rest = f'; newly initialised: {", ".join(new_parts)}' if new_parts else ''
-    return kept, f'the head keeps {len(new_names) - len(new)} of {len(new_names)} classes by their names{rest}'
+    return kept, f'the head keeps the outputs of {len(new_names) - len(new)} of {len(new_names)} classes{rest}'
 
 
 def _positions(names: Sequence[str]) -> dict[str, list[int]]:

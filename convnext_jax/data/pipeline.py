@@ -83,7 +83,7 @@ class Unreadable:
             self._dataset.check(index)
         except UserError as error:
             return error
-        return UserError(f'{self._dataset.name(index)} could not be read in a first attempt')
+        return UserError(f'{self._dataset.name(index)} could not be read at the first attempt')
 
     def errors(self) -> list[tuple[int, str]]:
         """(index, error message) of each example."""

@@ -48,7 +48,7 @@ def prepare_imagenet2012(manual_dir: Path, data_dir: Path) -> None:
             raise UserError(f'{manual_dir / TARS[split]} contains no images: download it again')
         if len(images) != OFFICIAL_COUNTS[split]:
             found = f'{manual_dir / TARS[split]} contains {len(images):,} images'
-            say(f'warning: {found}, but the official file {OFFICIAL_COUNTS[split]:,}', error=True)
+            say(f'warning: {found}, but the official file contains {OFFICIAL_COUNTS[split]:,}', error=True)
     write_dataset(directory, class_names, splits, encoding_format='jpeg')
 
 

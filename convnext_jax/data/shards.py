@@ -164,13 +164,13 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
         folder, _, file = member.name.rpartition('/')
         stem, _, suffix = file.partition('.')
         if suffix.endswith('.cls'):
-            raise UserError(f'{path}: {member.name} has a dot in its key, at which WebDataset ends the key: rename it')
+            raise UserError(f'{path}: {member.name} has a dot in its key, but the key ends at the first dot: rename it')
         kind = labels if suffix == 'cls' else images if f'.{suffix.lower()}' in suffixes else None
         if kind is None:  # other files of the sample, such as .json or .txt
             continue
         key = f'{folder}/{stem}'
         if key in kind:
-            raise UserError(f'{path} contains {kind[key].name} and {member.name} with one key: remove one of them')
+            raise UserError(f'{path} contains {kind[key].name} and {member.name} with the same key: remove one of them')
         kind[key] = member
     if hidden:
         warnings.warn(f'{path}: left out: hidden files ({hidden})', stacklevel=2)
@@ -178,7 +178,7 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
         raise UserError(f'{path} contains no images: it needs KEY.jpg (or {", ".join(sorted(suffixes))}) and KEY.cls')
     for key in images.keys() ^ labels.keys():
         name = (images.get(key) or labels[key]).name
-        raise UserError(f'{path}: {name} has no {"KEY.cls" if key in images else "image"} with its key')
+        raise UserError(f'{path}: there is no {".cls file" if key in images else "image"} with the key of {name}')
     classes: dict[str, int] = {}
     with path.open('rb') as tar:
         for key, member in labels.items():

@@ -321,7 +321,7 @@ class Part:
         except (ValueError, AssertionError) as error:
             raise UserError(f"split '{split}' must be like train[:99%] or train[1000:]: {first_line(error)}") from error
         if more:
-            raise UserError(f"split '{split}': a folder or tar shards can have only one part, such as train[:99%]")
+            raise UserError(f"split '{split}': for a folder or tar shards, give one part only, such as train[:99%]")
         self._source = source
         self._indices = np.random.default_rng(0).permutation(len(source))[part.from_ : part.to]
         if not len(self._indices):

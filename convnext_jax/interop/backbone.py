@@ -69,7 +69,7 @@ def create_backbone(
         variant = get_variant(source)
         if key is None:
             raise UserError(
-                f'a new {source} needs a random key: pass key=jax.random.key(…), or ./{source} for a folder'
+                f'a new {source} needs a random key: pass key=jax.random.key(…); to load a folder, pass ./{source}'
             )
         return Backbone(
             variant,

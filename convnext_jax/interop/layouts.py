@@ -97,8 +97,8 @@ def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
         raise UserError("Hugging Face's ConvNeXt V2 has no layer scale, but this model has one")
     if layout == 'timm' and (variant.patch_size == 2 or variant.strides[-2] >= TIMM_STRIDE):
         raise UserError(
-            f'timm builds a different network for patch_size={variant.patch_size}: with one more downsampling for 2, '
-            f'and with dilated stages above a stride of {TIMM_STRIDE}'
+            f'timm builds a different network for patch_size={variant.patch_size}: for 2 it adds a downsampling layer, '
+            f'and above a total stride of {TIMM_STRIDE} it uses dilation; use another layout'
         )
     result = []
     for ours, shape in shapes.items():
@@ -193,7 +193,7 @@ def dense_encoder(tensors: Tensors) -> Tensors:
         if name.endswith('.kernel'):
             side = math.isqrt(len(x)) if x.ndim else 0
             if x.ndim not in (2, 3) or side**2 != len(x) or 0 in x.shape:
-                raise UserError(f'{printable(name)} has shape {x.shape}, which is not that of a square sparse kernel')
+                raise UserError(f'{printable(name)} is not a square sparse kernel: its shape is {x.shape}')
             x = rearrange(x, '(w h) i o -> o i h w' if x.ndim == 3 else '(w h) c -> c 1 h w', h=side)
             name = name.removesuffix('kernel') + 'weight'
         elif name.endswith('.bias'):

@@ -68,7 +68,7 @@ def _read_card(path: Path) -> dict:
     try:
         return metadata_load(path) or {}
     except (OSError, ValueError, RecursionError, YAMLError) as error:
-        warnings.warn(f'{path} cannot be read, and no licence is taken from it: {first_line(error)}', stacklevel=4)
+        warnings.warn(f'{path} cannot be read, so its licence is unknown: {first_line(error)}', stacklevel=4)
         return {}
 
 

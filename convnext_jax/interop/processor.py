@@ -232,7 +232,7 @@ def processor_for(channels: int, given: ImageProcessor | None = None) -> ImagePr
         UserError: the processor has another number of channels, or there is no default for this number.
     """
     if given is None and channels not in (1, 3):
-        raise UserError(f'images of {channels} channels have no processor: only greyscale and RGB images have one')
+        raise UserError(f'there is no image processor for {channels} channels, only for 1 (greyscale) and 3 (RGB)')
     processor = given or (ImageProcessor(mean=(0.5,), std=(0.5,)) if channels == 1 else ImageProcessor())
     if len(processor.mean) != channels:
         raise UserError(f'the processor is for {len(processor.mean)} channels, the model for {channels}')

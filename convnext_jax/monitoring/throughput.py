@@ -179,12 +179,13 @@ def stragglers(names: list[str], data: np.ndarray, work: np.ndarray, step_second
         Host → a message that says whether the host waits for data or is slow in other work.
     """
     found = {}
-    for what, seconds in (('waiting for data', data), ('its own work', work)):
+    for what, seconds in (('waiting for data', data), ('on other work of the host', work)):
         median = float(np.median(seconds))
         for process in np.flatnonzero(seconds - median > STRAGGLER_THRESHOLD * step_seconds):
             host = f'process {process} ({names[process]})'
-            figures = f'{1000 * seconds[process]:.0f} ms of a step of {1000 * step_seconds:.0f} ms'
-            found[host] = f'{host} straggles: {figures} in {what}, the median host {1000 * median:.0f} ms'
+            figures = f'{1000 * seconds[process]:.0f} ms of a {1000 * step_seconds:.0f} ms step'
+            typical = f'the median host {1000 * median:.0f} ms'
+            found[host] = f'{host} delays the others: it spends {figures} {what}, {typical}'
     return found
 
 

@@ -140,15 +140,15 @@ def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> li
     recomputed = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
     communication = bytes_sent(found) / target.chip.link / 1e9
     return [
-        f'\nestimated cycles without collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz; '
-        'share, runs × cycles, and origin of the heaviest instructions',
+        f'\nestimated cycles without collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz\n'
+        f'the {len(heaviest)} instructions with the most cycles: share, runs × cycles, name, operation',
         *(
             f'  {i.runs * i.cycles / total:6.1%}{i.runs:4} × {i.cycles:10,}  {i.name}  '
             f'{i.operation.removeprefix("jit(train_step)/")}'
             for i in heaviest
         ),
         f'recomputed by the compiler to save memory: {recomputed / total:.1%}',
-        f'communication: at least {1000 * communication:.2f} ms at {target.chip.link:g} GB/s of the links, '
+        f'communication: at least {1000 * communication:.2f} ms over links of {target.chip.link:g} GB/s, '
         f'{communication / (communication + seconds):.1%} of the step if it is not overlapped with computation\n',
     ]
 

@@ -51,7 +51,7 @@ def tpu_target(name: str) -> Target:
         )
     if not importlib.util.find_spec('libtpu'):
         raise UserError(
-            f"--topology needs the TPU compiler libtpu, but no TPU: pip install 'jax[tpu]=={jax.__version__}'"
+            f"--topology needs the TPU compiler libtpu (but no TPU): pip install 'jax[tpu]=={jax.__version__}'"
         )
     # The first two keep libtpu from searching for TPUs of this machine and from locking them. The other two are values
     # that libtpu otherwise requests from the cloud metadata server, with a warning if it cannot.
@@ -84,7 +84,7 @@ def gpu_target(name: str) -> Target:
     plugins = [name for name in ('jax_cuda13_plugin', 'jax_cuda12_plugin') if importlib.util.find_spec(name)]
     if not plugins:
         packages = f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}'
-        raise UserError(f'--gpu needs the GPU compiler, but no GPU: pip install --no-deps {packages}')
+        raise UserError(f'--gpu needs the GPU compiler (but no GPU): pip install --no-deps {packages}')
     devices = topologies.get_topology_desc(
         platform='cuda', topology=f'1x1x{count}', target_config=H100.read_text(encoding='utf-8')
     ).devices

@@ -21,9 +21,9 @@ class Stopped(Exception):
 
     def __init__(self, by: signal.Signals, step: int):
         what = (
-            f'at step {step}, saved; the same command resumes it'
+            f'at step {step}, which is saved: run the same command again to resume'
             if step
-            else 'before a step was saved; the same command starts it again'
+            else 'before a step was saved: run the same command again to start from the beginning'
         )
         super().__init__(f'stopped by {by.name} {what}')
         self.status = 128 + by
@@ -53,7 +53,7 @@ def stop_signal() -> Iterator[Stop]:
     def handle(number: int, _frame: object) -> None:
         stop.received = signal.Signals(number)
         restore()
-        say_in_handler('stopping: saves after this step; send the signal again to stop without saving')
+        say_in_handler('stopping: the run saves after this step; send the signal again to stop without saving')
 
     for number in before:
         signal.signal(number, handle)

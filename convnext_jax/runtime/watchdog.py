@@ -71,7 +71,7 @@ class Watchdog:
             missing = [i for i in range(self._processes) if int(beats.get(f'{HEARTBEAT}/{i}', -1)) < beat]
             problem = f'process {", ".join(map(str, missing))} has not responded for {self._timeout} s'
         except jax.errors.JaxRuntimeError:
-            problem = f'process 0 is gone ({first_line(error)})'
+            problem = f'process 0 has ended ({first_line(error)})'
         with self._exiting:
             exit_now(f'error: {problem}: see its output, and run the same command on all hosts to resume', 1)
 

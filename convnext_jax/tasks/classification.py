@@ -131,7 +131,7 @@ class Classification(Task):
         try:
             evaluation = with_classes_of_split(evaluation, train, data.train_split)
         except UserError as error:
-            raise UserError(f'split {data.eval_split} does not fit: {error}') from error
+            raise UserError(f'split {data.eval_split} does not fit the training split: {error}') from error
         if missing:
             _warn(f'{missing} of {classes} classes are missing in split {data.eval_split}')
         self._set_classes(classes)
@@ -336,7 +336,7 @@ def _matched_head(
 def _describe_head(pretrained: Pretrained, where: str) -> str:
     """A message that says why a head can be neither trained nor evaluated as a classifier with softmax."""
     outputs = pretrained.model.head.bias.size
-    kind = pretrained.problem_type or 'a sigmoid of each output'
+    kind = pretrained.problem_type or 'independent sigmoid outputs'
     return (
         f'the head of {where} is for {kind}, with {outputs} output(s), but training and evaluation need a softmax over '
         'several classes'

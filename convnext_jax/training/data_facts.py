@@ -34,7 +34,7 @@ def check_same_data(stored: dict, current: dict) -> list[str]:
             'another workdir'
         )
     old, new = stored['evaluation images'], current['evaluation images']
-    return [] if old == new else [f'changed since the run began: evaluation images were {old}, are {new}']
+    return [] if old == new else [f'changed since the run began: evaluation images were {old}, are now {new}']
 
 
 def _differences(fact: str, old: object, new: object) -> list[str]:

@@ -41,7 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     elif shape[0] % slices:
         raise UserError(
             f'mesh.fsdp={shape[1]} does not fit into one of the {slices} slices of {len(devices) // slices} devices: '
-            'choose a divisor of the devices of a slice'
+            f'choose a divisor of {len(devices) // slices}'
         )
     else:
         within = (shape[0] // slices, shape[1])

@@ -54,8 +54,8 @@ def make_train_step(
     """
     if config.accumulation_steps > 1 and get_statistics(model):
         raise UserError(
-            f'accumulation_steps={config.accumulation_steps}, but the model normalises over the batch, which cannot be '
-            'split then: set accumulation_steps=1, and lower batch_size or use more devices'
+            f'accumulation_steps={config.accumulation_steps}, but the model normalises over the batch, so it cannot be '
+            'split: set accumulation_steps=1, and lower batch_size or use more devices'
         )
 
     def loss(parameters: Parameters, statistics: Statistics, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple]:

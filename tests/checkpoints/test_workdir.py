@@ -70,12 +70,12 @@ def begun(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ('field', 'value', 'line'),
     [
-        ('seed', 1, 'seed was 0, is 1'),
-        ('data.train_split', 'half', 'data.train_split was train, is half'),
-        ('data.exact', True, 'data.exact was False, is True'),
-        ('model.name', 'convnext_small', 'model.name was convnext_tiny, is convnext_small'),
-        ('data.name', 'folder', 'data.name was imagenet2012, is folder'),
-        ('batch_size', 8, 'batch_size was 4096, is 8'),
+        ('seed', 1, 'seed was 0, is now 1'),
+        ('data.train_split', 'half', 'data.train_split was train, is now half'),
+        ('data.exact', True, 'data.exact was False, is now True'),
+        ('model.name', 'convnext_small', 'model.name was convnext_tiny, is now convnext_small'),
+        ('data.name', 'folder', 'data.name was imagenet2012, is now folder'),
+        ('batch_size', 8, 'batch_size was 4096, is now 8'),
     ],
 )
 def test_another_model_data_set_or_seed_is_refused_with_the_difference(begun, field, value, line):
@@ -101,7 +101,7 @@ def test_a_longer_run_or_a_moved_data_set_is_not_another_run(begun):
     longer = default_config()
     longer.epochs = 600.0
     longer.data.dir = '/elsewhere'
-    assert write_config(begun, longer) == ['data.dir was , is /elsewhere', 'epochs was 300.0, is 600.0']
+    assert write_config(begun, longer) == ['data.dir was , is now /elsewhere', 'epochs was 300.0, is now 600.0']
     assert read_config(begun / CONFIG) == longer
 
 

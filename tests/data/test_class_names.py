@@ -91,9 +91,9 @@ def test_classes_that_cannot_be_matched_are_refused(data, model, outputs, messag
             ['bee', 'cat', 'dog'],
             ['ant', 'bee', 'cat'],
             [1, 2, -1],
-            'the head keeps 2 of 3 classes by their names; newly initialised: dog',
+            'the head keeps the outputs of 2 of 3 classes; newly initialised: dog',
         ),
-        (['cat', 'ant'], ['ant', 'bee', 'cat'], [2, 0], 'the head keeps 2 of 2 classes by their names'),
+        (['cat', 'ant'], ['ant', 'bee', 'cat'], [2, 0], 'the head keeps the outputs of 2 of 2 classes'),
         (
             ['dog', 'elk'],
             ['ant', 'bee'],
@@ -124,5 +124,5 @@ def test_outputs_without_names_are_newly_initialised():
     """They would get the weights of unrelated classes."""
     kept, note = kept_outputs(['ant', 'dog'], 4, ['ant', 'bee'], 2)
     assert kept == [0, -1, -1, -1]
-    assert note == 'the head keeps 1 of 2 classes by their names; newly initialised: dog, 2 outputs without a class'
+    assert note == 'the head keeps the outputs of 1 of 2 classes; newly initialised: dog, 2 outputs without a class'
     assert kept_outputs(['ant', 'bee'], 3, ['ant', 'bee'], 3)[0] == [0, 1, 2]

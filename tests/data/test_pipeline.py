@@ -351,5 +351,5 @@ def test_the_message_for_an_image_that_is_readable_again():
     unreadable = Unreadable(images(2000))
     unreadable.add(4)
     assert unreadable.new_messages() == [
-        'number 4 could not be read in a first attempt: the next image is used instead'
+        'number 4 could not be read at the first attempt: the next image is used instead'
     ]

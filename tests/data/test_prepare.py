@@ -90,8 +90,8 @@ def test_imagenet_by_the_command(commands, tars, tmp_path):
     line = f'{directory} holds train 15, validation 4 images'
     assert done.stdout == f'{line}\n'
     assert done.stderr.splitlines() == [
-        f'warning: {tars / "ILSVRC2012_img_train.tar"} contains 15 images, but the official file 1,281,167',
-        f'warning: {tars / "ILSVRC2012_img_val.tar"} contains 4 images, but the official file 50,000',
+        f'warning: {tars / "ILSVRC2012_img_train.tar"} contains 15 images, but the official file contains 1,281,167',
+        f'warning: {tars / "ILSVRC2012_img_val.tar"} contains 4 images, but the official file contains 50,000',
     ]
     source, examples = prepared(tmp_path, 'imagenet2012', 'train')
     assert len(source.class_names) == 1000

@@ -158,13 +158,13 @@ print(len(source), source[2].label)
 @pytest.mark.parametrize(
     ('members', 'line'),
     [
-        ([('a.png', png())], 'a.png has no KEY.cls with its key'),
-        ([*sample('b', 0, 0), ('a.cls', b'1')], 'a.cls has no image with its key'),
+        ([('a.png', png())], 'there is no .cls file with the key of a.png'),
+        ([*sample('b', 0, 0), ('a.cls', b'1')], 'there is no image with the key of a.cls'),
         (sample('a', 0, 'cat'), "a.cls contains b'cat', not a class number"),
         (sample('a', 0, -1), "a.cls contains b'-1', not a class number"),
         (sample('a', 0, ''), "a.cls contains b'', not a class number"),
-        ([*sample('a', 0, 0), ('a.jpg', png())], 'contains a.png and a.jpg with one key: remove one of them'),
-        ([*sample('a', 0, 0), ('a.cls', b'1')], 'contains a.cls and a.cls with one key: remove one of them'),
+        ([*sample('a', 0, 0), ('a.jpg', png())], 'contains a.png and a.jpg with the same key: remove one of them'),
+        ([*sample('a', 0, 0), ('a.cls', b'1')], 'contains a.cls and a.cls with the same key: remove one of them'),
         (sample('a.1', 0, 1), 'a.1.cls has a dot in its key'),
         ([], 'contains no images: it needs KEY.jpg'),
         ([('a.txt', b'')], 'contains no images: it needs KEY.jpg'),

@@ -84,7 +84,7 @@ def test_a_new_head_does_not_change_the_licence(folder):
 def test_a_damaged_card_is_reported_and_the_weights_load(folder, content):
     """A model card with a syntax error would prevent the use of undamaged weights."""
     (folder / 'README.md').write_bytes(content)
-    with pytest.warns(UserWarning, match=r'README.md cannot be read, and no licence is taken from it'):
+    with pytest.warns(UserWarning, match=r'README.md cannot be read, so its licence is unknown'):
         assert read_pretrained(folder).licence is None
 
 

@@ -412,5 +412,5 @@ def test_a_processor_for_other_channels_is_refused(tmp_path):
     """The saved preprocessing could not be used with the model."""
     with pytest.raises(UserError, match='the processor is for 3 channels, the model for 1'):
         save_pretrained(random_model(in_channels=1), tmp_path / 'out', processor=ImageProcessor())
-    with pytest.raises(UserError, match='images of 4 channels have no processor'):
+    with pytest.raises(UserError, match='there is no image processor for 4 channels'):
         save_pretrained(random_model(in_channels=4), tmp_path / 'out')

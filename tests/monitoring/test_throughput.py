@@ -68,11 +68,11 @@ def test_the_host_that_delays_the_others_is_named():
     assert stragglers(names, np.full(4, 0.4), even, 0.5) == {}, 'all hosts wait for data equally'
     slow = np.array([0.02, 0.02, 0.2, 0.02])
     assert stragglers(names, slow, even, 0.5) == {
-        'process 2 (host2)': 'process 2 (host2) straggles: 200 ms of a step of 500 ms in waiting for data, '
+        'process 2 (host2)': 'process 2 (host2) delays the others: it spends 200 ms of a 500 ms step waiting for data, '
         'the median host 20 ms'
     }
     (line,) = stragglers(names, even, slow, 0.5).values()
-    assert '200 ms of a step of 500 ms in its own work' in line
+    assert '200 ms of a 500 ms step on other work of the host' in line
 
 
 def test_a_stall_is_reported_with_growing_intervals_until_a_signal(capsys):
@@ -199,7 +199,7 @@ def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path,
     assert process.returncode == 128 + signal.SIGTERM, out + err
     (step,) = saved_steps(run / 'checkpoints')
     assert step == int(said[1])
-    assert f'stopped by SIGTERM at step {step}, saved' in out
+    assert f'stopped by SIGTERM at step {step}, which is saved' in out
     assert 'Traceback' not in err
 
 
@@ -244,5 +244,5 @@ def test_every_process_names_a_straggling_process(tmp_path):
     for process in processes:
         out, err = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, err
-        (named,) = re.findall(r'(process \d) \(.+?\) straggles: \d+ ms of a step of \d+ ms in its own work', out)
+        (named,) = re.findall(r'(process \d) \(.+?\) delays the others: it spends .* on other work', out)
         assert named == 'process 1'

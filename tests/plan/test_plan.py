@@ -110,9 +110,9 @@ def test_plan_refuses_wrong_arguments(arguments, line):
 def test_a_missing_compiler_is_named_with_its_version(monkeypatch):
     """The user installs the newest libtpu, which may not work with this version of jax."""
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(UserError, match=re.escape(f"no TPU: pip install 'jax[tpu]=={jax.__version__}'")):
+    with pytest.raises(UserError, match=re.escape(f"no TPU): pip install 'jax[tpu]=={jax.__version__}'")):
         targets.tpu_target('v5e:2x2')
-    with pytest.raises(UserError, match=f'no GPU: pip install --no-deps jax-cuda13-plugin=={jax.__version__}'):
+    with pytest.raises(UserError, match=f'no GPU\\): pip install --no-deps jax-cuda13-plugin=={jax.__version__}'):
         targets.gpu_target('h100:8')
 
 

@@ -107,7 +107,7 @@ def test_two_processes_resume_from_one_checkpoint_and_a_signal_to_one_saves_both
     assert len(list((run / 'damaged').iterdir())) == 1
     step = saved_steps(run / 'checkpoints')[-1]
     assert 20 < step < STEPS
-    assert f'stopped by SIGTERM at step {step}, saved; the same command resumes it' in out
+    assert f'stopped by SIGTERM at step {step}, which is saved: run the same command again to resume' in out
     assert 'Traceback' not in err
     resumed = train_here(run, SLOW[0], '--config.eval_every_epochs=100')
     assert f'resumes at step {step} of {STEPS}' in resumed

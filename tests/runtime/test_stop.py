@@ -41,7 +41,7 @@ def test_a_run_that_gets_a_signal_saves_and_says_how_to_resume(commands, finishe
     assert process.returncode == 128 + number, out + err
     assert 'Traceback' not in err
     step = saved_steps(run / 'checkpoints')[-1]
-    assert f'stopped by {number.name} at step {step}, saved; the same command resumes it' in out
+    assert f'stopped by {number.name} at step {step}, which is saved: run the same command again to resume' in out
     assert 4 <= step < STEPS
     if number == signal.SIGTERM:
         resumed = commands.train(run, '--config.checkpoint_every_steps=1000')
@@ -69,7 +69,7 @@ def test_a_signal_in_an_evaluation_saves_immediately_and_the_resumed_run_evaluat
     thread = threading.Thread(target=send_sigterm)
     thread.start()
     try:
-        with pytest.raises(Stopped, match='stopped by SIGTERM at step 10, saved') as stopped:
+        with pytest.raises(Stopped, match='stopped by SIGTERM at step 10, which is saved') as stopped:
             train_here(run, *arguments)
     finally:
         ended.set()
@@ -162,7 +162,7 @@ def test_a_state_whose_save_failed_is_not_reported_as_saved(tmp_path, monkeypatc
     monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
     for error, end in (
         (UserError('7.jpg is broken'), pytest.raises(UserError, match='^7.jpg is broken$')),
-        (DataStalled(), pytest.raises(Stopped, match='stopped by SIGTERM at step 1, saved')),
+        (DataStalled(), pytest.raises(Stopped, match='stopped by SIGTERM at step 1, which is saved')),
     ):
         with pytest.raises(NotSaved, match=r'not saved: step 1 \(the disk is full\)'):
             stopped_run(tmp_path, monkeypatch, full := Saves('the disk is full'), error, every=1)

@@ -184,7 +184,7 @@ def test_a_run_can_be_extended_although_its_newest_checkpoint_is_damaged(train_h
     run = copy_of(finished_run, tmp_path)
     shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
     again = train_here(run, '--config.steps=28')
-    assert 'steps was 24, is 28' in again
+    assert 'steps was 24, is now 28' in again
     assert f'checkpoint {STEPS} is damaged' in again
     assert 'resumes at step 20 of 28' in again
     assert saved_steps(run / 'checkpoints')[-1] == 28
@@ -194,9 +194,9 @@ def test_a_run_can_be_extended_although_its_newest_checkpoint_is_damaged(train_h
 @pytest.mark.parametrize(
     ('override', 'line'),
     [
-        ('--config.model.name=convnextv2_femto', 'model.name was convnextv2_atto, is convnextv2_femto'),
-        ('--config.seed=7', 'seed was 0, is 7'),
-        ('--config.data.train_split=train[:320]', 'data.train_split was train[:160], is train[:320]'),
+        ('--config.model.name=convnextv2_femto', 'model.name was convnextv2_atto, is now convnextv2_femto'),
+        ('--config.seed=7', 'seed was 0, is now 7'),
+        ('--config.data.train_split=train[:320]', 'data.train_split was train[:160], is now train[:320]'),
     ],
 )
 def test_resuming_with_another_model_seed_or_training_set_is_refused(train_here, finished_run, override, line):
@@ -230,7 +230,7 @@ def test_fine_tuning_starts_from_a_run_and_adds_outputs(train_here, finished_run
         *FINE_TUNING,
     )
     assert f'starts from the ema weights of {finished_run}, step {STEPS}' in tuned
-    assert 'the head keeps 10 of 10 classes by their names; newly initialised: 2 outputs' in tuned
+    assert 'the head keeps the outputs of 10 of 10 classes; newly initialised: 2 outputs' in tuned
     ours = restore_parameters(tmp_path / 'tuned' / 'checkpoints', FINE_TUNING_STEPS, 'parameters')
     theirs = restore_parameters(finished_run / 'checkpoints', STEPS, 'ema')
     for name, value in theirs.items():
@@ -356,8 +356,8 @@ def test_a_run_whose_file_names_have_any_bytes_trains_resumes_and_evaluates(
     capsys.readouterr()
     train(config, run)
     out = capsys.readouterr().out
-    assert 'accumulation_steps was 1, is 2' in out
-    assert 'evaluation images were 16, are 15' in out
+    assert 'accumulation_steps was 1, is now 2' in out
+    assert 'evaluation images were 16, are now 15' in out
     assert 'resumes at step 4 of 6' in out
     assert saved_steps(run / CHECKPOINTS)[-1] == 6
 

@@ -27,7 +27,7 @@ def load(weights, initial, names, head='match'):
     [
         (3, 'multi_label_classification', 'multi_label_classification, with 3 output'),
         (3, 'regression', 'regression, with 3 output'),
-        (1, None, 'a sigmoid of each output, with 1 output'),
+        (1, None, 'independent sigmoid outputs, with 1 output'),
     ],
 )
 def test_heads_without_a_softmax_are_not_trained_or_evaluated_as_softmax_heads(tmp_path, classes, kind, called):
@@ -63,7 +63,7 @@ def test_outputs_of_the_head_follow_their_class_names(tmp_path):
         np.testing.assert_array_equal(loaded[name][..., :2], theirs[name][..., 1:])
         np.testing.assert_array_equal(loaded[name][..., 2], initial[name][..., 2])
     np.testing.assert_array_equal(loaded['stem.conv.kernel'], theirs['stem.conv.kernel'])
-    assert notes[-1] == 'the head keeps 2 of 3 classes by their names; newly initialised: dog'
+    assert notes[-1] == 'the head keeps the outputs of 2 of 3 classes; newly initialised: dog'
 
 
 def test_the_head_of_a_run_is_matched_by_class_names(finished_run):
@@ -76,7 +76,7 @@ def test_the_head_of_a_run_is_matched_by_class_names(finished_run):
     loaded, notes = load(finished_run, initial, ['new', *reversed(names)])
     assert notes == [
         f'starts from the raw weights of {finished_run}, step {step}',
-        'the head keeps 10 of 11 classes by their names; newly initialised: new',
+        'the head keeps the outputs of 10 of 11 classes; newly initialised: new',
     ]
     np.testing.assert_array_equal(loaded['head.kernel'][:, 1:], theirs['head.kernel'][:, ::-1])
     assert not loaded['head.kernel'][:, 0].any()
