@@ -35,7 +35,7 @@ def test_normalize_values():
 
 def test_a_wrong_shape_or_dtype_is_an_error_in_tests():
     """The annotated shapes could be wrong without notice; the hook in `tests/conftest.py` checks them."""
-    for images in (jnp.zeros((5, 6, 3), jnp.uint8), jnp.zeros((2, 5, 6, 3))):
+    for images in (jnp.zeros((5, 6, 3), jnp.uint8), jnp.zeros((2, 5, 6, 3), bool)):
         with pytest.raises(TypeCheckError):
             normalize(images, (0.0,), (1.0,))
     with pytest.raises(TypeCheckError):
