@@ -193,7 +193,7 @@ def test_a_signal_in_the_evaluation_at_a_resume_stops_immediately(tmp_path, monk
     monkeypatch.setattr(run, '_evaluate', evaluate)
     monkeypatch.setattr(run, 'compile', lambda *_: pytest.fail('the run continues'))
     monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
-    with pytest.raises(Stopped, match=f'at step {step}, saved'):
+    with pytest.raises(Stopped, match=f'at step {step}, which is saved'):
         run.go(SimpleNamespace(step=step), tmp_path)
     assert (evaluated, saves.steps) == ([step], [])
 
