@@ -13,13 +13,13 @@ demo: $(VENV)/runtime
 	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
 
 check: lint
-	$(PYTEST) --ignore tests/judges -m 'not slow'
+	$(PYTEST) --ignore tests/judges -m 'not slow and not judge'
 
 test: $(VENV)/development
-	$(PYTEST) --ignore tests/judges
+	$(PYTEST) --ignore tests/judges -m 'not judge'
 
 test-judges: $(VENV)/judges
-	$(PYTEST) tests/judges tests/benchmarks
+	$(PYTEST) tests/judges tests/benchmarks -m judge
 
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .

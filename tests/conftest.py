@@ -93,12 +93,16 @@ LONGEST_FILES = (
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the longest files first, and marks every test that starts a command or trains as slow."""
+    """Runs the longest files first, and marks tests that start a command or train as slow, and the judges."""
     names = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: names.get(item.path.name, len(names)))
     for item in items:
         if {'commands', 'finished_run', 'one_device', 'runs'} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+        if item.path.parent.name == 'judges':
+            item.add_marker(pytest.mark.judge)
+        if MISSING and item.get_closest_marker('judge'):
+            item.add_marker(pytest.mark.skip(reason=f'{", ".join(MISSING)} not installed'))
 
 
 MISSING = [name for name in ('torch', 'timm', 'transformers') if importlib.util.find_spec(name) is None]

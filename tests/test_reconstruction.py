@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import shrink_models
 from PIL import Image
 
 from convnext_jax import __main__ as package_command
@@ -15,7 +16,6 @@ from convnext_jax.models import fcmae as models
 from convnext_jax.models import get_parameters
 from convnext_jax.output import to_json
 from convnext_jax.tasks import make_task
-from tests.conftest import shrink_models
 
 
 @pytest.fixture

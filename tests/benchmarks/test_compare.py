@@ -1,7 +1,7 @@
 """The comparison, with fake implementations (some fail) and once with real implementations. No speed is asserted."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -30,9 +30,6 @@ from convnext_jax.errors import UserError
 from convnext_jax.models import create_model, get_parameters, get_variant
 
 ON_TORCH = 'benchmarks.compare.baselines.on_torch'
-needs_timm = pytest.mark.skipif(
-    importlib.util.find_spec('timm') is None, reason='torch and timm are not installed: make test-judges does it'
-)
 
 
 BASELINE = """
@@ -213,7 +210,7 @@ def test_the_host_waits_for_an_accelerator_once_per_round(name, latency, expecte
     assert waits == expected
 
 
-@pytest.mark.parametrize('library', ['jax', pytest.param('torch', marks=needs_timm)])
+@pytest.mark.parametrize('library', ['jax', pytest.param('torch', marks=pytest.mark.judge)])
 def test_the_peak_is_measured_with_random_numbers_and_real_copies(library):
     """The peak is too high, because constants multiply faster, or because the compiler removes the copy."""
     device = jax_device() if library == 'jax' else importlib.import_module(ON_TORCH).torch_device()
@@ -227,7 +224,7 @@ def test_the_peak_is_measured_with_random_numbers_and_real_copies(library):
     assert device.seconds(lambda: time.sleep(0.01)) >= 0.01
 
 
-@needs_timm
+@pytest.mark.judge
 @pytest.mark.parametrize(
     ('implementation', 'modes'), [('timm', []), ('compile', ['default']), ('compile_max', ['max-autotune'])]
 )
@@ -241,7 +238,7 @@ def test_timm_is_compiled_as_the_name_says(implementation, modes, monkeypatch):
     assert baseline.step().item() == pytest.approx(np.log(1000), rel=0.3)
 
 
-@needs_timm
+@pytest.mark.judge
 def test_models_of_timm_run_in_timm_alone(stand_in, capfd, tmp_path):
     """A table of architectures fails, because convnext_jax does not have the models of timm."""
     stand_in(OURS)
@@ -257,7 +254,7 @@ def test_models_of_timm_run_in_timm_alone(stand_in, capfd, tmp_path):
     assert f'{result["parameters"] / 1e6:.1f} M' in capfd.readouterr().out
 
 
-@needs_timm
+@pytest.mark.judge
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
 def test_models_of_timm_and_ours_have_equal_counts(name):
     """In a table of architectures, the share of the peak is computed differently for ConvNeXt and for the others."""
@@ -348,17 +345,17 @@ def is_running(pid: str) -> bool:
         ),
         (('--models=convnext_tini',), 'did you mean convnext_tiny'),
         pytest.param(
-            ('--models=timm:resnet5O',), "timm has no model 'resnet5O': did you mean resnet50", marks=needs_timm
+            ('--models=timm:resnet5O',), "timm has no model 'resnet5O': did you mean resnet50", marks=pytest.mark.judge
         ),
         pytest.param(
             ('--models=timm:vit_tiny_patch16_224', '--size=32'),
             'timm:vit_tiny_patch16_224 does not run at --size=32: ',
-            marks=needs_timm,
+            marks=pytest.mark.judge,
         ),
         pytest.param(
             ('--models=timm:resnet18', '--peers=flax'),
             'timm:resnet18 needs one of timm, compile, compile_max in --peers',
-            marks=needs_timm,
+            marks=pytest.mark.judge,
         ),
         (('--size=31',), '--size=31 is below the total stride 32 of convnext_atto'),
         (('--rounds=0',), 'flag --rounds=0'),

@@ -198,7 +198,7 @@ def test_a_folder_with_the_name_of_a_model(tmp_path, monkeypatch):
     save_pretrained(backbone, 'convnext_atto')
     for path in (Path('convnext_atto'), './convnext_atto', tmp_path / 'convnext_atto'):
         assert create_backbone(path, key=jax.random.key(0)).variant.depths == (1, 1)
-    with pytest.raises(UserError, match='or ./convnext_atto for a folder'):
+    with pytest.raises(UserError, match='to load a folder, pass ./convnext_atto'):
         create_backbone('convnext_atto')
 
 
