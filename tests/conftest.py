@@ -83,11 +83,16 @@ LONGEST_FILES = (
     'test_stop.py',
     'test_task.py',
     'test_fcmae.py',
+    'test_statistics.py',
     'test_reference.py',
     'test_backbone.py',
     'test_pretrained.py',
     'test_parity.py',
     'test_loading.py',
+    'test_masked.py',
+    'test_docs.py',
+    'test_notebook.py',
+    'test_licence_in_commands.py',
 )
 
 

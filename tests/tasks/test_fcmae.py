@@ -126,12 +126,12 @@ def test_an_evaluation_masks_each_image_as_every_other_evaluation_does(run, one_
     visible = task.evaluation_mask(jnp.arange(20))
     images = normalize(jnp.asarray(pixels), config.data.mean, config.data.std)
     model = with_parameters(task.build(jax.random.key(0)), parameters)
-    errors = np.asarray(patch_errors(model(images, visible), images))
+    errors = np.asarray(jax.jit(lambda model: patch_errors(model(images, visible), images))(model))
     assert errors[~np.asarray(visible.patches)].mean() == pytest.approx(recorded, rel=1e-4)
     assert errors[~np.asarray(visible.patches)].size == 60
 
     average = with_parameters(model, restore_parameters(run / 'checkpoints', STEPS, 'ema'))
-    expected = np.asarray(task.draw(average, jnp.asarray(pixels[:16]), jnp.arange(16)))
+    expected = np.asarray(jax.jit(task.draw)(average, jnp.asarray(pixels[:16]), jnp.arange(16)))
     figure = np.asarray(Image.open(run / 'figures' / 'reconstructions.png'))
     assert figure.shape == (16 * 64, 3 * 64, 3)
     assert np.abs(figure.astype(int) - expected).max() <= 1
