@@ -5,7 +5,8 @@
 # make docs: the documentation as HTML in build/docs, without warnings.
 PYTHON ?= python3
 VENV = .venv
-PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: tests that wait for processes leave a core idle.
+PYTEST = $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check test test-judges lint docs
 
