@@ -14,7 +14,7 @@ from convnext_jax import __main__ as package_command
 from convnext_jax import create_model, save_pretrained
 from convnext_jax.interop import ImageProcessor, Licence
 from convnext_jax.models import get_parameters, with_parameters
-from convnext_jax.training.weights import licence_of_weights
+from convnext_jax.training.weights import read_weights
 from tests.reference import draw_parameters
 
 LINE = 'licence of the weights: cc-by-nc-4.0'
@@ -62,7 +62,7 @@ def test_a_run_says_the_licence_and_its_weights_keep_it(weights, train_here, tmp
     start = (f'--config.init.weights={weights}', *FINE_TUNING)
     assert said in train_here(tmp_path / 'run', *start, '--config.steps=6', '--config.optimizer.warmup_steps=2')
     train_here(tmp_path / 'run', *start, '--config.steps=7', '--config.optimizer.warmup_steps=2')
-    assert licence_of_weights(str(tmp_path / 'run')).line == said
+    assert read_weights(str(tmp_path / 'run'), 'raw').licence.line == said
     package_command.main(['convnext_jax', 'convert', str(tmp_path / 'run'), str(tmp_path / 'out')])
     assert capsys.readouterr().err == f'{said}\n'
     assert metadata_load(tmp_path / 'out' / 'README.md') == CARD

@@ -13,28 +13,29 @@ def data_facts(train_set: Dataset, eval_set: Dataset) -> dict:
     return {**images, **train_set.facts}
 
 
-def check_same_data(stored: dict, current: dict) -> list[str]:
-    """Checks that a run resumes with the data that it was started with.
+def evaluation_change(stored: dict, current: dict) -> list[str]:
+    """A message if a run resumes with another number of evaluation images, which is allowed."""
+    old, new = stored['evaluation images'], current['evaluation images']
+    return [] if old == new else [f'changed since the run began: evaluation images were {old}, are now {new}']
+
+
+def check_same_data(stored: dict, current: dict) -> None:
+    """Checks that a run resumes with the training data that it was started with.
 
     Args:
         stored: the facts in the checkpoint.
         current: `data_facts` of the data that are open now.
 
-    Returns:
-        A message if the number of evaluation images changed, which is allowed.
-
     Raises:
         UserError: any other fact differs. The message lists up to five differences.
     """
-    facts = sorted({**stored, **current}.keys() - {'evaluation images'})
+    facts = [fact for fact in {**stored, **current} if fact != 'evaluation images']
     differences = [line for fact in facts for line in _differences(fact, stored.get(fact), current.get(fact))]
     if differences:
         raise UserError(
             f'the run began on another data set: {"; ".join(differences[:5])}; restore the old data set, or use '
             'another workdir'
         )
-    old, new = stored['evaluation images'], current['evaluation images']
-    return [] if old == new else [f'changed since the run began: evaluation images were {old}, are now {new}']
 
 
 def _differences(fact: str, old: object, new: object) -> list[str]:

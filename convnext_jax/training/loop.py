@@ -38,14 +38,14 @@ from convnext_jax.runtime.processes import (
 )
 from convnext_jax.runtime.stop import Stop, Stopped, stop_signal
 from convnext_jax.tasks import make_task
-from convnext_jax.training.data_facts import check_same_data, data_facts
+from convnext_jax.training.data_facts import check_same_data, data_facts, evaluation_change
 from convnext_jax.training.describe import describe, finished
 from convnext_jax.training.durations import Durations, make_durations
 from convnext_jax.training.evaluation import evaluate, make_eval_step, make_figures, metrics_of
 from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
 from convnext_jax.training.step import SKIPS_IN_A_ROW
-from convnext_jax.training.weights import licence_of_run, licence_of_weights, load_weights
+from convnext_jax.training.weights import licence_of_run, load_weights
 
 SAVE_AGAIN = (1, 3, 9)
 """Seconds to wait before each retry of a save that must not fail: in total, less than the notice of a preemption."""
@@ -145,8 +145,10 @@ class Run(Program):
             return None
         state, notes = restored
         about = read_about(self.checkpoints.directory, int(state.step))
-        for note in [*notes, *check_same_data(about['data'], data_facts(self.train_set, self.eval_set))]:
+        facts = data_facts(self.train_set, self.eval_set)
+        for note in [*notes, *evaluation_change(about['data'], facts)]:
             say(note)
+        check_same_data(about['data'], facts)
         self.licence = licence_of_run(about)
         return state
 
@@ -155,8 +157,7 @@ class Run(Program):
         state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
-        weights, notes = load_weights(self.task, state.weights, self.train_set.facts)
-        self.licence = licence_of_weights(self.config.init.weights)
+        weights, notes, self.licence = load_weights(self.task, state.weights, self.train_set.facts)
         for note in notes + ([self.licence.line] if self.licence else []):
             say(note)
         restart = jax.jit(

@@ -13,8 +13,6 @@ from convnext_jax.checkpoints.workdir import CHECKPOINTS, CONFIG, workdir_path
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Licence, Pretrained, read_pretrained
-from convnext_jax.interop.files import locate, read_json
-from convnext_jax.interop.licence import read_licence
 from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.runtime.processes import all_gather_objects, make_global_array
 from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
@@ -49,22 +47,12 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     return pretrained._replace(notes=notes, origin=origin, licence=licence_of_run(about))
 
 
-def licence_of_weights(where: str) -> Licence | None:
-    """The licence of weights that a run starts from: stated in their folder, or stored by the run they come from."""
-    if _is_run(where):
-        return licence_of_run(read_about(*newest_checkpoint(_folder(where))))
-    folder = locate(where)
-    config = folder / 'config.json'
-    licence = read_licence(folder, read_json(config) if config.is_file() else {})
-    return licence and dataclasses.replace(licence, source=f'{licence.source} of {where}')
-
-
 def licence_of_run(about: dict) -> Licence | None:
     """The licence of the weights that a run started from; `about` is the JSON saved with a checkpoint of the run."""
     return Licence(**about['licence']) if 'licence' in about else None
 
 
-def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tuple[Weights, list[str], Licence | None]:
     """Loads the weights from which a run starts, as the `init` section of its config says.
 
     Args:
@@ -74,13 +62,13 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
         facts: `Dataset.facts` of the training split.
 
     Returns:
-        The parameters and statistics by name, and messages for the user.
+        The parameters and statistics by name, messages for the user, and the licence of the weights if it is known.
 
     Raises:
         UserError: as for `read_weights` and `Task.adopt`, or names or shapes differ. The message lists the differences.
     """
     where, params = task.config.init.weights, task.config.init.params
-    trained, notes = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
+    trained, note, licence = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
     loaded, more = task.adopt(initial, trained, facts)
     differences = [f'{name} is missing' for name in initial.keys() - loaded.keys()]
     differences += [f'{name} is unexpected' for name in loaded.keys() - initial.keys()]
@@ -91,24 +79,28 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
     ]
     if differences:
         raise UserError(f'the weights of {where} do not fit the model: {"; ".join(sorted(differences))}')
-    return {name: _placed(loaded[name], x.sharding) for name, x in initial.items()}, [*notes, *more]
+    return {name: _placed(loaded[name], x.sharding) for name, x in initial.items()}, [note, *more], licence
 
 
-def _run_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
-    """The weights of the newest checkpoint of a run, and a message for the user."""
+def _run_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
+    """The weights of the newest checkpoint of a run, a message for the user, and the licence of the weights."""
     workdir = _folder(where)
     step, weights = _newest_weights(workdir, weights_field(params))
-    facts = read_about(workdir / CHECKPOINTS, step)['data']
-    return LoadedWeights(weights, facts, where), [f'starts from the {params} weights of {where}, step {step}']
+    about = read_about(workdir / CHECKPOINTS, step)
+    note = f'starts from the {params} weights of {where}, step {step}'
+    return LoadedWeights(weights, about['data'], where), note, licence_of_run(about)
 
 
-def _other_weights(where: str, params: str) -> tuple[LoadedWeights, list[str]]:
-    """The weights in a file of another library, without newly initialised parameters, and messages for the user."""
+def _other_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
+    """The weights in a file of another library without newly initialised parameters, a message, and their licence."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
-    notes = [f'starts from the {pretrained.layout} weights of {where}']
-    return LoadedWeights(weights, pretrained.facts, where, pretrained), notes
+    licence = pretrained.licence
+    if licence:
+        licence = dataclasses.replace(licence, source=f'{licence.source} of {where}')
+    note = f'starts from the {pretrained.layout} weights of {where}'
+    return LoadedWeights(weights, pretrained.facts, where, pretrained), note, licence
 
 
 def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -49,7 +49,7 @@ def start(weights, task, **facts):
     make_task(config).assume_data()
     shapes = get_parameters(abstract_model(config))
     initial = {name: jnp.full(x.shape, 7, x.dtype) for name, x in shapes.items()}
-    loaded, notes = load_weights(make_task(config), initial, facts)
+    loaded, notes, _ = load_weights(make_task(config), initial, facts)
     return jax.device_get(loaded), [note.replace(str(weights), 'FILE') for note in notes]
 
 

@@ -220,7 +220,7 @@ def test_a_run_is_handed_over_to_fine_tuning_and_to_other_libraries(run, tmp_pat
     config.init.weights, config.model.num_classes, config.data.mean, config.data.std = str(run), 10, (0.5,), (0.5,)
     task = make_task(config)
     initial = get_parameters(jax.jit(task.build)(jax.random.key(1)))
-    loaded, notes = load_weights(task, initial, {'class names': list('abcdefghij')})
+    loaded, notes, _ = load_weights(task, initial, {'class names': list('abcdefghij')})
     assert notes == [
         f'starts from the raw weights of {run}, step {STEPS}',
         'the decoder of the pre-training is dropped',

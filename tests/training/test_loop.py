@@ -293,9 +293,11 @@ def test_a_folder_of_photos_trains_and_unreadable_ones_are_named(one_device, sma
     shutil.copy(broken, broken.with_name('99.jpg'))
     for split in ('train', 'val'):
         (tmp_path / 'photos' / split / 'dog').rename(tmp_path / 'photos' / split / 'emu')
-    other = "class names [1]: 'dog' became 'emu'; training images: 32 became 33"
+    capsys.readouterr()
+    other = "training images: 32 became 33; class names [1]: 'dog' became 'emu'"
     with pytest.raises(UserError, match=re.escape(other)):
         train_command.main([*arguments, '--config.steps=9'])
+    assert 'changed since the run began: evaluation images were 5, are now 6' in capsys.readouterr().out
 
 
 UNUSUAL = 'a [x] %20 #1 \'q\' "d" é\nnew \\b ' + os.fsdecode(b'\xff')
