@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from types import SimpleNamespace
 
@@ -223,3 +224,26 @@ def test_no_process_or_shared_memory_remains(how, tmp_path):
         time.sleep(0.1)
     assert processes_of_session(process.pid) == []
     assert shared_memory() <= before
+
+
+def test_the_main_thread_takes_no_lock_of_a_future_while_it_waits(monkeypatch):
+    """An interrupt in `Condition.__enter__` leaves the lock taken: the thread that sets the result blocks forever."""
+    waits, entered, enter = [], [], threading.Condition.__enter__
+
+    def load(index):
+        while len(waits) < 3:
+            time.sleep(0.01)
+        return Load()(index)
+
+    def enter_and_note(condition):
+        if waits and threading.current_thread() is threading.main_thread():
+            entered.append(condition)
+        return enter(condition)
+
+    monkeypatch.setattr(threading.Condition, '__enter__', enter_and_note)
+    batches = load_batches(load, [0], 4, FEATURES, workers=0, waiting=lambda seconds, _: waits.append(seconds))
+    next(batches)
+    held = list(entered[:-1])  # the last is that of `Future.result`, when the call has ended
+    batches.close()
+    assert len(waits) >= 3
+    assert held == []
