@@ -1,4 +1,4 @@
-"""Pictures of what an FCMAE run reconstructs of photographs."""
+"""Reconstructions of images in files by an FCMAE run."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from convnext_jax.training.weights import newest_checkpoint, weights_field
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """The picture of one file.
+    """The reconstruction of one image file.
 
     Attributes:
-        path: of the file.
-        pixels: (size, 3 · size, 3) uint8: the image, what the encoder sees, the reconstruction; None after an error.
-        error: why the file could not be read, or ''.
+        path: path of the file.
+        pixels: (size, 3 · size, 3) uint8: the image, its visible patches and the reconstruction; None after an error.
+        error: reason why the file could not be read, or ''.
     """
 
     path: Path
@@ -36,17 +36,15 @@ class Reconstruction:
 
 
 def reconstruct_photos(workdir: str, photos: Sequence[Path], params: str = 'raw') -> Iterator[Reconstruction]:
-    """Reconstructs photographs with the newest checkpoint of a run.
-
-    The mask of a photograph follows from its position in the list.
+    """Reconstructs images with the newest checkpoint of a run. The index of an image in the list determines its mask.
 
     Args:
-        workdir: of a run of the task fcmae.
-        photos: the files.
+        workdir: workdir of a run of the task fcmae.
+        photos: paths of the image files.
         params: 'raw' or 'ema'.
 
     Raises:
-        UserError: there is no such run or no such weights, or the run is of another task.
+        UserError: the run or the weights do not exist, or the run has another task.
     """
     field = weights_field(params)
     config = read_config(workdir_path(workdir) / CONFIG)
@@ -71,10 +69,10 @@ def reconstruct_photos(workdir: str, photos: Sequence[Path], params: str = 'raw'
 
 
 def save_picture(pixels: np.ndarray, path: Path) -> None:
-    """Writes a PNG file, and its folder.
+    """Writes a PNG file, and creates its folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

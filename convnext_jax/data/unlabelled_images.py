@@ -1,4 +1,4 @@
-"""Images without labels as data sets: a folder of images, or a labelled source whose labels are left out."""
+"""Data sets of images without labels: a folder of images, or a labelled source whose labels are not used."""
 
 import warnings
 from pathlib import Path
@@ -15,18 +15,18 @@ from convnext_jax.errors import UserError
 from convnext_jax.paths import local_path
 
 ALL = 'images'
-"""The split of all images below `data.dir`, for a folder that has no folders for splits."""
+"""Name of the split with all images below `data.dir`, for a folder without subfolders for splits."""
 
 
 def open_images(name: str, directory: str, split: str) -> Source:
-    """Opens one split; of a 'folder' all images below it, whether in folders or not.
+    """Opens one split. A folder may contain images at any depth.
 
     Args:
-        name, directory: as `open_source`.
-        split: as `open_source`; of a 'folder' also 'images', or a part such as 'images[:95%]'.
+        name, directory: as for `open_source`.
+        split: as for `open_source`; for a 'folder' also 'images', or a part such as 'images[:95%]'.
 
     Raises:
-        UserError: as `open_source`.
+        UserError: as for `open_source`.
     """
     if name != 'folder':
         return open_source(name, directory, split)
@@ -36,9 +36,9 @@ def open_images(name: str, directory: str, split: str) -> Source:
 
 
 class UnlabelledFolder:
-    """All images below `directory/split`, at any depth; 'images' is `directory` itself, if it has no such folder.
+    """All images below `directory/split`, at any depth. 'images' is `directory` itself if it has no such folder.
 
-    `find_images` says what counts as an image; a warning counts what is left out.
+    `find_images` decides which files are images. A warning counts the other files.
     """
 
     class_names = ()
@@ -78,8 +78,8 @@ class UnlabelledImages(Dataset):
     """The images of a data set without their labels.
 
     Args:
-        images: decodes them.
-        numbered: whether an example also has its number in the data set, `index` () int32.
+        images: the images, with a label that is dropped.
+        numbered: whether an example also has its index in the data set, `index` () int32.
     """
 
     def __init__(self, images: TrainImages | EvalImages, *, numbered: bool = False):

@@ -1,4 +1,4 @@
-"""The original's FCMAE pre-training files: the encoder and the decoder in them."""
+"""Encoder and decoder in the FCMAE pre-training files of the original repository."""
 
 from collections.abc import Mapping
 
@@ -27,14 +27,14 @@ PARTS = {
     'decoder.predict.kernel': 'pred.weight',
     'decoder.predict.bias': 'pred.bias',
 }
-"""Our names of the decoder's parameters → the original's (ConvNeXt-V2, models/fcmae.py)."""
+"""Name of a parameter of our decoder → its name in the original repository (ConvNeXt-V2, models/fcmae.py)."""
 
 
 def split_original(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """The tensors of an FCMAE pre-training's encoder, and those of its decoder; the latter are {} of other files.
+    """Splits the tensors of a file into encoder and decoder. The second part is {} if the file has no decoder.
 
     Args:
-        tensors: without `encoder.` before the names of the encoder.
+        tensors: name → tensor, without the prefix `encoder.`.
     """
     if 'mask_token' not in tensors and not any(name.endswith('.kernel') for name in tensors):
         return tensors, {}
@@ -43,14 +43,14 @@ def split_original(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def decoder_parameters(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Parameters:
-    """The original's decoder as our parameters, float32.
+    """Converts the decoder of the original repository to our parameters, in float32.
 
     Args:
-        tensors: as `split_original` gives them.
-        shapes: our names of the decoder's parameters → shapes.
+        tensors: the decoder from `split_original`.
+        shapes: name of a parameter of our decoder → shape.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; they are listed.
+        UserError: tensors are missing, unexpected or have another shape. The message lists them.
     """
     problems = [f'{name} is missing' for name in PARTS.values() if name not in tensors]
     problems += [f'{printable(name)} is unexpected' for name in tensors if name not in PARTS.values()]

@@ -15,7 +15,7 @@ from convnext_jax.models.variants import Variant
 
 DECODER_WIDTH = 512
 DECODER = 'decoder.'
-"""How the names of the decoder's parameters begin; the encoder's have the names that they have in a classifier."""
+"""Prefix of the names of the decoder's parameters. The parameters of the encoder are named as in a classifier."""
 PATCH = 32
 """Side of the patches that the decoder predicts, in pixels: one for each position of the encoder's last map."""
 
@@ -24,7 +24,10 @@ class Decoder(nnx.Module):
     """Predicts the pixels of all patches from the encoder's map: a V2 block between two linear layers.
 
     Attributes:
-        project, mask_token, block, predict: the parts; the token stands at the positions that the encoder did not see.
+        project: linear layer from the width of the encoder.
+        mask_token: (DECODER_WIDTH,), the input of the block at positions that the encoder did not see.
+        block: block of ConvNeXt V2.
+        predict: linear layer to the pixels of a patch.
     """
 
     def __init__(self, width: int, channels: int, *, execution: Execution, key: jax.Array):
@@ -36,7 +39,7 @@ class Decoder(nnx.Module):
         self.predict = Linear(DECODER_WIDTH, PATCH**2 * channels, dtype=dtype, key=predict_key)
 
     def __call__(self, x: jax.Array, visible: Visible) -> jax.Array:
-        """(N, rows, columns, width) → (N, rows, columns, PATCH² · channels) float32."""
+        """The predicted pixels: (N, rows, columns, width) → (N, rows, columns, PATCH² · channels) float32."""
         x = self.project(x)
         token = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), x.shape)
         x = jnp.where(visible.positions(x), x, token)
@@ -47,12 +50,12 @@ class MaskedAutoencoder(Trunk):
     """A trunk that encodes the visible patches of images, and a decoder that predicts the others.
 
     Args:
-        variant: of the encoder.
-        key: random key of the initialisation.
-        in_channels, drop_path_rate, execution: of the encoder, as `Trunk`.
+        variant: architecture of the encoder.
+        key: random key for the parameters.
+        in_channels, drop_path_rate, execution: as for `Trunk`.
 
     Raises:
-        UserError: the total stride of the encoder is not `PATCH`, or as `Trunk`.
+        UserError: the total stride of the encoder is not `PATCH`, or as for `Trunk`.
     """
 
     def __init__(
@@ -77,14 +80,14 @@ class MaskedAutoencoder(Trunk):
 
         Args:
             images: (N, H, W, in_channels) float, normalised; H and W are multiples of `PATCH`.
-            visible: the patches that the encoder sees.
-            key: as `features`.
+            visible: the visible patches.
+            key: as for `features`.
 
         Returns:
             (N, H / PATCH, W / PATCH, PATCH² · in_channels) float32.
 
         Raises:
-            UserError: as `features`.
+            UserError: as for `features`.
         """
         last = list(self.features(images, key=key, visible=visible).values())[-1]
         return self.decoder(last, visible)
@@ -101,7 +104,7 @@ def images_of(patches: jax.Array) -> jax.Array:
 
 
 def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each patch's pixels, by which targets are normalised: (…, P) → two of (…, 1)."""
+    """Mean and standard deviation of the pixels of each patch, which normalise the targets: (…, P) → two of (…, 1)."""
     variance = patches.var(-1, ddof=1, keepdims=True)  # unbiased, as `torch.var` in the original
     return patches.mean(-1, keepdims=True), jnp.sqrt(variance + 1e-6)
 
@@ -110,7 +113,7 @@ def patch_errors(predicted: jax.Array, images: jax.Array) -> jax.Array:
     """The mean squared error of the normalised pixels of each patch.
 
     Args:
-        predicted: (N, rows, columns, P), as `MaskedAutoencoder` gives it.
+        predicted: (N, rows, columns, P), from `MaskedAutoencoder`.
         images: (N, H, W, C).
 
     Returns:
@@ -124,13 +127,13 @@ def patch_errors(predicted: jax.Array, images: jax.Array) -> jax.Array:
 def reconstruct(predicted: jax.Array, images: jax.Array, visible: Visible) -> jax.Array:
     """The images with the predicted pixels in the patches that were not visible: (N, H, W, C) → (N, H, W, C).
 
-    A prediction is of normalised pixels: it takes mean and standard deviation of the patch from the image.
+    Predictions are normalised pixels. The mean and standard deviation of each patch come from the image.
     """
     mean, std = patch_statistics(patches_of(images))
     return jnp.where(visible.positions(images), images, images_of(predicted * std + mean))
 
 
 def split_decoder(weights: Weights) -> tuple[Weights, Weights]:
-    """The weights of an encoder, and those of the decoder that goes with it; the latter are {} of other networks."""
+    """Splits weights into the encoder and the decoder. The second part is {} if there is no decoder."""
     decoder = {name: x for name, x in weights.items() if name.startswith(DECODER)}
     return {name: x for name, x in weights.items() if name not in decoder}, decoder

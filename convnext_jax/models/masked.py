@@ -1,7 +1,7 @@
-"""What an encoder sees of masked images: some patches, and nothing of the others.
+"""Masked images: an encoder computes on the visible patches, and the pixels of the other patches have no effect.
 
-A convolution that reads zeros at invisible positions, and whose results there are dropped, gives the visible positions
-what a sparse convolution gives them: no sparse kernels are needed.
+If a dense convolution reads zeros at invisible positions and its results there are set to zero, the visible positions
+get the results of a sparse convolution. No sparse kernels are needed.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class Visible:
 
     Attributes:
         patches: (N, rows, columns) bool, True where a patch is visible.
-        statistics: what the norms of GRN are taken over: the visible positions of each 'image', or of the whole
-            'batch', on all devices.
+        statistics: GRN computes its norms over the visible positions of each 'image', or of the whole 'batch' on all
+            devices.
     """
 
     patches: jax.Array
@@ -39,17 +39,17 @@ class Visible:
         return jnp.repeat(jnp.repeat(self.patches, height, axis=1), width, axis=2)[..., None]
 
     def keep(self, x: jax.Array) -> jax.Array:
-        """Sets x to 0 at the positions that are not visible, whatever it holds there: (N, H, W, C) → (N, H, W, C)."""
+        """Sets x to 0 at the invisible positions, even if it is NaN there: (N, H, W, C) → (N, H, W, C)."""
         return jnp.where(self.positions(x), x, 0)
 
 
 def draw_patches(keys: jax.Array, rows: int, columns: int, visible: int) -> jax.Array:
-    """Draws which patches of each image are visible: exactly `visible` of them, from the image's key alone.
+    """Draws exactly `visible` visible patches of each image from the key of the image.
 
     Args:
         keys: (N,), one for each image.
-        rows, columns: of the patches.
-        visible: how many of an image are visible.
+        rows, columns: number of patches along the sides of an image.
+        visible: number of visible patches of an image.
 
     Returns:
         (N, rows, columns) bool.
@@ -62,21 +62,21 @@ def draw_patches(keys: jax.Array, rows: int, columns: int, visible: int) -> jax.
 def masked_gelu_and_response_norm(
     x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, visible: Visible
 ) -> jax.Array:
-    """`activation.gelu_and_response_norm` with norms over the visible positions alone.
+    """`activation.gelu_and_response_norm` with norms over the visible positions only.
 
     Args:
         x: (N, H, W, C).
         bias, gamma, beta: (C,) float32.
-        visible: patches of x.
+        visible: the visible patches of x.
 
     Returns:
-        (N, H, W, C) of x's dtype; without meaning at invisible positions.
+        (N, H, W, C) of x's dtype; the values at invisible positions are undefined.
     """
     y = widened(visible.keep(gelu(x, bias)))
     if visible.statistics == 'image':
         squares = jnp.square(y).sum((1, 2), keepdims=True)
     else:
         squares = jnp.square(y).sum((0, 1, 2), keepdims=True)
-        if axes := jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map` a device has its images alone
+        if axes := jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map`
             squares = jax.lax.psum(squares, axes)
     return (gamma * (y * relative_norms(squares)) + beta + y).astype(x.dtype)

@@ -31,35 +31,35 @@ from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
 from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
 
 EVALUATION_SEED = 0
-"""Of the masks in evaluations: the same in all runs, so that their losses can be compared."""
+"""Seed of the masks in evaluations. All runs use it, so that their losses can be compared."""
 NORM_AND_HEAD = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
-"""What a classifier has behind the encoder."""
+"""Parameters of a classifier that an encoder does not have."""
 GREY = 0.5
-"""What stands for a masked patch in pictures, of pixels in [0, 1]."""
+"""Pixel value, in [0, 1], of masked patches in figures."""
 
 
 def _defaults(config: ConfigDict) -> None:
-    config.data.crop_scale = (0.2, 1.0)  # share of the area in the random resized crop; (): the whole image
+    config.data.crop_scale = (0.2, 1.0)  # fraction of the area in the random resized crop; (): the whole image
     config.data.crop_pct = 0.875  # evaluation below 384 pixels: shorter side to int(image_size / crop_pct), centre crop
     config.data.exact = False  # Pillow's pixels exactly, at half the speed, in training; in evaluation they always are
     config.augment = ConfigDict()
     config.augment.flip = True
 
     config.fcmae = ConfigDict()
-    config.fcmae.mask_ratio = 0.6  # share of the patches that are masked
+    config.fcmae.mask_ratio = 0.6  # fraction of the patches that are masked
     config.fcmae.mask_patch = 32  # side of a masked patch in pixels, a multiple of 32
-    # GRN's norms in the encoder: over the visible positions of each 'image', as in the JAX code that trained the
-    # published weights, or of the whole 'batch', as in the published PyTorch code.
+    # The encoder computes the norms of GRN over the visible positions of each 'image', as the JAX code that trained the
+    # published weights, or of the whole 'batch', as the published PyTorch code.
     config.fcmae.grn = 'image'
-    # Standard deviation of the first kernels: 0.02 in the original's encoder. Its pre-training code draws most kernels
-    # again and leaves the value out there, which makes it 1.
+    # Standard deviation of the initial kernels: 0.02 in the encoder of the original. Its pre-training code draws most
+    # kernels again without this value, with a standard deviation of 1.
     config.fcmae.init_std = 0.02
 
 
 class FCMAE(Task):
-    """The encoder sees some patches of an image, and a decoder predicts the pixels of the others.
+    """Pre-training: the encoder sees some patches of an image, and a decoder predicts the pixels of the other patches.
 
-    A batch holds `image` (N, H, W, C) uint8, in evaluation also `index` (N,) int32; augmented, `image` is float and
+    A batch contains `image` (N, H, W, C) uint8, in evaluation also `index` (N,) int32; augmented, `image` is float and
     normalised.
     """
 
@@ -96,17 +96,17 @@ class FCMAE(Task):
 
     @property
     def _side(self) -> int:
-        """Patches along a side of an image."""
+        """The number of patches along a side of an image."""
         return self.config.data.image_size // self.config.fcmae.mask_patch
 
     @property
     def _visible_patches(self) -> int:
-        """Of an image; rounded first, because 10 · (1 − 0.9) is a little less than 1."""
+        """The number of visible patches of an image. It is rounded because 10 · (1 − 0.9) is slightly below 1."""
         return int(round(self._side**2 * (1 - self.config.fcmae.mask_ratio), 9))
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """The number of channels of the images."""
         return len(self.config.data.mean)
 
     @property
@@ -118,7 +118,7 @@ class FCMAE(Task):
         """Opens both splits, with or without labels.
 
         Raises:
-            UserError: as `open_images`.
+            UserError: as for `open_images`.
         """
         data = self.config.data
         source = open_images(data.name, data.dir, data.train_split)
@@ -132,7 +132,7 @@ class FCMAE(Task):
         return UnlabelledImages(images, numbered=True)
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
-        """Mirrors images at random, by their keys, and normalises them."""
+        """Mirrors each image with probability ½, drawn from its key, and normalises it."""
         images = random_flip(batch['image'], keys) if self.config.augment.flip else batch['image']
         return {'image': normalize(images, self.config.data.mean, self.config.data.std)}
 
@@ -140,17 +140,17 @@ class FCMAE(Task):
         """The architecture of the encoder.
 
         Raises:
-            UserError: no model has this name.
+            UserError: the model name is unknown.
         """
         model = self.config.model
         layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
         return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
 
     def build(self, key: jax.Array) -> MaskedAutoencoder:
-        """Builds the network with new parameters.
+        """Builds the network with random parameters.
 
         Raises:
-            UserError: as `MaskedAutoencoder`.
+            UserError: as for `MaskedAutoencoder`.
         """
         model = self.config.model
         network = MaskedAutoencoder(
@@ -160,14 +160,14 @@ class FCMAE(Task):
             drop_path_rate=model.drop_path_rate,
             execution=Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas),
         )
-        factor = self.config.fcmae.init_std / 0.02  # the layers' own
+        factor = self.config.fcmae.init_std / 0.02  # the layers draw kernels with 0.02
         kernels = {name for name, role in parameter_roles(network).items() if role.decays}
         parameters = get_parameters(network)
         return with_parameters(network, parameters | {name: factor * parameters[name] for name in kernels})
 
     @property
     def multiply_adds(self) -> int:
-        """Of the encoder on all positions, as the dense computation has it, and of the decoder."""
+        """The number of multiply-adds for one image, of the encoder at all positions and of the decoder."""
         config, size = self.config, self.config.data.image_size
         encoder = self.variant().multiply_adds(size, 0, self.channels)
         network = jax.eval_shape(self.build, jax.random.key(0))
@@ -176,7 +176,7 @@ class FCMAE(Task):
         return encoder + (config.data.image_size // PATCH) ** 2 * kernels
 
     def visible(self, keys: jax.Array) -> Visible:
-        """The patches that the encoder sees of images, drawn from their keys, (N,)."""
+        """The visible patches of images, drawn from the (N,) keys of the images."""
         patches = draw_patches(keys, self._side, self._side, self._visible_patches)
         return Visible(patches, self.config.fcmae.grn)
 
@@ -191,16 +191,16 @@ class FCMAE(Task):
         return MaskedLoss(self)
 
     def figures(self, model: MaskedAutoencoder, batch: Batch) -> dict[str, jax.Array]:
-        """The images, what the encoder sees of them, and their reconstructions, side by side."""
+        """The images, their visible patches and their reconstructions, side by side."""
         return {'reconstructions': self.draw(model, batch['image'], batch['index'])}
 
     def draw(self, model: MaskedAutoencoder, images: jax.Array, index: jax.Array) -> jax.Array:
-        """A row for each image: itself, what the encoder sees, and the reconstruction of the rest.
+        """Draws a row for each image: the image, its visible patches, and the reconstruction of the other patches.
 
         Args:
-            model: in inference.
+            model: the network, for inference.
             images: (N, H, W, C) uint8.
-            index: (N,) int32, the numbers that the masks are drawn from.
+            index: (N,) int32, the indices of the images in the split, from which the masks are drawn.
 
         Returns:
             (N · H, 3 · W, 3) uint8.
@@ -215,11 +215,11 @@ class FCMAE(Task):
         return jnp.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
     def evaluation_mask(self, index: jax.Array) -> Visible:
-        """The patches that the encoder sees of the images of an evaluation, by their numbers in the split, (N,)."""
+        """The visible patches of images of an evaluation, drawn from their (N,) indices in the split."""
         return self.visible(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(EVALUATION_SEED), index))
 
     def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-        """The encoder starts from the weights', and so does the decoder where they have one; the head is dropped."""
+        """Copies the encoder, and the decoder if the weights contain one. The head is dropped."""
         encoder, decoder = split_decoder(trained.weights)
         new = split_decoder(initial)[1]
         if trained.pretrained and trained.pretrained.decoder:
@@ -230,7 +230,7 @@ class FCMAE(Task):
         return {name: x for name, x in encoder.items() if name not in dropped} | (decoder or new), notes
 
     def pretrained(self, model: MaskedAutoencoder, facts: Mapping[str, Any]) -> Pretrained:
-        """The encoder as a classifier whose last norm and head are new, which `convert` writes without the head."""
+        """The encoder as a classifier with a newly initialised final norm and head. `convert` omits the head."""
         data = self.config.data
         classifier = jax.eval_shape(
             lambda key: ConvNeXt(model.variant, key=key, num_classes=1, in_channels=self.channels), jax.random.key(0)
@@ -260,7 +260,7 @@ class MaskedLoss(Evaluator):
         """The sum of the errors of all masked patches, and their count."""
         counted = batch['weight'] > 0
         visible = self.task.evaluation_mask(batch['index'])
-        # Images that only fill up the batch are invisible, and so are not among the norms of GRN over the batch.
+        # Padding images are invisible, so that the norms of GRN over the batch do not include them.
         visible = dataclasses.replace(visible, patches=visible.patches & counted[:, None, None])
         images = normalize(batch['image'], self.task.config.data.mean, self.task.config.data.std)
         errors, masked = masked_errors(model, images, visible)
