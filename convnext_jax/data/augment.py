@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key, Num, UInt8
 
 from convnext_jax.data.color import jitter_colors, three_augment
 from convnext_jax.data.randaugment import parse_randaugment, rand_augment
+from convnext_jax.data.selection import apply_to_selected
 from convnext_jax.errors import UserError
 
 ERASED_AREA = (0.02, 1 / 3)  # fraction of the image; area and aspect ratio as in arXiv:1708.04896 and timm
@@ -114,14 +115,15 @@ def random_erasing(
         raise UserError(f"augment.erasing_mode must be 'pixel', 'rand' or 'const', not '{mode}'")
     height, width, channels = images.shape[1:]
 
-    def erase(image: jax.Array, key: jax.Array) -> jax.Array:
-        erased_key, box_key, noise_key = jax.random.split(key, 3)
-        inside = _erased_box(box_key, height, width) & jax.random.bernoulli(erased_key, probability)
+    def erase(image: jax.Array, box_key: jax.Array, noise_key: jax.Array) -> jax.Array:
+        inside = _erased_box(box_key, height, width)
         shape = {'pixel': image.shape, 'rand': (1, 1, channels), 'const': (1, 1, 1)}[mode]
         noise = jnp.zeros(shape) if mode == 'const' else jax.random.normal(noise_key, shape)
         return jnp.where(inside[:, :, None], noise, image)
 
-    return jax.vmap(erase)(images, keys)
+    erased_keys, box_keys, noise_keys = jax.vmap(jax.random.split, (0, None), 1)(keys, 3)
+    selected = jax.vmap(jax.random.bernoulli, (0, None))(erased_keys, probability)
+    return apply_to_selected(jax.vmap(erase), selected, images, box_keys, noise_keys)
 
 
 def _erased_box(key: Key[Array, ''], height: int, width: int) -> Bool[Array, '{height} {width}']:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from convnext_jax.data import pillow_arithmetic
+from convnext_jax.data.selection import apply_to_selected
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 GREY, SOLARIZED, BLURRED = range(3)
@@ -66,10 +67,11 @@ def three_augment(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n']) -> UI
         (N, H, W, C) uint8.
     """
     choice, radius = jax.vmap(_draw_three)(keys)
+    blurred = apply_to_selected(pillow_arithmetic.gaussian_blur, choice == BLURRED, images, radius)
     choice = choice[:, None, None, None]
     solarized = jnp.where(images < SOLARIZE_THRESHOLD, images, 255 - images)
     changed = jnp.where(choice == GREY, pillow_arithmetic.grey(images), solarized)
-    return jnp.where(choice == BLURRED, pillow_arithmetic.gaussian_blur(images, radius), changed)
+    return jnp.where(choice == BLURRED, blurred, changed)
 
 
 def _draw_three(key: Key[Array, '']) -> tuple[Int[Array, ''], Float[Array, '']]:

@@ -150,9 +150,9 @@ def histogram(images: UInt8[Array, 'n h w c']) -> Int[Array, 'n c 256']:
 def look_up(images: UInt8[Array, 'n h w c'], tables: Int[Array, 'n c 256']) -> UInt8[Array, 'n h w c']:
     """Each pixel value replaced by its entry in a table.
 
-    On accelerators a matrix product selects eight neighbouring entries by the upper five bits of the value, and a
-    product with a one-hot vector of the lower three bits selects one of them. bfloat16 represents all integers up to
-    256 exactly.
+    On CPU and NVIDIA GPUs this is a gather. Elsewhere a matrix product selects eight neighbouring entries by the upper
+    five bits of the value, and a product with a one-hot vector of the lower three bits selects one of them. bfloat16
+    represents all integers up to 256 exactly.
 
     Args:
         images: (N, H, W, C) uint8.
@@ -171,4 +171,4 @@ def look_up(images: UInt8[Array, 'n h w c'], tables: Int[Array, 'n c 256']) -> U
         entries = tables.reshape(*tables.shape[:2], 32, 8).astype(jnp.bfloat16)
         return (jnp.einsum('nhwci,ncij->nhwcj', upper, entries) * lower).sum(-1).astype(jnp.uint8)
 
-    return lax.platform_dependent(images, tables.astype(jnp.uint8), cpu=gather, default=product)
+    return lax.platform_dependent(images, tables.astype(jnp.uint8), cpu=gather, cuda=gather, default=product)

@@ -1,11 +1,12 @@
 """RandAugment (arXiv:1909.13719) in timm's version, on the device, with random operations for each image.
 
-The results equal Pillow's, except for rotations (see `geometry`). One program computes all operations: a look-up table
-of 256 entries for each channel, a blend, and three shifts of rows and columns. For each image, all parts that its own
-operation does not need are the identity. On accelerators no part gathers pixels, because gathers are slow on TPUs.
+The results equal Pillow's, except for rotations (see `geometry`). Three parts compute all operations: a look-up table
+of 256 entries for each channel, a blend, and three shifts of rows and columns. Each part runs on the images whose
+operation needs it. On TPUs no part gathers pixels, because that is slow there.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from convnext_jax.data import pillow_arithmetic
 from convnext_jax.data.geometry import MAX_DEGREES, MAX_SHEAR, MAX_TRANSLATION, move
+from convnext_jax.data.selection import apply_to_selected
 from convnext_jax.errors import UserError
 
-OPERATIONS = (
+OPERATIONS = (  # the order determines which operation is drawn
     'AutoContrast',
     'Equalize',
     'Invert',
@@ -37,6 +39,9 @@ OPERATIONS = (
     'TranslateY',
 )
 IDENTITY = len(OPERATIONS)
+TABLES = ('AutoContrast', 'Equalize', 'Invert', 'Posterize', 'Solarize', 'SolarizeAdd')
+ENHANCEMENTS = ('Color', 'Contrast', 'Brightness', 'Sharpness')
+MOVEMENTS = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +132,14 @@ def apply_operations(
         (N, H, W, C) uint8.
     """
 
-    def where(name: str, otherwise: float) -> jax.Array:
-        return jnp.where(operation == OPERATIONS.index(name), argument, otherwise)
-
-    images = pillow_arithmetic.look_up(images, _tables(images, operation, argument))
-    images = _enhance(images, operation, argument)
-    return move(
-        images,
-        degrees=where('Rotate', 0.0),
-        shear_x=where('ShearX', 0.0),
-        shear_y=where('ShearY', 0.0),
-        translate_x=where('TranslateX', 0.0),
-        translate_y=where('TranslateY', 0.0),
-        fill=fill,
-    )
+    for function, names in (
+        (_look_up, TABLES),
+        (_enhance, ENHANCEMENTS),
+        (functools.partial(_move, fill=fill), MOVEMENTS),
+    ):
+        selected = jnp.isin(operation, jnp.asarray([OPERATIONS.index(name) for name in names]))
+        images = apply_to_selected(function, selected, images, operation, argument)
+    return images
 
 
 def _draw(key: Key[Array, ''], policy: RandAugment) -> tuple[Int[Array, ''], Float[Array, '']]:
@@ -191,6 +190,13 @@ def operation_argument(
     return jnp.select([operation == OPERATIONS.index(name) for name in by_name], list(by_name.values()), 0.0)
 
 
+def _look_up(
+    images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n']
+) -> UInt8[Array, 'n h w c']:
+    """The images after an operation on each pixel value."""
+    return pillow_arithmetic.look_up(images, _tables(images, operation, argument))
+
+
 def _tables(
     images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n']
 ) -> Int[Array, 'n c 256']:
@@ -219,7 +225,7 @@ def _tables(
 def _enhance(
     images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n']
 ) -> UInt8[Array, 'n h w c']:
-    """The images after an enhancement of `ImageEnhance`; images with another operation are unchanged."""
+    """The images after an enhancement of `ImageEnhance`."""
     degenerate = {
         'Brightness': jnp.uint8(0),
         'Contrast': pillow_arithmetic.mean_grey(images),
@@ -230,3 +236,22 @@ def _enhance(
     for name, other in degenerate.items():
         start = jnp.where((operation == OPERATIONS.index(name))[:, None, None, None], other, start)
     return pillow_arithmetic.blend(start, images, argument)
+
+
+def _move(
+    images: UInt8[Array, 'n h w c'], operation: Int[Array, ' n'], argument: Float[Array, ' n'], *, fill: Sequence[int]
+) -> UInt8[Array, 'n h w c']:
+    """The images after a rotation, shear or translation."""
+
+    def where(name: str) -> jax.Array:
+        return jnp.where(operation == OPERATIONS.index(name), argument, 0.0)
+
+    return move(
+        images,
+        degrees=where('Rotate'),
+        shear_x=where('ShearX'),
+        shear_y=where('ShearY'),
+        translate_x=where('TranslateX'),
+        translate_y=where('TranslateY'),
+        fill=fill,
+    )
