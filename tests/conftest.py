@@ -68,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lets `pytest -m gpu` run on the GPU; all other tests run on CPU."""
     if config.getoption('markexpr') == 'gpu':
         del os.environ['JAX_PLATFORMS']
+        jax.config.update('jax_platforms', None)  # JAX read the variable when it was imported
 
 
 # pytest-xdist gives whole files to its workers in this order. One worker would idle if a long file came last, or if the
