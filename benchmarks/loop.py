@@ -39,7 +39,7 @@ class Alternating(Run):
         self.bare_images_per_second: list[float] = []
         self._steps = steps
         self._resident = list(itertools.islice(self.train_batches(0), 8))
-        self._state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
+        self._state = jax.jit(self.newly_initialised_state, out_shardings=self.state_sharding)()
         self._step = self.train_step.lower(self._state, self._resident[0]).compile()
 
     def _evaluate(self, *_) -> None:
@@ -65,7 +65,7 @@ def ratios(rounds: int, steps: int) -> list[float]:
         with Checkpoints(workdir / 'checkpoints', keep=1, best_metric='top1') as checkpoints:
             run = Alternating(config, durations, make_mesh(), train_set, eval_set, checkpoints)
             run.prepare(steps)
-            run.go(run.first_state(), workdir)
+            run.run_steps(run.first_state(), workdir)
         inside = [record['images_per_second'] for record in read_records(workdir)]
     return [a / b for a, b in zip(inside, run.bare_images_per_second, strict=True)][WARM_UP:]
 

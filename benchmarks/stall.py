@@ -64,7 +64,7 @@ def measure(rounds: int, window: int) -> tuple[list[float], list[float], list[fl
         Checkpoints(Path(folder) / 'checkpoints', keep=config.keep_checkpoints, best_metric='top1') as checkpoints,
     ):
         run = Timed(config, durations, make_mesh(-1), train_set, eval_set, checkpoints)
-        run.go(run.first_state(), Path(folder))
+        run.run_steps(run.first_state(), Path(folder))
         assert not checkpoints.failed, checkpoints.failed
     # The save after step 2 · window falls between the starts of that step and the next.
     ends = run.began[window - 1 :: window]

@@ -162,7 +162,7 @@ def define_stored_config(values: flags.FlagValues, arguments: Sequence[str], con
     Raises:
         UserError: an unknown config field.
     """
-    with refusals():
+    with flag_errors_as_user_errors():
         config_flags.DEFINE_config_dict(
             'config',
             config.copy_and_resolve_references(),
@@ -188,7 +188,7 @@ def parse(
             missing or unexpected.
     """
     flags.DEFINE_bool('help', False, 'Show this help.', short_name='h', flag_values=values)
-    with refusals():
+    with flag_errors_as_user_errors():
         given = values(_with_config_path(arguments))[1:]
     if values.help:
         show(f'{usage}\n{values.get_help()}')
@@ -203,7 +203,7 @@ def parse(
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
+def flag_errors_as_user_errors() -> Iterator[None]:
     """Turns the errors that absl and ml_collections raise about flags into a one-line UserError."""
     try:
         yield

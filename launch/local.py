@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-GRACE = 60
+EXIT_TIMEOUT = 60
 """Time that the other processes have to exit after one has failed. The package's watchdog usually ends them sooner."""
 
 
@@ -45,7 +45,7 @@ def wait(processes: list[subprocess.Popen]) -> int:
         time.sleep(0.1)
         if deadline is None:
             status = first_failure(processes)
-            deadline = time.monotonic() + GRACE if status else None
+            deadline = time.monotonic() + EXIT_TIMEOUT if status else None
         elif time.monotonic() > deadline:
             for process in processes:
                 process.kill()

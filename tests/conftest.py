@@ -47,7 +47,7 @@ import train as train_command  # noqa: E402
 from convnext_jax.models.variants import VARIANTS  # noqa: E402
 
 STEPS = 24
-LONGEST = 900
+TIMEOUT = 900
 """Timeout of a subprocess in seconds. Even on a busy machine, only a process that hangs takes longer."""
 # A run that takes a few seconds, with ten batches per epoch and 40 images to evaluate.
 SMALL_RUN = (
@@ -156,7 +156,7 @@ class Commands:
         """Runs a command to its end and asserts its exit status."""
         process = self.start(*arguments)
         try:
-            out, err = process.communicate(timeout=LONGEST)
+            out, err = process.communicate(timeout=TIMEOUT)
         finally:
             if process.poll() is None:
                 kill([*descendants(process.pid), process.pid])

@@ -9,7 +9,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from conftest import LONGEST
+from conftest import TIMEOUT
 from safetensors.numpy import load_file
 
 from convnext_jax import ImageProcessor, create_model
@@ -39,7 +39,7 @@ def run_elsewhere(folder):
     """The logits of one image and of three, from a process that cannot import this package."""
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     command = [sys.executable, '-c', ELSEWHERE, str(folder)]
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=LONGEST)
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=TIMEOUT)
     return [np.load(folder / f'logits{size}.npy') for size in (1, 3)]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONGEST, ROOT, SMALL_RUN, fingerprints
+from conftest import ROOT, SMALL_RUN, TIMEOUT, fingerprints
 
 from convnext_jax import ImageProcessor, create_model
 from convnext_jax.data.augment import augment
@@ -98,13 +98,13 @@ def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_run(tmp_path):
         command = [sys.executable, 'train.py', *SMALL_RUN, f'--workdir={workdir}', '--config.model.dtype=bfloat16']
         return subprocess.Popen(command, cwd=ROOT, env=environment)
 
-    assert start(tmp_path / 'unbroken').wait(LONGEST) == 0
+    assert start(tmp_path / 'unbroken').wait(TIMEOUT) == 0
     process = start(tmp_path / 'killed')
     while process.poll() is None and not read_records(tmp_path / 'killed'):
         time.sleep(0.02)
     process.kill()
     assert process.wait() < 0
-    assert start(tmp_path / 'killed').wait(LONGEST) == 0
+    assert start(tmp_path / 'killed').wait(TIMEOUT) == 0
     assert fingerprints(tmp_path / 'killed') == fingerprints(tmp_path / 'unbroken')
     command = [sys.executable, 'eval.py', f'--workdir={tmp_path / "unbroken"}']
     assert (

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LONGEST, ONE_DEVICE, ROOT, SMALL_TRAIN, fingerprints, strict_json
+from conftest import ONE_DEVICE, ROOT, SMALL_TRAIN, TIMEOUT, fingerprints, strict_json
 
 from convnext_jax.command_line import run
 from convnext_jax.errors import UserError
@@ -104,7 +104,7 @@ def test_training_goes_on_when_the_reader_of_its_output_ends(commands, finished_
     assert r'28\xd728' in process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ''
-    assert process.wait(timeout=LONGEST) == 0
+    assert process.wait(timeout=TIMEOUT) == 0
     assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
 
 
@@ -119,7 +119,7 @@ def test_training_goes_on_when_its_terminal_is_gone(finished_run, tmp_path):
     while b'0/24' not in seen:  # the bar
         seen += os.read(master, 1000)
     os.close(master)
-    assert process.wait(timeout=LONGEST) == 0
+    assert process.wait(timeout=TIMEOUT) == 0
     assert fingerprints(tmp_path / 'run') == fingerprints(finished_run)
 
 
@@ -140,7 +140,7 @@ run(command)
 def test_output_without_streams_does_not_go_into_a_file(tmp_path):
     """Libraries would print into records: the first files that a process opens get the numbers of closed streams."""
     shell = ['sh', '-c', 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, '-c', PRINTS, tmp_path / 'records']
-    assert subprocess.run(shell, cwd=ROOT, env=os.environ | ONE_DEVICE, timeout=LONGEST).returncode == 0
+    assert subprocess.run(shell, cwd=ROOT, env=os.environ | ONE_DEVICE, timeout=TIMEOUT).returncode == 0
     assert (tmp_path / 'records').read_text() == 'record'
 
 
@@ -157,6 +157,6 @@ def test_a_command_whose_output_is_not_read_ends_quietly(output, status, error):
     shell = f'{{ "$0" -m convnext_jax models; echo "status $?" >&2; }} {output}'
     environment = os.environ | ONE_DEVICE
     done = subprocess.run(
-        ['sh', '-c', shell, sys.executable], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
+        ['sh', '-c', shell, sys.executable], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.stderr == f'{error}status {status}\n'

@@ -42,7 +42,7 @@ SMALL = (
     '--config.checkpoint_every_steps=4',
 )
 WORKERS = ('--config.data.workers=2', '--config.data.crop_scale=(0.5,1.0)')
-LONGEST = 3600  # seconds; a run that takes longer, even on a busy machine, hangs
+TIMEOUT = 3600  # seconds; a run that takes longer, even on a busy machine, hangs
 CONTENTS = {'.lock', 'config.json', 'metrics.jsonl', 'curves.png', 'tensorboard', 'checkpoints', 'damaged'}
 
 
@@ -103,13 +103,13 @@ class Running:
         return lambda: any(text in line for line in self.lines)
 
     def end(self) -> 'Running':
-        """Waits until the process has ended; kills it after `LONGEST` seconds."""
+        """Waits until the process has ended; kills it after `TIMEOUT` seconds."""
         try:
-            self.process.wait(LONGEST)
+            self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            self.errors.append(f'hung for {LONGEST} s')
+            self.errors.append(f'hung for {TIMEOUT} s')
         for reader in self._readers:
             reader.join(60)
         return self

@@ -26,7 +26,7 @@ CURVES = 'curves.png'
 FIGURES = 'figures'
 CHECKPOINTS = 'checkpoints'
 TENSORBOARD = 'tensorboard'
-SHOWN_WITHIN = 10.0
+VISIBLE_TIMEOUT = 10.0
 """Seconds until a file that one host writes is visible on the others (attribute caches of network file systems)."""
 
 
@@ -95,8 +95,8 @@ def locked_by_main_process(workdir: Path) -> Iterator[None]:
 
 
 def _wait_for_content(path: Path, content: str) -> bool:
-    """Waits until a file has the content that another host wrote; False after `SHOWN_WITHIN` seconds."""
-    until = time.monotonic() + SHOWN_WITHIN
+    """Waits until a file has the content that another host wrote; False after `VISIBLE_TIMEOUT` seconds."""
+    until = time.monotonic() + VISIBLE_TIMEOUT
     while not (path.exists() and path.read_text(encoding='utf-8') == content):
         if time.monotonic() > until:
             return False

@@ -26,8 +26,8 @@ from convnext_jax.command_line import (
     define_config,
     define_processes,
     define_stored_config,
+    flag_errors_as_user_errors,
     parse,
-    refusals,
     required,
     required_config,
 )
@@ -83,7 +83,7 @@ def _stored_config(arguments: list[str]) -> ConfigDict | None:
     for name in ('workdir', 'config', 'weights'):
         flags.DEFINE_string(name, None, '', flag_values=given)
     given.set_gnu_getopt(True)  # continue after the separate value of a flag that is not defined here
-    with refusals():
+    with flag_errors_as_user_errors():
         given(list(arguments), known_only=True)
     if given.workdir is None:
         return None

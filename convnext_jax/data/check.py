@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from convnext_jax.data.dataset import Dataset, Example
-from convnext_jax.data.loading import Waiting, load_batches
+from convnext_jax.data.loading import WaitCallback, load_batches
 from convnext_jax.data.pipeline import Share
 from convnext_jax.errors import UserError
 
@@ -19,7 +19,7 @@ MAX_NAMED = 3
 
 
 def find_unreadable(
-    dataset: Dataset, *, process: int, processes: int, waiting: Waiting
+    dataset: Dataset, *, process: int, processes: int, waiting: WaitCallback
 ) -> Generator[dict[int, str], None, None]:
     """Checks this process's share of the examples of a split, batch by batch.
 
@@ -27,7 +27,7 @@ def find_unreadable(
         dataset: the split.
         process: index of this process. All processes check equal numbers of batches.
         processes: number of processes that share the work.
-        waiting: called while a batch is pending, see `loading.Waiting`.
+        waiting: called while a batch is pending, see `loading.WaitCallback`.
 
     Yields:
         For each batch: index of an unreadable example in the split → error message.

@@ -29,14 +29,14 @@ from convnext_jax.errors import UserError
 
 HANDLED_BY_PARENT = {signal.SIGINT, signal.SIGTERM}
 
-GRACE = 5.0
+CLOSE_TIMEOUT = 5.0
 """Seconds that threads and processes have to finish their batches when the loader is closed. Then a thread that hangs
 in a read is abandoned until this process ends, and a process is terminated."""
 
 OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
 """The open batch iterators; an `atexit` hook closes them before the interpreter shuts down."""
 
-Waiting = Callable[[float, Callable[[], str]], None]
+WaitCallback = Callable[[float, Callable[[], str]], None]
 """A callback that is called repeatedly while a batch is pending. Its arguments are the duration of the wait in seconds,
 and a function that returns the name of the first missing example. An exception that it raises cancels the wait."""
 
@@ -48,7 +48,7 @@ The main thread waits for this queue and not for the future itself. If Ctrl-C in
 the lock of the future, the lock would never be released, and the thread that sets the result would block forever."""
 
 
-def no_word(_seconds: float, _what: object) -> None:
+def ignore_wait(_seconds: float, _what: object) -> None:
     """A wait callback that does nothing."""
 
 
@@ -74,7 +74,7 @@ def load_batches(
     size: int,
     features: Features,
     workers: int,
-    waiting: Waiting = no_word,
+    waiting: WaitCallback = ignore_wait,
     name: Callable[[int], str] = str,
 ) -> Generator[HostBatch, None, None]:
     """An iterator over batches in order; batch b consists of examples b · `size` to (b + 1) · `size` − 1.
@@ -120,7 +120,7 @@ def _by_threads(
     size: int,
     features: Features,
     threads: int,
-    waiting: Waiting,
+    waiting: WaitCallback,
     name: Callable[[int], str],
 ) -> Generator[HostBatch, None, None]:
     def fill(number: int, batch: HostBatch, loaded: np.ndarray) -> HostBatch:
@@ -135,7 +135,7 @@ def _by_threads(
         return pool.submit(fill, number, batch, loaded), number, loaded
 
     with contextlib.closing(_Threads(threads)) as pool:
-        for done, number, loaded in _ahead((functools.partial(submit, number) for number in batches), threads + 1):
+        for done, number, loaded in _prefetch((functools.partial(submit, number) for number in batches), threads + 1):
             yield _result(done, waiting, lambda: name(number * size + int(loaded.argmin())))  # noqa: B023
 
 
@@ -168,7 +168,7 @@ class _Threads:
                 self._calls.get_nowait()
         for _ in self._threads:
             self._calls.put(None)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + CLOSE_TIMEOUT
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
 
@@ -180,7 +180,7 @@ def _by_processes(
     features: Features,
     processes: int,
     threads: int,
-    waiting: Waiting,
+    waiting: WaitCallback,
     name: Callable[[int], str],
 ) -> Generator[HostBatch, None, None]:
     """`load_batches` with processes. Each feature has a block of shared memory with a slot for each pending batch."""
@@ -231,7 +231,7 @@ def _by_processes(
 
         numbered = (functools.partial(submit, number, count % slots) for count, number in enumerate(batches))
         try:
-            for done, number, slot in _ahead(numbered, slots - 1):
+            for done, number, slot in _prefetch(numbered, slots - 1):
                 _result(done, waiting, lambda: name(number * size + int(loaded[slot].argmin())))  # noqa: B023
                 yield {feature: array[slot].copy() for feature, array in arrays.items()}
         except BrokenProcessPool as error:
@@ -316,7 +316,7 @@ def _put(example: Example, batch: HostBatch, position: int) -> None:
         batch[feature][position] = x
 
 
-def _result(done: Done, waiting: Waiting, missing: Callable[[], str]) -> Any:
+def _result(done: Done, waiting: WaitCallback, missing: Callable[[], str]) -> Any:
     """The result of a call; between short waits for it, signals are handled and `waiting` is called."""
     start = time.monotonic()
     while True:
@@ -329,7 +329,7 @@ def _result(done: Done, waiting: Waiting, missing: Callable[[], str]) -> Any:
             return future.result()
 
 
-def _ahead(calls: Iterator[Callable], count: int) -> Iterator:
+def _prefetch(calls: Iterator[Callable], count: int) -> Iterator:
     """The results of the calls, in order. Before it yields a result, it has made the next `count` calls."""
     pending: collections.deque = collections.deque()
     for call in calls:
@@ -346,6 +346,6 @@ def _closing(pool: Executor, stop_end: Connection) -> Iterator[tuple[Executor, d
     try:
         yield pool, busy
     finally:
-        wait([future for future in busy.values() if not future.cancel()], GRACE)
+        wait([future for future in busy.values() if not future.cancel()], CLOSE_TIMEOUT)
         stop_end.close()
         pool.shutdown(cancel_futures=True)

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from convnext_jax.data.dataset import Batch, Dataset, Example, Features, HostBatch
-from convnext_jax.data.loading import Waiting, load_batches, no_word
+from convnext_jax.data.loading import WaitCallback, ignore_wait, load_batches
 from convnext_jax.errors import UserError
 
-REPLACE = 'replace each with a readable file of that name, or delete them and choose another workdir'
-REPLACE_IN_EVALUATION = 'replace it with a readable file of that name, then run the same command again'
-ROUNDS = 4  # rounds of the cipher that shuffles the examples; Grain's default
+HOW_TO_REPLACE = 'replace each with a readable file of that name, or delete them and choose another workdir'
+HOW_TO_REPLACE_IN_EVALUATION = 'replace it with a readable file of that name, then run the same command again'
+SHUFFLE_ROUNDS = 4  # rounds of the cipher that shuffles the examples; Grain's default
 CACHE_BYTES = 2**28  # a split without random augmentation on the host stays in memory up to this size
 
 
@@ -75,7 +75,7 @@ class Unreadable:
         if len(self._errors) * 1000 > len(self._dataset):
             raise UserError(
                 f'{error}. {len(self._errors)} of the {len(self._dataset)} training images cannot be read, more than '
-                f'one in a thousand: {REPLACE}'
+                f'one in a thousand: {HOW_TO_REPLACE}'
             ) from error
 
     def _error(self, index: int) -> UserError:
@@ -132,7 +132,7 @@ def train_batches(
     repeats: int = 1,
     unreadable: Unreadable | None = None,
     workers: int = 0,
-    waiting: Waiting = no_word,
+    waiting: WaitCallback = ignore_wait,
 ) -> Generator[HostBatch, None, None]:
     """An endless iterator over this process's part of the training batches, shuffled again in each epoch.
 
@@ -212,7 +212,7 @@ class TrainExamples:
                 example = self._load((index + skipped) % len(self._dataset), epoch, copy)
             except UserError as error:
                 if skipped == self._tries - 1:
-                    raise UserError(f'{error}: {REPLACE}') from error
+                    raise UserError(f'{error}: {HOW_TO_REPLACE}') from error
             else:
                 return example | {'unreadable': np.int32(index if skipped else -1)}
         raise AssertionError('unreachable: the last try raises or returns')
@@ -238,7 +238,7 @@ def shuffled(position: int, images: int, seed: int, epoch: int) -> int:
     # shuffled, and skipped.
     largest = images if (images - 1).bit_count() == 1 else images - 1
     while True:
-        position = grain.experimental.index_shuffle(position, largest, _epoch_seed(seed, epoch), ROUNDS)
+        position = grain.experimental.index_shuffle(position, largest, _epoch_seed(seed, epoch), SHUFFLE_ROUNDS)
         if position < images:
             return position
 
@@ -260,7 +260,9 @@ def _report(
             yield batch
 
 
-def eval_batches(dataset: Dataset, share: Share, waiting: Waiting = no_word) -> Generator[HostBatch, None, None]:
+def eval_batches(
+    dataset: Dataset, share: Share, waiting: WaitCallback = ignore_wait
+) -> Generator[HostBatch, None, None]:
     """An iterator over this process's part of the evaluation batches, in which every example occurs once.
 
     The last batch is padded with zeros. Batches also have `weight`, (N,) float32, which is 0 for padding.
@@ -285,7 +287,7 @@ def eval_batches(dataset: Dataset, share: Share, waiting: Waiting = no_word) -> 
         try:
             return {'weight': np.float32(1)} | dataset.load(index)
         except UserError as error:
-            raise UserError(f'{error}: {REPLACE_IN_EVALUATION}') from error
+            raise UserError(f'{error}: {HOW_TO_REPLACE_IN_EVALUATION}') from error
 
     steps = range(-(-len(dataset) // share.batch_size))
 

@@ -25,7 +25,7 @@ MAX_CLASSES = 10**6  # a larger label is not a class number; it may be the numbe
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class EncodedImage:
     """One encoded image.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> EncodedImage: ...
 
     def name(self, index: int) -> str:
         """The location of an example, for messages; the example is not read."""
@@ -173,7 +173,7 @@ class Relabelled:
     def name(self, index: int) -> str:
         return self._source.name(index)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> EncodedImage:
         example = self._source[index]
         label = example.label
         new = tuple(self._labels[each] for each in label) if isinstance(label, tuple) else self._labels[label]
@@ -228,10 +228,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         return self.files[index][0]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> EncodedImage:
         path, label = self.files[index]
         try:
-            return Example(Path(path).read_bytes(), label, path)
+            return EncodedImage(Path(path).read_bytes(), label, path)
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
@@ -283,10 +283,10 @@ class WebDatasetSource:
         row = self._index[index]
         return f'{self._shards[row["shard"]]}, {row["name"].decode(errors="replace")}'
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> EncodedImage:
         row = self._index[index]
         image = read_bytes(self._shards[row['shard']], int(row['offset']), int(row['size']))
-        return Example(image, int(row['label']), self.name(index))
+        return EncodedImage(image, int(row['label']), self.name(index))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {'_index': self._index.filename}
@@ -338,7 +338,7 @@ class Part:
     def name(self, index: int) -> str:
         return self._source.name(int(self._indices[index]))
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> EncodedImage:
         return self._source[int(self._indices[index])]
 
 
@@ -380,7 +380,7 @@ class TfdsSource:
     def name(self, index: int) -> str:
         return f'{self._split}, example {index}'
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> EncodedImage:
         try:
             record = self._records[index]
         except (RuntimeError, OSError, ValueError) as error:
@@ -388,7 +388,7 @@ class TfdsSource:
         label, name = record[self._field], self.name(index)
         if record.get('file_name'):  # stored by `prepare`
             name += f' ({os.fsdecode(record["file_name"])})'
-        return Example(record['image'], tuple(map(int, label)) if self.multi_label else int(label), name)
+        return EncodedImage(record['image'], tuple(map(int, label)) if self.multi_label else int(label), name)
 
 
 def _tfds_builder(name: str, directory: str):

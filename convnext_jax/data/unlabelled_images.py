@@ -6,15 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convnext_jax.data.dataset import Dataset, Features
-from convnext_jax.data.dataset import Example as Arrays
+from convnext_jax.data.dataset import Dataset, Example, Features
 from convnext_jax.data.image_files import describe_left_out, find_images
 from convnext_jax.data.labelled_images import EvalImages, TrainImages
-from convnext_jax.data.sources import Example, Part, Source, open_source
+from convnext_jax.data.sources import EncodedImage, Part, Source, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.paths import local_path
 
-ALL = 'images'
+ALL_IMAGES = 'images'
 """Name of the split with all images below `data.dir`, for a folder without subfolders for splits."""
 
 
@@ -46,11 +45,11 @@ class UnlabelledFolder:
     eval_classes = None
 
     def __init__(self, directory: Path, split: str):
-        root = directory if split == ALL and not (directory / ALL).is_dir() else directory / split
+        root = directory if split == ALL_IMAGES and not (directory / ALL_IMAGES).is_dir() else directory / split
         if not root.is_dir():
             raise UserError(
                 f'{root} is not a folder: data.dir holds a folder for each split. For images without such folders give '
-                f'--config.data.train_split={ALL}[:95%] --config.data.eval_split={ALL}[95%:]'
+                f'--config.data.train_split={ALL_IMAGES}[:95%] --config.data.eval_split={ALL_IMAGES}[95%:]'
             )
         found = find_images(root)
         left_out = describe_left_out(found.left_out) if found.left_out else ''
@@ -66,10 +65,10 @@ class UnlabelledFolder:
     def name(self, index: int) -> str:
         return self.files[index]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> EncodedImage:
         path = self.files[index]
         try:
-            return Example(Path(path).read_bytes(), (), path)
+            return EncodedImage(Path(path).read_bytes(), (), path)
         except OSError as error:
             raise UserError(f'{path} cannot be read: {error.strerror}') from error
 
@@ -92,8 +91,8 @@ class UnlabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self._images)
 
-    def load(self, index: int, draw: tuple[int, ...] = ()) -> Arrays:
-        example: Arrays = {'image': self._images.load(index, draw)['image']}
+    def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
+        example: Example = {'image': self._images.load(index, draw)['image']}
         return example | ({'index': np.int32(index)} if self._numbered else {})
 
     def name(self, index: int) -> str:

@@ -174,7 +174,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
     return {ours: parameters[ours] for ours in shapes}
 
 
-def dense_encoder(tensors: Tensors) -> Tensors:
+def dense_from_sparse(tensors: Tensors) -> Tensors:
     """The encoder of an FCMAE pre-training with sparse convolutions, converted to the dense original layout.
 
     Other tensors are returned unchanged. A sparse kernel is (positions, in, out), or (positions, channels) if it is

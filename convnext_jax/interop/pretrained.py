@@ -21,7 +21,7 @@ from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
 from convnext_jax.interop.processor import ImageProcessor, processor_for
-from convnext_jax.interop.recognition import Opened, last_epsilon, open_weights
+from convnext_jax.interop.recognition import OpenedWeights, last_epsilon, open_weights
 from convnext_jax.models import Backbone, ConvNeXt, Execution, ExecutionOptions, get_parameters, with_parameters
 from convnext_jax.paths import local_path
 
@@ -36,7 +36,7 @@ class Pretrained(NamedTuple):
         layout: the layout of the file, one of `layouts.LAYOUTS`; 'convnext_jax' for a run.
         class_names: names of the head's outputs; None if unknown.
         processor: the preprocessing of images; None if unknown.
-        fresh: names of the parameters that are missing in the file and were newly initialised.
+        newly_initialised: names of the parameters that are missing in the file and were newly initialised.
         notes: messages for the user, about newly initialised parameters or about other weights of the file or run.
         problem_type: 'single_label_classification', 'multi_label_classification' or 'regression', from Hugging Face's
             config; None if unknown.
@@ -49,7 +49,7 @@ class Pretrained(NamedTuple):
     layout: str
     class_names: tuple[str, ...] | None
     processor: ImageProcessor | None
-    fresh: tuple[str, ...]
+    newly_initialised: tuple[str, ...]
     notes: list[str]
     problem_type: str | None = None
     origin: str = ''
@@ -59,7 +59,7 @@ class Pretrained(NamedTuple):
     @property
     def has_head(self) -> bool:
         """Whether the head was trained."""
-        return HEAD[0] not in self.fresh
+        return HEAD[0] not in self.newly_initialised
 
     def check_head(self) -> None:
         """Checks that the head was trained.
@@ -149,24 +149,27 @@ def read_pretrained(
 
     model = jax.eval_shape(build, jax.random.key(0))
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
-    notes, fresh = _fresh_parts(tensors, saved_classes, num_classes, layout)
-    if saved_classes is not None and HEAD[0] in fresh:
+    notes, newly_initialised = _missing_parts(tensors, saved_classes, num_classes, layout)
+    if saved_classes is not None and HEAD[0] in newly_initialised:
         tensors = {name: x for name, x in tensors.items() if not name.startswith(HEADS[layout])}
     parameters = from_layout(
-        tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, opened.variant, layout
+        tensors,
+        {name: shape for name, shape in shapes.items() if name not in newly_initialised},
+        opened.variant,
+        layout,
     )
     if not sizes:
         raise UserError(f'{where} has no head: load_pretrained(…, num_classes=, key=) initialises one')
-    if fresh:
+    if newly_initialised:
         if key is None:
             raise UserError(f'{"; ".join(notes)}: pass key=jax.random.key(…)')
-        drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in fresh})(key)
+        drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in newly_initialised})(key)
         parameters |= drawn
     model = with_parameters(model, parameters)
     licence = read_licence(opened.path, opened.config)
-    if fresh:  # names and problem type in the config describe another head
+    if newly_initialised:  # names and problem type in the config describe another head
         return Pretrained(
-            model, layout, None, _processor(opened), fresh, notes, licence=licence, decoder=opened.decoder
+            model, layout, None, _processor(opened), newly_initialised, notes, licence=licence, decoder=opened.decoder
         )
     class_names, problem_type = _class_names(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
@@ -175,7 +178,7 @@ def read_pretrained(
         layout,
         class_names,
         _processor(opened),
-        fresh,
+        newly_initialised,
         notes,
         problem_type,
         licence=licence,
@@ -235,7 +238,7 @@ def save_pretrained(
     write_folder(local_path(folder), tensors, files, torch=layout == 'original')
 
 
-def _fresh_parts(
+def _missing_parts(
     tensors: Tensors, saved_classes: int | None, num_classes: int, layout: str
 ) -> tuple[list[str], tuple[str, ...]]:
     """Messages about the parts that are missing in the file, and the names of their parameters."""
@@ -267,7 +270,7 @@ def _class_names(config: dict, num_classes: int) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _processor(opened: Opened) -> ImageProcessor | None:
+def _processor(opened: OpenedWeights) -> ImageProcessor | None:
     path = opened.path
     if path.is_dir() and ((path / 'preprocessor_config.json').is_file() or 'pretrained_cfg' in opened.config):
         return ImageProcessor.from_pretrained(str(path))

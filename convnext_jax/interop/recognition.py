@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
-from convnext_jax.interop.layouts import dense_encoder
+from convnext_jax.interop.layouts import dense_from_sparse
 from convnext_jax.models import VARIANTS, Variant, get_variant
 
 BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
@@ -43,7 +43,7 @@ TIMM_IGNORED = {
 }
 
 
-class Opened(NamedTuple):
+class OpenedWeights(NamedTuple):
     """A recognised file or folder of weights.
 
     Attributes:
@@ -65,7 +65,7 @@ class Opened(NamedTuple):
     decoder: Tensors
 
 
-def open_weights(where: str, *, name: str | None, entry: str | None, revision: str | None) -> Opened:
+def open_weights(where: str, *, name: str | None, entry: str | None, revision: str | None) -> OpenedWeights:
     """Finds and recognises weights; arguments as for `read_pretrained`.
 
     Raises:
@@ -78,13 +78,13 @@ def open_weights(where: str, *, name: str | None, entry: str | None, revision: s
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
     tensors, decoder = split_original(without_wrappers(tensors, where))
-    tensors = dense_encoder(tensors)
+    tensors = dense_from_sparse(tensors)
     config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
     layout = recognize_layout(tensors)
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
     variant = recognize_variant(tensors, config, name, layout)
-    return Opened(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1], decoder)
+    return OpenedWeights(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1], decoder)
 
 
 def without_wrappers(tensors: Tensors, where: str) -> Tensors:

@@ -16,7 +16,7 @@ from convnext_jax.models.variants import Variant
 DECODER_WIDTH = 512
 DECODER = 'decoder.'
 """Prefix of the names of the decoder's parameters. The parameters of the encoder are named as in a classifier."""
-PATCH = 32
+PATCH_SIZE = 32
 """Side of the patches that the decoder predicts, in pixels: one for each position of the encoder's last map."""
 
 
@@ -36,10 +36,10 @@ class Decoder(nnx.Module):
         self.project = Linear(width, DECODER_WIDTH, dtype=dtype, key=project_key)
         self.mask_token = nnx.Param(0.02 * jax.random.normal(token_key, (DECODER_WIDTH,)))
         self.block = Block(DECODER_WIDTH, variant=variant, execution=execution, dilation=1, key=block_key)
-        self.predict = Linear(DECODER_WIDTH, PATCH**2 * channels, dtype=dtype, key=predict_key)
+        self.predict = Linear(DECODER_WIDTH, PATCH_SIZE**2 * channels, dtype=dtype, key=predict_key)
 
     def __call__(self, x: jax.Array, visible: Visible) -> jax.Array:
-        """The predicted pixels: (N, rows, columns, width) → (N, rows, columns, PATCH² · channels) float32."""
+        """The predicted pixels: (N, rows, columns, width) → (N, rows, columns, PATCH_SIZE² · channels) float32."""
         x = self.project(x)
         token = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), x.shape)
         x = jnp.where(visible.positions(x), x, token)
@@ -55,7 +55,7 @@ class MaskedAutoencoder(Trunk):
         in_channels, drop_path_rate, execution: as for `Trunk`.
 
     Raises:
-        UserError: the total stride of the encoder is not `PATCH`, or as for `Trunk`.
+        UserError: the total stride of the encoder is not `PATCH_SIZE`, or as for `Trunk`.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class MaskedAutoencoder(Trunk):
         drop_path_rate: float = 0.0,
         execution: Execution = Execution(),
     ):
-        if variant.total_stride != PATCH:
-            raise UserError(f'FCMAE needs a backbone with a total stride of {PATCH}, not {variant.total_stride}')
+        if variant.total_stride != PATCH_SIZE:
+            raise UserError(f'FCMAE needs a backbone with a total stride of {PATCH_SIZE}, not {variant.total_stride}')
         trunk_key, decoder_key = jax.random.split(key)
         super().__init__(
             variant, key=trunk_key, in_channels=in_channels, drop_path_rate=drop_path_rate, execution=execution
@@ -79,12 +79,12 @@ class MaskedAutoencoder(Trunk):
         """Predicts the normalised pixels of all patches, in the order of `patches_of`.
 
         Args:
-            images: (N, H, W, in_channels) float, normalised; H and W are multiples of `PATCH`.
+            images: (N, H, W, in_channels) float, normalised; H and W are multiples of `PATCH_SIZE`.
             visible: the visible patches.
             key: as for `features`.
 
         Returns:
-            (N, H / PATCH, W / PATCH, PATCH² · in_channels) float32.
+            (N, H / PATCH_SIZE, W / PATCH_SIZE, PATCH_SIZE² · in_channels) float32.
 
         Raises:
             UserError: as for `features`.
@@ -94,13 +94,13 @@ class MaskedAutoencoder(Trunk):
 
 
 def patches_of(images: jax.Array) -> jax.Array:
-    """The pixels of each patch, row by row: (N, H, W, C) → (N, H / PATCH, W / PATCH, PATCH² · C)."""
-    return rearrange(images, 'n (rows p) (columns q) c -> n rows columns (p q c)', p=PATCH, q=PATCH)
+    """The pixels of each patch, row by row: (N, H, W, C) → (N, H / PATCH_SIZE, W / PATCH_SIZE, PATCH_SIZE² · C)."""
+    return rearrange(images, 'n (rows p) (columns q) c -> n rows columns (p q c)', p=PATCH_SIZE, q=PATCH_SIZE)
 
 
 def images_of(patches: jax.Array) -> jax.Array:
     """The inverse of `patches_of`."""
-    return rearrange(patches, 'n rows columns (p q c) -> n (rows p) (columns q) c', p=PATCH, q=PATCH)
+    return rearrange(patches, 'n rows columns (p q c) -> n (rows p) (columns q) c', p=PATCH_SIZE, q=PATCH_SIZE)
 
 
 def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:

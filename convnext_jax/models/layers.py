@@ -30,14 +30,14 @@ def normal(key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
     return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
-def apart_on_cpu(tree: Tree) -> Tree:
+def fusion_barrier_on_cpu(tree: Tree) -> Tree:
     """Identity with a fusion barrier on CPU: the compiler does not fuse the operations before and after it."""
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
 FSDP_AXIS = 'fsdp'
 """Name of the mesh axis along which kernels may be sharded inside `jax.shard_map`."""
-INPUTS = -2
+INPUT_AXIS = -2
 """The kernel axis along which `matmul` gathers shards: the input features. It is never the axis of a scan over stacked
 blocks, and shards along it fill whole rows of an accelerator's tiles."""
 
@@ -61,7 +61,7 @@ def matmul(x: Float[Array, '*batch k'], kernel: Float[Array, '... out']) -> Floa
         (..., out) of x's dtype.
     """
     # On CPU the compiler would fuse a preceding norm into the product, which is slower than two separate loops.
-    return _matmul(apart_on_cpu(x), kernel)
+    return _matmul(fusion_barrier_on_cpu(x), kernel)
 
 
 @jax.custom_vjp
@@ -130,7 +130,7 @@ class Linear(nnx.Module):
     """A linear layer over the last axis: (..., in_features) → (..., out_features) of `dtype`."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, key: Key[Array, '']):
-        self.kernel = nnx.Param(normal(key, (in_features, out_features)), decays=True, fsdp_axis=INPUTS)
+        self.kernel = nnx.Param(normal(key, (in_features, out_features)), decays=True, fsdp_axis=INPUT_AXIS)
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
 
@@ -161,7 +161,7 @@ class PatchConv(nnx.Module):
         self, in_channels: int, out_channels: int, size: int, *, dtype: DTypeLike = jnp.float32, key: Key[Array, '']
     ):
         shape = (size, size, in_channels, out_channels)
-        self.kernel = nnx.Param(normal(key, shape), decays=True, fsdp_axis=INPUTS)
+        self.kernel = nnx.Param(normal(key, shape), decays=True, fsdp_axis=INPUT_AXIS)
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
         self.dtype = dtype
 
@@ -171,7 +171,7 @@ class PatchConv(nnx.Module):
         rows, columns = height // size, width // size
         x = x[:, : rows * size, : columns * size].astype(self.dtype)
         # With the barrier, the copy is contiguous in each row of a patch. Fused, it would compute an index per element.
-        lines = apart_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
+        lines = fusion_barrier_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
         patches = rearrange(lines, 'n rows y columns line -> n rows columns (y line)')
         return (matmul(patches, self.kernel[...]) + self.bias).astype(self.dtype)
 
@@ -265,7 +265,7 @@ def _gradients(
     dscale, dbias = (cotangent * y).sum(axes), cotangent.sum(axes)
     # Without the barrier XLA fuses the means with the producers of their inputs and materialises the broadcast `mean`
     # and `inverse`.
-    y, scaled = apart_on_cpu((y, cotangent * scale))
+    y, scaled = fusion_barrier_on_cpu((y, cotangent * scale))
     dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - y * (scaled * y).mean(-1, keepdims=True))
     return dx.astype(x.dtype), dscale, dbias
 

@@ -16,7 +16,7 @@ class DataStalled(Exception):
 
 
 class StallMonitor:
-    """A wait callback (`loading.Waiting`) that reports a stalled input pipeline, with exponential back-off.
+    """A wait callback (`loading.WaitCallback`) that reports a stalled input pipeline, with exponential back-off.
 
     A blocked read cannot be cancelled, and may succeed later, so the run keeps waiting until a signal is received.
     Every process reports its own waits on stderr.

@@ -79,7 +79,7 @@ class StepTimer:
             yield batch
 
     def waiting(self, seconds: float, example: Callable[[], str]) -> None:
-        """Notes that the next batch is not ready: a wait callback (`loading.Waiting`).
+        """Notes that the next batch is not ready: a wait callback (`loading.WaitCallback`).
 
         Args:
             seconds, example: as for `StallMonitor`.

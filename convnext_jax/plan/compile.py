@@ -15,7 +15,7 @@ from convnext_jax.training.durations import make_durations
 from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import make_mesh
 
-IMAGES = 1_281_167
+IMAGENET_IMAGES = 1_281_167
 """Number of training images in ImageNet-1k. It determines the number of steps, which is a constant in the program."""
 
 
@@ -72,7 +72,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     config.batch_size = images * len(target.devices) * config.accumulation_steps
     make_task(config).assume_data()
     mesh = make_mesh(**config.mesh, devices=target.devices)
-    program = Program(config, make_durations(config, IMAGES), mesh)
+    program = Program(config, make_durations(config, IMAGENET_IMAGES), mesh)
     began = time.perf_counter()
     try:
         # Pallas kernels read the GPU model from the surrounding mesh, because no GPU is attached.

@@ -14,7 +14,7 @@ from convnext_jax.plan.hlo import Found, Instruction, bytes_sent, collectives, r
 from convnext_jax.plan.targets import Target
 from convnext_jax.training.sharding import describe_mesh, make_mesh
 
-HEAVIEST = 12  # number of instructions to print
+MAX_INSTRUCTIONS = 12  # number of instructions to print
 GIB = 2**30
 
 
@@ -135,7 +135,8 @@ def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> li
     total = sum(instruction.runs * instruction.cycles for instruction in program)
     if not total:
         return ['\nestimated cycles: not reported by this compiler']
-    heaviest = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)[:HEAVIEST]
+    ordered = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)
+    heaviest = ordered[:MAX_INSTRUCTIONS]
     seconds = total / target.chip.clock / 1e9
     recomputed = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
     communication = bytes_sent(found) / target.chip.link / 1e9

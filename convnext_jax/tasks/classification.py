@@ -219,7 +219,9 @@ class Classification(Task):
         config = self.config
         return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
 
-    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+    def initial_weights(
+        self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]
+    ) -> tuple[Weights, list[str]]:
         """Copies the loaded weights, and matches the outputs of the head by class name.
 
         Outputs for classes that the loaded weights do not have are newly initialised. If the loaded weights have no

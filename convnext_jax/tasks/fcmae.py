@@ -26,7 +26,7 @@ from convnext_jax.models import (
     parameter_roles,
     with_parameters,
 )
-from convnext_jax.models.fcmae import PATCH, MaskedAutoencoder, patch_errors, reconstruct, split_decoder
+from convnext_jax.models.fcmae import PATCH_SIZE, MaskedAutoencoder, patch_errors, reconstruct, split_decoder
 from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
 from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
 
@@ -77,13 +77,14 @@ class FCMAE(Task):
     def problems(self) -> list[str]:
         size, name, fcmae = self.config.data.image_size, self.config.model.name, self.config.fcmae
         lines, stride = [], self.variant().total_stride
-        if stride != PATCH:
-            lines.append(f'FCMAE needs a backbone with a total stride of {PATCH}, and that of {name} is {stride}')
+        if stride != PATCH_SIZE:
+            lines.append(f'FCMAE needs a backbone with a total stride of {PATCH_SIZE}, and that of {name} is {stride}')
         if not 0 < fcmae.mask_ratio < 1:
             lines.append(f'fcmae.mask_ratio must be between 0 and 1, not {fcmae.mask_ratio}')
-        if fcmae.mask_patch < 1 or fcmae.mask_patch % PATCH or size % fcmae.mask_patch:
+        if fcmae.mask_patch < 1 or fcmae.mask_patch % PATCH_SIZE or size % fcmae.mask_patch:
             lines.append(
-                f'fcmae.mask_patch={fcmae.mask_patch} must be a multiple of {PATCH} that divides data.image_size={size}'
+                f'fcmae.mask_patch={fcmae.mask_patch} must be a multiple of {PATCH_SIZE} that divides '
+                f'data.image_size={size}'
             )
         if not lines and not 0 < self._visible_patches < self._side**2:
             lines.append(
@@ -173,7 +174,7 @@ class FCMAE(Task):
         network = jax.eval_shape(self.build, jax.random.key(0))
         decoder = split_decoder(get_parameters(network))[1]
         kernels = sum(x.size for name, x in decoder.items() if name.endswith('kernel'))
-        return encoder + (config.data.image_size // PATCH) ** 2 * kernels
+        return encoder + (config.data.image_size // PATCH_SIZE) ** 2 * kernels
 
     def visible(self, keys: jax.Array) -> Visible:
         """The visible patches of images, drawn from the (N,) keys of the images."""
@@ -181,7 +182,7 @@ class FCMAE(Task):
         return Visible(patches, self.config.fcmae.grn)
 
     def loss(self, model: MaskedAutoencoder, batch: Batch, keys: jax.Array) -> Loss:
-        """The mean squared error of each masked patch, with weight 1 for each patch of `PATCH` pixels."""
+        """The mean squared error of each masked patch, with weight 1 for each patch of `PATCH_SIZE` pixels."""
         mask_keys, model_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         visible = self.visible(mask_keys)
         errors, masked = masked_errors(model, batch['image'], visible, key=model_keys)
@@ -218,7 +219,9 @@ class FCMAE(Task):
         """The visible patches of images of an evaluation, drawn from their (N,) indices in the split."""
         return self.visible(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(EVALUATION_SEED), index))
 
-    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+    def initial_weights(
+        self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]
+    ) -> tuple[Weights, list[str]]:
         """Copies the encoder, and the decoder if the weights contain one. The head is dropped."""
         encoder, decoder = split_decoder(trained.weights)
         new = split_decoder(initial)[1]
@@ -245,7 +248,7 @@ class FCMAE(Task):
 def masked_errors(
     model: MaskedAutoencoder, images: jax.Array, visible: Visible, *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The error of each patch of `PATCH` pixels, and whether it was masked: two of (N, rows, columns)."""
+    """The error of each patch of `PATCH_SIZE` pixels, and whether it was masked: two of (N, rows, columns)."""
     errors = patch_errors(model(images, visible, key=key), images)
     return errors, ~visible.positions(errors[..., None])[..., 0]
 

@@ -202,7 +202,9 @@ class Task(abc.ABC):
     def multiply_adds(self) -> int:
         """The number of multiply-adds of the forward pass for one example."""
 
-    def adopt(self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+    def initial_weights(
+        self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]
+    ) -> tuple[Weights, list[str]]:
         """Chooses the initial weights of a run that starts from trained weights.
 
         Args:

@@ -16,7 +16,7 @@ from convnext_jax.runtime.process import describe_settings
 from convnext_jax.tasks import Headline, make_task
 from convnext_jax.training.durations import Durations
 from convnext_jax.training.optimizer import peak_learning_rate
-from convnext_jax.training.sharding import describe_mesh, share_held
+from convnext_jax.training.sharding import describe_mesh, fraction_per_device
 
 
 def describe(
@@ -34,7 +34,7 @@ def describe(
     count = sum(array.size for array in parameters.values())
     multiply_adds = make_task(config).multiply_adds
     devices, epoch = jax.devices(), durations.steps_per_epoch
-    share = share_held(mesh, parameter_roles(model), parameters)
+    share = fraction_per_device(mesh, parameter_roles(model), parameters)
     sharded = f', {share:.0%} of the parameters on each' if mesh.shape['fsdp'] > 1 else ''
     accumulation = f' in {config.accumulation_steps} accumulation steps' if config.accumulation_steps > 1 else ''
     processes, threads = decoders(0 if fits_in_cache(train_set) else data.workers)
@@ -56,7 +56,7 @@ def describe(
     ]
 
 
-def finished(workdir: Path, config: ConfigDict, headline: Headline) -> str:
+def final_message(workdir: Path, config: ConfigDict, headline: Headline) -> str:
     """The message at the end of a run: its headline metric, the path of its curves, and the command to evaluate it."""
     results = [record for record in read_records(workdir) if record['split'] == config.data.eval_split]
     scores = ''

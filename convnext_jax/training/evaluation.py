@@ -131,7 +131,7 @@ def _add(totals: dict[str, _Total], results: dict[str, tuple[Measured, jax.Array
     return counted
 
 
-def metrics_of(evaluator: Evaluator, images: int, measured: dict[str, Measured]) -> dict[str, float]:
+def compute_metrics(evaluator: Evaluator, images: int, measured: dict[str, Measured]) -> dict[str, float]:
     """The metrics of a split by name.
 
     Args:

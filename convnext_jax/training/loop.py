@@ -18,7 +18,7 @@ from convnext_jax.checkpoints.workdir import CHECKPOINTS, TENSORBOARD, locked_by
 from convnext_jax.config import as_dict, check_values, resolve_paths
 from convnext_jax.data.check import describe_unreadable, find_unreadable
 from convnext_jax.data.dataset import Dataset
-from convnext_jax.data.loading import Waiting, no_word
+from convnext_jax.data.loading import WaitCallback, ignore_wait
 from convnext_jax.data.pipeline import Batch, Share, Unreadable, eval_batches, prefetch_to_device, train_batches
 from convnext_jax.errors import UserError
 from convnext_jax.interop import Licence
@@ -39,15 +39,15 @@ from convnext_jax.runtime.processes import (
 from convnext_jax.runtime.stop import Stop, Stopped, stop_signal
 from convnext_jax.tasks import make_task
 from convnext_jax.training.data_facts import check_same_data, data_facts, evaluation_change
-from convnext_jax.training.describe import describe, finished
+from convnext_jax.training.describe import describe, final_message
 from convnext_jax.training.durations import Durations, make_durations
-from convnext_jax.training.evaluation import evaluate, make_eval_step, make_figures, metrics_of
+from convnext_jax.training.evaluation import compute_metrics, evaluate, make_eval_step, make_figures
 from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import check_batch_size, make_mesh, replicated
-from convnext_jax.training.step import SKIPS_IN_A_ROW
+from convnext_jax.training.step import MAX_SKIPS_IN_A_ROW
 from convnext_jax.training.weights import licence_of_run, load_weights
 
-SAVE_AGAIN = (1, 3, 9)
+SAVE_RETRY_DELAYS = (1, 3, 9)
 """Seconds to wait before each retry of a save that must not fail: in total, less than the notice of a preemption."""
 
 LAST_VALUES = ('learning_rate', 'grad_norm', 'param_norm', 'skipped', 'skips_in_a_row')
@@ -90,12 +90,12 @@ def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = Non
             if state is None or not run.is_done(int(state.step), workdir):
                 for line in describe(config, durations, mesh, run.model, train_set, eval_set, workdir):
                     say(line)
-                run.go(state or run.first_state(), workdir, profile)
-        say(finished(workdir, config, headline))
+                run.run_steps(state or run.first_state(), workdir, profile)
+        say(final_message(workdir, config, headline))
 
 
 class NotFinite(UserError):
-    """The loss or its gradient was not finite in `SKIPS_IN_A_ROW` consecutive steps."""
+    """The loss or its gradient was not finite in `MAX_SKIPS_IN_A_ROW` consecutive steps."""
 
 
 class Run(Program):
@@ -154,7 +154,7 @@ class Run(Program):
 
     def first_state(self) -> TrainState:
         """The state before the first step: random from the seed, or from the weights that `config.init` names."""
-        state = jax.jit(self.fresh_state, out_shardings=self.state_sharding)()
+        state = jax.jit(self.newly_initialised_state, out_shardings=self.state_sharding)()
         if not self.config.init.weights:
             return state
         weights, notes, self.licence = load_weights(self.task, state.weights, self.train_set.facts)
@@ -178,7 +178,7 @@ class Run(Program):
         records = read_records(workdir) if is_main_process() else []
         return all_gather_objects(any((record['step'], record['split']) == (step, split) for record in records))[0]
 
-    def go(self, state: TrainState, workdir: Path, profile: ProfileWindow | None = None) -> None:
+    def run_steps(self, state: TrainState, workdir: Path, profile: ProfileWindow | None = None) -> None:
         """Trains from a state to the last step.
 
         Args:
@@ -274,7 +274,7 @@ class Run(Program):
     def _share(self, batch_size: int) -> Share:
         return Share(batch_size, local_batch_indices(self.batch_sharding, batch_size))
 
-    def train_batches(self, start_step: int, waiting: Waiting = no_word) -> Generator[Batch, None, None]:
+    def train_batches(self, start_step: int, waiting: WaitCallback = ignore_wait) -> Generator[Batch, None, None]:
         """Global training batches on the devices, beginning with the batch of the next step.
 
         Args:
@@ -293,7 +293,7 @@ class Run(Program):
         )
         return prefetch_to_device(batches, self.batch_sharding)
 
-    def _check_evaluation_images(self, log: RunLog | NullLog, stop: Stop, waiting: Waiting) -> None:
+    def _check_evaluation_images(self, log: RunLog | NullLog, stop: Stop, waiting: WaitCallback) -> None:
         """Decodes the evaluation split before the first step; otherwise an unreadable image ends the run much later.
 
         Raises:
@@ -320,7 +320,7 @@ class Run(Program):
             log.say(f'checked {len(self.eval_set):,} images of {split} in {seconds:.0f} s: all can be read')
 
     def _evaluate(
-        self, log: RunLog | NullLog, step: int, state: TrainState, stop: Stop, waiting: Waiting
+        self, log: RunLog | NullLog, step: int, state: TrainState, stop: Stop, waiting: WaitCallback
     ) -> dict[str, float] | None:
         """Evaluates, records and returns the metrics of the evaluation split; None if a signal interrupted it."""
         share = self._share(self.config.batch_size // self.config.accumulation_steps)
@@ -329,7 +329,7 @@ class Run(Program):
         until_stopped = itertools.takewhile(lambda _: not stop.poll(), prefetch_to_device(batches, self.batch_sharding))
         first = next(until_stopped, None)
         rest: Iterable[Batch] = until_stopped if first is None else itertools.chain([first], until_stopped)
-        results = metrics_of(self.evaluator, *evaluate(self.eval_step, weights, rest))
+        results = compute_metrics(self.evaluator, *evaluate(self.eval_step, weights, rest))
         if stop.received:
             return None
         split = self.config.data.eval_split
@@ -363,7 +363,7 @@ class Run(Program):
 
     def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
         skips = int(metrics['skips_in_a_row'])
-        if skips >= SKIPS_IN_A_ROW:
+        if skips >= MAX_SKIPS_IN_A_ROW:
             self.checkpoints.wait()
             raise NotFinite(
                 f'the loss or its gradient has not been finite since step {step - skips + 1}; '
@@ -387,7 +387,7 @@ class Run(Program):
         Raises:
             NotSaved: the save and all retries failed.
         """
-        for seconds in (0, *SAVE_AGAIN):
+        for seconds in (0, *SAVE_RETRY_DELAYS):
             time.sleep(seconds)
             self._save(state, step, results)
             self.checkpoints.wait()

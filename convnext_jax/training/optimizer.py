@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters, Role
-from convnext_jax.models.layers import Tree, apart_on_cpu
+from convnext_jax.models.layers import Tree, fusion_barrier_on_cpu
 
 
 def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: float) -> dict[str, np.ndarray | float]:
@@ -134,7 +134,7 @@ def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.Gradient
     adam = optax.scale_by_adam(beta1, beta2, epsilon)
 
     def update(gradient: Parameters, state: optax.ScaleByAdamState, _=None, *, good: jax.Array, **others) -> tuple:
-        state = apart_on_cpu(select(good, adam.update(gradient, state)[1], state))
+        state = fusion_barrier_on_cpu(select(good, adam.update(gradient, state)[1], state))
         mean = optax.tree.bias_correction(state.mu, beta1, state.count)
         square = optax.tree.bias_correction(state.nu, beta2, state.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), state

@@ -53,7 +53,7 @@ class Program:
             peak, config.optimizer.min_learning_rate, durations.warmup_steps, durations.total_steps
         )
         self.batch_sharding = batch_sharding(mesh)
-        state = jax.eval_shape(self.fresh_state)
+        state = jax.eval_shape(self.newly_initialised_state)
         self.state_sharding = state_sharding(mesh, roles, state)
         self.abstract_state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, self.state_sharding
@@ -81,7 +81,7 @@ class Program:
         release_memory()
         return compiled
 
-    def fresh_state(self) -> TrainState:
+    def newly_initialised_state(self) -> TrainState:
         """The state before the first step, with random parameters. Jit it with `state_sharding`."""
         model, ema = self.task.build(init_key(self.config.seed)), self.config.ema.decay > 0
         return initial_state(get_parameters(model), self.optimizer, ema=ema, statistics=get_statistics(model))

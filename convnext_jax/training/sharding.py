@@ -19,7 +19,7 @@ from convnext_jax.models import Parameters, Role, Statistics
 from convnext_jax.models.layers import FSDP_AXIS
 
 Roles = dict[str, Role]
-SMALL = 2**15
+MIN_SHARDED_SIZE = 2**15
 """Parameters with fewer elements are replicated: sharding saves little memory, and each all-gather has a latency."""
 
 
@@ -81,25 +81,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def parameter_sharding(mesh: Mesh, role: Role, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of a parameter, its moments and its moving average.
 
-    The parameter is sharded along `fsdp` if its role has an `fsdp_axis`, it has at least `SMALL` elements, and the axis
-    is divisible. Otherwise it is replicated.
+    The parameter is sharded along `fsdp` if its role has an `fsdp_axis`, it has at least `MIN_SHARDED_SIZE` elements,
+    and the axis is divisible. Otherwise it is replicated.
     """
     axis, fsdp = role.fsdp_axis, mesh.shape[FSDP_AXIS]
-    if axis is None or fsdp == 1 or np.prod(shape) < SMALL or shape[axis] % fsdp:
+    if axis is None or fsdp == 1 or np.prod(shape) < MIN_SHARDED_SIZE or shape[axis] % fsdp:
         return replicated(mesh)
     axes: list[str | None] = [None] * len(shape)
     axes[axis] = FSDP_AXIS
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def parameters_sharding(mesh: Mesh, roles: Roles, parameters: Parameters) -> dict[str, NamedSharding]:
+def parameter_shardings(mesh: Mesh, roles: Roles, parameters: Parameters) -> dict[str, NamedSharding]:
     """`parameter_sharding` of each parameter, by name."""
     return {name: parameter_sharding(mesh, roles[name], x.shape) for name, x in parameters.items()}
 
 
-def share_held(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
+def fraction_per_device(mesh: Mesh, roles: Roles, parameters: Parameters) -> float:
     """The fraction of the elements of all parameters that one device stores, in (0, 1]."""
-    shardings = parameters_sharding(mesh, roles, parameters)
+    shardings = parameter_shardings(mesh, roles, parameters)
     held = sum(np.prod(shardings[name].shard_shape(x.shape)) for name, x in parameters.items())
     return float(held) / sum(x.size for x in parameters.values())
 
@@ -147,7 +147,7 @@ def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAn
     def over_devices(
         parameters: Parameters, statistics: Statistics, *examples: Any
     ) -> tuple[Sums, Parameters, Statistics]:
-        specs = {name: sharding.spec for name, sharding in parameters_sharding(mesh, roles, parameters).items()}
+        specs = {name: sharding.spec for name, sharding in parameter_shardings(mesh, roles, parameters).items()}
 
         def on_device(
             parameters: Parameters, statistics: Statistics, *examples: Any

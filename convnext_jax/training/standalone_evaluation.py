@@ -21,7 +21,7 @@ from convnext_jax.output import say
 from convnext_jax.runtime.processes import is_main_process, local_batch_indices, make_global_array
 from convnext_jax.runtime.stop import Stop
 from convnext_jax.tasks import abstract_model, make_task
-from convnext_jax.training.evaluation import evaluate, make_eval_step, metrics_of
+from convnext_jax.training.evaluation import compute_metrics, evaluate, make_eval_step
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.weights import newest_checkpoint, read_weights, weights_field
 
@@ -143,7 +143,7 @@ def _evaluate(
         step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))
         images, measured = evaluate(step, {'': parameters}, batches)
         rows += [{'data': name, 'split': split, **row} for row in evaluator.table(measured[''])]
-        yield {'data': name, 'split': split, **metrics_of(evaluator, images, measured)}
+        yield {'data': name, 'split': split, **compute_metrics(evaluator, images, measured)}
     if protocol.table:
         if not rows:
             raise UserError(f'the task {config.task} has no results per class for {protocol.table}: drop --per_class')

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from convnext_jax.checkpoints.state import TrainState, step_key
 from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters, Statistics, get_statistics, parameter_roles, with_parameters
-from convnext_jax.models.layers import apart_on_cpu
+from convnext_jax.models.layers import fusion_barrier_on_cpu
 from convnext_jax.tasks import Batch, Task
 from convnext_jax.training.optimizer import moving_average, select
 from convnext_jax.training.sharding import Sums, sum_over_mesh
 
-SKIPS_IN_A_ROW = 10
+MAX_SKIPS_IN_A_ROW = 10
 """After this many consecutive skipped steps, all further steps are skipped, until the training loop stops the run."""
 
 
@@ -83,14 +83,14 @@ def make_train_step(
         divisor = jnp.where(weight > 0, weight, 1.0)
         value, terms, gradient = jax.tree.map(lambda x: x / divisor, (total, terms, gradient))
         grad_norm = optax.tree.norm(gradient)
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < SKIPS_IN_A_ROW)
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.step - state.last_good < MAX_SKIPS_IN_A_ROW)
         for statistic in statistics.values():
             good &= jnp.isfinite(statistic).all()  # a variance can overflow even if the loss is finite
 
         learning_rate = schedule(state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters, good=good)
         parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state.parameters, updates)
-        parameters = apart_on_cpu(select(good, parameters, state.parameters))
+        parameters = fusion_barrier_on_cpu(select(good, parameters, state.parameters))
         statistics = select(good, statistics, state.statistics)
         weights = parameters | statistics
         ema = None if state.ema is None else moving_average(state.ema, weights, config.ema.decay)

@@ -17,7 +17,7 @@ from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.runtime.processes import all_gather_objects, make_global_array
 from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
 
-FIELDS = {'raw': 'parameters', 'ema': 'ema'}
+STATE_FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
 
 def read_weights(where: str, params: str, name: str | None = None) -> Pretrained:
@@ -56,7 +56,7 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
     """Loads the weights from which a run starts, as the `init` section of its config says.
 
     Args:
-        task: chooses in `Task.adopt` which of the weights to use.
+        task: chooses in `Task.initial_weights` which of the weights to use.
         initial: the newly initialised parameters and statistics of the run. The result has their names, shapes, dtypes
             and shardings.
         facts: `Dataset.facts` of the training split.
@@ -65,11 +65,12 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
         The parameters and statistics by name, messages for the user, and the licence of the weights if it is known.
 
     Raises:
-        UserError: as for `read_weights` and `Task.adopt`, or names or shapes differ. The message lists the differences.
+        UserError: as for `read_weights` and `Task.initial_weights`, or names or shapes differ. The message lists the
+            differences.
     """
     where, params = task.config.init.weights, task.config.init.params
     trained, note, licence = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
-    loaded, more = task.adopt(initial, trained, facts)
+    loaded, more = task.initial_weights(initial, trained, facts)
     differences = [f'{name} is missing' for name in initial.keys() - loaded.keys()]
     differences += [f'{name} is unexpected' for name in loaded.keys() - initial.keys()]
     differences += [
@@ -79,7 +80,7 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
     ]
     if differences:
         raise UserError(f'the weights of {where} do not fit the model: {"; ".join(sorted(differences))}')
-    return {name: _placed(loaded[name], x.sharding) for name, x in initial.items()}, [note, *more], licence
+    return {name: _with_sharding(loaded[name], x.sharding) for name, x in initial.items()}, [note, *more], licence
 
 
 def _run_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
@@ -95,7 +96,7 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence
     """The weights in a file of another library without newly initialised parameters, a message, and their licence."""
     weights_field(params)
     pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
-    weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.fresh}
+    weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.newly_initialised}
     licence = pretrained.licence
     if licence:
         licence = dataclasses.replace(licence, source=f'{licence.source} of {where}')
@@ -103,7 +104,7 @@ def _other_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence
     return LoadedWeights(weights, pretrained.facts, where, pretrained), note, licence
 
 
-def _placed(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _with_sharding(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """The value as a global array with a sharding.
 
     An array that already has the sharding is returned unchanged, because it may be distributed over processes.
@@ -140,9 +141,9 @@ def weights_field(params: str) -> str:
     Raises:
         UserError: `params` is neither of the two.
     """
-    if params not in FIELDS:
+    if params not in STATE_FIELDS:
         raise UserError(f"weights are 'raw' or 'ema', not '{params}'")
-    return FIELDS[params]
+    return STATE_FIELDS[params]
 
 
 def _is_run(where: str) -> bool:

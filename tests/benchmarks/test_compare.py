@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import LONGEST, ONE_DEVICE
+from conftest import ONE_DEVICE, TIMEOUT
 from PIL import Image
 
 from benchmarks.compare import __main__ as compare_command
@@ -303,7 +303,7 @@ def test_no_process_outlives_the_command(commands, stand_in, number, status):
     children = Path(f'/proc/{command.pid}/task/{command.pid}/children').read_text().split()
     assert children
     os.kill(command.pid, number)
-    command.communicate(timeout=LONGEST)
+    command.communicate(timeout=TIMEOUT)
     assert command.returncode == status
     until = time.monotonic() + 300
     while any(map(is_running, children)):
@@ -323,7 +323,7 @@ def test_a_process_ends_in_the_middle_of_a_step(stand_in):
             while 'in a step' not in (line := worker.stderr.readline()):
                 assert line, 'the process ended before its first step'
             worker.stdin.close()
-            assert worker.wait(timeout=LONGEST) == 0
+            assert worker.wait(timeout=TIMEOUT) == 0
         finally:
             worker.kill()
 

@@ -46,7 +46,7 @@ def test_a_lock_may_become_visible_late_on_a_network_file_system(tmp_path, monke
     with locked_by_main_process(tmp_path):
         pass
     timer.join()
-    monkeypatch.setattr(workdir, 'SHOWN_WITHIN', 0.3)
+    monkeypatch.setattr(workdir, 'VISIBLE_TIMEOUT', 0.3)
     lock.write_text("of another folder's run")
     with pytest.raises(UserError, match='all hosts must share a file system'), locked_by_main_process(tmp_path):
         pass

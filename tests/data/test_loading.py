@@ -84,7 +84,7 @@ def test_an_example_of_another_shape_is_an_error(workers):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_read_that_hangs_is_reported_and_can_be_cancelled(workers, tmp_path, monkeypatch):
     """A file server that does not answer would prevent the training from saving and ending."""
-    monkeypatch.setattr(loading, 'GRACE', 0.5)
+    monkeypatch.setattr(loading, 'CLOSE_TIMEOUT', 0.5)
     os.mkfifo(tmp_path / 'pipe')
     calls, name = [], 'example {}'.format
 

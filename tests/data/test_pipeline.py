@@ -20,7 +20,7 @@ from convnext_jax.data.pipeline import (
     steps_per_epoch,
     train_batches,
 )
-from convnext_jax.data.sources import Example
+from convnext_jax.data.sources import EncodedImage
 from convnext_jax.errors import UserError
 
 
@@ -38,11 +38,11 @@ class Numbered:
 
     def __getitem__(self, index):
         if index in self._broken:
-            return Example(b'no image', index, f'number {index}')
+            return EncodedImage(b'no image', index, f'number {index}')
         buffer = io.BytesIO()
         pixels = np.random.default_rng(index).integers(0, 256, (6, 6), dtype=np.uint8)
         Image.fromarray(pixels).save(buffer, 'PNG')
-        return Example(buffer.getvalue(), index, self.name(index))
+        return EncodedImage(buffer.getvalue(), index, self.name(index))
 
     def name(self, index):
         return f'number {index}'

@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import LONGEST
+from conftest import TIMEOUT
 from PIL import Image as Picture
 
 from convnext_jax import __main__ as package_command
@@ -163,7 +163,7 @@ prepare.prepare_folder(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 'my
 def test_complete_shards_are_kept_after_a_kill(folder, tmp_path, monkeypatch, capsys):
     """Hours of copying would be repeated, or an incomplete data set would look complete."""
     command = [sys.executable, '-c', KILLED, str(folder), str(tmp_path / 'data')]
-    assert subprocess.run(command, cwd=ROOT, timeout=LONGEST).returncode == -9
+    assert subprocess.run(command, cwd=ROOT, timeout=TIMEOUT).returncode == -9
     scratch = tmp_path / 'data' / 'my_photos' / 'incomplete.1.0.0'
     kept = {path.name: path.stat().st_mtime_ns for path in scratch.glob('*array_record-*-of-?????')}
     assert len(kept) == 2
@@ -186,7 +186,7 @@ def test_complete_shards_are_kept_after_a_kill(folder, tmp_path, monkeypatch, ca
 
 def test_shards_of_other_images_are_removed(folder, tmp_path, monkeypatch, capsys):
     """Shards of two different folders would be mixed."""
-    subprocess.run([sys.executable, '-c', KILLED, str(folder), str(tmp_path / 'data')], cwd=ROOT, timeout=LONGEST)
+    subprocess.run([sys.executable, '-c', KILLED, str(folder), str(tmp_path / 'data')], cwd=ROOT, timeout=TIMEOUT)
     (folder / 'train' / 'żubr' / '3 é.jpg').unlink()
     monkeypatch.setattr(dataset_writer, 'SHARD_BYTES', 1500)
     prepare_folder(folder, tmp_path / 'data', 'my_photos')
@@ -203,7 +203,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 prepare_folder(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 'my_photos')
 """
     command = [sys.executable, '-c', code, str(folder), str(tmp_path / 'data')]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     shard = tmp_path / 'data/my_photos/incomplete.1.0.0/my_photos-train.array_record-00000-of-00001'
     assert f'UserError: {shard} cannot be written: ' in failed.stderr.splitlines()[-1]
     assert 'File too large' in failed.stderr.splitlines()[-1]

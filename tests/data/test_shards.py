@@ -11,7 +11,7 @@ from pathlib import Path
 import cloudpickle
 import numpy as np
 import pytest
-from conftest import LONGEST
+from conftest import TIMEOUT
 from PIL import Image
 
 from convnext_jax.data import shards
@@ -133,7 +133,7 @@ def test_a_source_can_be_used_by_processes_and_threads(directory):
     assert len(pickled) < 2000
     code = 'import pickle, sys; s = pickle.load(sys.stdin.buffer); print(len(s), s[321].label, s[321].name)'
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, '-c', code], input=pickled, cwd=root, capture_output=True, timeout=LONGEST)
+    result = subprocess.run([sys.executable, '-c', code], input=pickled, cwd=root, capture_output=True, timeout=TIMEOUT)
     assert result.stdout.decode().split() == ['600', '1', f'{directory / "big-0.tar"},', '0321.png'], result.stderr
     order = np.random.default_rng(0).permutation(600)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -151,7 +151,7 @@ print(len(source), source[2].label)
 """
     command = [sys.executable, '-c', code]
     processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=LONGEST)[0] for process in processes] == ['3 1\n'] * 2
+    assert [process.communicate(timeout=TIMEOUT)[0] for process in processes] == ['3 1\n'] * 2
     assert len(list(directory.glob('*npy*'))) == 1
 
 

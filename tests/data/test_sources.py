@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LONGEST
+from conftest import TIMEOUT
 from PIL import Image
 
 from convnext_jax.data.labelled_images import MAX_LABELS, EvalImages
@@ -89,7 +89,7 @@ for split, count in {'train': 5000, 'test': 1000}.items():
 assert 'tensorflow' not in sys.modules
 """
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, timeout=LONGEST)
+    result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, timeout=TIMEOUT)
     assert result.returncode == 0, result.stderr
 
 

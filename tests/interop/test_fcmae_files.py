@@ -134,4 +134,4 @@ def test_encoders_go_out_without_a_head_and_come_back(tmp_path, layout, name):
     assert not any('head.fc' in name or 'classifier' in name or name.startswith('head.w') for name in tensors)
     back = read_pretrained(tmp_path / 'out', num_classes=1, key=jax.random.key(0), name=name)
     assert_equal(back.model, pretrained.model, but=('head.kernel', 'head.bias'))
-    assert back.fresh == ('head.kernel', 'head.bias')
+    assert back.newly_initialised == ('head.kernel', 'head.bias')

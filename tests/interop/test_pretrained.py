@@ -29,7 +29,7 @@ def test_round_trip_is_bit_exact(tmp_path, name, layout):
     save_pretrained(model, tmp_path / 'out', layout=layout, class_names=NAMES)
     loaded = read_pretrained(tmp_path / 'out')
     assert_equal(loaded.model, model)
-    assert (loaded.layout, loaded.notes, loaded.fresh) == (layout, [], ())
+    assert (loaded.layout, loaded.notes, loaded.newly_initialised) == (layout, [], ())
     assert loaded.class_names == NAMES
 
 
@@ -40,7 +40,7 @@ def test_the_original_layout_loads(tmp_path, name):
     save(state_dict(model), tmp_path / 'model.safetensors')
     loaded = read_pretrained(tmp_path / 'model.safetensors')
     assert_equal(loaded.model, model)
-    assert (loaded.layout, loaded.notes, loaded.fresh) == ('original', [], ())
+    assert (loaded.layout, loaded.notes, loaded.newly_initialised) == ('original', [], ())
 
 
 def test_timm_has_no_isotropic_models(tmp_path):
@@ -170,9 +170,9 @@ def test_an_fcmae_encoder_becomes_dense(tmp_path, wrapper):
     model = random_model()
     save({wrapper + name: x for name, x in fcmae_state_dict(model).items()}, tmp_path / 'fcmae.safetensors')
     loaded = read_pretrained(tmp_path / 'fcmae.safetensors', num_classes=9, key=jax.random.key(0))
-    assert loaded.fresh == ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
+    assert loaded.newly_initialised == ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
     assert loaded.notes == ['the last norm and the head are newly initialised: the file has none']
-    assert_equal(loaded.model, model, but=loaded.fresh)
+    assert_equal(loaded.model, model, but=loaded.newly_initialised)
 
 
 def test_another_number_of_classes_gets_a_new_head_with_a_warning(tmp_path):

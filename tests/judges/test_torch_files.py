@@ -224,7 +224,7 @@ def test_the_original_layout_round_trip_is_bit_exact(tmp_path, name):
     assert_equal(load_pretrained(tmp_path / 'out' / 'model.pth'), model)
     loaded = read_pretrained(tmp_path / 'out')
     assert_equal(loaded.model, model)
-    assert (loaded.layout, loaded.notes, loaded.fresh) == ('original', [], ())
+    assert (loaded.layout, loaded.notes, loaded.newly_initialised) == ('original', [], ())
 
 
 def test_options_that_the_original_layout_stores(tmp_path):
@@ -250,7 +250,7 @@ def test_an_fcmae_checkpoint_is_read(tmp_path, wrapper):
     tensors = {wrapper + name: torch.from_numpy(x) for name, x in random_models.fcmae_state_dict(model).items()}
     torch.save({'model': tensors}, tmp_path / 'fcmae.pt')
     loaded = read_pretrained(tmp_path / 'fcmae.pt', num_classes=9, key=jax.random.key(0))
-    assert_equal(loaded.model, model, but=loaded.fresh)
+    assert_equal(loaded.model, model, but=loaded.newly_initialised)
 
 
 def test_a_folder_with_an_incomplete_pytorch_file_is_a_user_error(tmp_path):

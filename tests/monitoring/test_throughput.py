@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import LONGEST, ONE_DEVICE, ROOT, SMALL_RUN
+from conftest import ONE_DEVICE, ROOT, SMALL_RUN, TIMEOUT
 from PIL import Image
 
 import train as train_command
@@ -195,7 +195,7 @@ def test_a_read_that_hangs_is_named_and_a_signal_still_saves(commands, tmp_path,
     heard = rf'train after step (\d+): no batch for \d+ s, still waiting for {file}\n'
     said = next(filter(None, (re.fullmatch(heard, line) for line in process.stderr)))
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=LONGEST)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGTERM, out + err
     (step,) = saved_steps(run / 'checkpoints')
     assert step == int(said[1])
@@ -242,7 +242,7 @@ def test_every_process_names_a_straggling_process(tmp_path):
         for process in range(2)
     ]
     for process in processes:
-        out, err = process.communicate(timeout=LONGEST)
+        out, err = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 0, err
         (named,) = re.findall(r'(process \d) \(.+?\) delays the others: it spends .* on other work', out)
         assert named == 'process 1'

@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import LONGEST, SMALL_TRAIN
+from conftest import SMALL_TRAIN, TIMEOUT
 
 from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.errors import UserError
@@ -78,7 +78,7 @@ def test_a_run_stopped_in_the_window_writes_its_trace_and_caches_the_compiled_st
     while process.poll() is None and not read_records(run):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=LONGEST)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGTERM, out + err
     last = saved_steps(run / 'checkpoints')[-1]
     assert traced_steps(run / 'tensorboard') == list(range(2, last))

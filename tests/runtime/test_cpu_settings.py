@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LONGEST
+from conftest import TIMEOUT
 
 from convnext_jax.runtime import cpu_settings
 from convnext_jax.runtime.cpu_settings import (
@@ -100,7 +100,7 @@ def test_the_network_gives_equal_results_with_each_flag(tmp_path):
             path = tmp_path / f'{name}.npz'
             environment = os.environ | {'XLA_FLAGS': f'--xla_backend_optimization_level=1 {flag}'}
             subprocess.run(
-                [sys.executable, '-c', NETWORK, path], env=environment, cwd=ROOT, check=True, timeout=LONGEST
+                [sys.executable, '-c', NETWORK, path], env=environment, cwd=ROOT, check=True, timeout=TIMEOUT
             )
             found[name] = np.load(path)
     for name, arrays in found.items():
@@ -127,15 +127,15 @@ def test_the_launcher_starts_a_command_with_the_settings_and_its_arguments(monke
     settings = missing_settings()
     expected = f'{settings.get("GLIBC_TUNABLES")} {settings.get("XLA_FLAGS")} {["a b", "--c=1"]}\n'
     command = [LAUNCHER, sys.executable, '-c', PRINT, 'a b', '--c=1']
-    assert subprocess.check_output(command, text=True, timeout=LONGEST) == expected
+    assert subprocess.check_output(command, text=True, timeout=TIMEOUT) == expected
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.perturb=0')
     monkeypatch.setenv('XLA_FLAGS', '')
-    assert subprocess.check_output(command, text=True, timeout=LONGEST).startswith('glibc.malloc.perturb=0  [')
+    assert subprocess.check_output(command, text=True, timeout=TIMEOUT).startswith('glibc.malloc.perturb=0  [')
 
 
 @pytest.mark.parametrize('arguments', [(), ('make', 'demo')])
 def test_the_launcher_refuses_commands_other_than_python(arguments):
     """Another program would run twice, first with the path of `cpu_settings.py` as its argument."""
-    refused = subprocess.run([LAUNCHER, *arguments], capture_output=True, text=True, timeout=LONGEST)
+    refused = subprocess.run([LAUNCHER, *arguments], capture_output=True, text=True, timeout=TIMEOUT)
     assert (refused.returncode, refused.stdout) == (2, '')
     assert refused.stderr == 'usage: launch/cpu.sh PYTHON SCRIPT [ARGUMENT]...\n'

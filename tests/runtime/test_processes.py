@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import LONGEST, SMALL_TRAIN, STEPS
+from conftest import SMALL_TRAIN, STEPS, TIMEOUT
 
 import eval as eval_command
 from convnext_jax.checkpoints.checkpoint import restore_parameters, saved_steps
@@ -100,7 +100,7 @@ def test_two_processes_resume_from_one_checkpoint_and_a_signal_to_one_saves_both
     shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
     job, (_, second) = start_and_wait_for_a_record(commands, run, '--config.checkpoint_every_steps=1000', step=21)
     os.kill(second, signal.SIGTERM)
-    out, err = job.communicate(timeout=LONGEST)
+    out, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 128 + signal.SIGTERM, out + err
     assert out.count(f'checkpoint {STEPS} is damaged') == 1
     assert f'resumes at step 20 of {STEPS}' in out
@@ -120,7 +120,7 @@ def test_when_a_process_is_killed_the_other_ends_with_an_error(commands, tmp_pat
     """After one host failed, the others would wait, and cost money, until somebody noticed."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(second, signal.SIGKILL)
-    _, err = job.communicate(timeout=LONGEST)
+    _, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 128 + signal.SIGKILL
     assert sorted(line for line in err.splitlines() if 'preemption' not in line) == [
         'error: process 1 has not responded for 20 s: see its output, and run the same command on all hosts to resume',
@@ -132,7 +132,7 @@ def test_a_failed_write_of_one_process_ends_all_immediately(commands, tmp_path):
     """The pod would wait for twenty minutes, the timeout of the barriers in Orbax, before it shows the error."""
     job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run')
     resource.prlimit(second, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    _, err = job.communicate(timeout=LONGEST)
+    _, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 2, err
     problem = re.search(r'^error: process 1 failed: step (\d+) could not be saved to .*: File too large$', err, re.M)
     assert problem, err
@@ -144,7 +144,7 @@ def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
     """The other hosts would wait forever. JAX ends them when it loses its coordination service in process 0."""
     job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
     os.kill(first, signal.SIGKILL)
-    _, err = job.communicate(timeout=LONGEST)
+    _, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 128 + signal.SIGKILL
     assert 'launch/local.py: process 0 was ended by SIGKILL' in err
     assert 'another task died' in err
@@ -158,7 +158,7 @@ def test_an_error_of_one_process_ends_all_and_each_shows_it(commands, tmp_path):
         commands.start(*SMALL_TRAIN, f'--workdir={tmp_path / str(number)}', *flags, f'--process_id={number}')
         for number in range(2)
     ]
-    errors = [process.communicate(timeout=LONGEST)[1].splitlines() for process in processes]
+    errors = [process.communicate(timeout=TIMEOUT)[1].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     text = f'workdir {tmp_path / "1"} differs from the one of process 0: all hosts must share a file system'
     assert errors == [[f'error: process 1 failed: {text}'], [f'error: {text}']]
@@ -217,7 +217,7 @@ def test_one_process_alone_is_a_complete_job():
 
 def test_the_local_launcher_ends_all_when_one_fails(monkeypatch, capfd):
     """A job would hang, or exit with status 0, although a process failed."""
-    monkeypatch.setattr(local, 'GRACE', 0.5)
+    monkeypatch.setattr(local, 'EXIT_TIMEOUT', 0.5)
     code = 'import sys, time; last = sys.argv[-1] == "--process_id=1"; sys.exit(7) if last else time.sleep(100)'
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

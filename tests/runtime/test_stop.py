@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import LONGEST, SMALL_TRAIN, STEPS, fingerprints
+from conftest import SMALL_TRAIN, STEPS, TIMEOUT, fingerprints
 
 from configs.fashion_mnist import get_config
 from convnext_jax.checkpoints.checkpoint import saved_steps
 from convnext_jax.checkpoints.manager import NotSaved
-from convnext_jax.data.loading import no_word
+from convnext_jax.data.loading import ignore_wait
 from convnext_jax.errors import UserError
 from convnext_jax.monitoring.logging import RunLog
 from convnext_jax.monitoring.records import read_records
@@ -37,7 +37,7 @@ def test_a_run_that_gets_a_signal_saves_and_says_how_to_resume(commands, finishe
     while process.poll() is None and not read_records(run):
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=LONGEST)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + number, out + err
     assert 'Traceback' not in err
     step = saved_steps(run / 'checkpoints')[-1]
@@ -140,12 +140,12 @@ def stopped_run(tmp_path, monkeypatch, checkpoints, error, every=1000, after=1):
 
     monkeypatch.setattr(run, 'train_batches', batches)
     monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
-    run.go(SimpleNamespace(step=0), tmp_path)
+    run.run_steps(SimpleNamespace(step=0), tmp_path)
 
 
 def test_a_stop_signal_hides_no_error(tmp_path, monkeypatch):
     """A run would claim that it is saved, although a save failed or an image was broken at the moment of the signal."""
-    monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
+    monkeypatch.setattr(loop, 'SAVE_RETRY_DELAYS', (0,))
     with pytest.raises(
         NotSaved, match=r'^not saved: step 2 \(the disk is full\); there is no checkpoint yet. Free disk space'
     ):
@@ -159,7 +159,7 @@ def test_a_stop_signal_hides_no_error(tmp_path, monkeypatch):
 
 def test_a_state_whose_save_failed_is_not_reported_as_saved(tmp_path, monkeypatch):
     """A run would stop at a step whose save has failed, without a second attempt and without an error."""
-    monkeypatch.setattr(loop, 'SAVE_AGAIN', (0,))
+    monkeypatch.setattr(loop, 'SAVE_RETRY_DELAYS', (0,))
     for error, end in (
         (UserError('7.jpg is broken'), pytest.raises(UserError, match='^7.jpg is broken$')),
         (DataStalled(), pytest.raises(Stopped, match='stopped by SIGTERM at step 1, which is saved')),
@@ -194,7 +194,7 @@ def test_a_signal_in_the_evaluation_at_a_resume_stops_immediately(tmp_path, monk
     monkeypatch.setattr(run, 'compile', lambda *_: pytest.fail('the run continues'))
     monkeypatch.setattr(loop, 'stop_signal', lambda: contextlib.nullcontext(stop))
     with pytest.raises(Stopped, match=f'at step {step}, which is saved'):
-        run.go(SimpleNamespace(step=step), tmp_path)
+        run.run_steps(SimpleNamespace(step=step), tmp_path)
     assert (evaluated, saves.steps) == ([step], [])
 
 
@@ -211,9 +211,9 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
         return Measured(dict.fromkeys(names, np.zeros(()))), np.ones(8)
 
     run.eval_step = eval_step
-    state = jax.eval_shape(run.fresh_state)
+    state = jax.eval_shape(run.newly_initialised_state)
     state.ema = {}
     with RunLog(tmp_path, 0, run.durations.total_steps, run.task.headline) as log:
-        assert run._evaluate(log, 1, state, stop, no_word) is None
+        assert run._evaluate(log, 1, state, stop, ignore_wait) is None
     assert len(batches) == 3
     assert read_records(tmp_path) == []

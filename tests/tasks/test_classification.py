@@ -69,10 +69,12 @@ def test_weights_without_a_head_get_a_new_one():
     initial, trained = (get_parameters(small_model(seed)) for seed in range(2))
     encoder = {name: x for name, x in trained.items() if not name.startswith(('norm.', 'head.'))}
     facts = {'class names': ['ant', 'bee']}
-    adopted, notes = make_task(default_config()).adopt(initial, LoadedWeights(encoder, {}, 'runs/fcmae'), facts)
-    assert adopted.keys() == initial.keys()
+    chosen, notes = make_task(default_config()).initial_weights(
+        initial, LoadedWeights(encoder, {}, 'runs/fcmae'), facts
+    )
+    assert chosen.keys() == initial.keys()
     assert notes == ['newly initialised: norm.scale, norm.bias, head.kernel, head.bias']
-    for name, x in adopted.items():
+    for name, x in chosen.items():
         np.testing.assert_array_equal(x, encoder.get(name, initial[name]))
 
 

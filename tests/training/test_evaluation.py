@@ -12,7 +12,7 @@ from convnext_jax.data.augment import normalize
 from convnext_jax.models import ConvNeXt, Variant, get_parameters, with_parameters
 from convnext_jax.tasks import Evaluator, Measured
 from convnext_jax.tasks.accuracy import Accuracy
-from convnext_jax.training.evaluation import evaluate, make_eval_step, metrics_of
+from convnext_jax.training.evaluation import compute_metrics, evaluate, make_eval_step
 
 COUNT = 23
 MEAN, STD = (0.4, 0.5), (0.2, 0.3)
@@ -84,7 +84,7 @@ def ten_classes():
 def test_metrics_equal_numpy_for_any_batch_size(ten_classes, batch_size):
     """The accuracy would be wrong if padding counted, even as NaN, or if an example counted twice or not at all."""
     step, weights, images, labels, expected = ten_classes
-    metrics = metrics_of(ACCURACY, *evaluate(step, weights, batches(images, labels, batch_size)))
+    metrics = compute_metrics(ACCURACY, *evaluate(step, weights, batches(images, labels, batch_size)))
     assert metrics.pop('images') == COUNT
     assert metrics.keys() == {f'{prefix}{name}' for prefix in weights for name in ('loss', 'top1', 'top5', 'ece')}
     for prefix, values in expected.items():
@@ -99,7 +99,7 @@ def test_all_weights_are_evaluated_in_one_pass(ten_classes):
     step, weights, images, labels, expected = ten_classes
     read = []
     once = (read.append(number) or batch for number, batch in enumerate(batches(images, labels, 7)))
-    metrics = metrics_of(ACCURACY, *evaluate(step, weights, once))
+    metrics = compute_metrics(ACCURACY, *evaluate(step, weights, once))
     assert read == [0, 1, 2, 3]
     assert metrics['loss'] == pytest.approx(expected['']['loss'], rel=1e-5)
     assert metrics['ema_loss'] == pytest.approx(expected['ema_']['loss'], rel=1e-5)
@@ -112,7 +112,7 @@ def test_top5_is_100_with_fewer_than_five_classes(num_classes):
     model, raw, _ = build(num_classes)
     images, labels = examples(num_classes)
     step = jax.jit(make_eval_step(ACCURACY, model))
-    metrics = metrics_of(ACCURACY, *evaluate(step, {'': raw}, batches(images, labels, 64)))
+    metrics = compute_metrics(ACCURACY, *evaluate(step, {'': raw}, batches(images, labels, 64)))
     assert metrics['top5'] == 100
     assert metrics['top1'] == pytest.approx(metrics_in_numpy(model, raw, images, labels)['top1'])
 
@@ -124,7 +124,7 @@ def test_sharded_batches_give_the_same_metrics(ten_classes):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ('data',))
     by_example, replicated = shardings(mesh)
     sharded = (jax.device_put(batch, by_example) for batch in batches(images, labels, 16))
-    metrics = metrics_of(ACCURACY, *evaluate(step, jax.device_put(weights, replicated), sharded))
+    metrics = compute_metrics(ACCURACY, *evaluate(step, jax.device_put(weights, replicated), sharded))
     assert metrics['images'] == COUNT
     for prefix, values in expected.items():
         for name, value in values.items():
@@ -228,4 +228,4 @@ def test_results_of_examples_are_in_order_without_padding_and_sums_are_exact(dev
     images, measured = evaluate(step, {'': {'one': np.int32(1)}}, sharded)
     assert images == COUNT
     np.testing.assert_array_equal(measured[''].examples['number'], np.arange(COUNT) + 1)
-    assert metrics_of(Numbers(), images, measured) == {'images': COUNT, 'large': 3 * (2**24 + 1)}
+    assert compute_metrics(Numbers(), images, measured) == {'images': COUNT, 'large': 3 * (2**24 + 1)}

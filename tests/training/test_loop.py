@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FINE_TUNING, FINE_TUNING_STEPS, LONGEST, SMALL_TRAIN, STEPS, fingerprints
+from conftest import FINE_TUNING, FINE_TUNING_STEPS, SMALL_TRAIN, STEPS, TIMEOUT, fingerprints
 from PIL import Image
 
 import eval as evaluation
@@ -169,7 +169,7 @@ def test_failed_saves_are_reported_immediately_and_the_run_loses_nothing(command
             hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
     errors = process.stderr.read()
-    assert process.wait(timeout=LONGEST) == 0, errors
+    assert process.wait(timeout=TIMEOUT) == 0, errors
     assert 'Traceback' not in errors
     told = [number for number, line in enumerate(lines) if 'could not be saved' in line]
     assert told

@@ -30,10 +30,10 @@ from convnext_jax.training.program import Program
 from convnext_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
+    fraction_per_device,
     make_mesh,
     parameter_sharding,
     replicated,
-    share_held,
     state_sharding,
 )
 from convnext_jax.training.step import make_train_step
@@ -110,7 +110,7 @@ def runs(small_model):
     for name, shape in MESHES.items():
         program = make_program(small_config(), *shape)
         compiled = program.compile(program.abstract_state, program.abstract_batch)
-        first = jax.jit(program.fresh_state, out_shardings=program.state_sharding)()
+        first = jax.jit(program.newly_initialised_state, out_shardings=program.state_sharding)()
         state, losses = jax.tree.map(jnp.copy, first), []
         for step in range(STEPS):
             state, metrics = compiled(state, make_batch(program, step))
@@ -177,8 +177,8 @@ def test_large_models_are_sharded_but_never_along_the_block_axis(name):
     for parameter, array in parameters.items():
         spec = parameter_sharding(mesh, roles[parameter], array.shape).spec
         assert '.blocks.' not in parameter or not spec or spec[0] is None
-    assert 0.25 < share_held(mesh, roles, parameters) < 0.28
-    assert share_held(make_mesh(), roles, parameters) == 1
+    assert 0.25 < fraction_per_device(mesh, roles, parameters) < 0.28
+    assert fraction_per_device(make_mesh(), roles, parameters) == 1
 
 
 class Energy:
@@ -306,7 +306,9 @@ def test_a_device_holds_only_its_shard_of_the_state(runs):
     state = {name: run.compiled.memory_analysis().argument_size_in_bytes for name, run in runs.items()}
     assert state['8'] == pytest.approx(state['1'], rel=0.01)
     program = runs['4 × 2'].program
-    share = share_held(program.batch_sharding.mesh, parameter_roles(program.model), program.abstract_state.parameters)
+    share = fraction_per_device(
+        program.batch_sharding.mesh, parameter_roles(program.model), program.abstract_state.parameters
+    )
     assert share < 0.55
     assert state['4 × 2'] == pytest.approx(share * state['1'], rel=0.01)
 

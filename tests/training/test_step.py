@@ -14,7 +14,7 @@ from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.optimizer import adamw, cosine_schedule
 from convnext_jax.training.sharding import make_mesh
-from convnext_jax.training.step import SKIPS_IN_A_ROW, make_train_step
+from convnext_jax.training.step import MAX_SKIPS_IN_A_ROW, make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -149,8 +149,8 @@ def test_a_loss_that_is_not_finite_changes_only_the_counters(plain):
 def test_after_ten_skipped_steps_the_state_stays_unchanged(plain):
     """The loop checks for skips only when it logs, and the state of the tenth skip would be lost until then."""
     train_step, state = plain
-    stuck = dataclasses.replace(state, step=np.int32(SKIPS_IN_A_ROW), last_good=np.int32(0))
+    stuck = dataclasses.replace(state, step=np.int32(MAX_SKIPS_IN_A_ROW), last_good=np.int32(0))
     new, metrics = train_step(stuck, make_batch())
     assert np.isfinite(metrics['loss'])
-    assert int(metrics['skips_in_a_row']) == SKIPS_IN_A_ROW + 1
+    assert int(metrics['skips_in_a_row']) == MAX_SKIPS_IN_A_ROW + 1
     assert largest_difference(new.parameters, state.parameters) == 0

@@ -11,7 +11,7 @@ from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
-from convnext_jax.training.sharding import make_mesh, parameters_sharding
+from convnext_jax.training.sharding import make_mesh, parameter_shardings
 from convnext_jax.training.standalone_evaluation import EvaluationProtocol, evaluate_weights
 from convnext_jax.training.weights import load_weights, newest_checkpoint
 
@@ -88,7 +88,7 @@ def test_sharded_heads_keep_their_sharding(tmp_path):
     save_pretrained(old, tmp_path / 'out', class_names=[f'old {label}' for label in range(128)])
     mesh = make_mesh(fsdp=8)
     parameters = get_parameters(old)
-    initial = jax.device_put(parameters, parameters_sharding(mesh, parameter_roles(old), parameters))
+    initial = jax.device_put(parameters, parameter_shardings(mesh, parameter_roles(old), parameters))
     loaded, _ = load(tmp_path / 'out', initial, ['new', *(f'old {label}' for label in range(127))])
     assert 'fsdp' in loaded['head.kernel'].sharding.spec
     assert {name: x.sharding for name, x in loaded.items()} == {name: x.sharding for name, x in initial.items()}

@@ -45,7 +45,7 @@ def _training_step(workload: Workload, config: ConfigDict) -> Callable[[], objec
     images, labels = example_batch(workload)
     arrays = {'image': np.clip(128 + 50 * images, 0, 255), 'label': labels}
     batch = {name: jnp.asarray(arrays[name], x.dtype) for name, x in program.abstract_batch.items()}
-    state = jax.block_until_ready(jax.jit(program.fresh_state, out_shardings=program.state_sharding)())
+    state = jax.block_until_ready(jax.jit(program.newly_initialised_state, out_shardings=program.state_sharding)())
     train_step = None
 
     def step() -> object:
