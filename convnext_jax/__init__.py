@@ -1,4 +1,4 @@
-"""ConvNeXt V1 and V2 on JAX: models, pretrained weights and training, from a laptop's CPU to a TPU pod."""
+"""ConvNeXt V1 and V2 on JAX: train, fine-tune, evaluate and export, from a laptop's CPU to a TPU pod."""
 
 from convnext_jax import errors, interop, models
 from convnext_jax.interop import ImageProcessor, create_backbone, load_pretrained, save_pretrained
