@@ -26,7 +26,7 @@ from convnext_jax.data.sources import (
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
-from convnext_jax.models import ConvNeXt, Execution, Variant, Weights, get_variant
+from convnext_jax.models import ConvNeXt, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.accuracy import Accuracy
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
@@ -186,24 +186,18 @@ class Classification(Task):
         """Sets `model.num_classes` to 1,000 (ImageNet-1k) if it is 0."""
         self.config.model.num_classes = self.config.model.num_classes or 1000
 
-    def _variant(self) -> Variant:
-        model = self.config.model
-        layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
-        return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
-
     def build(self, key: jax.Array) -> ConvNeXt:
         """Builds the classifier with random parameters.
 
         Raises:
             UserError: as for `ConvNeXt`, or the images are smaller than the total stride of the network.
         """
-        model, size, variant = self.config.model, self.config.data.image_size, self._variant()
+        model, size, variant = self.config.model, self.config.data.image_size, self.variant()
         if size < variant.total_stride:
             raise UserError(
                 f'data.image_size={size} is below the total stride {variant.total_stride} of {model.name}: raise it, '
                 f'or lower model.patch_size={variant.patch_size}'
             )
-        execution = Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
         return ConvNeXt(
             variant,
             key=key,
@@ -211,13 +205,13 @@ class Classification(Task):
             drop_path_rate=model.drop_path_rate,
             head_init_scale=model.head_init_scale,
             in_channels=self.channels,
-            execution=execution,
+            execution=self.execution(),
         )
 
     @property
     def multiply_adds(self) -> int:
         config = self.config
-        return self._variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
+        return self.variant().multiply_adds(config.data.image_size, config.model.num_classes, self.channels)
 
     def initial_weights(
         self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]

@@ -16,16 +16,7 @@ from convnext_jax.data.unlabelled_images import UnlabelledImages, open_images
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.interop.fcmae import decoder_parameters
-from convnext_jax.models import (
-    ConvNeXt,
-    Execution,
-    Variant,
-    Weights,
-    get_parameters,
-    get_variant,
-    parameter_roles,
-    with_parameters,
-)
+from convnext_jax.models import ConvNeXt, Weights, get_parameters, parameter_roles, with_parameters
 from convnext_jax.models.fcmae import PATCH_SIZE, MaskedAutoencoder, patch_errors, reconstruct, split_decoder
 from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
 from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
@@ -137,29 +128,18 @@ class FCMAE(Task):
         images = random_flip(batch['image'], keys) if self.config.augment.flip else batch['image']
         return {'image': normalize(images, self.config.data.mean, self.config.data.std)}
 
-    def variant(self) -> Variant:
-        """The architecture of the encoder.
-
-        Raises:
-            UserError: the model name is unknown.
-        """
-        model = self.config.model
-        layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
-        return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
-
     def build(self, key: jax.Array) -> MaskedAutoencoder:
         """Builds the network with random parameters.
 
         Raises:
             UserError: as for `MaskedAutoencoder`.
         """
-        model = self.config.model
         network = MaskedAutoencoder(
             self.variant(),
             key=key,
             in_channels=self.channels,
-            drop_path_rate=model.drop_path_rate,
-            execution=Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas),
+            drop_path_rate=self.config.model.drop_path_rate,
+            execution=self.execution(),
         )
         factor = self.config.fcmae.init_std / 0.02  # the layers draw kernels with 0.02
         kernels = {name for name, role in parameter_roles(network).items() if role.decays}

@@ -13,7 +13,7 @@ from convnext_jax.data.dataset import Batch, Dataset, Features
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import Pretrained
-from convnext_jax.models import Weights
+from convnext_jax.models import Execution, Variant, Weights, get_variant
 
 
 class Loss(NamedTuple):
@@ -182,6 +182,21 @@ class Task(abc.ABC):
 
     def assume_data(self) -> None:  # noqa: B027 - few tasks need it
         """Sets the config fields that `open` would set, so that a program can be compiled without data."""
+
+    def variant(self) -> Variant:
+        """The architecture of the trunk, from `config.model`.
+
+        Raises:
+            UserError: the model name is unknown.
+        """
+        model = self.config.model
+        layer_scale_init = None if model.layer_scale_init < 0 else model.layer_scale_init
+        return get_variant(model.name).replace(patch_size=model.patch_size or None, layer_scale_init=layer_scale_init)
+
+    def execution(self) -> Execution:
+        """How the network is computed, from `config.model`."""
+        model = self.config.model
+        return Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
 
     @abc.abstractmethod
     def build(self, key: jax.Array) -> nnx.Module:
