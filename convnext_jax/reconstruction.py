@@ -1,4 +1,4 @@
-"""Reconstructions of images in files by an FCMAE run."""
+"""Reconstructs image files with the network of an FCMAE run."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ def reconstruct_photos(workdir: str, photos: Sequence[Path], params: str = 'raw'
     config = read_config(workdir_path(workdir) / CONFIG)
     task = make_task(config)
     if not isinstance(task, FCMAE):
-        raise UserError(f'{workdir} is a run of the task {config.task}, and only an fcmae run reconstructs images')
+        raise UserError(f'{workdir} is a run of the task {config.task}, but only runs of fcmae reconstruct images')
     directory, step = newest_checkpoint(workdir_path(workdir))
     try:
         weights = restore_parameters(directory, step, field)

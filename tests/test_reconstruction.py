@@ -65,5 +65,7 @@ def test_photographs_are_reconstructed_side_by_side(run, tmp_path, capsys):
 def test_a_run_of_another_task_is_refused(tmp_path):
     """A classifier has no decoder."""
     (tmp_path / CONFIG).write_text(to_json(as_dict(default_config())))
-    with pytest.raises(UserError, match='is a run of the task classification, and only an fcmae run reconstructs'):
+    with pytest.raises(
+        UserError, match='is a run of the task classification, but only runs of fcmae reconstruct images'
+    ):
         next(reconstruction.reconstruct_photos(str(tmp_path), [tmp_path / 'a.png']))

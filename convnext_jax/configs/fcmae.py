@@ -4,13 +4,13 @@
     python train.py --config=configs/v2_finetune.py:atto --config.data.dir=DATA \\
         --config.init.weights=runs/fcmae_atto --workdir=runs/atto
 
-After the colon, SIZE: atto, femto, pico, nano, tiny, base, large, huge; 1600 epochs, as the published weights. With
-SIZE_800 it is half of them, the default of the original's code.
+The variant after the colon is a size: atto, femto, pico, nano, tiny, base, large or huge. It trains for 1600 epochs, as
+the published weights were. SIZE_800 trains for 800 epochs, the default of the original code.
 
-Any folder of images will do: --config.data.name=folder --config.data.dir=PHOTOS, and for photographs that are not in
-folders for splits --config.data.train_split=images[:95%] --config.data.eval_split=images[95%:].
+To train on a folder of images: --config.data.name=folder --config.data.dir=PHOTOS. If the folder has no subfolders for
+splits, add --config.data.train_split=images[:95%] --config.data.eval_split=images[95%:].
 
-The number to compare is the top-1 after fine-tuning, configs/v2_finetune.py. Meant for 16 to 64 accelerators.
+Compare the top-1 accuracy after fine-tuning with configs/v2_finetune.py. The hardware is 16 to 64 accelerators.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Data sets of images without labels: a folder of images, or a labelled source whose labels are not used."""
+"""Data sets of images without labels: a folder of images, or a labelled source whose labels are ignored."""
 
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.paths import local_path
 
 ALL_IMAGES = 'images'
-"""Name of the split with all images below `data.dir`, for a folder without subfolders for splits."""
+"""Name of the split that contains all images of `data.dir`, for a folder without subfolders for splits."""
 
 
 def open_images(name: str, directory: str, split: str) -> Source:
@@ -22,7 +22,7 @@ def open_images(name: str, directory: str, split: str) -> Source:
 
     Args:
         name, directory: as for `open_source`.
-        split: as for `open_source`; for a 'folder' also 'images', or a part such as 'images[:95%]'.
+        split: as for `open_source`. If `name` is 'folder', also 'images' or a part of it, such as 'images[:95%]'.
 
     Raises:
         UserError: as for `open_source`.
@@ -35,9 +35,10 @@ def open_images(name: str, directory: str, split: str) -> Source:
 
 
 class UnlabelledFolder:
-    """All images below `directory/split`, at any depth. 'images' is `directory` itself if it has no such folder.
+    """All images in `directory/split` and its subfolders.
 
-    `find_images` decides which files are images. A warning counts the other files.
+    The split 'images' is `directory` itself, unless `directory` has a subfolder with this name. `find_images` decides
+    which files are images. A warning counts the other files.
     """
 
     class_names = ()
@@ -48,13 +49,13 @@ class UnlabelledFolder:
         root = directory if split == ALL_IMAGES and not (directory / ALL_IMAGES).is_dir() else directory / split
         if not root.is_dir():
             raise UserError(
-                f'{root} is not a folder: data.dir holds a folder for each split. For images without such folders give '
+                f'{root} is not a folder: data.dir needs a subfolder for each split. If it has none, set '
                 f'--config.data.train_split={ALL_IMAGES}[:95%] --config.data.eval_split={ALL_IMAGES}[95%:]'
             )
         found = find_images(root)
         left_out = describe_left_out(found.left_out) if found.left_out else ''
         if not found.paths:
-            raise UserError(f'{root} holds no images' + (f'; {left_out}' if left_out else ''))
+            raise UserError(f'{root} contains no images' + (f'; {left_out}' if left_out else ''))
         if left_out:
             warnings.warn(f'{root}: {left_out}', stacklevel=3)
         self.files = found.paths
@@ -74,11 +75,11 @@ class UnlabelledFolder:
 
 
 class UnlabelledImages(Dataset):
-    """The images of a data set without their labels.
+    """The images of a labelled data set, without the labels.
 
     Args:
-        images: the images, with a label that is dropped.
-        numbered: whether an example also has its index in the data set, `index` () int32.
+        images: the images; their labels are dropped.
+        numbered: whether an example also has `index`, () int32, its index in the data set.
     """
 
     def __init__(self, images: TrainImages | EvalImages, *, numbered: bool = False):

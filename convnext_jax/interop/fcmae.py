@@ -1,4 +1,4 @@
-"""Encoder and decoder in the FCMAE pre-training files of the original repository."""
+"""The encoder and the decoder in FCMAE checkpoints of the original repository."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,7 @@ PARTS = {
 
 
 def split_original(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Splits the tensors of a file into encoder and decoder. The second part is {} if the file has no decoder.
+    """Splits the tensors of a file into encoder and decoder. The second dict is empty if the file has no decoder.
 
     Args:
         tensors: name → tensor, without the prefix `encoder.`.
@@ -69,5 +69,5 @@ def decoder_parameters(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) 
             problems.append(f'{theirs} is {tensors[theirs].shape}, which does not fit {shapes[ours]}')
         parameters[ours] = jax.device_put(x)
     if problems:
-        raise UserError(f"the decoder is not the original's of one block: {'; '.join(problems)}")
+        raise UserError(f'the decoder does not match the original decoder with one block: {"; ".join(problems)}')
     return parameters

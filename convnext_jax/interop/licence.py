@@ -1,4 +1,4 @@
-"""The licence of weights: read from the files beside them, and written into a model card."""
+"""The licence of weights: read from the other files in their folder, and written into a model card."""
 
 import dataclasses
 import warnings
@@ -35,11 +35,11 @@ class Licence:
 
 
 def read_licence(folder: Path, config: dict) -> Licence | None:
-    """The licence that a folder states in its model card, or else in its config; None if it states no licence.
+    """The licence in a folder's model card or, if the card has none, in its config. None if neither has one.
 
     Args:
         folder: a folder of weights.
-        config: content of the folder's `config.json`, or {}. timm states the licence in its entry `pretrained_cfg`.
+        config: content of the folder's `config.json`, or {}. timm stores the licence in the entry `pretrained_cfg`.
     """
     card = _read_card(folder / CARD)
     if licence := _text(card.get('license')):

@@ -1,4 +1,4 @@
-"""FCMAE, the pre-training of ConvNeXt V2 (arXiv:2301.00808): predicts the masked patches of images without labels."""
+"""FCMAE, the pre-training of ConvNeXt V2 (arXiv:2301.00808): predict the masked patches of images, without labels."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
 from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
 
 EVALUATION_SEED = 0
-"""Seed of the masks in evaluations. All runs use it, so that their losses can be compared."""
+"""Seed of the masks in evaluations. It is the same in all runs, so that their losses can be compared."""
 NORM_AND_HEAD = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
 """Parameters of a classifier that an encoder does not have."""
 GREY = 0.5
@@ -39,19 +39,19 @@ def _defaults(config: ConfigDict) -> None:
     config.fcmae = ConfigDict()
     config.fcmae.mask_ratio = 0.6  # fraction of the patches that are masked
     config.fcmae.mask_patch = 32  # side of a masked patch in pixels, a multiple of 32
-    # The encoder computes the norms of GRN over the visible positions of each 'image', as the JAX code that trained the
-    # published weights, or of the whole 'batch', as the published PyTorch code.
+    # GRN takes its norms over the visible positions of each 'image' (as in the JAX code that trained the published
+    # weights) or of the whole 'batch' (as in the published PyTorch code).
     config.fcmae.grn = 'image'
-    # Standard deviation of the initial kernels: 0.02 in the encoder of the original. Its pre-training code draws most
-    # kernels again without this value, with a standard deviation of 1.
+    # Standard deviation of the initial kernels. The original encoder has 0.02, but the original pre-training code
+    # initialises most kernels a second time, with a standard deviation of 1.
     config.fcmae.init_std = 0.02
 
 
 class FCMAE(Task):
-    """Pre-training: the encoder sees some patches of an image, and a decoder predicts the pixels of the other patches.
+    """The encoder gets the visible patches of an image, and a decoder predicts the pixels of the masked patches.
 
-    A batch contains `image` (N, H, W, C) uint8, in evaluation also `index` (N,) int32; augmented, `image` is float and
-    normalised.
+    A batch has `image`, (N, H, W, C) uint8, and in evaluation also `index`, (N,) int32. `augment` turns `image` into
+    normalised floats.
     """
 
     headline = Headline('loss', 'loss on masked patches', lowest=True, digits=4)
@@ -69,7 +69,7 @@ class FCMAE(Task):
         size, name, fcmae = self.config.data.image_size, self.config.model.name, self.config.fcmae
         lines, stride = [], self.variant().total_stride
         if stride != PATCH_SIZE:
-            lines.append(f'FCMAE needs a backbone with a total stride of {PATCH_SIZE}, and that of {name} is {stride}')
+            lines.append(f'FCMAE needs a backbone with a total stride of {PATCH_SIZE}, but {name} has {stride}')
         if not 0 < fcmae.mask_ratio < 1:
             lines.append(f'fcmae.mask_ratio must be between 0 and 1, not {fcmae.mask_ratio}')
         if fcmae.mask_patch < 1 or fcmae.mask_patch % PATCH_SIZE or size % fcmae.mask_patch:
@@ -80,10 +80,10 @@ class FCMAE(Task):
         if not lines and not 0 < self._visible_patches < self._side**2:
             lines.append(
                 f'fcmae.mask_ratio={fcmae.mask_ratio} of {self._side**2} patches leaves {self._visible_patches} '
-                'visible: take larger images or another ratio'
+                'visible patches: use larger images or another ratio'
             )
         if fcmae.grn == 'batch' and self.config.accumulation_steps > 1:
-            lines.append("fcmae.grn='batch' needs accumulation_steps=1: the norms are over the images computed at once")
+            lines.append("fcmae.grn='batch' needs accumulation_steps=1: GRN would see only a part of the batch")
         return lines
 
     @property
@@ -93,7 +93,7 @@ class FCMAE(Task):
 
     @property
     def _visible_patches(self) -> int:
-        """The number of visible patches of an image. It is rounded because 10 · (1 − 0.9) is slightly below 1."""
+        """The number of visible patches of an image, rounded because 10 · (1 − 0.9) is slightly below 1."""
         return int(round(self._side**2 * (1 - self.config.fcmae.mask_ratio), 9))
 
     @property
@@ -107,7 +107,7 @@ class FCMAE(Task):
         return {'image': jax.ShapeDtypeStruct((size, size, self.channels), jnp.uint8)}
 
     def open(self) -> tuple[UnlabelledImages, UnlabelledImages]:
-        """Opens both splits, with or without labels.
+        """Opens both splits. Labels are ignored.
 
         Raises:
             UserError: as for `open_images`.
@@ -124,7 +124,7 @@ class FCMAE(Task):
         return UnlabelledImages(images, numbered=True)
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
-        """Mirrors each image with probability ½, drawn from its key, and normalises it."""
+        """Flips each image horizontally with probability ½, and normalises it."""
         images = random_flip(batch['image'], keys) if self.config.augment.flip else batch['image']
         return {'image': normalize(images, self.config.data.mean, self.config.data.std)}
 
@@ -141,14 +141,14 @@ class FCMAE(Task):
             drop_path_rate=self.config.model.drop_path_rate,
             execution=self.execution(),
         )
-        factor = self.config.fcmae.init_std / 0.02  # the layers draw kernels with 0.02
+        factor = self.config.fcmae.init_std / 0.02  # the layers initialise kernels with 0.02
         kernels = {name for name, role in parameter_roles(network).items() if role.decays}
         parameters = get_parameters(network)
         return with_parameters(network, parameters | {name: factor * parameters[name] for name in kernels})
 
     @property
     def multiply_adds(self) -> int:
-        """The number of multiply-adds for one image, of the encoder at all positions and of the decoder."""
+        """The number of multiply-adds for one image: the encoder on the whole image, and the decoder."""
         config, size = self.config, self.config.data.image_size
         encoder = self.variant().multiply_adds(size, 0, self.channels)
         network = jax.eval_shape(self.build, jax.random.key(0))
@@ -157,12 +157,12 @@ class FCMAE(Task):
         return encoder + (config.data.image_size // PATCH_SIZE) ** 2 * kernels
 
     def visible(self, keys: jax.Array) -> Visible:
-        """The visible patches of images, drawn from the (N,) keys of the images."""
+        """Draws the visible patches of N images. `keys` (N,) has one random key for each image."""
         patches = draw_patches(keys, self._side, self._side, self._visible_patches)
         return Visible(patches, self.config.fcmae.grn)
 
     def loss(self, model: MaskedAutoencoder, batch: Batch, keys: jax.Array) -> Loss:
-        """The mean squared error of each masked patch, with weight 1 for each patch of `PATCH_SIZE` pixels."""
+        """The sum of the errors of all masked patches; its weight is their number."""
         mask_keys, model_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         visible = self.visible(mask_keys)
         errors, masked = masked_errors(model, batch['image'], visible, key=model_keys)
@@ -181,7 +181,7 @@ class FCMAE(Task):
         Args:
             model: the network, for inference.
             images: (N, H, W, C) uint8.
-            index: (N,) int32, the indices of the images in the split, from which the masks are drawn.
+            index: (N,) int32, the indices of the images in the split. They determine the masks.
 
         Returns:
             (N · H, 3 · W, 3) uint8.
@@ -196,13 +196,13 @@ class FCMAE(Task):
         return jnp.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
     def evaluation_mask(self, index: jax.Array) -> Visible:
-        """The visible patches of images of an evaluation, drawn from their (N,) indices in the split."""
+        """The visible patches of images in an evaluation. `index` (N,) has their indices in the split."""
         return self.visible(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(EVALUATION_SEED), index))
 
     def initial_weights(
         self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]
     ) -> tuple[Weights, list[str]]:
-        """Copies the encoder, and the decoder if the weights contain one. The head is dropped."""
+        """Takes the encoder and, if there is one, the decoder. The last norm and head of a classifier are dropped."""
         encoder, decoder = split_decoder(trained.weights)
         new = split_decoder(initial)[1]
         if trained.pretrained and trained.pretrained.decoder:
@@ -228,14 +228,14 @@ class FCMAE(Task):
 def masked_errors(
     model: MaskedAutoencoder, images: jax.Array, visible: Visible, *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The error of each patch of `PATCH_SIZE` pixels, and whether it was masked: two of (N, rows, columns)."""
+    """The error of each patch, and whether the patch is masked: two arrays (N, rows, columns)."""
     errors = patch_errors(model(images, visible, key=key), images)
     return errors, ~visible.positions(errors[..., None])[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLoss(Evaluator):
-    """The loss on masked patches, with a mask for each image that is the same in every evaluation."""
+    """The loss on masked patches. The mask of an image is the same in every evaluation."""
 
     task: FCMAE
 
@@ -243,7 +243,7 @@ class MaskedLoss(Evaluator):
         """The sum of the errors of all masked patches, and their count."""
         counted = batch['weight'] > 0
         visible = self.task.evaluation_mask(batch['index'])
-        # Padding images are invisible, so that the norms of GRN over the batch do not include them.
+        # Padding images have no visible patches, so that GRN's norms over the batch do not include them.
         visible = dataclasses.replace(visible, patches=visible.patches & counted[:, None, None])
         images = normalize(batch['image'], self.task.config.data.mean, self.task.config.data.std)
         errors, masked = masked_errors(model, images, visible)

@@ -48,7 +48,7 @@ def test_a_missing_split_is_refused_with_what_to_give_instead(photos, tmp_path):
         open_images('folder', str(photos), 'validation')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty' / 'notes.txt').write_text('nothing')
-    with pytest.raises(UserError, match=r'empty holds no images; left out: .txt files \(1\)'):
+    with pytest.raises(UserError, match=r'empty contains no images; left out: .txt files \(1\)'):
         open_images('folder', str(photos), 'empty')
 
 
