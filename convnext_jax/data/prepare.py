@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from convnext_jax.data.class_names import match_names
 from convnext_jax.data.dataset_writer import Image, describe_dataset, write_dataset
+from convnext_jax.data.relabelling import check_has_classes
 from convnext_jax.data.shards import tar_members
-from convnext_jax.data.sources import FolderSource, check_has_classes
+from convnext_jax.data.sources import FolderSource
 from convnext_jax.errors import UserError
 from convnext_jax.output import say
 

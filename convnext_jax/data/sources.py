@@ -1,17 +1,16 @@
 """Data sources: random access to encoded images and their labels in folders, tar shards and TFDS data sets."""
 
-import contextlib
 import dataclasses
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from convnext_jax.data.class_names import match_names, normalize, outputs_of_classes
+from convnext_jax.data.class_names import normalize
 from convnext_jax.data.image_files import IMAGE_SUFFIXES, describe_left_out, find_images
 from convnext_jax.data.shards import find_shards, open_index, read_bytes
 from convnext_jax.errors import UserError, first_line
@@ -82,102 +81,6 @@ def open_source(name: str, directory: str, split: str) -> Source:
     whole, bracket, _ = split.partition('[')
     source = files[name](local_path(directory), whole)
     return Part(source, split) if bracket else source
-
-
-def check_has_classes(source: Source, name: str) -> None:
-    """Checks that a training split has several classes; with one class the loss would be 0 from the first step.
-
-    Args:
-        source: the training split.
-        name: its location, for the error message.
-
-    Raises:
-        UserError: the split has only one class.
-    """
-    if len(source.class_names) == 1:
-        only, below = source.class_names[0], _folders_hint(source)
-        raise UserError(f"{name} has one class, '{only}': a classifier needs two or more{below}")
-
-
-def with_classes_of_model(source: Source, class_names: Sequence[str] | None, outputs: int) -> tuple[Source, str]:
-    """A split with the labels and class names of a model, matched by class name as in `outputs_of_classes`.
-
-    Args:
-        source: the split.
-        class_names: names of the model's first outputs; None if unknown.
-        outputs: number of outputs of the model.
-
-    Returns:
-        The relabelled split, and a message for the user if classes were matched by position, else ''.
-
-    Raises:
-        UserError: as for `outputs_of_classes`.
-    """
-    with _with_folders_hint(source):
-        labels, note = outputs_of_classes(source.class_names, class_names, outputs)
-    return _relabelled(source, labels, class_names or source.class_names), note
-
-
-def with_classes_of_split(source: Source, other: Source, split: str) -> Source:
-    """A split with the labels and class names of another split, matched by class name.
-
-    Args:
-        source: the split.
-        other: the other split.
-        split: name of the other split, for messages.
-
-    Raises:
-        UserError: a class is missing in the other split.
-    """
-    with _with_folders_hint(source):
-        labels = match_names(source.class_names, other.class_names, f'split {split}')
-    return _relabelled(source, labels, other.class_names)
-
-
-@contextlib.contextmanager
-def _with_folders_hint(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f'{error}{_folders_hint(source)}') from error
-
-
-def _folders_hint(source: Source) -> str:
-    return source.subfolders_hint() if isinstance(source, FolderSource) else ''
-
-
-def _relabelled(source: Source, labels: list[int], class_names: Sequence[str]) -> Source:
-    unchanged = labels == list(range(len(class_names)))
-    return source if unchanged else Relabelled(source, labels, class_names)
-
-
-class Relabelled:
-    """A source with new labels.
-
-    Args:
-        source: the original source.
-        labels: the new label of each class of the source.
-        class_names: the names of the new labels.
-    """
-
-    def __init__(self, source: Source, labels: Sequence[int], class_names: Sequence[str]):
-        self._source, self._labels = source, list(labels)
-        self.class_names, self.multi_label = list(class_names), source.multi_label
-        self.eval_classes = (
-            None if source.eval_classes is None else tuple(sorted(self._labels[label] for label in source.eval_classes))
-        )
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def name(self, index: int) -> str:
-        return self._source.name(index)
-
-    def __getitem__(self, index: int) -> EncodedImage:
-        example = self._source[index]
-        label = example.label
-        new = tuple(self._labels[each] for each in label) if isinstance(label, tuple) else self._labels[label]
-        return dataclasses.replace(example, label=new)
 
 
 class FolderSource:

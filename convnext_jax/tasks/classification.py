@@ -16,13 +16,8 @@ from convnext_jax.data.class_names import kept_outputs
 from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages, image_features
 from convnext_jax.data.mixing import mix
-from convnext_jax.data.sources import (
-    Source,
-    check_has_classes,
-    open_source,
-    with_classes_of_model,
-    with_classes_of_split,
-)
+from convnext_jax.data.relabelling import check_has_classes, with_classes_of_model, with_classes_of_split
+from convnext_jax.data.sources import Source, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained

@@ -16,7 +16,8 @@ from PIL import Image
 
 from convnext_jax.data.labelled_images import MAX_LABELS, EvalImages
 from convnext_jax.data.pipeline import Share, eval_batches
-from convnext_jax.data.sources import BUNDLED, check_has_classes, open_source, with_classes_of_model
+from convnext_jax.data.relabelling import check_has_classes, with_classes_of_model
+from convnext_jax.data.sources import BUNDLED, open_source
 from convnext_jax.errors import UserError
 
 
