@@ -35,11 +35,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 
 import jax  # noqa: E402 - reads the environment
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import config, install_import_hook  # noqa: E402
 
-# Checks the shapes and dtypes of jaxtyping in the augmentations; other modules have callers that pass NumPy arrays.
-CHECKED = ('augment', 'color', 'geometry', 'mixing', 'pillow_arithmetic', 'randaugment')
-install_import_hook([f'convnext_jax.data.{name}' for name in CHECKED], 'beartype.beartype')
+# Checks at run time the shapes and dtypes of jaxtyping in functions that run on the devices. Functions that get a
+# layer's parameters are left out: tests call them with NumPy arrays, which are not annotated.
+CHECKED = {
+    'data': ('augment', 'color', 'geometry', 'mixing', 'pillow_arithmetic', 'randaugment'),
+    'models': ('backbone', 'convnext', 'fcmae', 'masked', 'normal', 'trunk'),
+}
+install_import_hook(
+    [f'convnext_jax.{folder}.{name}' for folder, names in CHECKED.items() for name in names], 'shape_checks.check'
+)
 
 from small import small_variants  # noqa: E402
 
@@ -220,6 +226,12 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands called in this process see one device, as in a subprocess, so that both give bit-identical results."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, 'devices', lambda *_: first)
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches the checks of shapes and dtypes off, so that a test gets the error that a user would get."""
+    monkeypatch.setattr(config, 'jaxtyping_disable', True)
 
 
 def shrink_models(patch: pytest.MonkeyPatch, **sizes: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -57,7 +58,7 @@ class Backbone(Trunk):
         self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
 
     def __call__(
-        self, images: Float[Array, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> dict[str, Float[Array, 'n rows columns channels']]:
         """Name → normalised feature map, (N, H // stride, W // stride, C); arguments and errors as for `features`."""
         maps = self.features(images, key=key)

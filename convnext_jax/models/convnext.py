@@ -4,6 +4,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
@@ -52,7 +53,7 @@ class ConvNeXt(Trunk):
         self.head.kernel[...] *= head_init_scale
 
     def __call__(
-        self, images: Float[Array, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n classes']:
         """Class logits, (N, num_classes) float32; arguments and errors as for `features`."""
         last = list(self.features(images, key=key).values())[-1]

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from convnext_jax.models.activation import gelu
 from convnext_jax.models.normal import widened
@@ -27,10 +28,10 @@ class Visible:
             devices.
     """
 
-    patches: jax.Array
+    patches: Bool[Array, 'n rows columns']
     statistics: str = dataclasses.field(default='image', metadata={'static': True})
 
-    def positions(self, x: jax.Array) -> jax.Array:
+    def positions(self, x: Shaped[Array, 'n h w c']) -> Bool[Array, 'n h w 1']:
         """Whether each position of x is visible: (N, H, W, C) → (N, H, W, 1) bool.
 
         H and W are multiples of the rows and the columns.
@@ -38,12 +39,12 @@ class Visible:
         height, width = (side // patches for side, patches in zip(x.shape[1:3], self.patches.shape[1:], strict=True))
         return jnp.repeat(jnp.repeat(self.patches, height, axis=1), width, axis=2)[..., None]
 
-    def keep(self, x: jax.Array) -> jax.Array:
+    def keep(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
         """Sets x to 0 at the invisible positions, even if it is NaN there: (N, H, W, C) → (N, H, W, C)."""
         return jnp.where(self.positions(x), x, 0)
 
 
-def draw_patches(keys: jax.Array, rows: int, columns: int, visible: int) -> jax.Array:
+def draw_patches(keys: Key[Array, ' n'], rows: int, columns: int, visible: int) -> Bool[Array, 'n {rows} {columns}']:
     """Draws exactly `visible` visible patches of each image from the key of the image.
 
     Args:
@@ -60,8 +61,12 @@ def draw_patches(keys: jax.Array, rows: int, columns: int, visible: int) -> jax.
 
 
 def masked_gelu_and_response_norm(
-    x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array, visible: Visible
-) -> jax.Array:
+    x: Float[Array, 'n h w c'],
+    bias: Float[Array, ' c'],
+    gamma: Float[Array, ' c'],
+    beta: Float[Array, ' c'],
+    visible: Visible,
+) -> Float[Array, 'n h w c']:
     """`activation.gelu_and_response_norm` with norms over the visible positions only.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -297,7 +298,7 @@ class Trunk(nnx.Module):
 
     def features(
         self,
-        images: Float[Array, 'n h w c'],
+        images: Float[Array | np.ndarray, 'n h w c'],
         *,
         key: Key[Array, '*n'] | None = None,
         visible: Visible | None = None,
@@ -317,6 +318,7 @@ class Trunk(nnx.Module):
                 multiple of the total stride, or stages are dilated.
         """
         self._check(images)
+        images = jnp.asarray(images)
         if visible is not None:
             self._check_patches(images, visible)
             images = visible.keep(images)
@@ -336,7 +338,7 @@ class Trunk(nnx.Module):
     def _by_name(values: Iterable) -> dict:
         return {f'stage{stage}' if stage else 'stem': value for stage, value in enumerate(values)}
 
-    def _check(self, images: jax.Array) -> None:
+    def _check(self, images: jax.Array | np.ndarray) -> None:
         if images.ndim != 4 or images.shape[3] != self.in_channels:
             raise UserError(f'images must have shape (N, H, W, {self.in_channels}), not {images.shape}')
         height, width = images.shape[1:3]

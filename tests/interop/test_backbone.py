@@ -170,7 +170,7 @@ def test_every_parameter_has_a_gradient_and_keys_drop_paths():
         ({'dtype': 'int8'}, 'dtype must be one of'),
     ],
 )
-def test_bad_arguments(arguments, match):
+def test_bad_arguments(no_shape_checks, arguments, match):
     """A bad value would cause an obscure error, not one line that names it."""
     options = {'source': 'convnext_atto', 'key': jax.random.key(0)} | arguments
     with pytest.raises(UserError, match=match):
@@ -206,7 +206,7 @@ def test_a_folder_with_the_name_of_a_model(tmp_path, monkeypatch):
     ('features', 'expected'),
     [(['stage2'], ('stage2',)), (None, ('stem', 'stage1', 'stage2')), (['stage9'], None), (5, None)],
 )
-def test_the_config_determines_the_default_features(tmp_path, features, expected):
+def test_the_config_determines_the_default_features(no_shape_checks, tmp_path, features, expected):
     """A detector would get other feature maps than with Hugging Face."""
     save_pretrained(random_backbone(out_features=('stem', 'stage1', 'stage2')), tmp_path / 'out')
     path = tmp_path / 'out' / 'config.json'

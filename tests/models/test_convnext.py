@@ -209,7 +209,7 @@ def test_patch_size_and_in_channels():
         ({'key': None}, 'key must be a key such as jax.random.key.0., not NoneType'),
     ],
 )
-def test_bad_arguments_of_create_model(options, message):
+def test_bad_arguments_of_create_model(no_shape_checks, options, message):
     """A bad value would cause an obscure error inside JAX, not one line that names it."""
     with pytest.raises(UserError, match=message):
         create_model(**({'name': 'convnext_atto', 'key': jax.random.key(0)} | options))
@@ -225,7 +225,7 @@ def test_bad_arguments_of_create_model(options, message):
         ((2, 16, 7, 3), 'images of 16×7 pixels are smaller than the total stride of 8'),
     ],
 )
-def test_bad_images(v1, shape, message):
+def test_bad_images(no_shape_checks, v1, shape, message):
     """Images with channels first, or too small ones, whose last feature map is empty, would give NaN."""
     for use in (v1, v1.features):
         with pytest.raises(UserError, match=message):

@@ -111,7 +111,7 @@ def test_the_constructors_have_the_defaults_of_the_functions():
         (partial(Backbone, output_stride=12), r'output_stride must be one of \(4, 8\), not 12'),
     ],
 )
-def test_the_constructors_check_their_arguments(build, message):
+def test_the_constructors_check_their_arguments(no_shape_checks, build, message):
     """A bad value would cause an obscure error inside JAX, not one line that names it."""
     with pytest.raises(UserError, match=message):
         build(SMALL, key=KEY)

@@ -129,7 +129,8 @@ def test_every_map_and_gradient_is_that_of_the_sparse_network(variant, statistic
 def masked_grn(x, patches, gamma, beta, statistics):
     """Ours, behind a GELU that changes nothing: of large positive values."""
     visible = Visible(jnp.asarray(patches), statistics)
-    return np.asarray(masked_gelu_and_response_norm(jnp.asarray(x), jnp.zeros(x.shape[-1]), gamma, beta, visible))
+    x, gamma, beta = jnp.asarray(x), jnp.asarray(gamma), jnp.asarray(beta)
+    return np.asarray(masked_gelu_and_response_norm(x, jnp.zeros(x.shape[-1]), gamma, beta, visible))
 
 
 def test_grn_is_by_default_that_of_the_code_which_trained_the_published_weights():
