@@ -118,6 +118,7 @@ COMMON = Fields(
         *('data.dir', 'data.on_error', 'data.patience_seconds', 'data.workers', 'data.eval_split'),
         *('model.dtype', 'model.remat', 'model.unroll', 'model.pallas'),
     ),
+    paths=('data.dir',),
     evaluation=(
         *('batch_size', 'accumulation_steps', 'model.dtype'),
         *('data.name', 'data.dir', 'data.eval_split', 'data.image_size', 'data.mean', 'data.std'),
@@ -256,8 +257,9 @@ def resolve_paths(config: ConfigDict) -> None:
     Raises:
         UserError: a `~` cannot be expanded.
     """
-    if config.data.dir:
-        config.data.dir = str(local_path(config.data.dir).absolute())
+    for field in COMMON.paths + task_class(config.task).fields.paths:
+        if path := _flatten(as_dict(config))[field]:
+            config.update_from_flattened_dict({field: str(local_path(path).absolute())})
     weights = config.init.weights
     if weights and os.path.exists(local_path(weights)):  # False also for a name that is too long for a file
         config.init.weights = str(local_path(weights).absolute())

@@ -20,6 +20,7 @@ class Fields:
         choices: field → allowed values.
         fixed: fields or whole sections that must not change when a run resumes, because they affect the training steps.
         free: exceptions from `fixed`: fields that do not affect the training steps, or only their rounding.
+        paths: fields with a local path, which is made absolute so that a run can resume from any working directory.
         evaluation: fields that an evaluation reads. `eval.py --workdir` may override them.
     """
 
@@ -31,6 +32,7 @@ class Fields:
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
 
     def problems(self, values: Mapping[str, Any]) -> list[str]:
@@ -48,7 +50,7 @@ class Fields:
         ]
         lines += [f'{field} must be at most 1, not {values[field]}' for field in self.at_most_one if values[field] > 1]
         lines += [
-            f"{field} must be one of {', '.join(choices)}, not '{values[field]}'"
+            f"{field} must be one of {', '.join(choice or repr('') for choice in choices)}, not '{values[field]}'"
             for field, choices in self.choices.items()
             if values[field] not in choices
         ]

@@ -18,7 +18,7 @@ ALLOWED = {
     'output': {'errors'},
     'models': {'errors'},
     'data': {'paths', 'output', 'errors'},
-    'probing': {'errors'},
+    'probing': {'models', 'errors'},
     'tasks': {'models', 'data', 'interop', 'probing', 'fields', 'errors'},
     'interop': {'models', 'data', 'paths', 'output', 'errors'},
     'fields': set(),

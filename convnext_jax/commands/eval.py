@@ -8,6 +8,9 @@ Without a clone, `convnext-jax eval` takes the same flags, and --config=imagenet
 The first form uses the config and the preprocessing of the run. The second uses the data of the config with the
 preprocessing that is stored with the weights.
 
+Both forms accept --probe=knn and --probe=linear: the accuracy of a classifier on the frozen features, which learns from
+data.train_split and is tested on data.eval_split. The weights need no head.
+
 Both forms accept --splits=imagenet2012_real@validation,imagenet_v2@test, --resolution, --crop_pct, --flip and
 --per_class=FILE.csv. Top-1, top-5 and the expected calibration error (ece) are in percent. The last line of output is a
 JSON object. With several splits, it holds a list under "splits", and a table is printed before it. A metric that is not
@@ -35,8 +38,11 @@ from convnext_jax.config import as_dict, changed_fields, check_values, evaluatio
 from convnext_jax.errors import UserError
 from convnext_jax.output import show, to_json
 from convnext_jax.paths import local_path
+from convnext_jax.probing.knn import NEIGHBOURS
 from convnext_jax.runtime.processes import is_multiprocess
+from convnext_jax.tasks import PROBES, make_task
 from convnext_jax.training.standalone_evaluation import EvaluationProtocol, Result, evaluate_run, evaluate_weights
+from convnext_jax.training.standalone_probe import ProbeProtocol, probe_run, probe_weights
 
 
 def main(arguments: list[str]) -> None:
@@ -59,6 +65,12 @@ def main(arguments: list[str]) -> None:
         'crop_pct', None, 'Side of the centre crop divided by the shorter side of the image.', flag_values=values
     )
     flags.DEFINE_bool('flip', None, 'Average the logits of each image and its mirror image.', flag_values=values)
+    flags.DEFINE_enum(
+        'probe', None, tuple(PROBES), 'Evaluate the frozen features with a classifier on them.', flag_values=values
+    )
+    flags.DEFINE_integer(
+        'neighbours', None, 'Number of neighbours of --probe=knn, 20 by default.', lower_bound=1, flag_values=values
+    )
     flags.DEFINE_string('per_class', None, 'CSV file to write the accuracy of each class to.', flag_values=values)
     stored = _stored_config(arguments)
     if stored is None:
@@ -68,7 +80,7 @@ def main(arguments: list[str]) -> None:
     define_processes(values)
     parse(values, arguments, usage=__doc__)
     if stored is not None:
-        _check_overrides(stored, values['config'].value)
+        _check_overrides(stored, values['config'].value, probe=values.probe is not None)
     with all_processes(values):
         _evaluate(values)
 
@@ -97,34 +109,69 @@ def _stored_config(arguments: list[str]) -> ConfigDict | None:
     return read_config(workdir_path(given.workdir) / CONFIG)
 
 
-def _check_overrides(stored: ConfigDict, config: ConfigDict) -> None:
+def _check_overrides(stored: ConfigDict, config: ConfigDict, *, probe: bool) -> None:
     changes = changed_fields(as_dict(stored), as_dict(config))
-    fields = evaluation_fields(stored.task)
+    fields = evaluation_fields(stored.task) + (('data.train_split',) if probe else ())
     unused = [f'--config.{field}' for field in changes if field not in fields]
     if unused:
         raise UserError(
             f'{", ".join(unused)} cannot be changed for an evaluation, only {", ".join(fields)}: drop the flag'
         )
     check_values(config)
+    if probe:
+        used = dict(zip(('name', 'dir', 'train_split', 'eval_split'), make_task(config).labelled_data, strict=True))
+        ignored = [name for name, value in used.items() if f'data.{name}' in changes and config.data[name] != value]
+        if ignored:
+            given, instead = (', '.join(f'--config.{part}.{name}' for name in ignored) for part in ('data', 'probe'))
+            raise UserError(f'{given} has no effect, because the run has other data for its probe: give {instead}')
 
 
 def _evaluate(values: flags.FlagValues) -> None:
+    if is_multiprocess():
+        # jax.distributed catches SIGTERM so that a run can save first. An evaluation has nothing to save.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if values.weights is not None and values.step is not None:
+        raise UserError('--step selects a checkpoint of --workdir and cannot be used with --weights')
+    rows = _results(values) if values.probe is None else [_probe(values)]
+    not_finite = [problem for result in rows for problem in _not_finite(result)]
+    if not_finite:
+        raise UserError(
+            f'not finite: {", ".join(not_finite)}; the weights contain NaN or infinity, or the outputs overflow: '
+            'evaluate other weights, or an earlier step of the run'
+        )
+
+
+def _probe(values: flags.FlagValues) -> Result:
+    """Runs and shows the probe."""
+    unused = [f'--{name}' for name in ('splits', 'flip', 'per_class') if values[name].present]
+    unused += ['--neighbours'] if values.neighbours and values.probe != 'knn' else []
+    if unused:
+        raise UserError(f'--probe={values.probe} does not use {", ".join(unused)}: drop the flag')
+    protocol = ProbeProtocol(values.probe, values.neighbours or NEIGHBOURS, values.resolution, values.crop_pct)
+    if values.weights is None:
+        workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
+        result = probe_run(workdir, config, values.params, values.step, protocol)
+    else:
+        result = probe_weights(required_config(values), values.weights, values.params, protocol)
+    show(to_json(result))
+    return result
+
+
+def _results(values: flags.FlagValues) -> list[Result]:
+    """Evaluates the splits, and shows the results."""
+    if values.neighbours is not None:
+        raise UserError('--neighbours belongs to --probe=knn: give both, or neither')
     changes = {'data.image_size': values.resolution, 'data.crop_pct': values.crop_pct, 'eval.flip': values.flip}
     protocol = EvaluationProtocol(
         splits=tuple(map(_name_and_split, values.splits)),
         changes={field: value for field, value in changes.items() if value is not None},
         table=local_path(values.per_class) if values.per_class else None,
     )
-    if is_multiprocess():
-        # jax.distributed catches SIGTERM so that a run can save first. An evaluation has nothing to save.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if values.weights is None:
         workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
         results = evaluate_run(workdir, config, values.params, values.step, protocol)
-    elif values.step is None:
-        results = evaluate_weights(required_config(values), values.weights, values.params, protocol)
     else:
-        raise UserError('--step selects a checkpoint of --workdir and cannot be used with --weights')
+        results = evaluate_weights(required_config(values), values.weights, values.params, protocol)
     several = len(protocol.splits) > 1
     rows: list[Result] = []
     for result in results:
@@ -134,12 +181,7 @@ def _evaluate(values: flags.FlagValues) -> None:
         if several:
             show(_row(result))
     show(to_json({'splits': rows} if several else rows[0]))
-    not_finite = [problem for result in rows for problem in _not_finite(result)]
-    if not_finite:
-        raise UserError(
-            f'not finite: {", ".join(not_finite)}; the weights contain NaN or infinity, or the outputs overflow: '
-            'evaluate other weights, or an earlier step of the run'
-        )
+    return rows
 
 
 def _name_and_split(text: str) -> tuple[str, str]:

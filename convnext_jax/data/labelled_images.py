@@ -144,6 +144,41 @@ class EvalImages(LabelledImages):
         eval_sides(sides, self.size, self.crop_pct, squash=self.squash, name=example.name)
 
 
+class JoinedImages(Dataset):
+    """The images of several splits as one data set, one split after the other.
+
+    Args:
+        splits: data sets with equal features.
+    """
+
+    def __init__(self, *splits: LabelledImages):
+        self.splits = splits
+        self.features = splits[0].features
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
+        split, index = self._find(index)
+        return split.load(index, draw)
+
+    def name(self, index: int) -> str:
+        split, index = self._find(index)
+        return split.name(index)
+
+    def check(self, index: int) -> None:
+        split, index = self._find(index)
+        split.check(index)
+
+    def _find(self, index: int) -> tuple[LabelledImages, int]:
+        """The split that contains an example, and the index of the example in it."""
+        for split in self.splits:
+            if index < len(split):
+                return split, index
+            index -= len(split)
+        raise IndexError(f'there are only {len(self)} examples')
+
+
 def _check(image: bytes, channels: int, name: str) -> tuple[int, int]:
     """Checks that an image is complete, by decoding it as cheaply as possible; returns its width and height.
 

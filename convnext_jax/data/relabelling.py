@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from convnext_jax.data.class_names import match_names, outputs_of_classes
-from convnext_jax.data.sources import EncodedImage, FolderSource, Source
+from convnext_jax.data.sources import EncodedImage, FolderSource, Source, open_source
 from convnext_jax.errors import UserError
 
 
@@ -57,6 +57,34 @@ def with_classes_of_split(source: Source, other: Source, split: str) -> Source:
     with _with_folders_hint(source):
         labels = match_names(source.class_names, other.class_names, f'split {split}')
     return _relabelled(source, labels, other.class_names)
+
+
+def open_labelled_splits(name: str, directory: str, train_split: str, eval_split: str) -> tuple[Source, Source, int]:
+    """Opens a training split and an evaluation split, both with the labels and class names of the training split.
+
+    Args:
+        name, directory: as for `open_source`.
+        train_split, eval_split: names of the splits.
+
+    Returns:
+        Both splits, and the number of classes that the evaluation split lacks.
+
+    Raises:
+        UserError: as for `open_source`; the training split has only one class, or several labels per image; or the
+            evaluation split has classes that the training split lacks.
+    """
+    train, evaluation = (open_source(name, directory, split) for split in (train_split, eval_split))
+    missing = len(train.class_names) - len(evaluation.class_names)
+    if train.multi_label:
+        raise UserError(
+            f'{name} has images with several labels or none, and can only be used for evaluation: choose another '
+            'data.name'
+        )
+    check_has_classes(train, f'split {train_split}')
+    try:
+        return train, with_classes_of_split(evaluation, train, train_split), missing
+    except UserError as error:
+        raise UserError(f'split {eval_split} does not fit the training split: {error}') from error
 
 
 @contextlib.contextmanager

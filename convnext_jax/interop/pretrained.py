@@ -61,6 +61,11 @@ class Pretrained(NamedTuple):
         """Whether the head was trained."""
         return HEAD[0] not in self.newly_initialised
 
+    @property
+    def has_norm(self) -> bool:
+        """Whether the last norm was trained; the encoder of a pre-training has none."""
+        return 'norm.scale' not in self.newly_initialised
+
     def check_head(self) -> None:
         """Checks that the head was trained.
 

@@ -3,7 +3,6 @@
 from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
@@ -56,8 +55,7 @@ class ConvNeXt(Trunk):
         self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n classes']:
         """Class logits, (N, num_classes) float32; arguments and errors as for `features`."""
-        last = list(self.features(images, key=key).values())[-1]
-        return self.head(self.norm(last.mean((1, 2), dtype=jnp.float32)))
+        return self.head(self.norm(self.pooled(images, key=key)))
 
 
 def create_model(

@@ -334,6 +334,12 @@ class Trunk(nnx.Module):
             maps.append(stage(maps[-1], key, visible))
         return self._by_name(maps)
 
+    def pooled(
+        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+    ) -> Float[Array, 'n channels']:
+        """The spatial average of the last feature map, (N, C) float32; arguments and errors as for `features`."""
+        return list(self.features(images, key=key).values())[-1].mean((1, 2), dtype=jnp.float32)
+
     @staticmethod
     def _by_name(values: Iterable) -> dict:
         return {f'stage{stage}' if stage else 'stem': value for stage, value in enumerate(values)}

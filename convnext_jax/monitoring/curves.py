@@ -1,6 +1,7 @@
 """curves.png, drawn from the records of a run."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from convnext_jax.checkpoints.workdir import CURVES, write_atomically
@@ -8,20 +9,21 @@ from convnext_jax.monitoring.records import read_records
 from convnext_jax.tasks import Headline
 
 
-def draw_curves(workdir: Path, headline: Headline) -> None:
-    """Draws the loss, the headline metric (raw and EMA), the learning rate and the throughput over epochs.
+def draw_curves(workdir: Path, headlines: Sequence[Headline]) -> None:
+    """Draws the loss, the headline metrics (raw and EMA), the learning rate and the throughput over epochs.
 
     Args:
         workdir: the workdir of the run. metrics.jsonl is read, and curves.png is written or replaced.
-        headline: the evaluation metric to draw.
+        headlines: the evaluation metrics to draw; the first is drawn beside the loss, the others in further rows.
     """
     from matplotlib.figure import Figure  # imported here because the import takes a second
 
     records = read_records(workdir)
     training = [record for record in records if record['split'] == 'train']
     evaluations = [record for record in records if record['split'] != 'train']
-    figure = Figure(figsize=(10, 7), layout='constrained')
-    (loss, metric), (rate, speed) = figure.subplots(2, 2)
+    rows = 2 + len(headlines) // 2
+    figure = Figure(figsize=(10, 3.5 * rows), layout='constrained')
+    loss, metric, rate, speed, *more = figure.subplots(rows, 2).flat
 
     def curve(axes, rows: list[dict], name: str, label: str, marker: str = '') -> None:
         rows = [row for row in rows if row.get(name) is not None]
@@ -31,17 +33,15 @@ def draw_curves(workdir: Path, headline: Headline) -> None:
     curve(loss, training, 'loss', 'training')
     curve(loss, evaluations, 'loss', 'evaluation, raw', '.-')
     curve(loss, evaluations, 'ema_loss', 'evaluation, EMA', '.-')
-    curve(metric, evaluations, headline.name, 'raw', '.-')
-    curve(metric, evaluations, f'ema_{headline.name}', 'EMA', '.-')
     curve(rate, training, 'learning_rate', 'learning rate')
     curve(speed, training, 'images_per_second', 'images/s')
-    unit = f' ({headline.unit.strip()})' if headline.unit else ''
-    titles = {
-        loss: 'loss',
-        metric: f'{headline.title}{unit}',
-        rate: 'learning rate',
-        speed: 'training images per second',
-    }
+    titles = {loss: 'loss', rate: 'learning rate', speed: 'training images per second'}
+    for axes, headline in zip([metric, *more], headlines, strict=False):
+        curve(axes, evaluations, headline.name, 'raw', '.-')
+        curve(axes, evaluations, f'ema_{headline.name}', 'EMA', '.-')
+        titles[axes] = f'{headline.title} ({headline.unit.strip()})' if headline.unit else headline.title
+    for axes in more[len(headlines) - 1 :]:
+        axes.remove()
     for axes, title in titles.items():
         axes.set_title(title)
         axes.set_xlabel('epoch')

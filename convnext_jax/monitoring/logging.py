@@ -40,17 +40,17 @@ class RunLog:
         workdir: the workdir of the run. Records of steps after `start_step`, which a killed process wrote, are deleted.
         start_step: number of steps that are finished.
         total_steps: number of steps of the whole run.
-        headline: the evaluation metric to print and to draw.
+        headlines: the evaluation metrics to print and to draw.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int, headline: Headline):
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, *headlines: Headline):
         with _without_torch():  # if torch is installed, tensorboardX imports it, which takes seconds
             # Not SummaryWriter: a full disk ends its thread, and the next call then blocks forever.
             from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
         self._total_steps = total_steps
-        self._headline = headline
+        self._headlines = headlines
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
         write_atomically(workdir / METRICS, ''.join(to_json(record) + '\n' for record in records).encode())
         self._metrics = open_to_append(workdir / METRICS)
@@ -119,9 +119,10 @@ class RunLog:
     def evaluation(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
         """Records the metrics of an evaluation of a split, and redraws the curves."""
         self._record(step, epoch, split, metrics)
-        self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} {self._headline.describe(metrics)}')
+        shown = ', '.join(headline.describe(metrics) for headline in self._headlines)
+        self.say(f'step {step}/{self._total_steps}  epoch {epoch:.2f}  {split} {shown}')
         with self._warn_on_write_error():
-            draw_curves(self._workdir, self._headline)
+            draw_curves(self._workdir, self._headlines)
 
     def figures(self, step: int, split: str, figures: dict[str, np.ndarray]) -> None:
         """Writes the figures of an evaluation to TensorBoard and, as PNG files, to the workdir.

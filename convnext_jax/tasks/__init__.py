@@ -7,18 +7,33 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import UserError
-from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
+from convnext_jax.tasks.probes import PROBES, open_probe
+from convnext_jax.tasks.task import (
+    Batch,
+    Evaluation,
+    Evaluator,
+    Headline,
+    LabelledData,
+    LoadedWeights,
+    Loss,
+    Measured,
+    Task,
+)
 
 __all__ = [
+    'PROBES',
     'Batch',
+    'Evaluation',
     'Evaluator',
     'Headline',
+    'LabelledData',
     'LoadedWeights',
     'Loss',
     'Measured',
     'Task',
     'abstract_model',
     'make_task',
+    'open_probe',
     'task_class',
 ]
 

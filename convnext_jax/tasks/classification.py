@@ -16,7 +16,7 @@ from convnext_jax.data.class_names import kept_outputs
 from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages, image_features
 from convnext_jax.data.mixing import mix
-from convnext_jax.data.relabelling import check_has_classes, with_classes_of_model, with_classes_of_split
+from convnext_jax.data.relabelling import open_labelled_splits, with_classes_of_model
 from convnext_jax.data.sources import Source, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
@@ -109,24 +109,11 @@ class Classification(Task):
         Both splits get the labels of the training split. Warns if the evaluation split lacks a class.
 
         Raises:
-            UserError: as for `open_source`; the training split has only one class, several labels per image, or more
-                classes than `model.num_classes`; or the evaluation split has classes that the training split lacks.
+            UserError: as for `open_labelled_splits`, or the training split has more classes than `model.num_classes`.
         """
         data = self.config.data
-        train = open_source(data.name, data.dir, data.train_split)
-        evaluation = open_source(data.name, data.dir, data.eval_split)
-        if train.multi_label:
-            raise UserError(
-                f'{data.name} has images with several labels or none, and can only be used for evaluation: choose '
-                'another data.name'
-            )
-        check_has_classes(train, f'split {data.train_split}')
+        train, evaluation, missing = open_labelled_splits(data.name, data.dir, data.train_split, data.eval_split)
         classes = len(train.class_names)
-        missing = classes - len(evaluation.class_names)
-        try:
-            evaluation = with_classes_of_split(evaluation, train, data.train_split)
-        except UserError as error:
-            raise UserError(f'split {data.eval_split} does not fit the training split: {error}') from error
         if missing:
             _warn(f'{missing} of {classes} classes are missing in split {data.eval_split}')
         self._set_classes(classes)
@@ -237,9 +224,14 @@ class Classification(Task):
         return loaded | (head or {name: initial[name] for name in HEAD}), [*notes, note] if note else notes
 
     def pretrained(self, model: ConvNeXt, facts: Mapping[str, Any]) -> Pretrained:
-        data, names = self.config.data, facts['class names']
+        names = facts['class names']
         unnamed = (f'class {label}' for label in range(len(names), model.head.bias.shape[0]))
-        processor = ImageProcessor(
+        return Pretrained(model, 'convnext_jax', (*names, *unnamed), self.processor, (), [])
+
+    @property
+    def processor(self) -> ImageProcessor:
+        data = self.config.data
+        return ImageProcessor(
             data.image_size,
             data.crop_pct,
             resample=int(Image.Resampling[self.config.eval.resample.upper()]),
@@ -247,7 +239,6 @@ class Classification(Task):
             mean=tuple(data.mean),
             std=tuple(data.std),
         )
-        return Pretrained(model, 'convnext_jax', (*names, *unnamed), processor, (), [])
 
     def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
         """The config for an evaluation of weights of another library.

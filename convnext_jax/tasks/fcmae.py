@@ -19,7 +19,18 @@ from convnext_jax.interop.fcmae import decoder_parameters
 from convnext_jax.models import ConvNeXt, Weights, get_parameters, parameter_roles, with_parameters
 from convnext_jax.models.fcmae import PATCH_SIZE, MaskedAutoencoder, patch_errors, reconstruct, split_decoder
 from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
-from convnext_jax.tasks.task import Batch, Evaluator, Headline, LoadedWeights, Loss, Measured, Task
+from convnext_jax.tasks.probes import PROBES, open_probe
+from convnext_jax.tasks.task import (
+    Batch,
+    Evaluation,
+    Evaluator,
+    Headline,
+    LabelledData,
+    LoadedWeights,
+    Loss,
+    Measured,
+    Task,
+)
 
 EVALUATION_SEED = 0
 """Seed of the masks in evaluations. It is the same in all runs, so that their losses can be compared."""
@@ -46,6 +57,17 @@ def _defaults(config: ConfigDict) -> None:
     # initialises most kernels a second time, with a standard deviation of 1.
     config.fcmae.init_std = 0.02
 
+    # At each evaluation, a classifier on the features of the frozen encoder, from images with labels.
+    config.probe = ConfigDict()
+    config.probe.kind = ''  # 'knn': k-nearest neighbours; 'linear': a linear classifier; '': none
+    config.probe.neighbours = 20  # of 'knn'
+    config.probe.name = ''  # data set, as data.name; '': data.name in data.dir
+    config.probe.dir = ''  # as data.dir, if probe.name is set
+    config.probe.train_split = (
+        ''  # images from which the classes are learned, such as 'train[:10%]'; '': data.train_split
+    )
+    config.probe.eval_split = ''  # images that are classified; '': data.eval_split
+
 
 class FCMAE(Task):
     """The encoder gets the visible patches of an image, and a decoder predicts the pixels of the masked patches.
@@ -57,12 +79,16 @@ class FCMAE(Task):
     headline = Headline('loss', 'loss on masked patches', lowest=True, digits=4)
     fields = Fields(
         _defaults,
-        positive=('data.crop_pct', 'fcmae.init_std'),
+        positive=('data.crop_pct', 'fcmae.init_std', 'probe.neighbours'),
         at_most_one=('data.crop_pct',),
-        choices={'fcmae.grn': GRN_STATISTICS},
+        choices={'fcmae.grn': GRN_STATISTICS, 'probe.kind': ('', *PROBES)},
         fixed=('augment', 'fcmae'),
         free=('data.crop_pct',),
-        evaluation=('data.crop_pct', 'fcmae.mask_ratio', 'fcmae.mask_patch'),
+        paths=('probe.dir',),
+        evaluation=(
+            *('data.crop_pct', 'fcmae.mask_ratio', 'fcmae.mask_patch'),
+            *('probe.name', 'probe.dir', 'probe.train_split', 'probe.eval_split'),
+        ),
     )
 
     def problems(self) -> list[str]:
@@ -122,6 +148,27 @@ class FCMAE(Task):
         source = open_images(name, data.dir, split)
         images = EvalImages(source, data.image_size, self.channels, crop_pct=data.crop_pct)
         return UnlabelledImages(images, numbered=True)
+
+    def open_evaluations(self) -> list[Evaluation]:
+        """Opens the data of the probe that `config.probe` describes, if any.
+
+        Raises:
+            UserError: as for `open_probe`.
+        """
+        probe = self.config.probe
+        if not probe.kind:
+            return []
+        dataset, evaluator = open_probe(
+            probe.kind, self.labelled_data, self.processor, norm=False, neighbours=probe.neighbours
+        )
+        return [Evaluation(dataset, evaluator, evaluator.headline)]
+
+    @property
+    def labelled_data(self) -> LabelledData:
+        """The data set of `config.probe`; fields that are '' have the value of `config.data`."""
+        data, probe = self.config.data, self.config.probe
+        name, directory = (probe.name, probe.dir) if probe.name else (data.name, data.dir)
+        return LabelledData(name, directory, probe.train_split or data.train_split, probe.eval_split or data.eval_split)
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
         """Flips each image horizontally with probability ½, and normalises it."""
@@ -214,15 +261,21 @@ class FCMAE(Task):
 
     def pretrained(self, model: MaskedAutoencoder, facts: Mapping[str, Any]) -> Pretrained:
         """The encoder as a classifier with a newly initialised final norm and head. `convert` omits the head."""
-        data = self.config.data
         classifier = jax.eval_shape(
-            lambda key: ConvNeXt(model.variant, key=key, num_classes=1, in_channels=self.channels), jax.random.key(0)
+            lambda key: ConvNeXt(
+                model.variant, key=key, num_classes=1, in_channels=self.channels, execution=model.execution
+            ),
+            jax.random.key(0),
         )
         shapes = {name: x.shape for name, x in get_parameters(classifier).items()}
         new = {name: jnp.full(shapes[name], float(name == 'norm.scale')) for name in NORM_AND_HEAD}
         classifier = with_parameters(classifier, split_decoder(get_parameters(model))[0] | new)
-        processor = ImageProcessor(data.image_size, data.crop_pct, mean=tuple(data.mean), std=tuple(data.std))
-        return Pretrained(classifier, 'convnext_jax', None, processor, NORM_AND_HEAD, [])
+        return Pretrained(classifier, 'convnext_jax', None, self.processor, NORM_AND_HEAD, [])
+
+    @property
+    def processor(self) -> ImageProcessor:
+        data = self.config.data
+        return ImageProcessor(data.image_size, data.crop_pct, mean=tuple(data.mean), std=tuple(data.std))
 
 
 def masked_errors(

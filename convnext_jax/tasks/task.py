@@ -1,7 +1,7 @@
 """Task, the interface between a task and the training code. Everything that runs on the device is a pure function."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from convnext_jax.data.dataset import Batch, Dataset, Features
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
-from convnext_jax.interop import Pretrained
+from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.models import Execution, Variant, Weights, get_variant
 
 
@@ -122,6 +122,35 @@ class Headline(NamedTuple):
         return f'{self.title} {value(self.name)}' + (f', EMA {value(average)}' if average in metrics else '')
 
 
+class Evaluation(NamedTuple):
+    """A data set that a run evaluates, with its evaluator.
+
+    Attributes:
+        dataset: the examples.
+        evaluator: computes the metrics.
+        headline: the metric to log and to draw.
+    """
+
+    dataset: Dataset
+    evaluator: Evaluator
+    headline: Headline
+
+
+class LabelledData(NamedTuple):
+    """Data with labels on which the features of a network are judged.
+
+    Attributes:
+        name, directory: as for `open_source`.
+        train_split: name of the split from which a probe learns the classes.
+        eval_split: name of the split that it classifies.
+    """
+
+    name: str
+    directory: str
+    train_split: str
+    eval_split: str
+
+
 class Task(abc.ABC):
     """A task that a run learns, such as classification.
 
@@ -168,6 +197,16 @@ class Task(abc.ABC):
         Raises:
             UserError: the split does not exist, or does not fit the network.
         """
+
+    def open_evaluations(self) -> Sequence[Evaluation]:
+        """Opens the data sets that a run evaluates in addition to its evaluation split, at the same steps.
+
+        Their metrics are recorded with the metrics of the evaluation split, and must have other names.
+
+        Raises:
+            UserError: data do not exist, or do not fit the config.
+        """
+        return ()
 
     def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
         """Augments the global batch on the devices. The result is the argument of `loss`.
@@ -246,6 +285,21 @@ class Task(abc.ABC):
             UserError: these commands do not support the task.
         """
         raise UserError(f'this command does not support the task {self.config.task}')
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """The preprocessing of images in an evaluation.
+
+        Raises:
+            UserError: the task has none.
+        """
+        raise UserError(f'the task {self.config.task} has no preprocessing of images')
+
+    @property
+    def labelled_data(self) -> LabelledData:
+        """The data with labels on which features are judged: by default the splits of the run."""
+        data = self.config.data
+        return LabelledData(data.name, data.dir, data.train_split, data.eval_split)
 
     def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
         """The config for an evaluation of weights of another library.

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -37,7 +37,7 @@ from convnext_jax.runtime.processes import (
     local_batch_indices,
 )
 from convnext_jax.runtime.stop import Stop, Stopped, stop_signal
-from convnext_jax.tasks import make_task
+from convnext_jax.tasks import Evaluation, make_task
 from convnext_jax.training.data_facts import check_same_data, data_facts, evaluation_change
 from convnext_jax.training.describe import describe, final_message
 from convnext_jax.training.durations import Durations, make_durations
@@ -76,6 +76,7 @@ def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = Non
     with locked_by_main_process(workdir):
         task = make_task(config)
         train_set, eval_set = task.open()
+        more_evaluations = task.open_evaluations()
         durations = make_durations(config, len(train_set))
         mesh = make_mesh(**config.mesh)
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
@@ -85,7 +86,7 @@ def train(config: ConfigDict, workdir: Path, profile: ProfileWindow | None = Non
         best = f'ema_{headline.name}' if config.ema.decay else headline.name
         saved = workdir / CHECKPOINTS
         with Checkpoints(saved, keep=keep, best_metric=best, lowest=headline.lowest, report=say) as checkpoints:
-            run = Run(config, durations, mesh, train_set, eval_set, checkpoints)
+            run = Run(config, durations, mesh, train_set, eval_set, checkpoints, more_evaluations)
             state = run.restored_state()
             if state is None or not run.is_done(int(state.step), workdir):
                 for line in describe(config, durations, mesh, run.model, train_set, eval_set, workdir):
@@ -105,11 +106,12 @@ class Run(Program):
         config, durations, mesh: as for `Program`.
         train_set, eval_set: the open splits.
         checkpoints: the checkpoints of the workdir.
+        more_evaluations: from `Task.open_evaluations`.
 
     Attributes:
         unreadable: the training images that could not be read.
-        evaluator: the evaluator of the evaluation split.
-        eval_step: from `make_eval_step`, jitted.
+        evaluations: the evaluation of the evaluation split, then `more_evaluations`.
+        eval_steps: for each evaluation the step from `make_eval_step`, jitted.
         figures: from `make_figures`, jitted.
         licence: licence of the weights that the run started from; None if unknown.
     """
@@ -122,16 +124,18 @@ class Run(Program):
         train_set: Dataset,
         eval_set: Dataset,
         checkpoints: Checkpoints,
+        more_evaluations: Sequence[Evaluation] = (),
     ):
         super().__init__(config, durations, mesh)
         self.checkpoints = checkpoints
         self.train_set, self.eval_set = train_set, eval_set
         self.unreadable = Unreadable(train_set)
         self.licence: Licence | None = None
-        self.evaluator = self.task.evaluator(eval_set)
+        main = Evaluation(eval_set, self.task.evaluator(eval_set), self.task.headline)
+        self.evaluations = [main, *more_evaluations]
         specs = jax.tree.map(lambda sharding: sharding.spec, self.state_sharding.weights)
-        eval_step = make_eval_step(self.evaluator, self.model, mesh, specs)
-        self.eval_step = jax.jit(eval_step, out_shardings=replicated(mesh))
+        eval_steps = [make_eval_step(each.evaluator, self.model, mesh, specs) for each in self.evaluations]
+        self.eval_steps = [jax.jit(eval_step, out_shardings=replicated(mesh)) for eval_step in eval_steps]
         self.figures = jax.jit(make_figures(self.task, self.model, mesh), out_shardings=replicated(mesh))
 
     def restored_state(self) -> TrainState | None:
@@ -190,7 +194,7 @@ class Run(Program):
         """
         step = saved = int(state.step)
         with (
-            RunLog(workdir, step, self.durations.total_steps, self.task.headline)
+            RunLog(workdir, step, self.durations.total_steps, *(each.headline for each in self.evaluations))
             if is_main_process()
             else NullLog() as log,
             agreed_stop() if is_multiprocess() else stop_signal() as stop,
@@ -212,7 +216,9 @@ class Run(Program):
                     if stop.received:
                         raise Stopped(stop.received, step)
                 else:
-                    self._check_evaluation_images(log, stop, stall_monitor)
+                    for number, evaluation in enumerate(self.evaluations):
+                        title = f'{evaluation.headline.title} evaluation' if number else self.config.data.eval_split
+                        self._check_images(evaluation.dataset, title, log, stop, stall_monitor)
                 first = next(batches)
                 log.say('compiling the training step …')
                 began = time.perf_counter()
@@ -293,18 +299,17 @@ class Run(Program):
         )
         return prefetch_to_device(batches, self.batch_sharding)
 
-    def _check_evaluation_images(self, log: RunLog | NullLog, stop: Stop, waiting: WaitCallback) -> None:
-        """Decodes the evaluation split before the first step; otherwise an unreadable image ends the run much later.
+    def _check_images(
+        self, dataset: Dataset, split: str, log: RunLog | NullLog, stop: Stop, waiting: WaitCallback
+    ) -> None:
+        """Decodes evaluation images before the first step; otherwise an unreadable image ends the run much later.
 
         Raises:
             UserError: images cannot be read. All processes raise it.
             Stopped: a signal was received.
         """
         began = time.perf_counter()
-        split = self.config.data.eval_split
-        parts = find_unreadable(
-            self.eval_set, process=jax.process_index(), processes=jax.process_count(), waiting=waiting
-        )
+        parts = find_unreadable(dataset, process=jax.process_index(), processes=jax.process_count(), waiting=waiting)
         with contextlib.closing(parts):
             errors: dict[int, str] = {}
             for found in itertools.takewhile(lambda _: not stop.poll(), parts):
@@ -314,27 +319,35 @@ class Run(Program):
         # Pairs, because JSON turns the keys of a dict into strings.
         errors = dict(itertools.chain.from_iterable(all_gather_objects(list(errors.items()))))
         if errors:
-            raise UserError(describe_unreadable(errors, len(self.eval_set), split))
+            raise UserError(describe_unreadable(errors, len(dataset), split))
         seconds = time.perf_counter() - began
         if seconds > REPORT_CHECK_SECONDS:
-            log.say(f'checked {len(self.eval_set):,} images of {split} in {seconds:.0f} s: all can be read')
+            log.say(f'checked {len(dataset):,} images of {split} in {seconds:.0f} s: all can be read')
 
     def _evaluate(
         self, log: RunLog | NullLog, step: int, state: TrainState, stop: Stop, waiting: WaitCallback
     ) -> dict[str, float] | None:
-        """Evaluates, records and returns the metrics of the evaluation split; None if a signal interrupted it."""
+        """Runs all evaluations, and records and returns their metrics; None if a signal interrupted it."""
         share = self._share(self.config.batch_size // self.config.accumulation_steps)
-        batches = eval_batches(self.eval_set, share, waiting)
         weights = {'': state.weights} | ({'ema_': state.ema} if state.ema else {})
-        until_stopped = itertools.takewhile(lambda _: not stop.poll(), prefetch_to_device(batches, self.batch_sharding))
-        first = next(until_stopped, None)
-        rest: Iterable[Batch] = until_stopped if first is None else itertools.chain([first], until_stopped)
-        results = compute_metrics(self.evaluator, *evaluate(self.eval_step, weights, rest))
+        results: dict[str, float] = {}
+        first_batches = []
+        for evaluation, eval_step in zip(self.evaluations, self.eval_steps, strict=True):
+            batches = prefetch_to_device(eval_batches(evaluation.dataset, share, waiting), self.batch_sharding)
+            until_stopped = itertools.takewhile(lambda _: not stop.poll(), batches)
+            first = next(until_stopped, None)
+            rest: Iterable[Batch] = until_stopped if first is None else itertools.chain([first], until_stopped)
+            images, measured = evaluate(eval_step, weights, rest)
+            if stop.received:
+                return None
+            first_batches.append(first)
+            # The first evaluation sets `images`, the number of images of the evaluation split.
+            results = compute_metrics(evaluation.evaluator, images, measured) | results
         if stop.received:
             return None
         split = self.config.data.eval_split
         log.evaluation(step, self.durations.epoch(step), split, results)
-        log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first)))
+        log.figures(step, split, jax.device_get(self.figures(state.ema or state.weights, first_batches[0])))
         return results
 
     def _log(self, log: RunLog | NullLog, step: int, pending: list[dict[str, jax.Array]], timer: StepTimer) -> None:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, restore_parameters, saved_steps
 from convnext_jax.config import check_values
+from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.pipeline import Share, eval_batches, prefetch_to_device
 from convnext_jax.errors import UserError
 from convnext_jax.models import Weights, get_weights
@@ -20,7 +21,7 @@ from convnext_jax.monitoring.stalls import StallMonitor
 from convnext_jax.output import say
 from convnext_jax.runtime.processes import is_main_process, local_batch_indices, make_global_array
 from convnext_jax.runtime.stop import Stop
-from convnext_jax.tasks import abstract_model, make_task
+from convnext_jax.tasks import Evaluator, Measured, abstract_model, make_task
 from convnext_jax.training.evaluation import compute_metrics, evaluate, make_eval_step
 from convnext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from convnext_jax.training.weights import newest_checkpoint, read_weights, weights_field
@@ -61,26 +62,44 @@ def evaluate_run(
     Raises:
         UserError: the run, the step, the weights or a split does not exist, or the checkpoint is damaged.
     """
+    config, mesh = _changed(config, protocol), make_mesh()
+    model = abstract_model(config)
+    step, weights, facts = restore_weights(workdir, model, params, step, mesh)
+    about: Result = {'model': config.model.name, 'params': params, 'step': step}
+    for result in _evaluate(config, model, weights, facts, mesh, protocol):
+        yield about | result
+
+
+def restore_weights(
+    workdir: Path, model: nnx.Module, params: str, step: int | None, mesh: jax.sharding.Mesh
+) -> tuple[int, Weights, Mapping[str, Any]]:
+    """Restores the weights of a checkpoint of a run.
+
+    Args:
+        workdir, params, step: as for `evaluate_run`.
+        model: the network of the run; its arrays are not used.
+        mesh: the device mesh, on which the weights are replicated.
+
+    Returns:
+        The step of the checkpoint, the weights by name, and `Dataset.facts` of the training data.
+
+    Raises:
+        UserError: the run, the step or the weights do not exist, or the checkpoint is damaged.
+    """
     directory, newest = newest_checkpoint(workdir)
     steps = saved_steps(directory)
     if step is not None and step not in steps:
         raise UserError(f'{workdir} has no checkpoint of step {step}, only of {", ".join(map(str, steps))}')
     step = newest if step is None else step
-    config = _changed(config, protocol)
-    model = abstract_model(config)
-    mesh = make_mesh()
     like = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
         for name, array in get_weights(model).items()
     }
     try:
-        parameters = restore_parameters(directory, step, weights_field(params), like)
+        weights = restore_parameters(directory, step, weights_field(params), like)
     except DamagedCheckpoint as error:
         raise UserError(f'checkpoint {step} of {workdir} is damaged ({error}): evaluate another step') from error
-    facts = read_about(directory, step)['data']
-    about: Result = {'model': config.model.name, 'params': params, 'step': step}
-    for result in _evaluate(config, model, parameters, facts, mesh, protocol):
-        yield about | result
+    return step, weights, read_about(directory, step)['data']
 
 
 def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: EvaluationProtocol) -> Iterator[Result]:
@@ -103,9 +122,9 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
         say(pretrained.licence.line)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)
     mesh = make_mesh()
-    parameters = {name: make_global_array(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}
+    weights = {name: make_global_array(x, replicated(mesh)) for name, x in get_weights(pretrained.model).items()}
     about: Result = {'weights': where, 'layout': pretrained.layout, 'params': params}
-    for result in _evaluate(config, pretrained.model, parameters, pretrained.facts, mesh, protocol):
+    for result in _evaluate(config, pretrained.model, weights, pretrained.facts, mesh, protocol):
         yield about | result
 
 
@@ -122,7 +141,7 @@ def _changed(config: ConfigDict, protocol: EvaluationProtocol) -> ConfigDict:
 def _evaluate(
     config: ConfigDict,
     model: nnx.Module,
-    parameters: Weights,
+    weights: Weights,
     facts: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
     protocol: EvaluationProtocol,
@@ -132,22 +151,47 @@ def _evaluate(
     task = make_task(config)
     splits = protocol.splits or ((config.data.name, config.data.eval_split),)
     datasets = [task.open_split(name, split, facts) for name, split in splits]
-    per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
-    batch_size = per_device * mesh.size
-    share = Share(batch_size, local_batch_indices(batch_sharding(mesh), batch_size))
     rows = []
     for (name, split), dataset in zip(splits, datasets, strict=True):
-        stall_monitor = StallMonitor(config.data.patience_seconds, Stop(), functools.partial(str, f'{name} {split}'))
-        batches = prefetch_to_device(eval_batches(dataset, share, stall_monitor), batch_sharding(mesh))
         evaluator = task.evaluator(dataset)
-        step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))
-        images, measured = evaluate(step, {'': parameters}, batches)
+        images, measured = evaluate_split(config, model, weights, mesh, dataset, evaluator, f'{name} {split}')
         rows += [{'data': name, 'split': split, **row} for row in evaluator.table(measured[''])]
         yield {'data': name, 'split': split, **compute_metrics(evaluator, images, measured)}
     if protocol.table:
         if not rows:
             raise UserError(f'the task {config.task} has no results per class for {protocol.table}: drop --per_class')
         _write_table(protocol.table, rows)
+
+
+def evaluate_split(
+    config: ConfigDict,
+    model: nnx.Module,
+    weights: Weights,
+    mesh: jax.sharding.Mesh,
+    dataset: Dataset,
+    evaluator: Evaluator,
+    title: str,
+) -> tuple[int, dict[str, Measured]]:
+    """Evaluates weights on one data set, on all devices.
+
+    Args:
+        config: gives the batch size, and the time after which a stall of the input is reported.
+        model: the network; its arrays are not used.
+        weights: the weights by name, replicated on the mesh.
+        mesh: the device mesh.
+        dataset, evaluator: the examples and their evaluator.
+        title: name of the data set in messages.
+
+    Returns:
+        The result of `evaluate`, with the measurements under the name ''.
+    """
+    per_device = max(config.batch_size // config.accumulation_steps // mesh.size, 1)
+    batch_size = per_device * mesh.size
+    share = Share(batch_size, local_batch_indices(batch_sharding(mesh), batch_size))
+    stall_monitor = StallMonitor(config.data.patience_seconds, Stop(), functools.partial(str, title))
+    batches = prefetch_to_device(eval_batches(dataset, share, stall_monitor), batch_sharding(mesh))
+    step = jax.jit(make_eval_step(evaluator, model, mesh), out_shardings=replicated(mesh))
+    return evaluate(step, {'': weights}, batches)
 
 
 def _write_table(path: Path, rows: list[dict[str, object]]) -> None:

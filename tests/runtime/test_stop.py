@@ -210,7 +210,7 @@ def test_an_evaluation_stops_within_a_batch(tmp_path):
         names = ('count', 'loss', 'top1', 'top5', 'bin_hits', 'bin_confidence')
         return Measured(dict.fromkeys(names, np.zeros(()))), np.ones(8)
 
-    run.eval_step = eval_step
+    run.eval_steps = [eval_step]
     state = jax.eval_shape(run.newly_initialised_state)
     state.ema = {}
     with RunLog(tmp_path, 0, run.durations.total_steps, run.task.headline) as log:

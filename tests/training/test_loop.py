@@ -139,7 +139,7 @@ def test_training_and_evaluation_with_the_tpu_kernel_lower_for_many_devices():
     mesh, durations = make_mesh(), make_durations(config, len(sources[0]))
     run = Run(config, durations, mesh, *sources, checkpoints=None)
     batch = abstract_batch(eval_features(sources[1]), 64, batch_sharding(mesh))
-    evaluation = run.eval_step.trace(run.abstract_state.weights, batch).lower(lowering_platforms=('tpu',))
+    evaluation = run.eval_steps[0].trace(run.abstract_state.weights, batch).lower(lowering_platforms=('tpu',))
     training = run.train_step.trace(run.abstract_state, run.abstract_batch).lower(lowering_platforms=('tpu',))
     assert mesh.size == 8
     assert 'tpu_custom_call' in training.as_text()
