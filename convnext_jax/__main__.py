@@ -9,6 +9,8 @@ prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
 models                                       list the architectures
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns
+embed PHOTO... --weights=WEIGHTS --output=FILE.npz
+                                             write the feature vectors of images, or FILE.parquet
 reconstruct PHOTO... --workdir=WORKDIR       write pictures of images as an fcmae run masks and reconstructs them
 convert SOURCE TARGET --layout=huggingface   write the weights of a run, or of another library, for another library
 export SOURCE TARGET --format=stablehlo      write a program for CPU, GPU and TPU that runs without this package
@@ -19,6 +21,7 @@ plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs th
 import sys
 
 import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -26,6 +29,7 @@ from convnext_jax.command_line import define_config, parse, required, required_c
 from convnext_jax.commands.eval import main as evaluate
 from convnext_jax.commands.train import main as train
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
+from convnext_jax.embedding import check_format, embed, save_embeddings
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import Pretrained, save_pretrained
@@ -141,6 +145,44 @@ def predict_photos(arguments: list[str]) -> None:
         raise UserError('; '.join(problems))
 
 
+def embed_photos(arguments: list[str]) -> None:
+    """Writes a file with the feature vector of each image and its path.
+
+    If a file cannot be read, the command reports it, continues with the other files, and exits with status 2.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        'weights', None, 'Folder, file or hub id of weights, with or without a head.', flag_values=values
+    )
+    flags.DEFINE_string('workdir', None, 'Folder of a run, instead of --weights.', flag_values=values)
+    _define_weights(values)
+    flags.DEFINE_integer('batch', 16, 'Number of images in a batch.', lower_bound=1, flag_values=values)
+    flags.DEFINE_string('output', None, 'File to write, FILE.npz or FILE.parquet.', flag_values=values)
+    photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
+    output = local_path(required(values, 'output'))
+    check_format(output)
+    if values.weights is not None and values.workdir is not None:
+        raise UserError('give --weights or --workdir, not both')
+    weights = required(values, 'weights') if values.workdir is None else values.workdir
+    pretrained = read_weights(weights, values.params, values.name, head=False)
+    say(f'embedding with {pretrained.origin}', error=True)
+    _say_licence(pretrained)
+    files, vectors = [], []
+    with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
+        for embedding in embed(pretrained, photos, batch_size=values.batch):
+            bar.update()
+            if embedding.vector is None:
+                say(f'skipped: {embedding.error}', error=True)
+            else:
+                files.append(embedding.path)
+                vectors.append(embedding.vector)
+    if vectors:
+        save_embeddings(output, files, np.stack(vectors))
+        show(f'{output} holds the features of {len(files)} images, {len(vectors[0])} numbers each')
+    if len(files) < len(photos):
+        raise UserError(f'{len(photos) - len(files)} of {len(photos)} files could not be embedded')
+
+
 def _define_weights(values: flags.FlagValues) -> None:
     """Adds the flags --params and --name of all commands that read weights."""
     flags.DEFINE_string(
@@ -216,6 +258,7 @@ COMMANDS = {
     'prepare': prepare,
     'models': models,
     'predict': predict_photos,
+    'embed': embed_photos,
     'reconstruct': reconstruct,
     'convert': convert,
     'export': export,

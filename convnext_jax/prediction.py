@@ -13,7 +13,7 @@ import numpy as np
 
 from convnext_jax.data.image_files import describe_left_out, find_images
 from convnext_jax.errors import UserError
-from convnext_jax.interop import Pretrained
+from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.interop.processor import processor_for
 from convnext_jax.paths import local_path
 
@@ -88,6 +88,31 @@ def predict(
     classes = pretrained.model.head.bias.shape[0]
     names = pretrained.class_names or [f'class {label}' for label in range(classes)]
     probabilities = jax.jit(lambda model, images: activation(model(images)))
+    for batch, images, errors in read_batches(photos, processor, batch_size):
+        scores = np.asarray(probabilities(pretrained.model, jnp.asarray(images)))
+        for i, path in enumerate(batch):
+            if i in errors:
+                yield Prediction(path, error=errors[i])
+            else:
+                finite = np.isfinite(scores[i]).all()
+                best = np.argsort(-scores[i], kind='stable')[:top] if finite else ()
+                yield Prediction(path, tuple((int(label), names[label], float(scores[i, label])) for label in best))
+
+
+def read_batches(
+    photos: Iterable[Path], processor: ImageProcessor, batch_size: int
+) -> Iterator[tuple[tuple[Path, ...], np.ndarray, dict[int, str]]]:
+    """Reads image files batch by batch.
+
+    Args:
+        photos: the files.
+        processor: the preprocessing.
+        batch_size: number of images in a batch.
+
+    Yields:
+        The files of the batch, at most `batch_size`; the images, (batch_size, size, size, C) float32, which are 0 after
+        the last file and for unreadable files; and index in the batch → error message of each unreadable file.
+    """
     photos = iter(photos)
     while batch := tuple(itertools.islice(photos, batch_size)):
         images = np.zeros((batch_size, processor.size, processor.size, len(processor.mean)), np.float32)
@@ -97,11 +122,4 @@ def predict(
                 images[i] = processor(path)[0]
             except UserError as error:
                 errors[i] = str(error)
-        scores = np.asarray(probabilities(pretrained.model, jnp.asarray(images)))
-        for i, path in enumerate(batch):
-            if i in errors:
-                yield Prediction(path, error=errors[i])
-            else:
-                finite = np.isfinite(scores[i]).all()
-                best = np.argsort(-scores[i], kind='stable')[:top] if finite else ()
-                yield Prediction(path, tuple((int(label), names[label], float(scores[i, label])) for label in best))
+        yield batch, images, errors

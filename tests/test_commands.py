@@ -440,7 +440,7 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
 
 def test_an_unknown_command_lists_the_commands():
     """Users would have to look up the name of the command that they misspelt."""
-    commands = '{train | eval | prepare | models | predict | reconstruct | convert | export | plan}'
+    commands = '{train | eval | prepare | models | predict | embed | reconstruct | convert | export | plan}'
     with pytest.raises(UserError, match=re.escape(commands)):
         package_command.main(['convnext_jax', 'modles'])
 
