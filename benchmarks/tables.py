@@ -60,7 +60,19 @@ GPU = {
     'Compilation or first step (s)': '{first_step_or_compile_seconds:.1f}',
     'Commit': '{commit}',
 }
+H200 = {
+    'Model': '{model}',
+    'Mode': '{mode}',
+    'Implementation': '{implementation}',
+    'Step (ms)': '{ms:.1f}',
+    'Images/s': '{images_per_second:,.0f}',
+    'MFU (%)': '{mfu_percent}',
+    'Memory (GB)': '{memory_gb:.1f}',
+    'Machine': '{machine_number}',
+    'Commit': '{commit}',
+}
 GPU_SHORT = {heading: GPU[heading] for heading in ('Model', 'Implementation', 'Step (ms)', 'Images/s', 'Memory (GB)')}
+README_MODELS = ('convnext_tiny', 'convnextv2_tiny', 'convnext_base')
 VALUE = {'Measurement': '{what}', 'Result': '{value:,.10g} {unit}', 'Date': '{date}', 'Commit': '{commit}'}
 RANGE = {
     'Measurement': '{what}',
@@ -94,7 +106,13 @@ TABLES = {
         'share_of_peak_amd', {'Implementation': '{implementation}', 'Share of its peak (%)': '{percent}'}
     ),
     'h100': Table('h100', GPU),
-    'h100_short': Table('h100', GPU_SHORT, lambda result: result['commit'] in ('e35b9ef', None), source=False),
+    'h200': Table('h200', H200),
+    'h200_short': Table(
+        'h200',
+        GPU_SHORT,
+        lambda result: result['mode'] == 'training' and result['model'] in README_MODELS,
+        source=False,
+    ),
     'plan_tpu': Table(
         'plan_tpu',
         {
@@ -126,7 +144,16 @@ TABLES = {
     'input_memory': Table(
         'input_memory', {'Workers': '{workers}', 'Minimum (MB)': '{least_mb:,}', 'Maximum (MB)': '{most_mb:,}'}
     ),
-    'augment': Table('augment', {'Policy': '{policy}', 'Quantity': '{quantity}', 'Share (%)': '{percent:g}'}),
+    'augment': Table(
+        'augment',
+        {
+            'Machine': '{machine}',
+            'Policy': '{policy}',
+            'Step (ms)': '{ms:,.1f}',
+            'Without augmentation (ms)': '{bare_ms:,.1f}',
+            'Ratio of images/s': '{ratio:.3f}',
+        },
+    ),
     'load': Table(
         'load',
         {
