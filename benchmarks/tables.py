@@ -72,7 +72,6 @@ H200 = {
     'Commit': '{commit}',
 }
 GPU_SHORT = {heading: GPU[heading] for heading in ('Model', 'Implementation', 'Step (ms)', 'Images/s', 'Memory (GB)')}
-README_MODELS = ('convnext_tiny', 'convnextv2_tiny', 'convnext_base')
 VALUE = {'Measurement': '{what}', 'Result': '{value:,.10g} {unit}', 'Date': '{date}', 'Commit': '{commit}'}
 RANGE = {
     'Measurement': '{what}',
@@ -110,7 +109,7 @@ TABLES = {
     'h200_short': Table(
         'h200',
         GPU_SHORT,
-        lambda result: result['mode'] == 'training' and result['model'] in README_MODELS,
+        lambda result: result['mode'] == 'training' and result['implementation'] != 'timm',
         source=False,
     ),
     'plan_tpu': Table(
