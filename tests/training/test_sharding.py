@@ -380,7 +380,7 @@ def some_of(state):
 
 def test_the_bytes_that_a_device_sends_do_not_grow_with_the_pod(runs):
     """Training would not scale to a pod: with 16 devices, each one must send as much as with 8."""
-    flags = '--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0'
+    flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=16')
     out = subprocess.run(
         [sys.executable, __file__],
         cwd=Path(__file__).parents[2],
