@@ -3,6 +3,7 @@
 The training step of these models compiles in a third of the time that a model of four stages needs.
 """
 
+import gc
 import runpy
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ def small_variants(depths: tuple[int, ...] = (1, 1), widths: tuple[int, ...] = (
         'convnextv2_atto': Variant(depths, widths, grn=True, layer_scale_init=0),
     }
 
+
+# Tracing a model creates many objects that stay alive. Python would search them again and again for garbage.
+gc.set_threshold(100_000)
 
 if __name__ == '__main__':
     VARIANTS.update(small_variants())
