@@ -121,9 +121,11 @@ def test_the_table_the_json_file_and_the_chart(stand_in, capfd, tmp_path, mode, 
         assert chart.convert('L').getextrema()[0] < 128  # not blank
 
 
-def test_convnext_jax_and_flax_are_measured(monkeypatch, capfd, tmp_path):
+@pytest.mark.slow
+def test_convnext_jax_and_flax_are_measured(small_models, monkeypatch, capfd, tmp_path):
     """An error in a real implementation is found only after hours on a rented accelerator."""
     monkeypatch.setattr(process, 'ROUND_SECONDS', 0.0)
+    monkeypatch.setattr(process, 'RUN', (sys.executable, 'tests/small.py', *RUN[1:]))
     monkeypatch.setenv('XLA_FLAGS', ONE_DEVICE['XLA_FLAGS'])
     run('--models=convnextv2_atto', '--size=32', '--batch=2', '--rounds=1', '--peers=flax', f'--output={tmp_path}')
     report = json.loads((tmp_path / 'benchmark.json').read_text())

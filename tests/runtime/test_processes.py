@@ -26,7 +26,8 @@ from launch import local
 TWO = ('launch/local.py', 2, '--')
 JOB = (*TWO, *SMALL_TRAIN)
 # Evaluates 200 images after each step, which leaves time to interrupt the run.
-SLOW = ('--config.data.eval_split=test[:200]', '--config.eval_every_epochs=0.1', '--config.log_every_steps=1')
+SLOW = ('--config.data.eval_split=test[:200]', '--config.eval_every_epochs=0.1')
+ENDLESS = ('--config.steps=1000000', '--config.eval_every_epochs=1000')
 
 
 def losses(workdir: Path) -> list[float]:
@@ -35,7 +36,7 @@ def losses(workdir: Path) -> list[float]:
 
 def start_and_wait_for_a_record(commands, run: Path, *arguments: str, step: int = 1):
     """Starts a job and waits until it has logged `step`; returns it, and the ids of its processes in order."""
-    job = commands.start(*JOB, f'--workdir={run}', *SLOW, *arguments)
+    job = commands.start(*JOB, f'--workdir={run}', '--config.log_every_steps=1', *arguments)
     while job.poll() is None and step not in [record['step'] for record in read_records(run)]:
         time.sleep(0.05)
     assert job.poll() is None, job.communicate()
@@ -98,7 +99,8 @@ def test_two_processes_resume_from_one_checkpoint_and_a_signal_to_one_saves_both
     """
     run = shutil.copytree(finished_run, tmp_path / 'run')
     shutil.rmtree(run / 'checkpoints' / str(STEPS) / 'optimizer')
-    job, (_, second) = start_and_wait_for_a_record(commands, run, '--config.checkpoint_every_steps=1000', step=21)
+    rarely = '--config.checkpoint_every_steps=1000'
+    job, (_, second) = start_and_wait_for_a_record(commands, run, *SLOW, rarely, step=21)
     os.kill(second, signal.SIGTERM)
     out, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 128 + signal.SIGTERM, out + err
@@ -118,7 +120,7 @@ def test_two_processes_resume_from_one_checkpoint_and_a_signal_to_one_saves_both
 
 def test_when_a_process_is_killed_the_other_ends_with_an_error(commands, tmp_path):
     """After one host failed, the others would wait, and cost money, until somebody noticed."""
-    job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
+    job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', *ENDLESS, '--process_timeout=20')
     os.kill(second, signal.SIGKILL)
     _, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 128 + signal.SIGKILL
@@ -130,7 +132,7 @@ def test_when_a_process_is_killed_the_other_ends_with_an_error(commands, tmp_pat
 
 def test_a_failed_write_of_one_process_ends_all_immediately(commands, tmp_path):
     """The pod would wait for twenty minutes, the timeout of the barriers in Orbax, before it shows the error."""
-    job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run')
+    job, (_, second) = start_and_wait_for_a_record(commands, tmp_path / 'run', *ENDLESS)
     resource.prlimit(second, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     _, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 2, err
@@ -142,7 +144,7 @@ def test_a_failed_write_of_one_process_ends_all_immediately(commands, tmp_path):
 
 def test_when_the_first_process_is_killed_the_other_ends(commands, tmp_path):
     """The other hosts would wait forever. JAX ends them when it loses its coordination service in process 0."""
-    job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', '--process_timeout=20')
+    job, (first, _) = start_and_wait_for_a_record(commands, tmp_path / 'run', *ENDLESS, '--process_timeout=20')
     os.kill(first, signal.SIGKILL)
     _, err = job.communicate(timeout=TIMEOUT)
     assert job.returncode == 128 + signal.SIGKILL

@@ -30,7 +30,7 @@ from convnext_jax.training.sharding import make_mesh
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_gets_a_signal_saves_and_says_how_to_resume(commands, finished_run, tmp_path, number):
+def test_a_run_that_gets_a_signal_saves_and_says_how_to_resume(commands, train_here, finished_run, tmp_path, number):
     """A preempted job would lose the steps since its last checkpoint."""
     run = tmp_path / 'run'
     process = commands.start(*SMALL_TRAIN, f'--workdir={run}', '--config.checkpoint_every_steps=1000')
@@ -44,8 +44,8 @@ def test_a_run_that_gets_a_signal_saves_and_says_how_to_resume(commands, finishe
     assert f'stopped by {number.name} at step {step}, which is saved: run the same command again to resume' in out
     assert 4 <= step < STEPS
     if number == signal.SIGTERM:
-        resumed = commands.train(run, '--config.checkpoint_every_steps=1000')
-        assert f'resumes at step {step} of {STEPS}' in resumed.stdout
+        resumed = train_here(run, '--config.checkpoint_every_steps=1000')
+        assert f'resumes at step {step} of {STEPS}' in resumed
         assert fingerprints(run) == fingerprints(finished_run)
 
 

@@ -40,14 +40,14 @@ def build(batch_size, accumulation_steps=1, axes=(1, 1)):
     config = default_config()
     task = WithoutStatistic(config)
     config.batch_size, config.accumulation_steps, config.ema.decay = batch_size, accumulation_steps, 0.5
-    model = task.build(jax.random.key(0))
+    model = jax.jit(task.build)(jax.random.key(0))
     roles, mesh = parameter_roles(model), make_mesh(*axes, jax.devices()[: axes[0] * axes[1]])
     optimizer = adamw(
         dict.fromkeys(roles, 1.0),
         roles,
         weight_decay=0.05,
     )
-    state = initial_state(get_parameters(model), optimizer, ema=True)
+    state = jax.jit(lambda parameters: initial_state(parameters, optimizer, ema=True))(get_parameters(model))
     state = jax.device_put(state, state_sharding(mesh, roles, state))
     step = jax.jit(make_train_step(task, model, optimizer, lambda _: 1e-3, config, 10, mesh))
     return lambda batch: step(state, jax.device_put(batch, batch_sharding(mesh)))
@@ -130,6 +130,7 @@ def losses(run):
     return [(record['split'], record['step'], pytest.approx(record['loss'], rel=1e-4)) for record in read_records(run)]
 
 
+@pytest.mark.slow
 def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
     """A new task needs changes in the training loop, or a copy of it.
 
@@ -167,8 +168,9 @@ def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
 
     images = [Colours(20).load(index) for index in range(20)]
     pixels, weights = np.stack([x['image'] for x in images]), np.stack([x['weight'] for x in images])
-    model = MeanColour(mean_colour).build(jax.random.key(0))
-    colours = with_parameters(model, restore_parameters(run / 'checkpoints', 12, 'ema'))(jnp.asarray(pixels))
+    model = jax.jit(MeanColour(mean_colour).build)(jax.random.key(0))
+    model = with_parameters(model, restore_parameters(run / 'checkpoints', 12, 'ema'))
+    colours = jax.jit(lambda model: model(jnp.asarray(pixels)))(model)
     errors = np.square(colours - pixels.mean((1, 2))).sum(-1)
     evaluation.main(['eval.py', f'--workdir={run}', '--splits=any@20', '--params=ema'])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

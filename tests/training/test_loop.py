@@ -91,8 +91,7 @@ def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_run(commands, 
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills == 2
-    last = commands.train(run)
-    assert 'finished' in last.stdout
+    assert 'finished' in train_here(run)
     assert fingerprints(run) == fingerprints(finished_run)
     ours = restore_parameters(run / 'checkpoints', STEPS, 'parameters')
     unbroken = restore_parameters(finished_run / 'checkpoints', STEPS, 'parameters')
@@ -104,13 +103,13 @@ def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_run(commands, 
     assert evaluations[0] == evaluations[1]
 
 
-def test_a_finished_run_repeats_the_steps_of_a_damaged_last_checkpoint(commands, finished_run, tmp_path):
+def test_a_finished_run_repeats_the_steps_of_a_damaged_last_checkpoint(train_here, finished_run, tmp_path):
     """One damaged file after the end of training would make the whole run unusable."""
     run = copy_of(finished_run, tmp_path)
     (run / 'checkpoints' / str(STEPS) / 'manifest' / 'metadata').write_text('')
-    again = commands.train(run)
-    assert f'checkpoint {STEPS} is damaged' in again.stdout
-    assert f'resumes at step 20 of {STEPS}' in again.stdout
+    again = train_here(run)
+    assert f'checkpoint {STEPS} is damaged' in again
+    assert f'resumes at step 20 of {STEPS}' in again
     assert fingerprints(run) == fingerprints(finished_run)
 
 
