@@ -81,29 +81,35 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update('jax_platforms', None)  # JAX read the variable when it was imported
 
 
-# pytest-xdist gives whole files to its workers in this order. One worker would idle if a long file came last, or if the
-# first two files both needed the finished run.
+# pytest-xdist gives whole files to its workers in this order. One worker would idle if a long file came last, or if two
+# of the first three files needed the finished run.
 LONGEST_FILES = (
     'test_processes.py',
     'test_sharding.py',
+    'test_loading.py',
     'test_loop.py',
-    'test_commands.py',
-    'test_compare.py',
     'test_throughput.py',
-    'test_step.py',
+    'test_commands.py',
     'test_stop.py',
     'test_task.py',
     'test_fcmae.py',
     'test_statistics.py',
+    'test_compare.py',
+    'test_export.py',
+    'test_output.py',
+    'test_cpu_settings.py',
     'test_reference.py',
-    'test_backbone.py',
     'test_pretrained.py',
+    'test_backbone.py',
+    'test_checkpoint.py',
+    'test_trace.py',
     'test_parity.py',
-    'test_loading.py',
+    'test_trunk.py',
+    'test_depthwise.py',
     'test_masked.py',
-    'test_docs.py',
-    'test_notebook.py',
     'test_licence_in_commands.py',
+    'test_step.py',
+    'test_notebook.py',
 )
 
 

@@ -144,6 +144,7 @@ def test_output_without_streams_does_not_go_into_a_file(tmp_path):
     assert (tmp_path / 'records').read_text() == 'record'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('output', 'status', 'error'),
     [

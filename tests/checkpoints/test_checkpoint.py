@@ -116,6 +116,7 @@ def test_the_best_outlives_newer_ones(tmp_path, lowest, best):
     assert saved_steps(tmp_path / 'c') == [best, 7, 8]
 
 
+@pytest.mark.slow
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     """The checkpoint contains values of a later step, because the loop donates the state while the save is written."""
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)

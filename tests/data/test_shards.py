@@ -141,6 +141,7 @@ def test_a_source_can_be_used_by_processes_and_threads(directory):
     assert read == [png(i % 256) for i in order]
 
 
+@pytest.mark.slow
 def test_several_processes_can_open_a_split_at_once(directory):
     """All processes of a pod open the data at the same time."""
     root = Path(__file__).parents[2]

@@ -83,6 +83,7 @@ def test_the_kernels_are_used_on_the_gpus_that_support_them():
     assert kernels_in_program((8, 14, 14, 96), gpu='gfx942') == 0
 
 
+@pytest.mark.slow
 def test_the_package_works_without_the_triton_backend():
     """JAX plans to remove this backend: the package could no longer be imported."""
     program = """

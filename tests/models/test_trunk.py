@@ -140,7 +140,7 @@ def test_the_statistics_of_norms_are_saved(images):
     assert roots('full') > roots('none')
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('remat', ['dots', pytest.param('full', marks=pytest.mark.slow)])
 def test_unrolled_blocks_are_an_equal_network_and_also_recompute(remat, images, keys):
     """Without a loop, the compiler would merge the recomputation with the forward pass, and memory would not shrink."""
 

@@ -276,6 +276,7 @@ def finished(tmp_path_factory):
         yield workdir
 
 
+@pytest.mark.slow
 def test_a_run_updates_statistics_before_and_after_it_resumes(finished):
     """Evaluation would use initial statistics, or statistics from before the run resumed."""
     first, last = (restore_parameters(finished / 'checkpoints', step, 'parameters') for step in (4, 6))
@@ -284,6 +285,7 @@ def test_a_run_updates_statistics_before_and_after_it_resumes(finished):
         assert last[name] != first[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('params', 'prefix'), [('raw', ''), ('ema', 'ema_')])
 def test_evaluation_and_export_use_statistics(finished, tmp_path, params, prefix):
     """With the initial mean and variance, eval.py and the exported program would predict other classes."""
@@ -304,6 +306,7 @@ def test_evaluation_and_export_use_statistics(finished, tmp_path, params, prefix
     np.testing.assert_allclose(program.call(weights, images), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_statistics_of_a_run(finished):
     """Fine-tuning would start with the right weights and the wrong statistics."""
     config = small_run(steps=2, fsdp=2)
