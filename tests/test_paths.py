@@ -20,21 +20,24 @@ def test_the_home_folder_is_found(monkeypatch, tmp_path):
         local_path('~nobody-of-that-name/run')
 
 
-@pytest.mark.parametrize('name', ['back\\slash', '[0:3]', 'a\nb', "'#%20", os.fsdecode(b'\xff')])
-def test_an_unusual_folder_has_a_plain_path_until_the_process_ends(tmp_path, name):
+def test_an_unusual_folder_has_a_plain_path_until_the_process_ends(tmp_path):
     """TensorStore writes the arrays of a checkpoint into another folder, and no checkpoint can be restored."""
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / 'file').write_text('here')
+    folders = [tmp_path / name for name in ('back\\slash', '[0:3]', 'a\nb', "'#%20", os.fsdecode(b'\xff'))]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / 'file').write_text(f'here {number}')
     code = (
         'import pathlib, sys; from convnext_jax.paths import plain_path\n'
-        'plain = plain_path(pathlib.Path(sys.argv[1])); print(plain, (plain / "file").read_text())'
+        'for folder in sys.argv[1:]:\n'
+        '    plain = plain_path(pathlib.Path(folder)); print(plain, (plain / "file").read_text())'
     )
-    plain, content = subprocess.check_output([sys.executable, '-c', code, folder], text=True).split()
-    assert content == 'here'
-    assert plain.isascii()
-    assert not Path(plain).parent.exists()
-    assert (folder / 'file').exists()
+    lines = subprocess.check_output([sys.executable, '-c', code, *folders], text=True).splitlines()
+    for number, (folder, line) in enumerate(zip(folders, lines, strict=True)):
+        plain, content = line.split(' ', 1)
+        assert content == f'here {number}'
+        assert plain.isascii()
+        assert not Path(plain).parent.exists()
+        assert (folder / 'file').exists()
 
 
 def test_a_plain_folder_is_its_own_path(tmp_path, monkeypatch):
