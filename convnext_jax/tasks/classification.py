@@ -261,17 +261,21 @@ class Classification(Task):
             config.eval.resample = Image.Resampling(processor.resample).name.lower()
         return config
 
-    def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
-        """Augments each image with its key, and mixes images and targets before `config.mix.off_epoch`."""
+    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
+        """Augments and normalises the images."""
+        mean, std = self.config.data.mean, self.config.data.std
+        return batch | {'image': augment(batch['image'], keys, mean=mean, std=std, **self.config.augment)}
+
+    def mix(self, batch: Batch, key: jax.Array, epoch: jax.Array) -> Batch:
+        """Turns labels into smoothed targets, and mixes images and targets before `config.mix.off_epoch`."""
         config = self.config
-        images = augment(batch['image'], keys, mean=config.data.mean, std=config.data.std, **config.augment)
         one_hot = jax.nn.one_hot(batch['label'], config.model.num_classes)
-        targets = optax.smooth_labels(one_hot, config.label_smoothing)
+        images, targets = batch['image'], optax.smooth_labels(one_hot, config.label_smoothing)
         if config.mix.mixup or config.mix.cutmix:
             images, targets = mix(
                 images,
                 targets,
-                batch_key,
+                key,
                 mixup=config.mix.mixup,
                 cutmix=config.mix.cutmix,
                 mode=config.mix.mode,

@@ -170,7 +170,7 @@ class FCMAE(Task):
         name, directory = (probe.name, probe.dir) if probe.name else (data.name, data.dir)
         return LabelledData(name, directory, probe.train_split or data.train_split, probe.eval_split or data.eval_split)
 
-    def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
+    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
         """Flips each image horizontally with probability ½, and normalises it."""
         images = random_flip(batch['image'], keys) if self.config.augment.flip else batch['image']
         return {'image': normalize(images, self.config.data.mean, self.config.data.std)}

@@ -208,13 +208,22 @@ class Task(abc.ABC):
         """
         return ()
 
-    def augment(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, epoch: jax.Array) -> Batch:
-        """Augments the global batch on the devices. The result is the argument of `loss`.
+    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
+        """Augments examples. Each device calls it with its own part of the batch.
 
         Args:
             batch: from the data pipeline.
-            keys: (N,) random keys, one for each example. All draws for an example must use its key.
-            batch_key: random key for draws that concern the whole batch.
+            keys: (N,) random keys, one for each example. The result for an example must depend on the example and its
+                key only.
+        """
+        return batch
+
+    def mix(self, batch: Batch, key: jax.Array, epoch: jax.Array) -> Batch:
+        """Combines examples of the global batch. The result is the argument of `loss`.
+
+        Args:
+            batch: the augmented batch.
+            key: random key.
             epoch: float32 scalar, number of epochs so far.
         """
         return batch

@@ -124,6 +124,22 @@ Sums = Any
 SumsAndGradient = Callable[..., tuple[Sums, Parameters, Statistics]]
 
 
+def map_over_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Makes a per-device function of examples data-parallel over a mesh: each device calls it with its own examples.
+
+    Args:
+        function: a function of pytrees of examples that returns a pytree with one value for each example.
+        mesh: the device mesh. The examples have `batch_sharding` on it.
+
+    Returns:
+        A function with the arguments and results of `function`, on global arrays.
+    """
+    if mesh.size == 1:
+        return function
+    examples = batch_sharding(mesh).spec
+    return jax.shard_map(function, mesh=mesh, in_specs=examples, out_specs=examples, check_vma=False)
+
+
 def sum_over_mesh(function: SumsAndGradient, mesh: Mesh, roles: Roles) -> SumsAndGradient:
     """Makes a per-device gradient function data-parallel over a mesh.
 

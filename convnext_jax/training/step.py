@@ -16,7 +16,7 @@ from convnext_jax.models import Parameters, Statistics, get_statistics, paramete
 from convnext_jax.models.layers import fusion_barrier_on_cpu
 from convnext_jax.tasks import Batch, Task
 from convnext_jax.training.optimizer import moving_average, select
-from convnext_jax.training.sharding import Sums, sum_over_mesh
+from convnext_jax.training.sharding import Sums, map_over_mesh, sum_over_mesh
 
 MAX_SKIPS_IN_A_ROW = 10
 """After this many consecutive skipped steps, all further steps are skipped, until the training loop stops the run."""
@@ -77,7 +77,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         examples = len(jax.tree.leaves(batch)[0])
         augment_keys, model_keys, batch_key = _keys(config.seed, state.step, examples)
-        batch = task.augment(batch, augment_keys, batch_key, state.step / steps_per_epoch)
+        batch = map_over_mesh(task.augment, mesh)(batch, augment_keys)
+        batch = task.mix(batch, batch_key, state.step / steps_per_epoch)
         sums, gradient, statistics = loss_and_gradient(state.parameters, state.statistics, batch, model_keys)
         total, weight, terms = sums
         divisor = jnp.where(weight > 0, weight, 1.0)

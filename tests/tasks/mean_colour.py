@@ -76,7 +76,7 @@ class MeanColour(Task):
     def build(self, key):
         return Network(key)
 
-    def augment(self, batch, keys, batch_key, epoch):
+    def augment(self, batch, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys)
         return batch | {'image': batch['image'] + 0.1 * noise}
 

@@ -184,7 +184,10 @@ def test_large_models_are_sharded_but_never_along_the_block_axis(name):
 class Energy:
     """A task for any backbone: the loss is the mean square of its features."""
 
-    def augment(self, batch, keys, batch_key, epoch):
+    def augment(self, batch, keys):
+        return batch
+
+    def mix(self, batch, key, epoch):
         return batch
 
     def loss(self, model, batch, keys):

@@ -62,7 +62,7 @@ class Segmenter(nnx.Module):
 class Segmentation(MeanColour):
     """A task with only the methods that the training step calls."""
 
-    def augment(self, batch, keys, batch_key, epoch):
+    def augment(self, batch, keys):
         return batch
 
     def loss(self, model, batch, keys):
