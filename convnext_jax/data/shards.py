@@ -148,11 +148,11 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
         suffixes: lower-case suffixes of images, with the dot.
 
     Returns:
-        (images,) records with the fields that `open_index` describes.
+        (images,) records with the fields that `open_index` describes. The label of an image without KEY.cls is −1.
 
     Raises:
-        UserError: as for `tar_members`; or there is an image without KEY.cls, a KEY.cls without an image or without a
-            number, two images or labels with one key, a key with a dot, or no image.
+        UserError: as for `tar_members`; or there is a KEY.cls without an image or without a number, two images or
+            labels with one key, a key with a dot, or no image.
     """
     images: dict[str, Member] = {}
     labels: dict[str, Member] = {}
@@ -175,10 +175,9 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
     if hidden:
         warnings.warn(f'{path}: left out: hidden files ({hidden})', stacklevel=2)
     if not images:
-        raise UserError(f'{path} contains no images: it needs KEY.jpg (or {", ".join(sorted(suffixes))}) and KEY.cls')
-    for key in images.keys() ^ labels.keys():
-        name = (images.get(key) or labels[key]).name
-        raise UserError(f'{path}: there is no {".cls file" if key in images else "image"} with the key of {name}')
+        raise UserError(f'{path} contains no images: it needs KEY.jpg (or {", ".join(sorted(suffixes))})')
+    for key in labels.keys() - images.keys():
+        raise UserError(f'{path}: there is no image with the key of {labels[key].name}')
     classes: dict[str, int] = {}
     with path.open('rb') as tar:
         for key, member in labels.items():
@@ -190,7 +189,7 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
     names = [image.name.encode(errors='surrogateescape') for image in images.values()]
     longest = max(map(len, names))
     fields = [('shard', 'i4'), ('offset', 'i8'), ('size', 'i8'), ('label', 'i4'), ('name', f'S{longest}')]
-    records = [(number, image.offset, image.size, classes[key]) for key, image in images.items()]
+    records = [(number, image.offset, image.size, classes.get(key, -1)) for key, image in images.items()]
     return np.array([(*record, name) for record, name in zip(records, names, strict=True)], fields)
 
 

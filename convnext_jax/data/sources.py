@@ -157,27 +157,40 @@ class WebDatasetSource:
 
     The class names are the lines of `directory/classnames.txt`. Without this file they are the numbers.
 
+    Args:
+        directory, split: as for `find_shards`.
+        labelled: False ignores the labels; KEY.cls files may then be missing, and there are no class names.
+
     Raises:
-        UserError: as for `find_shards` and `open_index`, or a label is too large.
+        UserError: as for `find_shards` and `open_index`; or a label is missing or too large.
     """
 
     multi_label = False
     eval_classes = None
 
-    def __init__(self, directory: Path, split: str):
+    def __init__(self, directory: Path, split: str, *, labelled: bool = True):
         self._shards = find_shards(directory, split)
         self._index = open_index(directory, split, self._shards, IMAGE_SUFFIXES)
-        largest = int(self._index['label'].max())
+        self.class_names = self._read_class_names(directory, split) if labelled else []
+
+    def _read_class_names(self, directory: Path, split: str) -> list[str]:
+        labels = self._index['label']
+        missing = np.flatnonzero(labels < 0)
+        if len(missing):
+            raise UserError(
+                f'{self.name(int(missing[0]))} has no .cls file, as {len(missing)} of {len(labels)} images of {split}: '
+                'a classifier needs the class of each image'
+            )
+        largest = int(labels.max())
         path = directory / 'classnames.txt'
         if largest >= MAX_CLASSES:
             raise UserError(
                 f'{directory}: {split} has an image of class {largest}: .cls files must contain class numbers'
             )
-        self.class_names = _lines(path) if path.is_file() else [str(label) for label in range(largest + 1)]
-        if largest >= len(self.class_names):
-            raise UserError(
-                f'{path} has {len(self.class_names)} class names, but {split} has images of class {largest}'
-            )
+        names = _lines(path) if path.is_file() else [str(label) for label in range(largest + 1)]
+        if largest >= len(names):
+            raise UserError(f'{path} has {len(names)} class names, but {split} has images of class {largest}')
+        return names
 
     def __len__(self) -> int:
         return len(self._index)

@@ -1,6 +1,8 @@
-"""Data sets of images without labels: a folder of images, or a labelled source whose labels are ignored."""
+"""Data sets of images without labels: a folder, tar shards, or a labelled source whose labels are ignored."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 from convnext_jax.data.dataset import Dataset, Example, Features
 from convnext_jax.data.image_files import describe_left_out, find_images
 from convnext_jax.data.labelled_images import EvalImages, TrainImages
-from convnext_jax.data.sources import EncodedImage, Part, Source, open_source
+from convnext_jax.data.sources import EncodedImage, Part, Source, WebDatasetSource, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.paths import local_path
 
@@ -18,7 +20,7 @@ ALL_IMAGES = 'images'
 
 
 def open_images(name: str, directory: str, split: str) -> Source:
-    """Opens one split. A folder may contain images at any depth.
+    """Opens one split. A folder may contain images at any depth, and tar shards need no KEY.cls files.
 
     Args:
         name, directory: as for `open_source`.
@@ -27,10 +29,14 @@ def open_images(name: str, directory: str, split: str) -> Source:
     Raises:
         UserError: as for `open_source`.
     """
-    if name != 'folder':
+    files: dict[str, Callable[[Path, str], Source]] = {
+        'folder': UnlabelledFolder,
+        'webdataset': functools.partial(WebDatasetSource, labelled=False),
+    }
+    if name not in files:
         return open_source(name, directory, split)
     whole, bracket, _ = split.partition('[')
-    source = UnlabelledFolder(local_path(directory), whole)
+    source = files[name](local_path(directory), whole)
     return Part(source, split) if bracket else source
 
 

@@ -159,7 +159,6 @@ print(len(source), source[2].label)
 @pytest.mark.parametrize(
     ('members', 'line'),
     [
-        ([('a.png', png())], 'there is no .cls file with the key of a.png'),
         ([*sample('b', 0, 0), ('a.cls', b'1')], 'there is no image with the key of a.cls'),
         (sample('a', 0, 'cat'), "a.cls contains b'cat', not a class number"),
         (sample('a', 0, -1), "a.cls contains b'-1', not a class number"),
@@ -179,6 +178,15 @@ def test_an_invalid_shard_is_named(directory, members, line):
     assert str(shard) in message
     assert line in message
     assert not list(directory.glob('*npy*'))
+
+
+def test_a_classifier_needs_the_class_of_each_image(directory):
+    """Images without a label would train as some class."""
+    shard = directory / 'mini-train-000001.tar'
+    write_tar(shard, [*sample('a', 0, 0), ('b.png', png()), ('c.png', png())])
+    assert error_of(directory) == (
+        f'{shard}, b.png has no .cls file, as 2 of 5 images of train: a classifier needs the class of each image'
+    )
 
 
 @pytest.mark.parametrize('damage', ['header', 'truncated data', 'truncated header', 'no end mark', 'empty', 'gzip'])

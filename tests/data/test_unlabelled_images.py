@@ -1,6 +1,7 @@
-"""Images without labels: flat folders, folders in folders, and labelled sources."""
+"""Images without labels: flat folders, folders in folders, tar shards, and labelled sources."""
 
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -50,6 +51,22 @@ def test_a_missing_split_is_refused_with_what_to_give_instead(photos, tmp_path):
     (tmp_path / 'empty' / 'notes.txt').write_text('nothing')
     with pytest.raises(UserError, match=r'empty contains no images; left out: .txt files \(1\)'):
         open_images('folder', str(photos), 'empty')
+
+
+def test_tar_shards_need_no_labels(photos, tmp_path):
+    """Shards of web images rarely have .cls files; the user would have to invent labels for pre-training."""
+    with tarfile.open(tmp_path / 'web-train-0000.tar', 'w') as tar:
+        for number in range(10):
+            (path,) = photos.rglob(f'{number}.png')
+            tar.add(path, f'{number:04}.png')
+    (tmp_path / '0003.cls').write_text('7')
+    with tarfile.open(tmp_path / 'web-train-0000.tar', 'a') as tar:
+        tar.add(tmp_path / '0003.cls', '0003.cls')
+    source = open_images('webdataset', str(tmp_path), 'train')
+    assert reds(pickle.loads(pickle.dumps(source))) == list(range(10))
+    assert source.name(4) == f'{tmp_path / "web-train-0000.tar"}, 0004.png'
+    parts = [reds(open_images('webdataset', str(tmp_path), f'train[{part}]')) for part in (':80%', '80%:')]
+    assert sorted(parts[0] + parts[1]) == list(range(10))
 
 
 def test_labels_of_a_labelled_source_are_left_out(photos):
