@@ -91,7 +91,8 @@ def convert(arguments: list[str]) -> None:
         head=pretrained.has_head,
     )
     _say_licence(pretrained)
-    show(f'{target} holds {pretrained.origin}, in the {values.layout} layout')
+    part = '' if pretrained.has_head else ', an encoder without a head'
+    show(f'{target} holds {pretrained.origin}, in the {values.layout} layout{part}')
 
 
 def export(arguments: list[str]) -> None:
@@ -164,7 +165,7 @@ def embed_photos(arguments: list[str]) -> None:
     if values.weights is not None and values.workdir is not None:
         raise UserError('give --weights or --workdir, not both')
     weights = required(values, 'weights') if values.workdir is None else values.workdir
-    pretrained = read_weights(weights, values.params, values.name, head=False)
+    pretrained = read_weights(weights, values.params, values.name)
     say(f'embedding with {pretrained.origin}', error=True)
     _say_licence(pretrained)
     files, vectors = [], []

@@ -38,7 +38,7 @@ def read_licence(folder: Path, config: dict) -> Licence | None:
     """The licence in a folder's model card or, if the card has none, in its config. None if neither has one.
 
     Args:
-        folder: a folder of weights.
+        folder: a folder of weights, or the folder that contains a file of weights.
         config: content of the folder's `config.json`, or {}. timm stores the licence in the entry `pretrained_cfg`.
     """
     card = _read_card(folder / CARD)

@@ -171,7 +171,8 @@ def read_pretrained(
         drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in newly_initialised})(key)
         parameters |= drawn
     model = with_parameters(model, parameters)
-    licence = read_licence(opened.path, opened.config)
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    licence = read_licence(folder, opened.config)
     if newly_initialised:  # names and problem type in the config describe another head
         return Pretrained(
             model, layout, None, _processor(opened), newly_initialised, notes, licence=licence, decoder=opened.decoder

@@ -69,7 +69,7 @@ def probe_weights(config: ConfigDict, where: str, params: str, protocol: ProbePr
         UserError: as for `read_weights` and `open_probe`.
     """
     check_values(config)
-    pretrained = read_weights(where, params, head=False)
+    pretrained = read_weights(where, params)
     if pretrained.licence:
         say(pretrained.licence.line)
     return {'weights': where, 'layout': pretrained.layout, 'params': params} | _probe(config, pretrained, protocol)

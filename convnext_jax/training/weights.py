@@ -20,7 +20,7 @@ from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
 STATE_FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
 
-def read_weights(where: str, params: str, name: str | None = None, *, head: bool = True) -> Pretrained:
+def read_weights(where: str, params: str, name: str | None = None) -> Pretrained:
     """Reads a model with its weights from the newest checkpoint of a run, or with `read_pretrained`.
 
     Args:
@@ -28,15 +28,15 @@ def read_weights(where: str, params: str, name: str | None = None, *, head: bool
         params: 'raw' or 'ema'. In a file of another library, 'raw' is the entry 'model' or 'state_dict', and 'ema' the
             entry 'model_ema' or 'state_dict_ema'.
         name: as for `read_pretrained`.
-        head: False accepts a file without a head as well: the model gets one with a single random output.
+
+    A file without a head is accepted: the head then has one newly initialised output, see `Pretrained.has_head`.
 
     Raises:
         UserError: the weights do not exist or cannot be read.
     """
     field = weights_field(params)
     if not _is_run(where):
-        new_head: dict[str, Any] = {} if head else {'new_classes': 1, 'key': jax.random.key(0)}
-        pretrained = read_pretrained(where, name=name, entry=_entry(params), **new_head)
+        pretrained = read_pretrained(where, name=name, entry=_entry(params), new_classes=1, key=jax.random.key(0))
         return pretrained._replace(origin=f'the {params} weights of {where} ({pretrained.layout} layout)')
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)

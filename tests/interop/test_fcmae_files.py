@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import metadata_load
+from PIL import Image
 from random_models import assert_equal, fcmae_state_dict, random_model, save
 
+from convnext_jax import __main__ as package_command
 from convnext_jax import save_pretrained
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
@@ -115,6 +118,34 @@ def test_a_classifier_can_be_pretrained_further(tmp_path, encoder):
         'the decoder is newly initialised',
         'FCMAE has no classifier, so these are dropped: norm.scale, norm.bias, head.kernel, head.bias',
     ]
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm'])
+def test_a_file_of_the_original_is_converted_with_its_licence(file, encoder, tmp_path, capsys, layout):
+    """Published pre-trainings could only be used here; and their licence forbids commercial use."""
+    path, _ = file
+    (path.parent / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n')
+    package_command.main(['convnext_jax', 'convert', str(path), str(tmp_path / 'out'), f'--layout={layout}'])
+    shown = capsys.readouterr()
+    assert shown.err == 'licence of the weights: cc-by-nc-4.0 (README.md)\n'
+    assert shown.out.endswith(f'(original layout), in the {layout} layout, an encoder without a head\n')
+    assert metadata_load(tmp_path / 'out' / 'README.md') == {'license': 'cc-by-nc-4.0'}
+    back = read_pretrained(tmp_path / 'out', num_classes=1, key=jax.random.key(0))
+    ours = get_parameters(encoder)
+    for name, x in get_parameters(back.model).items():
+        if name.startswith(('stem', 'stages')):
+            np.testing.assert_array_equal(x, ours[name], err_msg=name)
+    loaded, notes = start(tmp_path / 'out', 'fcmae')
+    assert 'the decoder is newly initialised' in notes
+    assert (loaded['decoder.predict.kernel'] == 7).all()
+
+
+def test_an_encoder_is_not_taken_for_a_classifier(file, tmp_path):
+    """The user gets predictions of a random head."""
+    Image.new('RGB', (32, 32)).save(tmp_path / 'photo.png')
+    for command in (['predict', str(tmp_path / 'photo.png'), f'--weights={file[0]}'], ['export', str(file[0]), 'out']):
+        with pytest.raises(UserError, match='has no classes: fine-tune it first'):
+            package_command.main(['convnext_jax', *command])
 
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm'])
