@@ -4,11 +4,15 @@ import importlib.util
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from conftest import shrink_models
 
+from configs import fcmae
 from configs.fashion_mnist import get_config
 from convnext_jax import __main__ as package_command
 from convnext_jax.errors import UserError
+from convnext_jax.models import fcmae as autoencoder
 from convnext_jax.models import get_parameters
 from convnext_jax.plan import plan, report, targets
 from convnext_jax.plan.compile import Compiled, Memory, compile_step
@@ -16,7 +20,7 @@ from convnext_jax.plan.hlo import Collectives, collectives, read_program
 from convnext_jax.plan.report import describe, largest_batch
 from convnext_jax.plan.targets import Target
 from convnext_jax.runtime.chips import CHIPS
-from convnext_jax.tasks import abstract_model
+from convnext_jax.tasks import abstract_model, make_task
 
 CHIP = CHIPS['v5e']
 MIB = 2**20
@@ -44,6 +48,36 @@ def test_the_compiled_step_is_the_training_step(here, small_models):
     }
     assert compiled.memory.arguments > 4 * 4 * parameters  # parameters, two moments and the moving average
     assert compiled.memory.results < 4 * parameters
+
+
+@pytest.mark.slow
+def test_a_pretraining_is_planned_with_its_decoder(here, monkeypatch):
+    """The plan omits the decoder, which has half of the parameters of a small network."""
+    shrink_models(monkeypatch, depths=(1, 1, 1, 1), widths=(8, 8, 8, 16))
+    monkeypatch.setattr(autoencoder, 'DECODER_WIDTH', 32)
+    config = fcmae.get_config('atto')
+    config.data.image_size = 64
+    compiled = compile_step(config, here, images=2)
+    arrays = get_parameters(abstract_model(config))
+    assert 'decoder.predict.kernel' in arrays
+    parameters = sum(array.size for array in arrays.values())
+    found = collectives(read_program(compiled.text), 8)
+    assert found == {('all-reduce', 'f32', 8): Collectives(1, 4 * (parameters + 2))}
+    assert compiled.memory.arguments > 3 * 4 * parameters  # parameters and two moments
+    assert compiled.memory.results < 4 * parameters
+
+
+def test_the_multiply_adds_of_a_pretraining_are_those_of_its_program():
+    """The reported utilisation of the chip is wrong: it follows from the multiply-adds."""
+    config = fcmae.get_config('atto')
+    config.model.dtype, config.model.unroll = 'float32', True  # XLA counts one iteration of a loop
+    task = make_task(config)
+    arguments = jax.eval_shape(
+        lambda: (task.build(jax.random.key(0)), jnp.zeros((1, 224, 224, 3)), jax.random.split(jax.random.key(0), 1))
+    )
+    forward = jax.jit(lambda model, images, keys: model(images, task.visible(keys)))
+    flops = forward.lower(*arguments).cost_analysis()['flops']
+    assert 2 * task.multiply_adds < flops < 1.05 * 2 * task.multiply_adds  # norms and activations count as well
 
 
 def test_a_program_that_does_not_fit_is_halved_until_it_does(here, monkeypatch, capsys):
