@@ -1,13 +1,15 @@
 """Masked images: an encoder computes on the visible patches, and the pixels of the other patches have no effect.
 
 If a dense convolution reads zeros at invisible positions and its results there are set to zero, the visible positions
-get the results of a sparse convolution. No sparse kernels are needed.
+get the results of a sparse convolution. No sparse kernels are needed. All other layers of a block compute each position
+separately, so they run on the visible patches only, packed into a smaller array.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from convnext_jax.models.activation import gelu
@@ -26,10 +28,12 @@ class Visible:
         patches: (N, rows, columns) bool, True where a patch is visible.
         statistics: GRN computes its norms over the visible positions of each 'image', or of the whole 'batch' on all
             devices.
+        most: no image has more visible patches than this; None for all patches.
     """
 
     patches: Bool[Array, 'n rows columns']
     statistics: str = dataclasses.field(default='image', metadata={'static': True})
+    most: int | None = dataclasses.field(default=None, metadata={'static': True})
 
     def positions(self, x: Shaped[Array, 'n h w c']) -> Bool[Array, 'n h w 1']:
         """Whether each position of x is visible: (N, H, W, C) → (N, H, W, 1) bool.
@@ -42,6 +46,59 @@ class Visible:
     def keep(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
         """Sets x to 0 at the invisible positions, even if it is NaN there: (N, H, W, C) → (N, H, W, C)."""
         return jnp.where(self.positions(x), x, 0)
+
+    @property
+    def packed(self) -> 'Visible':
+        """The visible patches of an array from `pack`: patches is (N, most, 1)."""
+        patches = rearrange(self.patches, 'n r c -> n (r c)')
+        return Visible(jnp.take_along_axis(patches, _order(self), axis=1)[..., None], self.statistics)
+
+
+def _order(visible: Visible) -> jax.Array:
+    """The patches of each image in their packed order, the visible ones first: (N, most) int32."""
+    patches = rearrange(visible.patches, 'n r c -> n (r c)')
+    return jnp.argsort(~patches, axis=1, stable=True)[:, : visible.most]
+
+
+# The derivative of a gather is a scatter, which is slow. Because no patch occurs twice, the derivative of `pack` is
+# `unpack`, and the other way round.
+@jax.custom_vjp
+def pack(x: jax.Array, visible: Visible) -> jax.Array:
+    """The visible patches of each image, one below the other; images with fewer than `visible.most` add other patches.
+
+    Args:
+        x: (N, H, W, C).
+        visible: the visible patches of x.
+
+    Returns:
+        (N, most · height of a patch, width of a patch, C).
+    """
+    rows, columns = visible.patches.shape[1:]
+    patches = rearrange(x, 'n (r h) (c w) d -> n (r c) h w d', r=rows, c=columns)
+    patches = jnp.take_along_axis(patches, _order(visible)[..., None, None, None], axis=1)
+    return rearrange(patches, 'n k h w d -> n (k h) w d')
+
+
+@jax.custom_vjp
+def unpack(x: jax.Array, visible: Visible) -> jax.Array:
+    """The inverse of `pack`, with 0 at the invisible positions: (N, most · h, w, C) → (N, H, W, C)."""
+    rows, columns = visible.patches.shape[1:]
+    shown = rearrange(visible.patches, 'n r c -> n (r c)')
+    places = jnp.maximum(jnp.cumsum(shown, axis=1) - 1, 0)
+    patches = rearrange(x, 'n (k h) w d -> n k h w d', k=visible.most or rows * columns)
+    patches = jnp.take_along_axis(patches, places[..., None, None, None], axis=1)
+    patches = jnp.where(shown[..., None, None, None], patches, 0)
+    return rearrange(patches, 'n (r c) h w d -> n (r h) (c w) d', r=rows, c=columns)
+
+
+pack.defvjp(
+    lambda x, visible: (pack(x, visible), visible),
+    lambda visible, cotangent: (unpack(cotangent, visible), None),
+)
+unpack.defvjp(
+    lambda x, visible: (unpack(x, visible), visible),
+    lambda visible, cotangent: (visible.packed.keep(pack(cotangent, visible)), None),
+)
 
 
 def draw_patches(keys: Key[Array, ' n'], rows: int, columns: int, visible: int) -> Bool[Array, 'n {rows} {columns}']:

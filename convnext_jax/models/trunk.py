@@ -25,7 +25,7 @@ from convnext_jax.models.layers import (
     drop_path,
     normal,
 )
-from convnext_jax.models.masked import Visible, masked_gelu_and_response_norm
+from convnext_jax.models.masked import Visible, masked_gelu_and_response_norm, pack, unpack
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
@@ -95,9 +95,12 @@ class Block(nnx.Module):
             # next matrix product. The backward pass recomputes the operations in between, but not this last product.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
             expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
-        branch = contract(self, expand(self, self.depthwise(x)), visible)
-        if visible is not None:
-            branch = visible.keep(branch)
+        branch = self.depthwise(x)
+        if visible is None:
+            branch = contract(self, expand(self, branch))
+        else:
+            branch = contract(self, expand(self, pack(branch, visible)), visible.packed)
+            branch = unpack(branch, visible)
         if keys is not None:
             branch = drop_path(branch, drop_rate, keys)
         return x + branch

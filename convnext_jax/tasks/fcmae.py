@@ -206,7 +206,7 @@ class FCMAE(Task):
     def visible(self, keys: jax.Array) -> Visible:
         """Draws the visible patches of N images. `keys` (N,) has one random key for each image."""
         patches = draw_patches(keys, self._side, self._side, self._visible_patches)
-        return Visible(patches, self.config.fcmae.grn)
+        return Visible(patches, self.config.fcmae.grn, self._visible_patches)
 
     def loss(self, model: MaskedAutoencoder, batch: Batch, keys: jax.Array) -> Loss:
         """The sum of the errors of all masked patches; its weight is their number."""
