@@ -4,7 +4,7 @@
     python -m benchmarks.masking --topology=v5e:2x2 --batch=64
 
 A step is the forward and backward pass of the encoder alone, without the decoder and the optimizer; with a mask it also
-draws the visible patches. On this machine, the two steps alternate, and the command prints the median time of each and
+draws the visible patches. On CPU, the two steps alternate, and the command prints the median CPU time of each and
 the median ratio. With `--topology`, the steps are compiled for one TPU chip, which does not have to be attached, and
 the command prints the compiler's estimates of their cycles.
 """
@@ -87,10 +87,10 @@ def cycles(step: Callable, options: argparse.Namespace, device: jax.Device) -> i
 
 
 def milliseconds(step: Callable, inputs: tuple) -> float:
-    """The time of one step."""
-    began = time.perf_counter()
+    """The CPU time of one step, over all threads. Other programs change it less than the elapsed time."""
+    began = time.process_time()
     jax.block_until_ready(step(*inputs))
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.process_time() - began)
 
 
 if __name__ == '__main__':
