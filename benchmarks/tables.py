@@ -163,6 +163,32 @@ TABLES = {
             'Peak memory over the size of the weights': '{peak_over_weights:.2f}',
         },
     ),
+    'few_labels': Table(
+        'few_labels',
+        {
+            'Start': '{start}',
+            'Learning rate': '{learning_rate:g}',
+            'Top-1 (%), mean': '{mean:.1f}',
+            'Minimum': '{least:.1f}',
+            'Maximum': '{most:.1f}',
+        },
+        lambda result: 'start' in result,
+    ),
+    'knn': Table(
+        'few_labels',
+        {'Epoch of the pre-training': '{epoch}', 'k-NN accuracy (%)': '{knn:.1f}'},
+        lambda result: 'knn' in result,
+        source=False,
+    ),
+    'masking': Table(
+        'masking',
+        {
+            'Target': '{target}',
+            'Whole images': '{whole:,} {unit}',
+            'Masked': '{masked:,} {unit}',
+            'Ratio': '{ratio:.2f}',
+        },
+    ),
     'recipes': Table('published', RECIPES),
     'recipes_short': Table('published', RECIPES, lambda result: result['config'] in EXAMPLES, source=False),
 }
