@@ -185,7 +185,7 @@ TABLES = {
         {
             'Target': '{target}',
             'Whole images': '{whole:,} {unit}',
-            'Masked': '{masked:,} {unit}',
+            'Masked images': '{masked:,} {unit}',
             'Ratio': '{ratio:.2f}',
         },
     ),
