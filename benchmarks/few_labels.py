@@ -46,7 +46,7 @@ from convnext_jax.training.loop import train
 
 DATA = 'fashion_mnist_mini'
 MODEL = 'convnextv2_micro'
-VARIANTS[MODEL] = Variant((1, 1, 2, 1), (32, 64, 128, 256), grn=True, layer_scale_init=0)
+VARIANT = Variant((1, 1, 2, 1), (32, 64, 128, 256), grn=True, layer_scale_init=0)
 SIDE = 64
 """Pixels along a side of the enlarged images, which are four patches of 32 pixels."""
 LABELS = 10
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument('--output', required=True, help='folder for the runs, the results and the pictures')
     parser.add_argument('--seeds', type=int, default=3)
     arguments = parser.parse_args()
+    VARIANTS[MODEL] = VARIANT
     output = local_path(arguments.output)
     pretrained = output / 'pretrained'
     train(pretraining_config(), pretrained)

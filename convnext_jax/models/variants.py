@@ -52,10 +52,13 @@ class Variant:
         """The stride of the last stage, in pixels of the image."""
         return self.strides[-1]
 
-    def multiply_adds(self, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> int:
+    def multiply_adds(
+        self, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3, visible: float = 1.0
+    ) -> int:
         """Multiply-adds of the convolutions and linear layers in the forward pass of one square image.
 
-        The papers report this number as FLOPs.
+        The papers report this number as FLOPs. `visible` is the fraction of the positions at which the linear layers
+        of the blocks are computed.
         """
         side = image_size // self.patch_size
         total = side**2 * self.patch_size**2 * in_channels * self.widths[0]
@@ -63,7 +66,7 @@ class Variant:
             if stage > 0:
                 side //= 2
                 total += side**2 * 4 * self.widths[stage - 1] * width
-            total += depth * side**2 * width * (49 + 8 * width)
+            total += depth * width * (side**2 * 49 + round(side**2 * visible) * 8 * width)
         return total + self.widths[-1] * num_classes
 
 

@@ -25,7 +25,9 @@ def draw_curves(workdir: Path, headlines: Sequence[Headline]) -> None:
     height = 3.5 * rows
     figure = Figure(figsize=(10, height))
     # A computed layout would draw the figure twice. Margins at the top and bottom are in inches.
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.55 / height, top=1 - 0.35 / height, wspace=0.2, hspace=0.3)
+    figure.subplots_adjust(
+        left=0.07, right=0.98, bottom=0.55 / height, top=(height - 0.35) / height, wspace=0.2, hspace=0.3
+    )
     loss, metric, rate, speed, *more = figure.subplots(rows, 2).flat
 
     def curve(axes, rows: list[dict], name: str, label: str, marker: str = '') -> None:

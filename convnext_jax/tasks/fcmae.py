@@ -195,9 +195,9 @@ class FCMAE(Task):
 
     @property
     def multiply_adds(self) -> int:
-        """The number of multiply-adds for one image: the encoder on the whole image, and the decoder."""
+        """Multiply-adds for one image: the encoder, whose linear layers skip masked patches, and the decoder."""
         config, size = self.config, self.config.data.image_size
-        encoder = self.variant().multiply_adds(size, 0, self.channels)
+        encoder = self.variant().multiply_adds(size, 0, self.channels, self._visible_patches / self._side**2)
         network = jax.eval_shape(self.build, jax.random.key(0))
         decoder = split_decoder(get_parameters(network))[1]
         kernels = sum(x.size for name, x in decoder.items() if name.endswith('kernel'))

@@ -8,9 +8,10 @@ from PIL import Image
 from benchmarks import few_labels, tables
 from convnext_jax.config import check_values
 from convnext_jax.data.sources import open_source
+from convnext_jax.models.variants import VARIANTS
 
 
-def test_each_class_has_as_many_labelled_images(tmp_path):
+def test_each_class_has_as_many_labelled_images(tmp_path, monkeypatch):
     """The accuracies would be those of an easier or harder task, or of images that the training saw."""
     for seed in (0, 1):
         few_labels.write_labelled_images(tmp_path, seed)
@@ -20,6 +21,7 @@ def test_each_class_has_as_many_labelled_images(tmp_path):
     test = open_source('folder', str(tmp_path), 'test')
     assert len(test) == 1000
     assert not {first[i].image for i in range(100)} & {test[i].image for i in range(1000)}
+    monkeypatch.setitem(VARIANTS, few_labels.MODEL, few_labels.VARIANT)
     check_values(few_labels.pretraining_config())
     check_values(few_labels.fine_tuning_config(tmp_path, 0, 1e-3, 'weights'))
 

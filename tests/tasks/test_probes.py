@@ -60,7 +60,7 @@ def small_models():
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """The workdir of a pre-training run with a k-NN probe, on one device."""
-    config = small_config(**PROBE)
+    config = small_config(**PROBE, **{'model.patch_size': 0})
     workdir = tmp_path_factory.mktemp('probed')
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[:1]
@@ -125,7 +125,7 @@ def test_a_pretraining_run_records_the_probe(run):
 
 def test_a_signal_while_features_are_computed_stops_the_run(tmp_path):
     """A preempted run would end with an error, because the probe got fewer training images than neighbours."""
-    config = small_config(**PROBE)
+    config = small_config(**PROBE, **{'model.patch_size': 0})
     task, stop, batches = make_task(config), Stop(), []
     sets, durations = task.open(), make_durations(config, 64)
     run = Run(config, durations, make_mesh(), *sets, checkpoints=None, more_evaluations=task.open_evaluations())
