@@ -147,6 +147,7 @@ def test_the_forward_pass_of_flax_gives_logits(small_models):
     assert baseline.step().shape == (1, 1000)
 
 
+@pytest.mark.slow
 def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in, capfd, tmp_path):
     """One broken baseline prevents all measurements, or a wrong model is silently measured."""
     stand_in(OURS)
@@ -172,6 +173,7 @@ def test_a_baseline_that_is_missing_or_fails_leaves_the_others_running(stand_in,
         assert re.search(f'^left out: .*{name}, {reason}$', printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_a_round_is_not_timed(stand_in, tmp_path):
     """A figure depends on which other implementations are measured, because the first step refills the caches."""
     stand_in(OURS)
