@@ -169,8 +169,9 @@ def train_crop(
 
 
 def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float], seed: Sequence[int]) -> np.ndarray:
-    height, width, space, _ = simplejpeg.decode_jpeg_header(image)
-    if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * Image.MAX_IMAGE_PIXELS:
+    header = simplejpeg.decode_jpeg_header(image)
+    height, width, space = int(header[0]), int(header[1]), header[2]
+    if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError
     with Image.open(io.BytesIO(image), formats=('JPEG',)) as file:  # parses only the header
         orientation = _orientation(file)

@@ -133,7 +133,7 @@ def open_index(directory: Path, split: str, shards: Sequence[Path], suffixes: Se
         for other in path.parent.glob(f'{glob.escape(split)}.index-*.npy'):
             if other != path:  # outdated
                 other.unlink(missing_ok=True)
-        index = _read_index(path)
+        return np.load(path, mmap_mode='r', allow_pickle=False)
     return index
 
 

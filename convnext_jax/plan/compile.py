@@ -47,17 +47,31 @@ class Compiled:
     Attributes:
         images: number of images per chip in one accumulation step.
         seconds: duration of the compilation.
-        memory: memory that the program needs; None if this is more than the memory of a chip.
-        text: the program in HLO; the error of the compiler if the program does not fit.
+        memory: memory that the program needs.
+        text: the program in HLO.
     """
 
     images: int
     seconds: float
-    memory: Memory | None
+    memory: Memory
     text: str
 
 
-def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
+@dataclasses.dataclass(frozen=True)
+class DoesNotFit:
+    """A training step that needs more than the memory of a chip.
+
+    Attributes:
+        images, seconds: as for `Compiled`.
+        error: the error of the compiler.
+    """
+
+    images: int
+    seconds: float
+    error: str
+
+
+def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled | DoesNotFit:
     """Compiles the training step.
 
     Args:
@@ -81,7 +95,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        return Compiled(images, time.perf_counter() - began, None, first_line(error))
+        return DoesNotFit(images, time.perf_counter() - began, first_line(error))
     stats: Any = compiled.memory_analysis()
     memory = Memory(
         arguments=stats.argument_size_in_bytes,

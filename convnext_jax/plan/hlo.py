@@ -65,6 +65,9 @@ class Collectives:
     size: int = 0
 
 
+Computations = dict[str, list[re.Match[str]]]
+"""Name of a computation → the matches of `INSTRUCTION` on its lines."""
+
 Found = dict[tuple[str, str, int], Collectives]
 """Collectives by kind, element type and group size."""
 
@@ -78,22 +81,21 @@ def read_program(text: str) -> list[Instruction]:
     Args:
         text: the program in HLO.
     """
-    computations: dict[str, list[str]] = {}
-    entry = None
+    computations: Computations = {}
+    entry = ''
     for line in text.splitlines():
         if header := COMPUTATION.match(line):
-            lines = computations.setdefault(header['name'], [])
+            instructions = computations.setdefault(header['name'], [])
             entry = header['name'] if header['entry'] else entry
-        elif INSTRUCTION.match(line):
-            lines.append(line)
+        elif instruction := INSTRUCTION.match(line):
+            instructions.append(instruction)
     return list(_run(computations, entry, 1))
 
 
-def _run(computations: dict[str, list[str]], name: str, runs: int) -> Iterator[Instruction]:
+def _run(computations: Computations, name: str, runs: int) -> Iterator[Instruction]:
     groups: dict[str, int | None] = {}
-    for line in computations[name]:
-        instruction = INSTRUCTION.match(line)
-        opcode = instruction['opcode']
+    for instruction in computations[name]:
+        line, opcode = instruction.string, instruction['opcode']
         began = _first(r'-done\(%?([\w.-]+)', line)
         group = groups[instruction['name']] = groups.get(began) if began else _group_size(line)
         yield Instruction(
@@ -126,9 +128,10 @@ def _group_size(line: str) -> int | None:
     return None
 
 
-def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+def _trip_count(line: str, computations: Computations) -> int:
     known = _first(r'"known_trip_count":\{"n":"(\d+)"', line)
-    condition = '\n'.join(computations[_first(r'\bcondition=%?([\w.-]+)', line)])
+    name = _first(r'\bcondition=%?([\w.-]+)', line) or ''
+    condition = '\n'.join(instruction.string for instruction in computations[name])
     limits = [known] if known else re.findall(r'= [su]32\[\]\S* constant\((\d+)\)', condition)
     return int(limits[0]) if len(limits) == 1 else 1
 
@@ -150,7 +153,8 @@ def collectives(program: list[Instruction], chips: int) -> Found:
     for instruction in program:
         kind = instruction.opcode.removesuffix('-done')
         if kind in COLLECTIVES and instruction.chain not in chains:
-            chains |= {instruction.chain} - {None}
+            if instruction.chain:
+                chains.add(instruction.chain)
             for dtype, size in instruction.bytes_by_type().items():
                 total = found.setdefault((kind, dtype, instruction.group or chips), Collectives())
                 total.runs += instruction.runs

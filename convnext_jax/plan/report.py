@@ -9,7 +9,7 @@ from tqdm import tqdm
 from convnext_jax.config import check_values
 from convnext_jax.errors import UserError
 from convnext_jax.output import show
-from convnext_jax.plan.compile import Compiled, Memory, compile_step
+from convnext_jax.plan.compile import Compiled, DoesNotFit, Memory, compile_step
 from convnext_jax.plan.hlo import Found, Instruction, bytes_sent, collectives, read_program
 from convnext_jax.plan.targets import Target
 from convnext_jax.training.sharding import describe_mesh, make_mesh
@@ -39,14 +39,15 @@ def plan(config: ConfigDict, target: Target, images: int | None) -> None:
     show(f'{config.model.name} at {size}×{size}, {config.model.dtype}, on {target.name}: {chips} chips, mesh {mesh}')
     show(f'compiler {target.compiler}: all figures are estimates of the compiler, not measurements')
     compiled = _compile(config, target, images)
-    while compiled.memory is None:
+    while isinstance(compiled, DoesNotFit):
         if compiled.images == 1:
             raise UserError(f'one image per chip does not fit on {target.name}: try --config.model.remat=full')
         compiled = _compile(config, target, compiled.images // 2)
     for line in describe(compiled, target):
         show(line)
-    if compiled.images > 1:
-        show(_largest_batch_line(_compile(config, target, compiled.images // 2), compiled, target))
+    smaller = _compile(config, target, compiled.images // 2) if compiled.images > 1 else None
+    if isinstance(smaller, Compiled):
+        show(_largest_batch_line(smaller, compiled, target))
 
 
 def _images(config: ConfigDict, target: Target) -> int:
@@ -59,7 +60,7 @@ def _images(config: ConfigDict, target: Target) -> int:
     return config.batch_size // parts
 
 
-def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
+def _compile(config: ConfigDict, target: Target, images: int) -> Compiled | DoesNotFit:
     show(f'compiling the training step for {images} images per chip …')
     with (
         ThreadPoolExecutor(1) as pool,
@@ -69,7 +70,7 @@ def _compile(config: ConfigDict, target: Target, images: int) -> Compiled:
         while wait([future], timeout=1).not_done:
             clock.refresh()
     compiled = future.result()
-    outcome = 'compiled' if compiled.memory else f'does not fit ({compiled.text}); stopped'
+    outcome = 'compiled' if isinstance(compiled, Compiled) else f'does not fit ({compiled.error}); stopped'
     show(f'{outcome} after {compiled.seconds:.1f} s')
     return compiled
 
@@ -132,16 +133,16 @@ def _collective_lines(found: Found) -> list[str]:
 
 
 def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> list[str]:
-    total = sum(instruction.runs * instruction.cycles for instruction in program)
-    if not total:
+    total, chip = sum(instruction.runs * instruction.cycles for instruction in program), target.chip
+    if not total or chip.clock is None or chip.link is None:
         return ['\nestimated cycles: not reported by this compiler']
     ordered = sorted(program, key=lambda instruction: instruction.runs * instruction.cycles, reverse=True)
     heaviest = ordered[:MAX_INSTRUCTIONS]
-    seconds = total / target.chip.clock / 1e9
+    seconds = total / chip.clock / 1e9
     recomputed = sum(instruction.runs * instruction.cycles for instruction in program if '.remat' in instruction.name)
-    communication = bytes_sent(found) / target.chip.link / 1e9
+    communication = bytes_sent(found) / chip.link / 1e9
     return [
-        f'\nestimated cycles without collectives: {total:,}, {1000 * seconds:.1f} ms at {target.chip.clock:g} GHz\n'
+        f'\nestimated cycles without collectives: {total:,}, {1000 * seconds:.1f} ms at {chip.clock:g} GHz\n'
         f'the {len(heaviest)} instructions with the most cycles: share, runs × cycles, name, operation',
         *(
             f'  {i.runs * i.cycles / total:6.1%}{i.runs:4} × {i.cycles:10,}  {i.name}  '
@@ -149,7 +150,7 @@ def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> li
             for i in heaviest
         ),
         f'recomputed by the compiler to save memory: {recomputed / total:.1%}',
-        f'communication: at least {1000 * communication:.2f} ms over links of {target.chip.link:g} GB/s, '
+        f'communication: at least {1000 * communication:.2f} ms over links of {chip.link:g} GB/s, '
         f'{communication / (communication + seconds):.1%} of the step if it is not overlapped with computation\n',
     ]
 

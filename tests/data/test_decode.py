@@ -365,6 +365,13 @@ def test_the_fast_crop_is_close_to_pillow(sides, size, bound, monkeypatch):
     train_crop(data, size, channels=3, scale=(0.3, 1.0), seed=(0,))  # without Pillow's decoder
 
 
+def test_fast_crop_without_pillows_limit(monkeypatch):
+    """A program may switch Pillow's limit of the image size off."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    pixels = train_crop(encoded(photograph(60, 40), 'JPEG'), 16, channels=3, scale=(0.3, 1.0), seed=(0,))
+    assert pixels.shape == (16, 16, 3)
+
+
 def test_fast_crop_converts_between_greyscale_and_colour():
     """Greyscale images of ImageNet are used as RGB, and colour images may be used as greyscale."""
     photo = photograph(200, 150)

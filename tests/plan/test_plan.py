@@ -15,7 +15,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.models import fcmae as autoencoder
 from convnext_jax.models import get_parameters
 from convnext_jax.plan import plan, report, targets
-from convnext_jax.plan.compile import Compiled, Memory, compile_step
+from convnext_jax.plan.compile import Compiled, DoesNotFit, Memory, compile_step
 from convnext_jax.plan.hlo import Collectives, collectives, read_program
 from convnext_jax.plan.report import describe, largest_batch
 from convnext_jax.plan.targets import Target
@@ -86,7 +86,7 @@ def test_a_program_that_does_not_fit_is_halved_until_it_does(here, monkeypatch, 
 
     def compile_for(config, target, images):
         tried.append(images)
-        return Compiled(images, 1.0, None, 'Ran out of memory') if images > 16 else of_size(images, 100 + 500 * images)
+        return DoesNotFit(images, 1.0, 'Ran out of memory') if images > 16 else of_size(images, 100 + 500 * images)
 
     monkeypatch.setattr(report, 'compile_step', compile_for)
     plan(get_config(), here, images=64)
@@ -94,7 +94,7 @@ def test_a_program_that_does_not_fit_is_halved_until_it_does(here, monkeypatch, 
     out = capsys.readouterr().out
     assert 'does not fit (Ran out of memory)' in out
     assert 'about 32 images fit on a chip' in out  # 100 + 500 · 32 = 16,100 MiB of 16,384
-    monkeypatch.setattr(report, 'compile_step', lambda config, target, images: Compiled(images, 1.0, None, 'no'))
+    monkeypatch.setattr(report, 'compile_step', lambda config, target, images: DoesNotFit(images, 1.0, 'no'))
     with pytest.raises(UserError, match='one image per chip does not fit on cpu:8'):
         plan(get_config(), here, images=4)
 
