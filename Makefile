@@ -25,7 +25,7 @@ test-judges: $(VENV)/judges
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/ty check --python $(VENV)
 
 docs: $(VENV)/docs
 	$(VENV)/bin/zensical build --strict

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import TextIO
@@ -49,7 +49,7 @@ def run(command: Callable[[list[str]], None]) -> None:
     sys.unraisablehook = _show_unraisable
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]  # ty allows no other function
             command(sys.argv)
     except Stopped as stopped:
         say(str(stopped))
@@ -96,7 +96,7 @@ def define_processes(values: flags.FlagValues) -> None:
 
 
 @contextlib.contextmanager
-def all_processes(values: flags.FlagValues) -> Iterator[None]:
+def all_processes(values: flags.FlagValues) -> Generator[None]:
     """Runs the body with JAX's distributed runtime if the job has several processes.
 
     The processes leave the body together. If it raises in one of them, all exit with the status of that error.
@@ -203,7 +203,7 @@ def parse(
 
 
 @contextlib.contextmanager
-def flag_errors_as_user_errors() -> Iterator[None]:
+def flag_errors_as_user_errors() -> Generator[None]:
     """Turns the errors that absl and ml_collections raise about flags into a one-line UserError."""
     try:
         yield

@@ -40,7 +40,7 @@ def test_workflows_and_hooks_run_targets_and_tools_that_exist():
     assert made == {'check', 'lint', 'test', 'test-judges'}
     assert made <= targets
     tools = {Path(hook['entry'].split()[0]).name for hook in load('.pre-commit-config.yaml')['repos'][0]['hooks']}
-    assert tools == {'ruff', 'mypy'}
+    assert tools == {'ruff', 'ty'}
 
 
 def test_every_requirement_has_a_lower_bound_that_can_be_installed_exactly():

@@ -9,7 +9,7 @@ Without the manifest, Orbax would silently restore a part of a tree, or arrays w
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import jax
@@ -135,7 +135,7 @@ def _restore_item(directory: Path, step: int, item: str, like: Like) -> Arrays:
 
 
 @contextlib.contextmanager
-def _raise_on_all_processes() -> Iterator[None]:
+def _raise_on_all_processes() -> Generator[None]:
     """Raises DamagedCheckpoint on all processes if one of them does, so that all restore the same step."""
     damage = None
     try:

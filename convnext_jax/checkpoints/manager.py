@@ -151,8 +151,8 @@ class Checkpoints:
             self._remove_unfinished()
             self.failed.pop(step, None)
         items, manifest = contents(state, about, metrics)
-        args = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
-        args['manifest'] = ocp.args.JsonSave(manifest)
+        args: dict[str, ocp.args.CheckpointArgs] = {'manifest': ocp.args.JsonSave(manifest)}
+        args |= {item: ocp.args.StandardSave(arrays) for item, arrays in items.items() if arrays}
         self._saving_step = step
         self._note_score(step, metrics)
         try:

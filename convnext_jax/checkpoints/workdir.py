@@ -6,9 +6,9 @@ import io
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -30,23 +30,23 @@ VISIBLE_TIMEOUT = 10.0
 """Seconds until a file that one host writes is visible on the others (attribute caches of network file systems)."""
 
 
-def workdir_path(text: str) -> Path | epath.Path:
-    """The path of a workdir: a Path for a local folder, an `epath.Path` for a bucket (gs://BUCKET/RUN, needs gcsfs)."""
-    return epath.Path(text) if '://' in text else local_path(text)
+def workdir_path(text: str) -> Path:
+    """The path of a workdir; for a bucket (gs://BUCKET/RUN, needs gcsfs) an `epath.Path`, which has equal methods."""
+    return cast(Path, epath.Path(text)) if '://' in text else local_path(text)
 
 
-def is_local(path: Path | epath.Path) -> bool:
+def is_local(path: Path) -> bool:
     """Whether a path is local. Only local paths have locks, appending and a known free disk space."""
     return isinstance(path, Path)
 
 
-def checkpoints_for_orbax(directory: Path | epath.Path) -> Path | epath.Path:
+def checkpoints_for_orbax(directory: Path) -> epath.Path:
     """The path of workdir/checkpoints without characters that Orbax does not accept. The workdir must exist."""
-    return plain_path(directory.parent) / directory.name if is_local(directory) else directory
+    return epath.Path(plain_path(directory.parent) / directory.name if is_local(directory) else directory)
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Generator[None]:
     """Creates the workdir and locks it against other runs, until the body or the process ends.
 
     Buckets have no locks, so nothing is done for them.
@@ -78,7 +78,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked_by_main_process(workdir: Path) -> Iterator[None]:
+def locked_by_main_process(workdir: Path) -> Generator[None]:
     """Locks the workdir on process 0, and verifies that all processes see the same folder.
 
     Raises:
@@ -155,7 +155,7 @@ def open_to_append(path: Path) -> TextIO:
 class _BucketText(io.StringIO):
     """A text file in a bucket. Buckets cannot append, so every flush rewrites the whole file."""
 
-    def __init__(self, path: epath.Path):
+    def __init__(self, path: Path):
         super().__init__()
         self.write(path.read_text(encoding='utf-8'))
         self._path = path

@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     define_processes(values)
     parse(values, arguments, usage=__doc__)
     if stored is not None:
-        _check_overrides(stored, values['config'].value, probe=values.probe is not None)
+        _check_overrides(stored, values.config, probe=values.probe is not None)
     with all_processes(values):
         _evaluate(values)
 
@@ -149,7 +149,7 @@ def _probe(values: flags.FlagValues) -> Result:
         raise UserError(f'--probe={values.probe} does not use {", ".join(unused)}: drop the flag')
     protocol = ProbeProtocol(values.probe, values.neighbours or NEIGHBOURS, values.resolution, values.crop_pct)
     if values.weights is None:
-        workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
+        workdir, config = workdir_path(required(values, 'workdir')), values.config
         result = probe_run(workdir, config, values.params, values.step, protocol)
     else:
         result = probe_weights(required_config(values), values.weights, values.params, protocol)
@@ -168,7 +168,7 @@ def _results(values: flags.FlagValues) -> list[Result]:
         table=local_path(values.per_class) if values.per_class else None,
     )
     if values.weights is None:
-        workdir, config = workdir_path(required(values, 'workdir')), values['config'].value
+        workdir, config = workdir_path(required(values, 'workdir')), values.config
         results = evaluate_run(workdir, config, values.params, values.step, protocol)
     else:
         results = evaluate_weights(required_config(values), values.weights, values.params, protocol)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def write_dataset(
                 _write_split(scratch, f'{directory.parent.name}-{split}', split, images, features.serialize_example)
                 for split, images in splits.items()
             ]
-            features.save_config(scratch)
+            features.save_config(str(scratch))
             _write_info(scratch / 'dataset_info.json', directory, info)
             scratch.rename(directory)
             (directory / DIGEST).unlink()
@@ -113,7 +113,7 @@ def _digest(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None]:
     """Creates the folder and locks it exclusively, until the body or the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import collections
 import contextlib
 import ctypes
 import functools
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import queue
@@ -245,10 +245,9 @@ def _views(
     memory: dict[str, ctypes.Array], flags: ctypes.Array, features: Features, slots: int
 ) -> tuple[HostBatch, np.ndarray]:
     """The shared memory as arrays: one per feature, (slots, size, …), and flags of loaded examples, (slots, size)."""
-    # NumPy's type stubs do not accept ctypes arrays as buffers.
-    loaded = np.frombuffer(flags, bool).reshape(slots, -1)  # type: ignore[call-overload]
+    loaded = np.frombuffer(memoryview(flags), bool).reshape(slots, -1)
     arrays = {
-        feature: np.frombuffer(memory[feature], x.dtype).reshape(*loaded.shape, *x.shape)  # type: ignore[call-overload]
+        feature: np.frombuffer(memoryview(memory[feature]), x.dtype).reshape(*loaded.shape, *x.shape)
         for feature, x in features.items()
     }
     return arrays, loaded
@@ -340,7 +339,7 @@ def _prefetch(calls: Iterator[Callable], count: int) -> Iterator:
 
 
 @contextlib.contextmanager
-def _closing(pool: Executor, stop_end: Connection) -> Iterator[tuple[Executor, dict[int, Future]]]:
+def _closing(pool: Executor, stop_end: Connection) -> Generator[tuple[Executor, dict[int, Future]]]:
     """The pool, and a dict for its pending results. On exit `stop_end` is closed, which ends even hanging processes."""
     busy: dict[int, Future] = {}
     try:

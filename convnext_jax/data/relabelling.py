@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from convnext_jax.data.class_names import match_names, outputs_of_classes
 from convnext_jax.data.sources import EncodedImage, FolderSource, Source, open_source
@@ -88,7 +88,7 @@ def open_labelled_splits(name: str, directory: str, train_split: str, eval_split
 
 
 @contextlib.contextmanager
-def _with_folders_hint(source: Source) -> Iterator[None]:
+def _with_folders_hint(source: Source) -> Generator[None]:
     try:
         yield
     except UserError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable
+from types import FunctionType
 from typing import TypedDict
 
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Execution:
         object.__setattr__(self, 'dtype', dtype)  # one spelling for each dtype, so that equal executions compare equal
 
     @classmethod
-    def from_keywords(cls, function: Callable, keywords: ExecutionOptions) -> 'Execution':
+    def from_keywords(cls, function: FunctionType, keywords: ExecutionOptions) -> 'Execution':
         """An execution from the `**keywords` with which a caller has called `function`.
 
         Raises:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ from convnext_jax.tasks import Headline
 
 
 @contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
+def _without_torch() -> Generator[None]:
     """Makes `import torch` fail in the body, unless torch is imported already."""
-    hidden = sys.modules.setdefault('torch', None) is None  # type: ignore[arg-type]  # None makes the import fail
+    hidden = sys.modules.setdefault('torch', None) is None  # ty: ignore[no-matching-overload]  # None makes the import fail
     try:
         yield
     finally:
@@ -78,7 +78,7 @@ class RunLog:
                 raise UserError(line) from error
 
     @contextlib.contextmanager
-    def _warn_on_write_error(self) -> Iterator[None]:
+    def _warn_on_write_error(self) -> Generator[None]:
         """Turns a write error into a warning: records may be missing, but training continues."""
         try:
             yield

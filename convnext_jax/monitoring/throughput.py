@@ -5,7 +5,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -111,7 +111,7 @@ class StepTimer:
         self._last = now
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Waits for the steps in flight, and excludes the time of the body from the measurements."""
         while self._in_flight:
             self._wait_for_oldest()

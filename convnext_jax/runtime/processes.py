@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NoReturn
 
 import jax
@@ -131,8 +131,8 @@ def all_gather_objects(value: object) -> list:
 def local_batch_indices(sharding: Sharding, batch_size: int) -> Sequence[int]:
     """The indices of the examples of a global batch that are on devices of this process, in ascending order."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    # JAX's type annotation allows None for a device, but a NamedSharding has indices for every device.
-    return sorted({i for (part,) in slices for i in range(*part.indices(batch_size))})  # type: ignore[misc]
+    # JAX's annotation allows None for a device, but a NamedSharding has indices for every device.
+    return sorted({i for (part,) in filter(None, slices) for i in range(*part.indices(batch_size))})
 
 
 def make_global_array(value: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
@@ -155,7 +155,7 @@ class AgreedStop(Stop):
 
 
 @contextlib.contextmanager
-def agreed_stop() -> Iterator[Stop]:
+def agreed_stop() -> Generator[Stop]:
     """Like `stop_signal`, for several processes: JAX's SIGTERM handler notifies all of them. Ctrl-C raises SIGTERM."""
     before = signal.getsignal(signal.SIGINT)
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from convnext_jax.output import say_in_handler
 
@@ -41,7 +41,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Stop]:
+def stop_signal() -> Generator[Stop]:
     """Records the first SIGTERM or Ctrl-C, so that the loop can save and stop. A second one ends the process."""
     stop = Stop()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

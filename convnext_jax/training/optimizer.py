@@ -1,5 +1,7 @@
 """AdamW with weight decay and layer decay, the learning-rate schedule, and the moving average of the weights."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +123,7 @@ def adamw(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         _scale_by_adam(beta1, beta2, epsilon),
         optax.add_decayed_weights(weight_decay, mask={name: roles[name].decays for name in factors}),
-        optax.stateless(by_layer),
+        optax.stateless(by_layer),  # ty: ignore[invalid-argument-type]  # optax asks for any tree
     )
 
 
@@ -134,12 +136,13 @@ def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.Gradient
     adam = optax.scale_by_adam(beta1, beta2, epsilon)
 
     def update(gradient: Parameters, state: optax.ScaleByAdamState, _=None, *, good: jax.Array, **others) -> tuple:
-        state = fusion_barrier_on_cpu(select(good, adam.update(gradient, state)[1], state))
+        new = cast(optax.ScaleByAdamState, adam.update(gradient, state)[1])
+        state = fusion_barrier_on_cpu(select(good, new, state))
         mean = optax.tree.bias_correction(state.mu, beta1, state.count)
         square = optax.tree.bias_correction(state.nu, beta2, state.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), state
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)  # ty: ignore[invalid-argument-type]  # as above
 
 
 def moving_average(average: Parameters, parameters: Parameters, decay: float) -> Parameters:

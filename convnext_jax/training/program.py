@@ -38,7 +38,7 @@ class Program:
         self.model = model = abstract_model(config)
         roles = parameter_roles(model)
         peak = peak_learning_rate(config)
-        depths = model.variant.depths  # type: ignore[attr-defined]  # every task's network has it, see `Task.build`
+        depths = model.variant.depths  # ty: ignore[missing-attribute]  # every task's network has it, see `Task.build`
         layer_decay, rule = config.optimizer.layer_decay, config.optimizer.layer_decay_rule
         self.optimizer = adamw(
             layer_factors(list(roles), depths, rule, layer_decay),

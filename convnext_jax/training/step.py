@@ -25,7 +25,7 @@ MAX_SKIPS_IN_A_ROW = 10
 def make_train_step(
     task: Task,
     model: nnx.Module,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     config: ConfigDict,
     steps_per_epoch: int,
@@ -115,7 +115,7 @@ def make_train_step(
             'skipped': new.skipped,
             'skips_in_a_row': step - new.last_good,
         }
-        return new, metrics
+        return new, metrics  # ty: ignore[invalid-explicit-return]  # optax annotates rates and norms as array-likes
 
     return train_step
 
