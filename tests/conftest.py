@@ -41,16 +41,13 @@ sys.path.insert(0, str(ROOT))  # for train.py and eval.py
 import jax  # noqa: E402 - reads the environment
 from jaxtyping import config, install_import_hook  # noqa: E402
 
-# Checks at run time the shapes and dtypes of jaxtyping in functions that run on the devices. Functions that get a
-# layer's parameters are left out: tests call them with NumPy arrays, which are not annotated.
-# Not masked.py: JAX builds its dataclass, a pytree, with placeholders instead of arrays.
-CHECKED = {
-    'data': ('augment', 'color', 'geometry', 'mixing', 'pillow_arithmetic', 'randaugment'),
-    'models': ('backbone', 'convnext', 'fcmae', 'normal', 'trunk'),
-}
-install_import_hook(
-    [f'convnext_jax.{folder}.{name}' for folder, names in CHECKED.items() for name in names], 'shape_checks.check'
-)
+# Checks at run time the shapes and dtypes of all functions in modules that annotate them with jaxtyping.
+CHECKED = [
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    for path in (ROOT / 'convnext_jax').rglob('*.py')
+    if 'from jaxtyping import' in path.read_text(encoding='utf-8')
+]
+install_import_hook(CHECKED, 'shape_checks.check')
 
 from small import small_variants  # noqa: E402
 

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float
 from convnext_jax.models import activation_gpu
 from convnext_jax.models.normal import density_and_cdf, widened
 from convnext_jax.models.nvidia import Result, on_nvidia_gpu
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.response_norm import response_norm
 
 
 @jax.custom_vjp
-def gelu(x: Float[Array, '*batch c'], bias: Float[Array, ' c']) -> Float[Array, '*batch c']:
+def gelu(x: Float[Array, '*batch c'], bias: Float[AnyArray, ' c']) -> Float[Array, '*batch c']:
     """The GELU in its erf form: y · Φ(y) with y = x + bias, exact up to the rounding of x's dtype.
 
     Args:
@@ -31,7 +32,7 @@ def gelu(x: Float[Array, '*batch c'], bias: Float[Array, ' c']) -> Float[Array, 
 
 
 def _gelu_gradients(
-    x: Float[Array, '*batch c'], bias: Float[Array, ' c'], cotangent: Float[Array, '*batch c']
+    x: Float[Array, '*batch c'], bias: Float[AnyArray, ' c'], cotangent: Float[Array, '*batch c']
 ) -> tuple[Float[Array, '*batch c'], Float[Array, ' c']]:
     y = widened(x) + bias
     # Φ(y) is computed as 1 − Φ(−y): otherwise XLA shares one erf with the forward pass and writes it to memory.
@@ -45,7 +46,7 @@ def _gelu_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
 
 
 def _on_nvidia_gpu(
-    kernel: Callable[..., Result], native: Callable[..., Result], x: jax.Array, *others: jax.Array
+    kernel: Callable[..., Result], native: Callable[..., Result], x: jax.Array, *others: AnyArray
 ) -> Result:
     """`on_nvidia_gpu` if x has 16 bits, else `native`: float32 needs erf, which the Triton backend lacks."""
     return on_nvidia_gpu(kernel, native, x, *others) if x.dtype.itemsize < 4 else native(x, *others)
@@ -56,7 +57,7 @@ gelu.defvjp(lambda *arguments: (gelu(*arguments), arguments), _gelu_backward)
 
 @jax.custom_vjp
 def gelu_and_response_norm(
-    x: Float[Array, 'n h w c'], bias: Float[Array, ' c'], gamma: Float[Array, ' c'], beta: Float[Array, ' c']
+    x: Float[Array, 'n h w c'], bias: Float[AnyArray, ' c'], gamma: Float[AnyArray, ' c'], beta: Float[AnyArray, ' c']
 ) -> Float[Array, 'n h w c']:
     """GELU followed by GRN: `response_norm(gelu(x, bias), gamma, beta)`.
 
@@ -70,7 +71,7 @@ def gelu_and_response_norm(
     return _on_nvidia_gpu(activation_gpu.gelu_and_response_norm, _gelu_and_response_norm, x, bias, gamma, beta)
 
 
-def _gelu_and_response_norm(x: jax.Array, bias: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
+def _gelu_and_response_norm(x: jax.Array, bias: AnyArray, gamma: AnyArray, beta: AnyArray) -> jax.Array:
     return response_norm(gelu(x, bias), gamma, beta)
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import LayerNorm
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import Trunk
 from convnext_jax.models.variants import Variant
 
@@ -58,7 +58,7 @@ class Backbone(Trunk):
         self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
 
     def __call__(
-        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> dict[str, Float[Array, 'n rows columns channels']]:
         """Name → normalised feature map, (N, H // stride, W // stride, C); arguments and errors as for `features`."""
         maps = self.features(images, key=key)

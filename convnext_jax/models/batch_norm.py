@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.layers import device_axes, mean_over_devices
+from convnext_jax.models.parameters import AnyArray
 
 
 class BatchNorm(nnx.Module):
@@ -63,7 +64,7 @@ class BatchNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _batch_norm(
-    x: Float[Array, '*batch c'], scale: Float[Array, ' c'], bias: Float[Array, ' c'], epsilon: float
+    x: Float[Array, '*batch c'], scale: Float[AnyArray, ' c'], bias: Float[AnyArray, ' c'], epsilon: float
 ) -> tuple[Float[Array, '*batch c'], Float[Array, ' c'], Float[Array, ' c']]:
     """The normalised x, and the mean and the biased variance of the global batch.
 
@@ -74,8 +75,8 @@ def _batch_norm(
 
 
 def _batch_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    x: jax.Array, scale: AnyArray, bias: AnyArray, epsilon: float
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[AnyArray, ...]]:
     axes = tuple(range(x.ndim - 1))
     wide = jnp.asarray(x, jnp.float32)
     mean = mean_over_devices(wide.mean(axes))

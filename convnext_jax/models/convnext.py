@@ -3,12 +3,12 @@
 from typing import Unpack
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.execution import Execution, ExecutionOptions
 from convnext_jax.models.layers import LayerNorm, Linear
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import Trunk, check_key
 from convnext_jax.models.variants import Variant, get_variant
 
@@ -52,7 +52,7 @@ class ConvNeXt(Trunk):
         self.head.kernel[...] *= head_init_scale
 
     def __call__(
-        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n classes']:
         """Class logits, (N, num_classes) float32; arguments and errors as for `features`."""
         return self.head(self.norm(self.pooled(images, key=key)))

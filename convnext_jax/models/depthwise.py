@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from convnext_jax.models import depthwise_gpu
 from convnext_jax.models.depthwise_tpu import depthwise_conv_on_tpu, fits
 from convnext_jax.models.nvidia import has_kernels
+from convnext_jax.models.parameters import AnyArray
 
 # The convolution on CPU makes several passes over the image. The weights of a pass, 12 KiB in float32, must fit the L1
 # cache of 32 KiB or more. A pass has at least MIN_POSITIONS kernel positions: with fewer, the additional passes would
@@ -39,7 +40,7 @@ MAX_ROWS = 7  # rows per step of the kernel gradient on CPU
 
 @functools.partial(jax.jit, static_argnames=('dilation', 'pallas'), inline=True)
 def depthwise_conv(
-    x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c'], *, dilation: int = 1, pallas: bool = False
+    x: Float[Array, 'n h w c'], kernel: Float[AnyArray, 'k k c'], *, dilation: int = 1, pallas: bool = False
 ) -> Float[Array, 'n h w c']:
     """A convolution of each channel with its own square kernel: stride 1, zero padding that preserves H and W.
 

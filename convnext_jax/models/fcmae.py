@@ -4,7 +4,6 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -13,6 +12,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import Linear
 from convnext_jax.models.masked import Visible
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import Block, Trunk
 from convnext_jax.models.variants import Variant
 
@@ -82,7 +82,7 @@ class MaskedAutoencoder(Trunk):
         self.decoder = Decoder(variant.widths[-1], in_channels, execution=execution, key=decoder_key)
 
     def __call__(
-        self, images: Float[Array | np.ndarray, 'n h w c'], visible: Visible, *, key: Key[Array, '*n'] | None = None
+        self, images: Float[AnyArray, 'n h w c'], visible: Visible, *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n rows columns pixels']:
         """Predicts the normalised pixels of all patches, in the order of `patches_of`.
 

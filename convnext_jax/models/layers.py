@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from convnext_jax.models import norm_gpu
 from convnext_jax.models.nvidia import on_nvidia_gpu
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.response_norm import response_norm
 
 Tree = TypeVar('Tree')
@@ -45,7 +46,7 @@ STATISTICS = 'norm statistics'
 """Name of the norms' means and inverse standard deviations in policies of `jax.checkpoint`."""
 
 
-def matmul(x: Float[Array, '*batch k'], kernel: Float[Array, '... out']) -> Float[Array, '*batch out']:
+def matmul(x: Float[Array, '*batch k'], kernel: Float[AnyArray, '... out']) -> Float[Array, '*batch out']:
     """The matrix product x · kernel in x's dtype, with reverse-mode derivatives only.
 
     A kernel with fewer input features than x is this device's shard along `FSDP_AXIS`. It is all-gathered in the
@@ -139,7 +140,7 @@ class Linear(nnx.Module):
         return matmul(x.astype(self.dtype), self.kernel[...])
 
     def __call__(
-        self, x: Float[Array, '*batch in'], *, scale: Float[Array, ' out'] | None = None
+        self, x: Float[Array, '*batch in'], *, scale: Float[AnyArray, ' out'] | None = None
     ) -> Float[Array, '*batch out']:
         """scale · (x · kernel + bias), with `scale` (out_features,) float32 or None for 1."""
         kernel, bias = self.kernel[...], self.bias[...]
@@ -216,7 +217,7 @@ class LayerNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _layer_norm(
-    x: Float[Array, '*batch c'], scale: Float[Array, ' c'], bias: Float[Array, ' c'], epsilon: float
+    x: Float[Array, '*batch c'], scale: Float[AnyArray, ' c'], bias: Float[AnyArray, ' c'], epsilon: float
 ) -> Float[Array, '*batch c']:
     """Layer norm over the last axis in float32: (..., C) → (..., C) of x's dtype.
 
@@ -226,8 +227,8 @@ def _layer_norm(
 
 
 def _layer_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x: jax.Array, scale: AnyArray, bias: AnyArray, epsilon: float
+) -> tuple[jax.Array, tuple[AnyArray, ...]]:
     native, kernel = (functools.partial(f, epsilon=epsilon) for f in (_statistics, norm_gpu.statistics))
     mean, inverse = on_nvidia_gpu(kernel, native, x)
     mean, inverse = checkpoint_name(mean, STATISTICS), checkpoint_name(inverse, STATISTICS)
@@ -255,7 +256,7 @@ def _gradients(
     x: Float[Array, '*batch c'],
     mean: Float[Array, '*batch 1'],
     inverse: Float[Array, '*batch 1'],
-    scale: Float[Array, ' c'],
+    scale: Float[AnyArray, ' c'],
     cotangent: Float[Array, '*batch c'],
 ) -> tuple[Float[Array, '*batch c'], Float[Array, ' c'], Float[Array, ' c']]:
     """The cotangents of x, (..., C) of x's dtype, and of scale and bias, (C,) float32."""

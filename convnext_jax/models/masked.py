@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from convnext_jax.models.activation import gelu
 from convnext_jax.models.normal import widened
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.response_norm import relative_norms
 
 GRN_STATISTICS = ('image', 'batch')
@@ -119,9 +120,9 @@ def draw_patches(keys: Key[Array, ' n'], rows: int, columns: int, visible: int) 
 
 def masked_gelu_and_response_norm(
     x: Float[Array, 'n h w c'],
-    bias: Float[Array, ' c'],
-    gamma: Float[Array, ' c'],
-    beta: Float[Array, ' c'],
+    bias: Float[AnyArray, ' c'],
+    gamma: Float[AnyArray, ' c'],
+    beta: Float[AnyArray, ' c'],
     visible: Visible,
 ) -> Float[Array, 'n h w c']:
     """`activation.gelu_and_response_norm` with norms over the visible positions only.
@@ -141,4 +142,4 @@ def masked_gelu_and_response_norm(
         squares = jnp.square(y).sum((0, 1, 2), keepdims=True)
         if axes := jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map`
             squares = jax.lax.psum(squares, axes)
-    return (gamma * (y * relative_norms(squares)) + beta + y).astype(x.dtype)
+    return (y * relative_norms(squares) * gamma + beta + y).astype(x.dtype)

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from convnext_jax.models.parameters import AnyArray
+
 triton: Any
 try:
     from jax.experimental.pallas import triton
@@ -15,7 +17,7 @@ except ImportError:  # JAX plans to remove this backend
 Result = TypeVar('Result', bound=jax.Array | tuple[jax.Array, ...])
 
 
-def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], *arguments: jax.Array) -> Result:
+def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], *arguments: AnyArray) -> Result:
     """The result of `kernel` in programs for NVIDIA GPUs with Pallas kernels, and of `native` in all other programs.
 
     Args:
@@ -27,7 +29,7 @@ def on_nvidia_gpu(kernel: Callable[..., Result], native: Callable[..., Result], 
     return jax.lax.platform_dependent(*arguments, cuda=kernel, default=native)
 
 
-def has_kernels(*arguments: jax.Array) -> bool:
+def has_kernels(*arguments: AnyArray) -> bool:
     """Whether the program that is being traced may contain Pallas kernels of JAX's Triton backend.
 
     The conditions: this JAX version has the backend; the GPU, or the described GPU in the mesh of the program, is

@@ -4,11 +4,16 @@ A parameter is an `nnx.Param`, which gradients train. A statistic is an `nnx.Bat
 `BatchNorm`, which the model itself updates in training. The weights are the parameters and the statistics together.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.tree_util import GetAttrKey, KeyPath, tree_flatten_with_path, tree_map_with_path
+
+AnyArray = jax.Array | np.ndarray
+"""An array on a device or on the host: a model may get NumPy images, and `with_parameters` NumPy weights."""
 
 Parameters = dict[str, jax.Array]
 Statistics = dict[str, jax.Array]
@@ -58,7 +63,7 @@ def parameter_roles(model: nnx.Module) -> dict[str, Role]:
     }
 
 
-def with_parameters(model: Network, weights: Weights) -> Network:
+def with_parameters(model: Network, weights: Mapping[str, AnyArray]) -> Network:
     """A copy of the model that has these parameters and statistics.
 
     Args:

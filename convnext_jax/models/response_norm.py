@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from convnext_jax.models.normal import widened
+from convnext_jax.models.parameters import AnyArray
 
 
 def response_norm(
-    x: Float[Array, 'n h w c'], gamma: Float[Array, ' c'], beta: Float[Array, ' c']
+    x: Float[Array, 'n h w c'], gamma: Float[AnyArray, ' c'], beta: Float[AnyArray, ' c']
 ) -> Float[Array, 'n h w c']:
     """gamma · x · n + beta + x, where n is each channel's norm over H and W, divided by the mean norm of all channels.
 
@@ -20,7 +21,7 @@ def response_norm(
     """
     wide = widened(x)
     norms = relative_norms(jnp.square(wide).sum((1, 2), keepdims=True))
-    return (gamma * (wide * norms) + beta + wide).astype(x.dtype)
+    return (wide * norms * gamma + beta + wide).astype(x.dtype)
 
 
 def relative_norms(squares: Float[Array, '*batch c']) -> Float[Array, '*batch c']:

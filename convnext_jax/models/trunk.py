@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -26,6 +25,7 @@ from convnext_jax.models.layers import (
     normal,
 )
 from convnext_jax.models.masked import Visible, masked_gelu_and_response_norm, pack, unpack
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.variants import Variant
 
 KERNEL_SIZE = 7
@@ -301,7 +301,7 @@ class Trunk(nnx.Module):
 
     def features(
         self,
-        images: Float[Array | np.ndarray, 'n h w c'],
+        images: Float[AnyArray, 'n h w c'],
         *,
         key: Key[Array, '*n'] | None = None,
         visible: Visible | None = None,
@@ -338,7 +338,7 @@ class Trunk(nnx.Module):
         return self._by_name(maps)
 
     def pooled(
-        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n channels']:
         """The spatial average of the last feature map, (N, C) float32; arguments and errors as for `features`."""
         return list(self.features(images, key=key).values())[-1].mean((1, 2), dtype=jnp.float32)
@@ -347,7 +347,7 @@ class Trunk(nnx.Module):
     def _by_name(values: Iterable) -> dict:
         return {f'stage{stage}' if stage else 'stem': value for stage, value in enumerate(values)}
 
-    def _check(self, images: jax.Array | np.ndarray) -> None:
+    def _check(self, images: AnyArray) -> None:
         if images.ndim != 4 or images.shape[3] != self.in_channels:
             raise UserError(f'images must have shape (N, H, W, {self.in_channels}), not {images.shape}')
         height, width = images.shape[1:3]
