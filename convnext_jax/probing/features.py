@@ -1,12 +1,13 @@
 """The features of images that probes and `embed` use."""
 
-import jax
+from jaxtyping import Array, Float
 
 from convnext_jax.models import ConvNeXt
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import Trunk
 
 
-def pooled_features(model: Trunk, images: jax.Array, *, norm: bool) -> jax.Array:
+def pooled_features(model: Trunk, images: Float[AnyArray, 'n h w c'], *, norm: bool) -> Float[Array, 'n channels']:
     """The input of a classifier's head, or for an encoder without a norm the average of its last feature map.
 
     Args:

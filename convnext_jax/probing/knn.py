@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from convnext_jax.errors import UserError
 
@@ -16,10 +17,10 @@ CHUNK = 1024
 
 
 def knn_accuracy(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    features: np.ndarray,
-    labels: np.ndarray,
+    train_features: Float[np.ndarray, 'm d'],
+    train_labels: Int[np.ndarray, ' m'],
+    features: Float[np.ndarray, 'n d'],
+    labels: Int[np.ndarray, ' n'],
     *,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
@@ -40,14 +41,14 @@ def knn_accuracy(
 
 
 def knn_classes(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    features: np.ndarray,
+    train_features: Float[np.ndarray, 'm d'],
+    train_labels: Int[np.ndarray, ' m'],
+    features: Float[np.ndarray, 'n d'],
     *,
     count: int = 5,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-) -> np.ndarray:
+) -> Int[np.ndarray, 'n classes']:
     """The classes with the most votes among the nearest neighbours of each feature, in descending order.
 
     A neighbour with cosine similarity s votes for its class with weight exp(s / temperature).
@@ -83,8 +84,11 @@ def knn_classes(
 
 
 def _nearest(
-    train_features: np.ndarray, train_labels: np.ndarray, features: np.ndarray, neighbours: int
-) -> tuple[np.ndarray, np.ndarray]:
+    train_features: Float[np.ndarray, 'm d'],
+    train_labels: Int[np.ndarray, ' m'],
+    features: Float[np.ndarray, 'n d'],
+    neighbours: int,
+) -> tuple[Float[np.ndarray, 'n {neighbours}'], Int[np.ndarray, 'n {neighbours}']]:
     """The cosine similarities of the nearest neighbours, in descending order, and their classes: two of (N, k)."""
     # The first neighbours have similarity −∞, so that they are replaced by real ones.
     similarities = np.full((len(features), neighbours), -np.inf, np.float32)
@@ -103,8 +107,12 @@ def _nearest(
 
 
 def _closer(
-    train_features: jax.Array, train_labels: jax.Array, features: jax.Array, similarities: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    train_features: Float[Array, 'm d'],
+    train_labels: Int[Array, ' m'],
+    features: Float[Array, 'n d'],
+    similarities: Float[Array, 'n k'],
+    labels: Int[Array, 'n k'],
+) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
     """The nearest of the neighbours so far and the training features: their similarities and classes, two of (N, k)."""
     new = jnp.matmul(_unit(features), train_features.T, precision=jax.lax.Precision.HIGHEST)
     neighbours = similarities.shape[1]
@@ -115,12 +123,18 @@ def _closer(
     return best, jnp.take_along_axis(labels, positions, 1)
 
 
-def _unit(features: jax.Array) -> jax.Array:
+def _unit(features: Float[Array, 'n d']) -> Float[Array, 'n d']:
     """The features with norm 1; zeros stay zeros."""
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-def _votes(similarities: jax.Array, labels: jax.Array, temperature: float, classes: int, count: int) -> jax.Array:
+def _votes(
+    similarities: Float[Array, 'n k'],
+    labels: Int[Array, 'n k'],
+    temperature: float,
+    classes: int,
+    count: int,
+) -> Int[Array, 'n {count}']:
     """The `count` classes with the most votes: (N, count) int32."""
     # Relative to the nearest neighbour, because exp(1 / temperature) may overflow.
     weights = jnp.exp((similarities - similarities[:, :1]) / temperature)

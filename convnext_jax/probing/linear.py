@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int
 
 EPOCHS = 100
 BATCH_SIZE = 1024
@@ -16,6 +17,8 @@ BLOCK_BYTES = 2**27
 """Size of the features that are sent to the device at once: several batches."""
 
 Heads = dict[str, jax.Array]
+Scaling = tuple[Float[Array | np.ndarray, ' d'], Float[Array | np.ndarray, ' d']]
+"""Mean and standard deviation of each feature."""
 
 
 class LinearAccuracy(NamedTuple):
@@ -32,10 +35,10 @@ class LinearAccuracy(NamedTuple):
 
 
 def linear_accuracies(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    features: np.ndarray,
-    labels: np.ndarray,
+    train_features: Float[np.ndarray, 'm d'],
+    train_labels: Int[np.ndarray, ' m'],
+    features: Float[np.ndarray, 'n d'],
+    labels: Int[np.ndarray, ' n'],
     *,
     learning_rates: tuple[float, ...] = LEARNING_RATES,
     epochs: int = EPOCHS,
@@ -73,9 +76,9 @@ def linear_accuracies(
 
 
 def _train(
-    features: np.ndarray,
-    labels: np.ndarray,
-    scaling: tuple[np.ndarray, np.ndarray],
+    features: Float[np.ndarray, 'm d'],
+    labels: Int[np.ndarray, ' m'],
+    scaling: Scaling,
     learning_rates: tuple[float, ...],
     epochs: int,
 ) -> Heads:
@@ -87,7 +90,7 @@ def _train(
     schedule = optax.cosine_decay_schedule(1.0, epochs * steps)
     momentum = optax.trace(MOMENTUM)
 
-    def loss(head: Heads, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(head: Heads, images: Float[Array, 'n d'], labels: Int[Array, ' n']) -> Float[Array, '']:
         return optax.softmax_cross_entropy_with_integer_labels(_logits(head, images), labels).mean()
 
     def update(head, trace, peak, images, labels, step):
@@ -114,15 +117,15 @@ def _train(
     return state[0]
 
 
-def _standardise(features: jax.Array, scaling: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+def _standardise(features: Float[Array, 'n d'], scaling: Scaling) -> Float[Array, 'n d']:
     return (features - scaling[0]) / scaling[1]
 
 
-def _logits(head: Heads, features: jax.Array) -> jax.Array:
+def _logits(head: Heads, features: Float[Array, 'n d']) -> Float[Array, 'n classes']:
     return jnp.matmul(features, head['kernel'], precision=jax.lax.Precision.HIGHEST) + head['bias']
 
 
-def _best_classes(heads: Heads, features: jax.Array, scaling: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+def _best_classes(heads: Heads, features: Float[Array, 'n d'], scaling: Scaling) -> Int[Array, 'n rates best']:
     """The five classes with the largest logits, or all if there are fewer: (N, learning rates, 5)."""
     logits = jax.vmap(_logits, (0, None), 1)(heads, _standardise(features, scaling))
     return jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from convnext_jax.data.augment import normalize
 from convnext_jax.models import ConvNeXt
@@ -55,8 +56,7 @@ class Accuracy(Evaluator):
             logits = jnp.where(allowed, logits, -jnp.inf)
         labels, weights = batch['label'].reshape(len(logits), -1), batch['weight']
         log_probabilities = jax.nn.log_softmax(logits)
-        of_labels = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), -1, mode='clip')
-        losses = -jnp.where(labels >= 0, of_labels, -jnp.inf).max(-1)
+        losses = _smallest_losses(log_probabilities, labels)
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (best[:, :, None] == labels[:, None]).any(-1)
         # Padding may produce NaN, so it is masked: NaN times a weight of 0 would be NaN.
@@ -65,10 +65,10 @@ class Accuracy(Evaluator):
         confidence = jnp.exp(log_probabilities.max(-1))
         bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
 
-        def total(values: jax.Array) -> jax.Array:
+        def total(values: Shaped[Array, ' n']) -> Float[Array, '']:
             return jnp.where(counted, values, 0.0).sum()
 
-        def by(groups: jax.Array, count: int, values: jax.Array) -> jax.Array:
+        def by(groups: Num[Array, ' n'], count: int, values: Float[Array, ' n']) -> Float[Array, ' {count}']:
             members = (groups[:, None] == jnp.arange(count)) & counted[:, None]
             return jnp.where(members, values[:, None], 0.0).sum(0)
 
@@ -105,3 +105,11 @@ class Accuracy(Evaluator):
             {'label': label, 'class': name, 'top1': 100 * float(hits[label] / counts[label]) if counts[label] else None}
             for label, name in enumerate(self.class_names)
         ]
+
+
+def _smallest_losses(
+    log_probabilities: Float[Array, 'n classes'], labels: Int[Array, 'n labels']
+) -> Float[Array, ' n']:
+    """The smallest cross-entropy of all labels of each image. A label of −1 is padding."""
+    of_labels = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), -1, mode='clip')
+    return -jnp.where(labels >= 0, of_labels, -jnp.inf).max(-1)

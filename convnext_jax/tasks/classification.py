@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -168,7 +169,7 @@ class Classification(Task):
         """Sets `model.num_classes` to 1,000 (ImageNet-1k) if it is 0."""
         self.config.model.num_classes = self.config.model.num_classes or 1000
 
-    def build(self, key: jax.Array) -> ConvNeXt:
+    def build(self, key: Key[Array, '']) -> ConvNeXt:
         """Builds the classifier with random parameters.
 
         Raises:
@@ -261,12 +262,12 @@ class Classification(Task):
             config.eval.resample = Image.Resampling(processor.resample).name.lower()
         return config
 
-    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
+    def augment(self, batch: Batch, keys: Key[Array, ' n']) -> Batch:
         """Augments and normalises the images."""
         mean, std = self.config.data.mean, self.config.data.std
         return batch | {'image': augment(batch['image'], keys, mean=mean, std=std, **self.config.augment)}
 
-    def mix(self, batch: Batch, key: jax.Array, epoch: jax.Array) -> Batch:
+    def mix(self, batch: Batch, key: Key[Array, ''], epoch: Float[Array, '']) -> Batch:
         """Turns labels into smoothed targets, and mixes images and targets before `config.mix.off_epoch`."""
         config = self.config
         one_hot = jax.nn.one_hot(batch['label'], config.model.num_classes)
@@ -283,7 +284,7 @@ class Classification(Task):
             )
         return {'image': images, 'target': targets}
 
-    def loss(self, model: ConvNeXt, batch: Batch, keys: jax.Array) -> Loss:
+    def loss(self, model: ConvNeXt, batch: Batch, keys: Key[Array, ' n']) -> Loss:
         """The cross-entropy. Each example has weight 1."""
         losses = optax.softmax_cross_entropy(model(batch['image'], key=keys), batch['target'])
         return Loss(losses.sum(), jnp.float32(losses.size))
@@ -310,7 +311,7 @@ def _matched_head(
         return {}, note
     sources = np.asarray(kept)
 
-    def merge(new: jax.Array, old: np.ndarray) -> jax.Array:
+    def merge(new: Float[Array, '*inputs new'], old: Float[Array, '*inputs old']) -> Float[Array, '*inputs new']:
         return jnp.where(sources >= 0, old[..., np.maximum(sources, 0)], new)
 
     def merged(name: str) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from convnext_jax.data.augment import normalize, random_flip
@@ -170,12 +171,12 @@ class FCMAE(Task):
         name, directory = (probe.name, probe.dir) if probe.name else (data.name, data.dir)
         return LabelledData(name, directory, probe.train_split or data.train_split, probe.eval_split or data.eval_split)
 
-    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
+    def augment(self, batch: Batch, keys: Key[Array, ' n']) -> Batch:
         """Flips each image horizontally with probability ½, and normalises it."""
         images = random_flip(batch['image'], keys) if self.config.augment.flip else batch['image']
         return {'image': normalize(images, self.config.data.mean, self.config.data.std)}
 
-    def build(self, key: jax.Array) -> MaskedAutoencoder:
+    def build(self, key: Key[Array, '']) -> MaskedAutoencoder:
         """Builds the network with random parameters.
 
         Raises:
@@ -203,12 +204,12 @@ class FCMAE(Task):
         kernels = sum(x.size for name, x in decoder.items() if name.endswith('kernel'))
         return encoder + (config.data.image_size // PATCH_SIZE) ** 2 * kernels
 
-    def visible(self, keys: jax.Array) -> Visible:
+    def visible(self, keys: Key[Array, ' n']) -> Visible:
         """Draws the visible patches of N images. `keys` (N,) has one random key for each image."""
         patches = draw_patches(keys, self._side, self._side, self._visible_patches)
         return Visible(patches, self.config.fcmae.grn, self._visible_patches)
 
-    def loss(self, model: MaskedAutoencoder, batch: Batch, keys: jax.Array) -> Loss:
+    def loss(self, model: MaskedAutoencoder, batch: Batch, keys: Key[Array, ' n']) -> Loss:
         """The sum of the errors of all masked patches; its weight is their number."""
         mask_keys, model_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         visible = self.visible(mask_keys)
@@ -218,11 +219,13 @@ class FCMAE(Task):
     def evaluator(self, dataset: UnlabelledImages) -> 'MaskedLoss':
         return MaskedLoss(self)
 
-    def figures(self, model: MaskedAutoencoder, batch: Batch) -> dict[str, jax.Array]:
+    def figures(self, model: MaskedAutoencoder, batch: Batch) -> dict[str, UInt8[Array, 'h w 3']]:
         """The images, their visible patches and their reconstructions, side by side."""
         return {'reconstructions': self.draw(model, batch['image'], batch['index'])}
 
-    def draw(self, model: MaskedAutoencoder, images: jax.Array, index: jax.Array) -> jax.Array:
+    def draw(
+        self, model: MaskedAutoencoder, images: UInt8[Array, 'n h w c'], index: Int[Array, ' n']
+    ) -> UInt8[Array, 'n*h 3*w 3']:
         """Draws a row for each image: the image, its visible patches, and the reconstruction of the other patches.
 
         Args:
@@ -242,7 +245,7 @@ class FCMAE(Task):
         pixels = jnp.round(255 * jnp.clip(rows, 0, 1)).astype(jnp.uint8)
         return jnp.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
-    def evaluation_mask(self, index: jax.Array) -> Visible:
+    def evaluation_mask(self, index: Int[Array, ' n']) -> Visible:
         """The visible patches of images in an evaluation. `index` (N,) has their indices in the split."""
         return self.visible(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(EVALUATION_SEED), index))
 
@@ -279,8 +282,12 @@ class FCMAE(Task):
 
 
 def masked_errors(
-    model: MaskedAutoencoder, images: jax.Array, visible: Visible, *, key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    model: MaskedAutoencoder,
+    images: Float[Array, 'n h w c'],
+    visible: Visible,
+    *,
+    key: Key[Array, ' n'] | None = None,
+) -> tuple[Float[Array, 'n rows columns'], Bool[Array, 'n rows columns']]:
     """The error of each patch, and whether the patch is masked: two arrays (N, rows, columns)."""
     errors = patch_errors(model(images, visible, key=key), images)
     return errors, ~visible.positions(errors[..., None])[..., 0]

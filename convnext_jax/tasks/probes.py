@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from convnext_jax.data.augment import normalize
 from convnext_jax.data.labelled_images import EvalImages, JoinedImages
@@ -53,7 +54,11 @@ class Probe(Evaluator):
 
     @abc.abstractmethod
     def accuracy(
-        self, train_features: np.ndarray, train_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
+        self,
+        train_features: Float[np.ndarray, 'm d'],
+        train_labels: Int[np.ndarray, ' m'],
+        features: Float[np.ndarray, 'n d'],
+        labels: Int[np.ndarray, ' n'],
     ) -> dict[str, float]:
         """Classifies the features, and returns the metrics by name."""
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from convnext_jax.data.dataset import Batch, Dataset, Features
@@ -28,9 +29,9 @@ class Loss(NamedTuple):
         terms: name → float32 scalar: further sums to log, each divided by `weight`.
     """
 
-    total: jax.Array
-    weight: jax.Array
-    terms: dict[str, jax.Array] = {}  # noqa: RUF012 - never modified
+    total: Float[Array, '']
+    weight: Float[Array, '']
+    terms: dict[str, Float[Array, '']] = {}  # noqa: RUF012 - never modified
 
 
 class LoadedWeights(NamedTuple):
@@ -208,7 +209,7 @@ class Task(abc.ABC):
         """
         return ()
 
-    def augment(self, batch: Batch, keys: jax.Array) -> Batch:
+    def augment(self, batch: Batch, keys: Key[Array, ' n']) -> Batch:
         """Augments examples. Each device calls it with its own part of the batch.
 
         Args:
@@ -218,7 +219,7 @@ class Task(abc.ABC):
         """
         return batch
 
-    def mix(self, batch: Batch, key: jax.Array, epoch: jax.Array) -> Batch:
+    def mix(self, batch: Batch, key: Key[Array, ''], epoch: Float[Array, '']) -> Batch:
         """Combines examples of the global batch. The result is the argument of `loss`.
 
         Args:
@@ -247,7 +248,7 @@ class Task(abc.ABC):
         return Execution(model.dtype, remat=model.remat, unroll=model.unroll, pallas=model.pallas)
 
     @abc.abstractmethod
-    def build(self, key: jax.Array) -> nnx.Module:
+    def build(self, key: Key[Array, '']) -> nnx.Module:
         """Builds the network with random parameters.
 
         Args:
@@ -326,7 +327,7 @@ class Task(abc.ABC):
     def evaluator(self, dataset: Dataset) -> Evaluator:
         """The evaluator for a split that `open` or `open_split` returned."""
 
-    def figures(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
+    def figures(self, model: nnx.Module, batch: Batch) -> dict[str, UInt8[Array, 'h w 3']]:
         """Draws figures at each evaluation, on the devices. The caller jits it.
 
         Args:
@@ -339,7 +340,7 @@ class Task(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> Loss:
+    def loss(self, model: nnx.Module, batch: Batch, keys: Key[Array, ' n']) -> Loss:
         """Computes the loss of the examples on one device.
 
         Args:
