@@ -2,7 +2,7 @@
 
 from convnext_jax import errors, interop, models
 from convnext_jax.interop import ImageProcessor, create_backbone, load_pretrained, save_pretrained
-from convnext_jax.models import Backbone, ConvNeXt, create_model, list_models
+from convnext_jax.models import Backbone, ConvNeXt, UPerNet, create_model, list_models
 
 __version__ = '0.1.0'
 
@@ -10,6 +10,7 @@ __all__ = [
     'Backbone',
     'ConvNeXt',
     'ImageProcessor',
+    'UPerNet',
     'create_backbone',
     'create_model',
     'errors',

@@ -14,6 +14,7 @@ from convnext_jax.models.parameters import (
     parameter_roles,
     with_parameters,
 )
+from convnext_jax.models.upernet import UPerNet
 from convnext_jax.models.variants import VARIANTS, Variant, get_variant, list_models
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     'Parameters',
     'Role',
     'Statistics',
+    'UPerNet',
     'Variant',
     'Weights',
     'create_model',

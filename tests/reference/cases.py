@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from convnext_jax import ImageProcessor, create_model, save_pretrained
-from convnext_jax.models import get_parameters, with_parameters
+from convnext_jax.models import UPerNet, Variant, get_parameters, get_variant, get_weights, with_parameters
 from tests.reference import draw, draw_bytes, draw_parameters, sketch
 
 CLASSES = 50
@@ -75,6 +75,37 @@ class Training:
 def sketch_tensors(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     """Concatenated short sketches of tensors, in the order of their names."""
     return np.concatenate([sketch(tensors[name], 16) for name in sorted(tensors)])
+
+
+# Semantic segmentation.
+
+UPERNETS = {
+    'v1': Variant((1, 1, 2, 1), (8, 16, 24, 32), layer_scale_init=0.5),
+    'v2': Variant((1, 1, 2, 1), (8, 16, 24, 32), grn=True, layer_scale_init=0),
+}
+UPERNET = {'num_classes': 7, 'channels': 16, 'auxiliary_channels': 12}
+UPERNET_SIZES = ((64, 96), (75, 101), (200, 130))
+
+
+def random_upernet(kind: str, **arguments) -> UPerNet:
+    """A small UPerNet whose parameters and statistics are all random and large enough to matter.
+
+    Args:
+        kind: key of `UPERNETS`, or the name of a variant.
+        arguments: of `UPerNet`.
+    """
+    variant = UPERNETS[kind] if kind in UPERNETS else get_variant(kind)
+    network = jax.eval_shape(lambda key: UPerNet(variant, key=key, **UPERNET, **arguments), jax.random.key(0))
+    drawn = draw_parameters({name: x.shape for name, x in get_weights(network).items()})
+    drawn = {name: 0.5 + x**2 if name.endswith('.variance') else x for name, x in drawn.items()}
+    return with_parameters(network, jax.tree.map(jax.numpy.asarray, drawn))
+
+
+def segmented(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Four images, and the class of each pixel: 255, the ignored value, for about a third of them."""
+    pixels = draw(f'pixels {size}', (4, *size, 3)) + draw('means', (4, 1, 1, 3))
+    labels = draw_bytes(f'classes {size}', (4, *size), 10).astype(np.int32)
+    return pixels, np.where(labels < UPERNET['num_classes'], labels, 255)
 
 
 # Images and image processors.
