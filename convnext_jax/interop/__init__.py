@@ -3,14 +3,17 @@
 from convnext_jax.interop.backbone import create_backbone
 from convnext_jax.interop.licence import Licence
 from convnext_jax.interop.pretrained import Pretrained, load_pretrained, read_pretrained, save_pretrained
+from convnext_jax.interop.pretrained_upernet import PretrainedUPerNet, read_upernet
 from convnext_jax.interop.processor import ImageProcessor
 
 __all__ = [
     'ImageProcessor',
     'Licence',
     'Pretrained',
+    'PretrainedUPerNet',
     'create_backbone',
     'load_pretrained',
     'read_pretrained',
+    'read_upernet',
     'save_pretrained',
 ]

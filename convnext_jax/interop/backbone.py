@@ -12,7 +12,7 @@ import numpy as np
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import Tensors
-from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
+from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, normed_feature, to_layout
 from convnext_jax.interop.recognition import open_weights
 from convnext_jax.models import (
     VARIANTS,
@@ -24,8 +24,6 @@ from convnext_jax.models import (
     get_variant,
     with_parameters,
 )
-
-NORM_NAMES = re.compile(r'\w+\.hidden_states_norms\.(\w+)\.\w+')
 
 
 def create_backbone(
@@ -48,7 +46,7 @@ def create_backbone(
 
     Args:
         source: one of `list_models()` or a `Variant`, for a newly initialised backbone; or the path or hub id of
-            weights, as for `load_pretrained`, with or without a head. If a folder has the name of a model, write
+            weights, as for `load_pretrained`, with or without heads. If a folder has the name of a model, write
             './name'. Norms that are missing in the file are initialised as the identity, with a warning.
         out_features: names of the returned feature maps: some of 'stem', 'stage1', 'stage2', …; by default the names in
             the folder's config, or else all stages.
@@ -81,7 +79,7 @@ def create_backbone(
             execution=execution,
         )
     opened = open_weights(str(source), name=None, entry=entry, revision=revision)
-    given = {match[1] for name in opened.tensors if (match := NORM_NAMES.fullmatch(name))}
+    given = {feature for name in opened.tensors if (feature := normed_feature(name))}
     if out_features is None:
         out_features = (given and opened.config.get('out_features')) or given or None
     model = jax.eval_shape(
@@ -127,6 +125,5 @@ def _is_architecture(source: str | Path | Variant) -> TypeGuard[str | Variant]:
 
 def _without_heads(tensors: Tensors, layout: str, unused: set[str]) -> Tensors:
     """The tensors except the last norm, the head, and the norms of unused feature maps."""
-    norms = {name: match[1] for name in tensors if (match := NORM_NAMES.fullmatch(name))}
     heads = HEADS[layout] + LAST_NORMS[layout]
-    return {name: x for name, x in tensors.items() if not name.startswith(heads) and norms.get(name) not in unused}
+    return {name: x for name, x in tensors.items() if not name.startswith(heads) and normed_feature(name) not in unused}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.processor import ImageProcessor
-from convnext_jax.models import VARIANTS, Backbone, ConvNeXt
+from convnext_jax.models import VARIANTS, Backbone, ConvNeXt, UPerNet
 
 PROBLEM_TYPES = ('single_label_classification', 'multi_label_classification', 'regression')
 
@@ -91,12 +91,12 @@ def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
     """The content of the `config.json` of a ConvNextBackbone folder.
 
     Raises:
-        UserError: the backbone is dilated, which Hugging Face does not support.
+        UserError: the backbone is dilated, which the other libraries do not support.
     """
     if backbone.output_stride != backbone.variant.total_stride:
         raise UserError(
-            f'Hugging Face has no backbone of output_stride={backbone.output_stride}: create it without output_stride, '
-            'which does not change the weights'
+            f'Hugging Face and mmsegmentation have no backbone of output_stride={backbone.output_stride}: create it '
+            'without output_stride, which does not change the weights'
         )
     names = list(backbone.channels)
     return _common(backbone, 'Backbone', processor) | {
@@ -107,15 +107,46 @@ def backbone_config(backbone: Backbone, processor: ImageProcessor) -> dict:
     }
 
 
-def _huggingface_config(
-    model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor, problem_type: str | None
-) -> dict:
-    names = class_names or [f'LABEL_{label}' for label in range(model.head.bias.shape[0])]
-    config = _common(model, 'ForImageClassification', processor) | {
-        'layer_norm_eps': float(model.norm.epsilon),
+def upernet_config(model: UPerNet, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
+    """The content of the `config.json` of a UperNetForSemanticSegmentation folder.
+
+    Raises:
+        UserError: the number of class names is wrong, or the backbone is dilated, which the other libraries do not
+            support.
+    """
+    if class_names is not None:
+        check_class_names(class_names, model.num_classes)
+    auxiliary = model.auxiliary_head
+    return {
+        'architectures': ['UperNetForSemanticSegmentation'],
+        'model_type': 'upernet',
+        'backbone_config': backbone_config(model.backbone, processor),
+        'hidden_size': model.decode_head.classifier.kernel.shape[0],
+        'pool_scales': list(model.decode_head.pool_scales),
+        'use_auxiliary_head': auxiliary is not None,
+        'auxiliary_loss_weight': 0.4,
+        'auxiliary_in_channels': None,  # the channels of the third stage
+        'auxiliary_channels': 256 if auxiliary is None else auxiliary.classifier.kernel.shape[0],
+        'auxiliary_num_convs': 1,
+        'auxiliary_concat_input': False,
+        'loss_ignore_index': 255,
+        'torch_dtype': 'float32',
+    } | _names(class_names, model.num_classes)
+
+
+def _names(class_names: Sequence[str] | None, num_classes: int) -> dict:
+    names = class_names or [f'LABEL_{label}' for label in range(num_classes)]
+    return {
         'id2label': {str(label): name for label, name in enumerate(names)},
         'label2id': {name: label for label, name in enumerate(names)},  # of classes with equal names, the last
     }
+
+
+def _huggingface_config(
+    model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor, problem_type: str | None
+) -> dict:
+    config = _common(model, 'ForImageClassification', processor) | {'layer_norm_eps': float(model.norm.epsilon)}
+    config |= _names(class_names, model.head.bias.shape[0])
     return config | ({'problem_type': problem_type} if problem_type else {})
 
 
@@ -165,3 +196,22 @@ def _common(model: ConvNeXt | Backbone, architecture: str, processor: ImageProce
         'torch_dtype': 'float32',
     }
     return config if variant.grn else config | {'layer_scale_init_value': float(variant.layer_scale_init)}
+
+
+def class_names_in(config: dict, num_classes: int) -> tuple[str, ...] | None:
+    """The class names in Hugging Face's or timm's config, a list or a dict by label; None if there are none.
+
+    There is a warning if they do not name every class.
+    """
+    timm_config = config['pretrained_cfg'] if isinstance(config.get('pretrained_cfg'), dict) else {}
+    names = config.get('id2label') or config.get('label_names') or timm_config.get('label_names')
+    if not names:
+        return None
+    if isinstance(names, dict):
+        names = [names.get(str(label)) for label in range(num_classes)]  # JSON keys are strings
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        warnings.warn(
+            f'config.json does not name each of the {num_classes} classes: its names are ignored', stacklevel=3
+        )
+        return None
+    return tuple(names)

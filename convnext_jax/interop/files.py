@@ -297,7 +297,7 @@ def _exact_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def write_folder(
-    folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dict | bytes], *, torch: bool = False
+    folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dict | bytes], *, entry: str | None = None
 ) -> None:
     """Writes a folder with tensors, in `model.safetensors` or `model.pth`, and with other files.
 
@@ -305,7 +305,7 @@ def write_folder(
         folder: a new or empty folder.
         tensors: name → array.
         files: file name → content, a JSON object or bytes.
-        torch: write the PyTorch file `model.pth` with the entry 'model', which needs torch.
+        entry: write the PyTorch file `model.pth`, in which this entry has the tensors. It needs torch.
 
     Raises:
         UserError: the folder is not empty or not writable, or torch is missing.
@@ -319,8 +319,8 @@ def write_folder(
     except OSError as error:
         raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
     try:
-        if torch:
-            _write_torch(partial / 'model.pth', tensors)
+        if entry:
+            _write_torch(partial / 'model.pth', tensors, entry)
         else:
             save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
         for name, content in files.items():
@@ -338,9 +338,9 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], entry: str) -> None:
     try:
         import torch
     except ImportError as error:
-        raise UserError('the original layout is a PyTorch file: pip install torch to write it') from error
-    torch.save({'model': {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}}, path)
+        raise UserError('this layout is a PyTorch file: pip install torch to write it') from error
+    torch.save({entry: {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}}, path)

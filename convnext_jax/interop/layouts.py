@@ -6,6 +6,7 @@ are (out, in) there and (in, out) here. Blocks are separate tensors there and st
 
 import collections
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -156,10 +157,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
             allowed = {expected[:2], (*expected[:2], 1, 1)}
         if theirs in tensors and tensors[theirs].shape not in allowed:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
-    if problems:
-        more = f'; and {len(problems) - MAX_LISTED} more' if len(problems) > MAX_LISTED else ''
-        listed = '; '.join(sorted(problems)[:MAX_LISTED])
-        raise UserError(f'the {layout} weights do not match the model: {listed}{more}')
+    check_match(problems, layout)
     sources = collections.defaultdict(list)
     for theirs, ours, block in wanted:
         sources[ours].append((theirs, block))
@@ -172,6 +170,30 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
             target[...] = _to_our_shape(np.asarray(tensors[theirs]), ours, target.shape)
         parameters[ours] = jax.device_put(array)
     return {ours: parameters[ours] for ours in shapes}
+
+
+def check_match(problems: list[str], layout: str) -> None:
+    """Checks that there are no differences between a file and the model.
+
+    Raises:
+        UserError: there are some; the message lists up to 50 of them.
+    """
+    if problems:
+        more = f'; and {len(problems) - MAX_LISTED} more' if len(problems) > MAX_LISTED else ''
+        listed = '; '.join(sorted(problems)[:MAX_LISTED])
+        raise UserError(f'the {layout} weights do not match the model: {listed}{more}')
+
+
+def normed_feature(name: str) -> str | None:
+    """The feature map, such as 'stage1', that the norm with this tensor normalises; None for any other tensor.
+
+    Args:
+        name: name of a tensor of a backbone in the Hugging Face or original layout.
+    """
+    match = re.fullmatch(r'\w+\.hidden_states_norms\.(\w+)\.\w+|norm(\d)\.\w+', name)
+    if match is None:
+        return None
+    return match[1] or f'stage{int(match[2]) + 1}'
 
 
 def dense_from_sparse(tensors: Tensors) -> Tensors:
@@ -216,6 +238,8 @@ def _block_name(ours: str, block: int, variant: Variant, layout: str) -> str:
 def _trunk_name(ours: str, variant: Variant, layout: str) -> str:
     module, parameter = ours.rsplit('.', 1)
     parameter = 'bias' if parameter == 'bias' else 'weight'
+    if module.startswith('norms.stage') and layout == 'original':
+        return f'norm{int(module.removeprefix("norms.stage")) - 1}.{parameter}'
     if module.startswith('norms.'):
         return _prefix(module, variant, layout) + f'hidden_states_{module}.{parameter}'
     if len(variant.depths) == 1 and module == 'stem.conv':

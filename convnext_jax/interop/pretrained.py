@@ -1,5 +1,6 @@
 """load_pretrained and save_pretrained: read and write models in the folders and files of other libraries."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -14,15 +15,28 @@ from convnext_jax.interop.configs import (
     activation,
     backbone_config,
     check_problem_type,
+    class_names_in,
     classifier_config,
     encoder_config,
+    upernet_config,
 )
 from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
+from convnext_jax.interop.pretrained_upernet import read_upernet
 from convnext_jax.interop.processor import ImageProcessor, processor_for
 from convnext_jax.interop.recognition import OpenedWeights, last_epsilon, open_weights
-from convnext_jax.models import Backbone, ConvNeXt, Execution, ExecutionOptions, get_parameters, with_parameters
+from convnext_jax.interop.upernet import UPERNET_LAYOUTS, tensors_of
+from convnext_jax.models import (
+    Backbone,
+    ConvNeXt,
+    Execution,
+    ExecutionOptions,
+    UPerNet,
+    get_parameters,
+    get_weights,
+    with_parameters,
+)
 from convnext_jax.paths import local_path
 
 HEAD = ('head.kernel', 'head.bias')
@@ -86,20 +100,23 @@ class Pretrained(NamedTuple):
         return {} if self.class_names is None else {'class names': list(self.class_names)}
 
 
-def load_pretrained(where: str | Path, **arguments) -> ConvNeXt:
-    """A model with the weights of the Hugging Face, timm or original libraries.
+def load_pretrained(
+    where: str | Path, *, name: str | None = None, entry: str | None = None, revision: str | None = None, **arguments
+) -> ConvNeXt | UPerNet:
+    """A classifier or a UPerNet, whichever the file has, with the weights of another library.
 
-    A warning lists the parts of the model that are newly initialised. `read_pretrained`, which has the same arguments
-    and errors, also returns class names, preprocessing and the licence of the weights.
+    A warning lists the parts of the model that are newly initialised. `read_pretrained` for classifiers and
+    `read_upernet`, which have the same arguments and errors, also return class names and the licence of the weights.
     """
-    loaded = read_pretrained(where, **arguments)
+    opened = open_weights(where, name=name, entry=entry, revision=revision)
+    loaded = read_upernet(opened, **arguments) if opened.heads else read_pretrained(opened, **arguments)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     return loaded.model
 
 
 def read_pretrained(
-    where: str | Path,
+    where: str | Path | OpenedWeights,
     *,
     name: str | None = None,
     entry: str | None = None,
@@ -111,7 +128,7 @@ def read_pretrained(
     head_init_scale: float = 1.0,
     **options: Unpack[ExecutionOptions],
 ) -> Pretrained:
-    """A model with the weights of another library, and the class names and preprocessing of its folder.
+    """A classifier with the weights of another library, and the class names and preprocessing of its folder.
 
     Args:
         where: a Hugging Face folder (`config.json` and safetensors, in one or more files, or `pytorch_model.bin`) or a
@@ -133,7 +150,9 @@ def read_pretrained(
             shape, and the message lists them.
     """
     execution = Execution.from_keywords(read_pretrained, options)
-    opened = open_weights(str(where), name=name, entry=entry, revision=revision)
+    opened = open_weights(where, name=name, entry=entry, revision=revision)
+    if opened.heads:
+        raise UserError(f'{opened.path} is a UPerNet, not a classifier: load_pretrained and read_upernet read it')
     tensors, layout = opened.tensors, opened.layout
     bias = tensors.get(f'{HEADS[layout][0]}bias')
     saved_classes = None if bias is None else math.prod(bias.shape)
@@ -164,7 +183,7 @@ def read_pretrained(
         layout,
     )
     if not sizes:
-        raise UserError(f'{where} has no head: load_pretrained(…, num_classes=, key=) initialises one')
+        raise UserError(f'{opened.path} has no head: load_pretrained(…, num_classes=, key=) initialises one')
     if newly_initialised:
         if key is None:
             raise UserError(f'{"; ".join(notes)}: pass key=jax.random.key(…)')
@@ -177,7 +196,7 @@ def read_pretrained(
         return Pretrained(
             model, layout, None, _processor(opened), newly_initialised, notes, licence=licence, decoder=opened.decoder
         )
-    class_names, problem_type = _class_names(opened.config, num_classes), opened.config.get('problem_type')
+    class_names, problem_type = class_names_in(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
     return Pretrained(
         model,
@@ -193,7 +212,7 @@ def read_pretrained(
 
 
 def save_pretrained(
-    model: ConvNeXt | Backbone,
+    model: ConvNeXt | Backbone | UPerNet,
     folder: str | Path,
     *,
     layout: str = 'huggingface',
@@ -208,13 +227,16 @@ def save_pretrained(
     - 'huggingface': `AutoModelForImageClassification.from_pretrained(folder)`, or `ConvNextBackbone`, with processor.
     - 'timm': `timm.create_model('local-dir:FOLDER')`, or `checkpoint_path=FOLDER/model.safetensors`.
     - 'original': `torch.load('FOLDER/model.pth')['model']`; torch must be installed to write it.
+    - A `UPerNet` can be saved as 'huggingface' (`UperNetForSemanticSegmentation.from_pretrained(folder)`), or as
+      'mmsegmentation' or 'original' (`torch.load('FOLDER/model.pth')['state_dict']`).
 
     Args:
         model: the model; a backbone can only be saved in the Hugging Face layout.
         folder: a new or empty folder.
-        layout: one of `LAYOUTS`.
+        layout: one of `LAYOUTS`, or of `UPERNET_LAYOUTS` for a UPerNet.
         class_names: names of the head's outputs.
-        processor: preprocessing of images; by default the preprocessing of the published models at 224 pixels.
+        processor: preprocessing of images; by default the preprocessing of the published models at 224 pixels, or at
+            512 for a UPerNet.
         problem_type: as in `Pretrained`. Only the Hugging Face layout stores it. With another layout there is a warning
             if users would interpret the logits differently without it.
         licence: licence of the weights, such as `Pretrained.licence`; it is written into a model card, `README.md`.
@@ -224,9 +246,23 @@ def save_pretrained(
         UserError: the folder is not empty or not writable, a value is invalid, or the other library does not support
             the architecture.
     """
+    if isinstance(model, UPerNet) and processor is None:  # as in the published folders
+        processor = dataclasses.replace(processor_for(model.in_channels, None), size=512, resample=2, squash=True)
     processor = processor_for(model.in_channels, processor)
     files: dict[str, dict | bytes] = {}
-    if isinstance(model, Backbone):
+    entry = 'model' if layout == 'original' else None
+    if isinstance(model, UPerNet):
+        if layout not in UPERNET_LAYOUTS or problem_type is not None or not head:
+            raise UserError(
+                f'a UPerNet has no problem_type and can only be saved as a whole, as {", ".join(UPERNET_LAYOUTS)}'
+            )
+        config = upernet_config(model, class_names, processor)  # also checks the arguments for the other layouts
+        tensors = tensors_of(jax.device_get(get_weights(model)), model.variant, layout)
+        if layout == 'huggingface':
+            files['config.json'] = config
+        else:
+            entry = 'state_dict'
+    elif isinstance(model, Backbone):
         if layout != 'huggingface' or class_names is not None or problem_type is not None:
             raise UserError('a backbone has no classes and can only be saved in the huggingface layout')
         tensors, files['config.json'] = backbone_tensors(model), backbone_config(model, processor)
@@ -238,10 +274,11 @@ def save_pretrained(
         else:
             files |= encoder_config(model, layout, processor)
     if layout == 'huggingface':
-        files['preprocessor_config.json'] = processor.to_huggingface()
+        dense = isinstance(model, UPerNet)
+        files['preprocessor_config.json'] = processor.to_segformer() if dense else processor.to_huggingface()
     if licence:
         files[CARD] = model_card(licence)
-    write_folder(local_path(folder), tensors, files, torch=layout == 'original')
+    write_folder(local_path(folder), tensors, files, entry=entry)
 
 
 def _missing_parts(
@@ -255,25 +292,6 @@ def _missing_parts(
     if any(name.startswith(LAST_NORMS[layout]) for name in tensors):
         return ['the head is newly initialised: the file has none'], HEAD
     return ['the last norm and the head are newly initialised: the file has none'], ('norm.scale', 'norm.bias', *HEAD)
-
-
-def _class_names(config: dict, num_classes: int) -> tuple[str, ...] | None:
-    """The class names in Hugging Face's or timm's config, a list or a dict by label; None if there are none.
-
-    There is a warning if they do not name every class.
-    """
-    timm_config = config['pretrained_cfg'] if isinstance(config.get('pretrained_cfg'), dict) else {}
-    names = config.get('id2label') or config.get('label_names') or timm_config.get('label_names')
-    if not names:
-        return None
-    if isinstance(names, dict):
-        names = [names.get(str(label)) for label in range(num_classes)]  # JSON keys are strings
-    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        warnings.warn(
-            f'config.json does not name each of the {num_classes} classes: its names are ignored', stacklevel=3
-        )
-        return None
-    return tuple(names)
 
 
 def _processor(opened: OpenedWeights) -> ImageProcessor | None:

@@ -80,7 +80,7 @@ class ImageProcessor:
 
     @classmethod
     def from_huggingface(cls, config: dict) -> 'ImageProcessor':
-        """A processor from the content of a `preprocessor_config.json`, with Hugging Face's default values.
+        """A processor from the `preprocessor_config.json` of a classifier or a UPerNet, with Hugging Face's defaults.
 
         Raises:
             UserError: the content describes another kind of processor.
@@ -90,6 +90,12 @@ class ImageProcessor:
                 'preprocessor_config.json: do_resize=false and do_center_crop=true are not supported for ConvNeXt'
             )
         size = config.get('size', 384)
+        kind = str(config.get('image_processor_type') or config.get('feature_extractor_type'))
+        squash = True if kind.startswith('Segformer') else None  # the processor of UPerNet
+        if squash and isinstance(size, dict):
+            if size.get('height') != size.get('width'):
+                raise UserError(f'preprocessor_config.json: height and width must be equal, not {size}')
+            size = size.get('height')
         size = size.get('shortest_edge') if isinstance(size, dict) else size
         if not isinstance(size, int):
             raise UserError(f'preprocessor_config.json: size must have a shortest_edge, not {config["size"]}')
@@ -98,6 +104,7 @@ class ImageProcessor:
             size=size,
             crop_pct=config.get('crop_pct') or 224 / 256,
             resample=config.get('resample', Image.Resampling.BICUBIC),
+            squash=squash,
             rescale_factor=config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1,
             mean=mean if config.get('do_normalize', True) else (0.0,) * len(mean),
             std=std if config.get('do_normalize', True) else (1.0,) * len(std),
@@ -140,11 +147,30 @@ class ImageProcessor:
                 f"at {self.size} pixels Hugging Face's processor {'crops' if self.squashes else 'does not crop'}: "
                 'use a processor with squash=None'
             )
-        return {
+        return self._values() | {
             'image_processor_type': 'ConvNextImageProcessor',
-            'do_resize': True,
             'size': {'shortest_edge': self.size},
             'crop_pct': self.crop_pct,
+        }
+
+    def to_segformer(self) -> dict:
+        """The content of the `preprocessor_config.json` of Hugging Face's UPerNet.
+
+        Raises:
+            UserError: the processor crops, which theirs does not.
+        """
+        if not self.squashes:
+            raise UserError("Hugging Face's processor of a UPerNet does not crop: use a processor with squash=True")
+        return self._values() | {
+            'image_processor_type': 'SegformerImageProcessor',
+            'size': {'height': self.size, 'width': self.size},
+            'do_reduce_labels': False,
+        }
+
+    def _values(self) -> dict:
+        """The fields that Hugging Face's processors have in common."""
+        return {
+            'do_resize': True,
             'resample': int(self.resample),
             'do_rescale': True,
             'rescale_factor': self.rescale_factor,

@@ -9,6 +9,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
 from convnext_jax.interop.layouts import dense_from_sparse
+from convnext_jax.interop.upernet import split_heads
 from convnext_jax.models import VARIANTS, Variant, get_variant
 
 BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
@@ -54,6 +55,7 @@ class OpenedWeights(NamedTuple):
         variant: the architecture.
         in_channels: channels of the images.
         decoder: name → tensor of the decoder of an FCMAE pre-training, in the original layout; {} for other files.
+        heads: name → tensor of the heads of a UPerNet; {} for other files.
     """
 
     path: Path
@@ -63,28 +65,38 @@ class OpenedWeights(NamedTuple):
     variant: Variant
     in_channels: int
     decoder: Tensors
+    heads: Tensors
 
 
-def open_weights(where: str, *, name: str | None, entry: str | None, revision: str | None) -> OpenedWeights:
-    """Finds and recognises weights; arguments as for `read_pretrained`.
+def open_weights(
+    where: str | Path | OpenedWeights, *, name: str | None, entry: str | None, revision: str | None
+) -> OpenedWeights:
+    """Finds and recognises weights; arguments as for `read_pretrained`. Opened weights are returned unchanged.
 
     Raises:
         UserError: the file cannot be read, or is not a supported ConvNeXt.
     """
+    if isinstance(where, OpenedWeights):
+        return where
+    where = str(where)
     path = locate(where, revision)
     if path.is_dir() and entry:
         raise UserError(f"there is no entry '{entry}': {where} is a folder, which contains only one set of weights")
     tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
-    tensors, decoder = split_original(without_wrappers(tensors, where))
+    tensors, heads = split_heads(without_wrappers(tensors, where))
+    tensors, decoder = split_original(tensors)
     tensors = dense_from_sparse(tensors)
     config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
     layout = recognize_layout(tensors)
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
-    variant = recognize_variant(tensors, config, name, layout)
-    return OpenedWeights(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1], decoder)
+    backbone_config = config.get('backbone_config') if heads else config
+    if heads and config and not isinstance(backbone_config, dict):
+        raise UserError(f'config.json: backbone_config must be an object, not {backbone_config}')
+    variant = recognize_variant(tensors, backbone_config or {}, name, layout)
+    return OpenedWeights(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1], decoder, heads)
 
 
 def without_wrappers(tensors: Tensors, where: str) -> Tensors:

@@ -47,7 +47,7 @@ def test_the_error_for_a_pytorch_file_without_torch(tmp_path, monkeypatch):
     (tmp_path / 'model.pth').write_bytes(b'PK\3\4 and more')
     with pytest.raises(UserError, match='model.pth is a PyTorch file: pip install torch to read it'):
         load_pretrained(tmp_path / 'model.pth')
-    with pytest.raises(UserError, match='the original layout is a PyTorch file: pip install torch to write it'):
+    with pytest.raises(UserError, match='this layout is a PyTorch file: pip install torch to write it'):
         save_pretrained(random_model(), tmp_path / 'out', layout='original')
     assert not (tmp_path / 'out').exists()
 

@@ -99,6 +99,10 @@ def test_the_processor_of_a_timm_folder_equals_timm(stored, tmp_path, number):
     ('config', 'match'),
     [
         ({'size': {'height': 224, 'width': 224}}, 'size must have a shortest_edge'),
+        (
+            {'image_processor_type': 'SegformerImageProcessor', 'size': {'height': 512, 'width': 640}},
+            'height and width must be equal',
+        ),
         ({'size': 224, 'do_resize': False}, 'do_resize=false'),
         ({'size': 10**6}, 'must be in'),
         ({'size': 224, 'crop_pct': 2}, 'crop_pct must be in'),

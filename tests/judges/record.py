@@ -21,10 +21,12 @@ import transformers
 from timm.data import auto_augment
 from timm.optim import param_groups_layer_decay
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from convnext_jax import Backbone, ConvNeXt, create_backbone, create_model
+from convnext_jax.interop import upernet
 from convnext_jax.interop.layouts import to_layout
-from convnext_jax.models import Variant, get_parameters, get_variant, list_models
+from convnext_jax.models import Variant, get_parameters, get_variant, get_weights, list_models
 from tests import reference
 from tests.reference import cases
 
@@ -179,6 +181,51 @@ def backbones() -> dict[str, np.ndarray]:
     for case in cases.DILATED:
         maps = backbone_maps(*case[:1], cases.ODD_SIZE, *case[1:])
         found |= {f'{"/".join(map(str, case))}/{f}': reference.sketch(x) for f, x in maps.items()}
+    return found
+
+
+def hugging_face_upernet(kind: str) -> torch.nn.Module:
+    """UPerNet of transformers with the weights of `cases.random_upernet`."""
+    network = cases.random_upernet(kind)
+    variant = network.variant
+    arguments = {} if variant.grn else {'layer_scale_init_value': variant.layer_scale_init}
+    backbone = getattr(transformers, 'ConvNextV2Config' if variant.grn else 'ConvNextConfig')(
+        depths=list(variant.depths),
+        hidden_sizes=list(variant.widths),
+        out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+        **arguments,
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone,
+        hidden_size=cases.UPERNET['channels'],
+        auxiliary_channels=cases.UPERNET['auxiliary_channels'],
+        num_labels=cases.UPERNET['num_classes'],
+    )
+    tensors = upernet.tensors_of(jax.device_get(get_weights(network)), variant, 'huggingface')
+    return load(transformers.UperNetForSemanticSegmentation(config), tensors)
+
+
+@torch.no_grad()
+def upernets() -> dict[str, np.ndarray]:
+    return {
+        f'{kind}/{height}x{width}': reference.sketch(
+            nhwc(hugging_face_upernet(kind)(nchw(cases.segmented((height, width))[0])).logits)
+        )
+        for kind in cases.UPERNETS
+        for height, width in cases.UPERNET_SIZES
+    }
+
+
+def upernet_folders() -> dict:
+    """Version of the backbone → transformers' JSON files, and the names and shapes of the tensors."""
+    found = {}
+    for kind in cases.UPERNETS:
+        module = hugging_face_upernet(kind)
+        with tempfile.TemporaryDirectory() as folder:
+            module.save_pretrained(folder)
+            SegformerImageProcessorPil().save_pretrained(folder)
+            files = {path.name: json.loads(path.read_text()) for path in sorted(Path(folder).glob('*.json'))}
+        found[kind] = {'files': files, 'shapes': {name: list(x.shape) for name, x in module.state_dict().items()}}
     return found
 
 
@@ -372,6 +419,7 @@ def predictions() -> dict[str, np.ndarray]:
 ARRAYS = {
     'models': models,
     'backbones': backbones,
+    'upernets': upernets,
     'training': training,
     'processors': processors,
     'timm_folders': timm_folder_logits,
@@ -384,6 +432,7 @@ TABLES = {
     'randaugment': randaugment,
     'timm_folders': timm_folders,
     'hugging_face_folders': hugging_face_folders,
+    'upernet_folders': upernet_folders,
 }
 
 
