@@ -2,8 +2,8 @@
 
     python -m benchmarks.augment [--model=convnext_tiny] [--batch_size=16] [--rounds=5] [--steps=2]
 
-For each policy, both steps of the ImageNet-1k recipe (224 pixels, bfloat16) run in turn on one device, on a batch that
-is already there. Each ratio compares two consecutive measurements, so that a busy machine slows both.
+For each policy, both steps of the ImageNet-1k recipe (224 pixels, bfloat16) run alternately on one device, on a batch
+that is already in its memory. Each ratio compares two consecutive measurements, so that a busy machine slows both.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def without_augmentation(config: ConfigDict) -> ConfigDict:
 
 
 def make_step(config: ConfigDict) -> Callable[[], object]:
-    """A function that runs the compiled training step once and returns its state, perhaps before it is computed."""
+    """A function that starts the compiled training step once and returns the new state without waiting for it."""
     program = Program(config, make_durations(config, images=config.batch_size), make_mesh(devices=jax.devices()[:1]))
     rng = np.random.default_rng(0)
     highest = {'image': 256, 'label': config.model.num_classes}
@@ -86,7 +86,7 @@ def main() -> None:
         plain, full = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
         print(
             f'{jax.devices()[0].device_kind}, {options.model}, {options.batch_size} images, {policy}: '
-            f'step {full:.1f} ms, without augmentation {plain:.1f} ms, speed {ratio:.3f} of it'
+            f'step {full:.1f} ms, without augmentation {plain:.1f} ms, relative speed {ratio:.3f}'
         )
 
 

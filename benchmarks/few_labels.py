@@ -4,11 +4,12 @@
 
 A small ConvNeXt V2 is pre-trained on the 5,000 bundled training images without their labels. For each seed, 100
 labelled images are drawn, and networks are trained on them from the pre-trained weights and from scratch, with the same
-settings and learning rates. The runs are those of `train.py`, and are evaluated on the 1,000 test images. After each
-epoch of the pre-training, the test images are also classified by their nearest neighbours among training images.
+settings and learning rates. The runs use the training loop of `train.py`, and are evaluated on the 1,000 test images.
+For each checkpoint of the pre-training, one per epoch, k-NN on the features of 2,000 training images also classifies
+the test images.
 
-The command writes `few_labels.json`, `few_labels.png` and `reconstructions.png` into DIR. A repeated command continues
-after the last finished run.
+The command writes `few_labels.json`, `few_labels.png` and `reconstructions.png` into DIR. If the command is
+repeated, it skips the finished runs.
 """
 
 import argparse
@@ -54,7 +55,7 @@ LABELS = 10
 PRETRAINING_EPOCHS = 12
 FINE_TUNING_EPOCHS = 60
 LEARNING_RATES = (1e-3, 3e-3)
-"""Peak learning rates of the fine-tuning, both for each start."""
+"""Peak learning rates. Networks are trained with both, from the pre-trained weights and from scratch."""
 KNN_IMAGES = 2000
 """Training images among which the nearest neighbours are searched."""
 BATCH = 100
@@ -222,7 +223,7 @@ def describe(seeds: int) -> dict[str, Any]:
         'date': datetime.date.today().isoformat(),
         'commit': commit.stdout.strip() or None,
         'command': 'python -m benchmarks.few_labels --output=DIR',
-        'method': f'one pre-training; {seeds} seeds of the fine-tuning, each with other labelled images',
+        'method': f'one pre-training; {seeds} seeds of the fine-tuning, each with different labelled images',
         'note': None,
     }
 
@@ -251,7 +252,7 @@ def draw(top1: dict[tuple[str, float], list[float]], knn: list[tuple[int, float]
 
 
 def draw_reconstructions(figure: Path, path: Path) -> None:
-    """Writes the first 8 rows of the picture of an evaluation in two columns."""
+    """Arranges the first 8 rows of a figure of reconstructions in two columns, and writes it to `path`."""
     rows = np.asarray(Image.open(figure).convert('L'))[: 8 * SIDE]
     Image.fromarray(np.concatenate(np.split(rows, 2), 1)).save(path, optimize=True)
 

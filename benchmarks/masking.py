@@ -87,7 +87,7 @@ def cycles(step: Callable, options: argparse.Namespace, device: jax.Device) -> i
 
 
 def milliseconds(step: Callable, inputs: tuple) -> float:
-    """The CPU time of one step, over all threads. Other programs change it less than the elapsed time."""
+    """The CPU time of one step, over all threads. Other programs affect it less than they affect the elapsed time."""
     began = time.process_time()
     jax.block_until_ready(step(*inputs))
     return 1000 * (time.process_time() - began)

@@ -39,8 +39,8 @@ def embed(pretrained: Pretrained, photos: Iterable[Path], *, batch_size: int = 1
     """An iterator over the features of files, in the order of the files.
 
     Args:
-        pretrained: model and preprocessing, by default as for `predict`. The features are the input of the head, or
-            of an encoder without a norm the average of its last feature map.
+        pretrained: the model and its preprocessing; without the latter, the default of `predict` is used. The features
+            are the input of the head, or, if no norm was trained, the average of the last feature map.
         photos: the files, which are read batch by batch.
         batch_size: number of images in a batch.
 
@@ -61,10 +61,10 @@ def embed(pretrained: Pretrained, photos: Iterable[Path], *, batch_size: int = 1
 
 
 def check_format(path: Path) -> None:
-    """Checks that a file for embeddings can be written, before they are computed.
+    """Checks the suffix and the folder of a file for embeddings, before they are computed.
 
     Raises:
-        UserError: the name has another suffix than `FORMATS`, its folder does not exist, or pyarrow is not installed.
+        UserError: the suffix is not one of `FORMATS`, the folder does not exist, or parquet is chosen without pyarrow.
     """
     if path.suffix not in FORMATS:
         raise UserError(f'--output={path} must be a file name that ends in {" or ".join(FORMATS)}')

@@ -60,7 +60,7 @@ def read(path):
 
 @pytest.mark.parametrize('suffix', ['npz', 'parquet'])
 def test_vectors_are_the_input_of_the_head_in_the_order_of_the_files(model, photos, suffix, tmp_path, capsys):
-    """A search index would return the wrong photo, or photos that are alike for another network."""
+    """A search by these vectors would return the wrong photos."""
     save_pretrained(model, tmp_path / 'out', processor=PROCESSOR)
     output = tmp_path / f'vectors.{suffix}'
     extra = photos / 'deep' / 'a.png'
@@ -79,7 +79,7 @@ def test_vectors_are_the_input_of_the_head_in_the_order_of_the_files(model, phot
 
 
 def test_an_encoder_without_a_norm_gives_the_average(model, photos, tmp_path):
-    """The vectors of a pre-trained encoder would go through a norm that nothing trained."""
+    """The vectors of a pre-trained encoder would go through a norm that was not trained."""
     save_pretrained(model, tmp_path / 'out', layout='timm', processor=PROCESSOR, head=False)
     encoder = tmp_path / 'out' / 'model.safetensors'
     tensors = load_file(encoder)

@@ -31,7 +31,7 @@ VISIBLE_TIMEOUT = 10.0
 
 
 def workdir_path(text: str) -> Path:
-    """The path of a workdir; for a bucket (gs://BUCKET/RUN, needs gcsfs) an `epath.Path`, which has equal methods."""
+    """The path of a workdir. For a bucket (gs://BUCKET/RUN, needs gcsfs) an `epath.Path` with the same methods."""
     return cast(Path, epath.Path(text)) if '://' in text else local_path(text)
 
 

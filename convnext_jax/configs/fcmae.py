@@ -10,7 +10,8 @@ the published weights were. SIZE_800 trains for 800 epochs, the default of the o
 To train on a folder of images: --config.data.name=folder --config.data.dir=PHOTOS. If the folder has no subfolders for
 splits, add --config.data.train_split=images[:95%] --config.data.eval_split=images[95%:].
 
-Compare the top-1 accuracy after fine-tuning with configs/v2_finetune.py. The hardware is 16 to 64 accelerators.
+Compare the top-1 accuracy after fine-tuning with configs/v2_finetune.py. The recipes are meant for 16 to 64
+accelerators.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Operations on a part of a batch that is drawn at random, at the cost of this part only."""
+"""Operations on the selected images of a batch. Their cost grows with the number of selected images."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Num
 
-CHUNKS = 8  # per batch: with more, less is computed for images that are not selected; with fewer, fewer kernels start
+CHUNKS = 8  # per batch: more chunks compute fewer images that are not selected, but start more kernels
 
 
 def apply_to_selected(
@@ -15,10 +15,12 @@ def apply_to_selected(
 ) -> Num[Array, 'n h w c']:
     """The images, with `function` applied to the selected ones only.
 
-    A loop passes chunks of the batch to `function`, selected images first, and ends after the last selected image.
+    A loop passes chunks of the batch to `function`, selected images first, and ends after the last selected image. The
+    last chunk may contain other images; their results are dropped.
 
     Args:
-        function: maps images (M, H, W, C) and M values of each argument to images of this shape and dtype.
+        function: maps images (M, H, W, C) and M values of each argument to images of this shape and dtype. Each result
+            must depend only on its image and the values for this image.
         selected: (N,) bool.
         images: (N, H, W, C).
         arguments: arrays with one value for each image, (N, …).
@@ -28,7 +30,7 @@ def apply_to_selected(
     """
     n = len(images)
     chunk = -(-n // CHUNKS)
-    # The last image fills the last chunk: it is computed several times, with equal results.
+    # Copies of the last image fill the last chunk. They are computed too, with equal results.
     order = jnp.pad(jnp.argsort(~selected), (0, -n % chunk), mode='edge')
 
     def is_open(state: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -178,8 +178,8 @@ class WebDatasetSource:
         missing = np.flatnonzero(labels < 0)
         if len(missing):
             raise UserError(
-                f'{self.name(int(missing[0]))} has no .cls file, as {len(missing)} of {len(labels)} images of {split}: '
-                'a classifier needs the class of each image'
+                f'{len(missing)} of {len(labels)} images of {split} have no .cls file, such as '
+                f'{self.name(int(missing[0]))}: a classifier needs the class of each image'
             )
         largest = int(labels.max())
         path = directory / 'classnames.txt'

@@ -29,7 +29,7 @@ class Visible:
         patches: (N, rows, columns) bool, True where a patch is visible.
         statistics: GRN computes its norms over the visible positions of each 'image', or of the whole 'batch' on all
             devices.
-        most: no image has more visible patches than this; None for all patches.
+        most: the maximum number of visible patches of an image; None if all patches may be visible.
     """
 
     patches: Bool[Array, 'n rows columns']
@@ -50,7 +50,7 @@ class Visible:
 
     @property
     def packed(self) -> 'Visible':
-        """The visible patches of an array from `pack`: patches is (N, most, 1)."""
+        """Which of the packed patches are visible, for an array from `pack`: `patches` is (N, most, 1)."""
         patches = rearrange(self.patches, 'n r c -> n (r c)')
         return Visible(jnp.take_along_axis(patches, _order(self), axis=1)[..., None], self.statistics)
 
@@ -61,11 +61,11 @@ def _order(visible: Visible) -> jax.Array:
     return jnp.argsort(~patches, axis=1, stable=True)[:, : visible.most]
 
 
-# The derivative of a gather is a scatter, which is slow. Because no patch occurs twice, the derivative of `pack` is
-# `unpack`, and the other way round.
+# JAX would compute the cotangent of a gather by a scatter, which is slow. No patch occurs twice, so `unpack` computes
+# the cotangent of `pack`, and `pack` computes the cotangent of `unpack`.
 @jax.custom_vjp
 def pack(x: jax.Array, visible: Visible) -> jax.Array:
-    """The visible patches of each image, one below the other; images with fewer than `visible.most` add other patches.
+    """Stacks the visible patches of each image vertically, and masked patches below them up to `visible.most` patches.
 
     Args:
         x: (N, H, W, C).

@@ -1,1 +1,1 @@
-"""Probes of frozen features: how well simple classifiers on them recognise classes. This package sees arrays only."""
+"""Simple classifiers on frozen features, and the computation of these features. No data sets and no configs."""

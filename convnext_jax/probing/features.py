@@ -8,12 +8,12 @@ from convnext_jax.models.trunk import Trunk
 
 
 def pooled_features(model: Trunk, images: Float[AnyArray, 'n h w c'], *, norm: bool) -> Float[Array, 'n channels']:
-    """The input of a classifier's head, or for an encoder without a norm the average of its last feature map.
+    """The average of the last feature map. If `norm`, the last norm of a classifier is applied to it.
 
     Args:
         model: a classifier or an encoder, for inference.
         images: (N, H, W, C) float, normalised.
-        norm: whether to apply the last norm of a classifier. False for a norm that was not trained.
+        norm: whether to apply the last norm of a classifier; False if this norm was not trained. Encoders have none.
 
     Returns:
         (N, channels) float32.

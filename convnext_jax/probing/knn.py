@@ -11,9 +11,9 @@ from convnext_jax.errors import UserError
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 TRAIN_CHUNK = 2**16
-"""Training features on the device at once: all features of ImageNet would need 4 to 15 GB."""
+"""Number of training features on the device at once. The features of all ImageNet images would need up to 15 GB."""
 CHUNK = 1024
-"""Features whose similarities to a chunk of the training features are in memory at once."""
+"""Number of features that one call compares with a chunk of the training features."""
 
 
 def knn_accuracy(
@@ -54,11 +54,11 @@ def knn_classes(
     A neighbour with cosine similarity s votes for its class with weight exp(s / temperature).
 
     Args:
-        train_features: (M, D) float, the features among which neighbours are searched; they may be larger than the
-            memory of a device.
+        train_features: (M, D) float, the features among which neighbours are searched. They stay in the memory of the
+            host, and are sent to the device in chunks.
         train_labels: (M,) int, the classes of the training features, at least 0.
         features: (N, D) float, the features to classify.
-        count: the number of classes to return; at most the number of classes.
+        count: the number of classes to return. If there are fewer classes, all are returned.
         neighbours: the number of neighbours that vote.
         temperature: the temperature of the votes, above 0.
 
@@ -66,7 +66,7 @@ def knn_classes(
         (N, count) int32. Classes without votes come last. Of classes with equal votes, the lowest comes first.
 
     Raises:
-        UserError: `neighbours` is below 1, or there are fewer training features.
+        UserError: `neighbours` is below 1 or above the number of training features.
     """
     if not 1 <= neighbours <= len(train_features):
         raise UserError(
@@ -90,7 +90,7 @@ def _nearest(
     neighbours: int,
 ) -> tuple[Float[np.ndarray, 'n {neighbours}'], Int[np.ndarray, 'n {neighbours}']]:
     """The cosine similarities of the nearest neighbours, in descending order, and their classes: two of (N, k)."""
-    # The first neighbours have similarity −∞, so that they are replaced by real ones.
+    # Initial values with similarity −∞, which training features replace.
     similarities = np.full((len(features), neighbours), -np.inf, np.float32)
     labels = np.zeros((len(features), neighbours), np.int32)
     closer = jax.jit(_closer)
@@ -113,7 +113,7 @@ def _closer(
     similarities: Float[Array, 'n k'],
     labels: Int[Array, 'n k'],
 ) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
-    """The nearest of the neighbours so far and the training features: their similarities and classes, two of (N, k)."""
+    """Replaces neighbours by closer training features, and returns their similarities and classes: two of (N, k)."""
     new = jnp.matmul(_unit(features), train_features.T, precision=jax.lax.Precision.HIGHEST)
     neighbours = similarities.shape[1]
     new, positions = jax.lax.top_k(new, min(neighbours, new.shape[1]))
@@ -124,7 +124,7 @@ def _closer(
 
 
 def _unit(features: Float[Array, 'n d']) -> Float[Array, 'n d']:
-    """The features with norm 1; zeros stay zeros."""
+    """The features divided by their L2 norm. Vectors of zeros do not change."""
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
@@ -136,7 +136,7 @@ def _votes(
     count: int,
 ) -> Int[Array, 'n {count}']:
     """The `count` classes with the most votes: (N, count) int32."""
-    # Relative to the nearest neighbour, because exp(1 / temperature) may overflow.
+    # Similarities are relative to the nearest neighbour, because exp(1 / temperature) may overflow.
     weights = jnp.exp((similarities - similarities[:, :1]) / temperature)
     votes = jnp.zeros((len(labels), classes)).at[jnp.arange(len(labels))[:, None], labels].add(weights)
     return jax.lax.top_k(votes, count)[1]

@@ -1,4 +1,8 @@
-"""The linear probe: a linear classifier on frozen features, trained as in DINO (arXiv:2104.14294, appendix F)."""
+"""The linear probe: a linear classifier on frozen features.
+
+Optimizer, batch size, schedule and epochs are those of DINO (arXiv:2104.14294, appendix F). Unlike in DINO, images are
+not augmented, and the features are standardised.
+"""
 
 from typing import NamedTuple
 
@@ -11,10 +15,10 @@ from jaxtyping import Array, Float, Int
 EPOCHS = 100
 BATCH_SIZE = 1024
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-"""The peak learning rates for batches of 256 images. A head is trained for each."""
+"""The peak learning rates for batches of 256 images. One head is trained with each."""
 MOMENTUM = 0.9
 BLOCK_BYTES = 2**27
-"""Size of the features that are sent to the device at once: several batches."""
+"""Maximum size of the features that are sent to the device at once; at least one batch is sent."""
 
 Heads = dict[str, jax.Array]
 Scaling = tuple[Float[Array | np.ndarray, ' d'], Float[Array | np.ndarray, ' d']]
@@ -43,11 +47,12 @@ def linear_accuracies(
     learning_rates: tuple[float, ...] = LEARNING_RATES,
     epochs: int = EPOCHS,
 ) -> list[LinearAccuracy]:
-    """Trains a linear classifier for each learning rate, all in one pass over the features, and evaluates them.
+    """Trains a linear classifier with each learning rate, all on the same batches, and evaluates them.
 
     The features are standardised with mean and standard deviation of the training features. The heads start at zero.
     SGD has a momentum of 0.9, no weight decay, and a learning rate that falls to 0 as a cosine. An epoch consists of
-    batches of 1,024 features, in an order that the number of the epoch determines.
+    full batches of 1,024 features, or of one smaller batch if there are fewer features. The number of the epoch seeds
+    their order.
 
     Args:
         train_features: (M, D) float; they stay in the memory of the host.
@@ -112,7 +117,7 @@ def _train(
         for start in range(0, steps, block):
             chosen = order[start : start + block]
             batches = (np.asarray(features[chosen], np.float32), labels[chosen])
-            jax.block_until_ready(state)  # otherwise many blocks would be on the device
+            jax.block_until_ready(state)  # the host would otherwise send more blocks than the device has used
             state = train_block(state, *batches)
     return state[0]
 

@@ -58,12 +58,12 @@ def _defaults(config: ConfigDict) -> None:
     # initialises most kernels a second time, with a standard deviation of 1.
     config.fcmae.init_std = 0.02
 
-    # At each evaluation, a classifier on the features of the frozen encoder, from images with labels.
+    # Each evaluation also tests a classifier on the features of the frozen encoder, which needs images with labels.
     config.probe = ConfigDict()
     config.probe.kind = ''  # 'knn': k-nearest neighbours; 'linear': a linear classifier; '': none
-    config.probe.neighbours = 20  # of 'knn'
+    config.probe.neighbours = 20  # number of neighbours of 'knn'
     config.probe.name = ''  # data set, as data.name; '': data.name in data.dir
-    config.probe.dir = ''  # as data.dir, if probe.name is set
+    config.probe.dir = ''  # as data.dir; used only if probe.name is set
     config.probe.train_split = (
         ''  # images from which the classes are learned, such as 'train[:10%]'; '': data.train_split
     )
@@ -120,7 +120,7 @@ class FCMAE(Task):
 
     @property
     def _visible_patches(self) -> int:
-        """The number of visible patches of an image, rounded because 10 · (1 − 0.9) is slightly below 1."""
+        """The number of visible patches of an image, rounded down; 10 · (1 − 0.9), which floats make 0.999…, is 1."""
         return int(round(self._side**2 * (1 - self.config.fcmae.mask_ratio), 9))
 
     @property
@@ -252,7 +252,7 @@ class FCMAE(Task):
     def initial_weights(
         self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]
     ) -> tuple[Weights, list[str]]:
-        """Takes the encoder and, if there is one, the decoder. The last norm and head of a classifier are dropped."""
+        """Takes the encoder and, if there is one, the decoder. The norm and head of a classifier are dropped."""
         encoder, decoder = split_decoder(trained.weights)
         new = split_decoder(initial)[1]
         if trained.pretrained and trained.pretrained.decoder:

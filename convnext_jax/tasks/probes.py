@@ -22,7 +22,7 @@ from convnext_jax.tasks.task import Batch, Evaluator, Headline, LabelledData, Me
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Evaluator):
-    """Base class of the probes. Its data set holds the images of a training split, then those of an evaluation split.
+    """Base class of the probes. Its data set has the images of a training split, then of an evaluation split.
 
     Attributes:
         mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
@@ -74,7 +74,7 @@ class KnnProbe(Probe):
 
 
 class LinearProbe(Probe):
-    """Linear classification. The metrics are those of the learning rate with the best top-1 on the evaluation split."""
+    """Linear classification. The metrics are for the learning rate with the best top-1 on the evaluation split."""
 
     headline = Headline('linear_top1', 'linear top-1', ' %')
 
@@ -102,8 +102,8 @@ def open_probe(
         norm, neighbours: as for `Probe`.
 
     Raises:
-        UserError: the data set does not exist, has no labels, one class or several labels per image; or the training
-            split has fewer images than neighbours.
+        UserError: the data set does not exist, or has no labels, only one class, or several labels per image; or
+            `neighbours` is below 1 or above the number of training images, for the k-NN probe.
     """
     try:
         train, evaluation, _ = open_labelled_splits(*data)

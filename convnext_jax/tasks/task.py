@@ -138,7 +138,7 @@ class Evaluation(NamedTuple):
 
 
 class LabelledData(NamedTuple):
-    """Data with labels on which the features of a network are judged.
+    """Data with labels on which probes evaluate the features of a network.
 
     Attributes:
         name, directory: as for `open_source`.
@@ -202,10 +202,10 @@ class Task(abc.ABC):
     def open_evaluations(self) -> Sequence[Evaluation]:
         """Opens the data sets that a run evaluates in addition to its evaluation split, at the same steps.
 
-        Their metrics are recorded with the metrics of the evaluation split, and must have other names.
+        Their metrics are recorded together with the metrics of the evaluation split, so their names must differ.
 
         Raises:
-            UserError: data do not exist, or do not fit the config.
+            UserError: a data set does not exist, or does not fit the config.
         """
         return ()
 
@@ -307,7 +307,7 @@ class Task(abc.ABC):
 
     @property
     def labelled_data(self) -> LabelledData:
-        """The data with labels on which features are judged: by default the splits of the run."""
+        """The data with labels on which probes evaluate features: by default the splits of the run."""
         data = self.config.data
         return LabelledData(data.name, data.dir, data.train_split, data.eval_split)
 
@@ -346,6 +346,6 @@ class Task(abc.ABC):
         Args:
             model: the network with the parameters and statistics of this step. If the call updates its statistics,
                 the next step gets their mean over the devices.
-            batch: this device's part of the result of `augment`.
+            batch: this device's part of the result of `mix`.
             keys: (N,) random keys for the network, one for each example.
         """

@@ -1,4 +1,4 @@
-"""A probe of the features of a run, or of weights from other libraries (eval.py --probe)."""
+"""Evaluation of the features of a run, or of weights from other libraries, by a probe (eval.py --probe)."""
 
 import dataclasses
 from pathlib import Path
@@ -19,12 +19,12 @@ from convnext_jax.training.weights import read_weights
 
 @dataclasses.dataclass(frozen=True)
 class ProbeProtocol:
-    """How features are judged.
+    """How features are evaluated.
 
     Attributes:
         kind: one of `tasks.PROBES`.
         neighbours: the number of neighbours of the k-NN probe.
-        size, crop_pct: other values for these attributes of the `ImageProcessor`; None for its own.
+        size, crop_pct: replace these attributes of the `ImageProcessor`, unless None.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class ProbeProtocol:
 
 
 def probe_run(workdir: Path, config: ConfigDict, params: str, step: int | None, protocol: ProbeProtocol) -> Result:
-    """Judges the features of a checkpoint of a run.
+    """Evaluates the features of a checkpoint of a run.
 
     Args:
         workdir, config, params, step: as for `evaluate_run`.
@@ -54,7 +54,7 @@ def probe_run(workdir: Path, config: ConfigDict, params: str, step: int | None, 
 
 
 def probe_weights(config: ConfigDict, where: str, params: str, protocol: ProbeProtocol) -> Result:
-    """Judges the features of weights of another library or of a run.
+    """Evaluates the features of weights of another library or of a run.
 
     Args:
         config: gives the data, the batch size, and the preprocessing if none is stored with the weights.

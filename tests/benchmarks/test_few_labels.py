@@ -12,7 +12,7 @@ from convnext_jax.models.variants import VARIANTS
 
 
 def test_each_class_has_as_many_labelled_images(tmp_path, monkeypatch):
-    """The accuracies would be those of an easier or harder task, or of images that the training saw."""
+    """The accuracies would not be comparable, or training images would be among the test images."""
     for seed in (0, 1):
         few_labels.write_labelled_images(tmp_path, seed)
     first, second = (open_source('folder', str(tmp_path), f'labelled_{seed}') for seed in (0, 1))
@@ -27,7 +27,7 @@ def test_each_class_has_as_many_labelled_images(tmp_path, monkeypatch):
 
 
 def test_results_become_a_measurement_and_two_pictures(tmp_path):
-    """The runs take minutes, and their results could not be written."""
+    """The command would fail after minutes of training, when it writes its results."""
     figures = tmp_path / 'pretrained' / 'figures'
     figures.mkdir(parents=True)
     Image.new('RGB', (3 * 64, 16 * 64)).save(figures / 'reconstructions.png')

@@ -185,7 +185,7 @@ def test_a_classifier_needs_the_class_of_each_image(directory):
     shard = directory / 'mini-train-000001.tar'
     write_tar(shard, [*sample('a', 0, 0), ('b.png', png()), ('c.png', png())])
     assert error_of(directory) == (
-        f'{shard}, b.png has no .cls file, as 2 of 5 images of train: a classifier needs the class of each image'
+        f'2 of 5 images of train have no .cls file, such as {shard}, b.png: a classifier needs the class of each image'
     )
 
 

@@ -122,7 +122,7 @@ def test_a_classifier_can_be_pretrained_further(tmp_path, encoder):
 
 @pytest.mark.parametrize('layout', ['huggingface', 'timm'])
 def test_a_file_of_the_original_is_converted_with_its_licence(file, encoder, tmp_path, capsys, layout):
-    """Published pre-trainings could only be used here; and their licence forbids commercial use."""
+    """Other libraries could not load published encoders, or users would miss their non-commercial licence."""
     path, _ = file
     (path.parent / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n')
     package_command.main(['convnext_jax', 'convert', str(path), str(tmp_path / 'out'), f'--layout={layout}'])

@@ -36,8 +36,8 @@ def arrays(shape, size, dtype=jnp.float32):
         ((2, 8, 8, 64), 3),  # a window of 7 takes five times as long to compile: only one case has it
         # Channels and columns that do not fill a strip; an odd number of rows.
         pytest.param((4, 7, 7, 40), 7, marks=pytest.mark.slow),
-        ((3, 9, 11, 32), 3),  # images not divisible by four; two strips of columns
-        ((1, 3, 2, 130), 5),  # smaller than the window; two strips of channels
+        ((3, 9, 11, 32), 3),  # an odd number of images; two strips of columns
+        ((1, 3, 2, 130), 5),  # smaller than the window; channels that do not fill a program
     ],
 )
 def test_the_kernels_equal_the_convolution_and_its_gradient(shape, size):

@@ -55,7 +55,7 @@ def test_a_low_temperature_takes_the_nearest_neighbour():
     np.testing.assert_array_equal(found[:, 0], knn_classes(*TRAIN, QUERIES[0], neighbours=1)[:, 0])
 
 
-def test_fewer_classes_than_places():
+def test_fewer_classes_than_requested():
     """Top-5 of two classes would end in an error."""
     train = (TRAIN[0], TRAIN[1] % 2)
     assert knn_classes(*train, QUERIES[0]).shape == (len(QUERIES[0]), 2)

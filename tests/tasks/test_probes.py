@@ -207,7 +207,7 @@ def test_eval_probes_weights_with_and_without_a_head(head, evaluate, tmp_path):
 
 @pytest.mark.slow
 def test_features_that_are_not_finite_are_reported(evaluate, tmp_path, capsys):
-    """NaN has no neighbours, and the accuracy would be that of a constant answer."""
+    """Features that are NaN would give an accuracy that means nothing."""
     model = create_model('convnext_atto', num_classes=3, in_channels=1, key=jax.random.key(0))
     weights = get_parameters(model)
     model = with_parameters(model, weights | {'norm.bias': weights['norm.bias'] + np.nan})
