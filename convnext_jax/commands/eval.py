@@ -8,13 +8,16 @@ Without a clone, `convnext-jax eval` takes the same flags, and --config=imagenet
 The first form uses the config and the preprocessing of the run. The second uses the data of the config with the
 preprocessing that is stored with the weights.
 
-Both forms accept --probe=knn and --probe=linear: the accuracy of a classifier on the frozen features, which learns from
-data.train_split and is tested on data.eval_split. The weights need no head.
+With --probe=knn or --probe=linear, both forms instead compute the accuracy of a classifier on the frozen features. It
+learns from data.train_split and is tested on data.eval_split, or on the splits of config.probe of a pre-training run.
+The weights need no head.
 
-Both forms accept --splits=imagenet2012_real@validation,imagenet_v2@test, --resolution, --crop_pct, --flip and
---per_class=FILE.csv. Top-1, top-5 and the expected calibration error (ece) are in percent. The last line of output is a
-JSON object. With several splits, it holds a list under "splits", and a table is printed before it. A metric that is not
-finite is null in the JSON object, and the exit status is then 2.
+Both forms accept --resolution and --crop_pct, and without --probe also --flip, --per_class=FILE.csv and
+--splits=imagenet2012_real@validation,imagenet_v2@test.
+
+Accuracies and the expected calibration error (ece) are in percent. The last line of output is a JSON object. With
+several splits, it holds a list under "splits", and a table is printed before it. A metric that is not finite is null in
+the JSON object, and the exit status is then 2.
 """
 
 import math

@@ -366,7 +366,7 @@ def test_the_fast_crop_is_close_to_pillow(sides, size, bound, monkeypatch):
 
 
 def test_fast_crop_without_pillows_limit(monkeypatch):
-    """A program may switch Pillow's limit of the image size off."""
+    """Programs that disable Pillow's limit of the image size could not read JPEG files."""
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
     pixels = train_crop(encoded(photograph(60, 40), 'JPEG'), 16, channels=3, scale=(0.3, 1.0), seed=(0,))
     assert pixels.shape == (16, 16, 3)

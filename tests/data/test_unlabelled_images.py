@@ -1,4 +1,4 @@
-"""Images without labels: flat folders, folders in folders, tar shards, and labelled sources."""
+"""Images without labels: flat folders, nested folders, tar shards, and labelled sources."""
 
 import pickle
 import tarfile
@@ -54,7 +54,7 @@ def test_a_missing_split_is_refused_with_what_to_give_instead(photos, tmp_path):
 
 
 def test_tar_shards_need_no_labels(photos, tmp_path):
-    """Shards of web images rarely have .cls files; the user would have to invent labels for pre-training."""
+    """Shards of web images rarely have .cls files, so users would have to add labels that pre-training ignores."""
     with tarfile.open(tmp_path / 'web-train-0000.tar', 'w') as tar:
         for number in range(10):
             (path,) = photos.rglob(f'{number}.png')

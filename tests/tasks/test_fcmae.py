@@ -59,7 +59,7 @@ def small_config(**changes):
 
 @pytest.fixture(scope='module', autouse=True)
 def small_models():
-    """Two stages of one narrow block with a total stride of 32, and a decoder that a mesh shards."""
+    """Two stages with one narrow block each and a total stride of 32, and a decoder large enough for sharding."""
     with pytest.MonkeyPatch.context() as patch:
         shrink_models(patch)
         patch.setattr(models, 'DECODER_WIDTH', 32)
