@@ -29,6 +29,7 @@ from convnext_jax.commands import train as train_command
 from convnext_jax.config import check_values
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import read_pretrained
+from convnext_jax.models import get_variant
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
@@ -40,6 +41,7 @@ SHAPES = {
 }
 """Page → variable in its examples → shape of the array, or of the feature map stage4."""
 HUB_ID = 'facebook/convnext-tiny-224'
+UPERNET_ID = 'openmmlab/upernet-convnext-tiny'
 
 
 def blocks_of(language):
@@ -182,6 +184,9 @@ def write_files(tmp_path_factory):
     (folder / HUB_ID).parent.mkdir()
     cx.save_pretrained(model, folder / HUB_ID, class_names=[f'class {number}' for number in range(1000)])
     export_stablehlo(read_pretrained(folder / HUB_ID), folder / 'exported')
+    upernet = cx.UPerNet(get_variant('convnext_atto'), channels=8, auxiliary_channels=8, key=jax.random.key(0))
+    (folder / UPERNET_ID).parent.mkdir()
+    cx.save_pretrained(upernet, folder / UPERNET_ID)
     return folder
 
 
