@@ -47,6 +47,7 @@ def test_logits_of_inference(kind, size):
     assert difference(ours, theirs) < BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
 @KINDS
 def test_losses_gradients_and_running_statistics(kind, training):
