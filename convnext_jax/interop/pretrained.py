@@ -1,6 +1,7 @@
 """load_pretrained and save_pretrained: read and write models in the folders and files of other libraries."""
 
 import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -108,6 +109,8 @@ def load_pretrained(
     A warning lists the parts of the model that are newly initialised. `read_pretrained` for classifiers and
     `read_upernet`, which have the same arguments and errors, also return class names and the licence of the weights.
     """
+    named = inspect.signature(read_pretrained).parameters
+    Execution.from_keywords(read_pretrained, {key: value for key, value in arguments.items() if key not in named})
     opened = open_weights(where, name=name, entry=entry, revision=revision)
     loaded = read_upernet(opened, **arguments) if opened.heads else read_pretrained(opened, **arguments)
     for note in loaded.notes:

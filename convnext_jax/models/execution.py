@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Mapping
 from types import FunctionType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -62,7 +63,7 @@ class Execution:
         object.__setattr__(self, 'dtype', dtype)  # one spelling for each dtype, so that equal executions compare equal
 
     @classmethod
-    def from_keywords(cls, function: FunctionType, keywords: ExecutionOptions) -> 'Execution':
+    def from_keywords(cls, function: FunctionType, keywords: Mapping[str, Any]) -> 'Execution':
         """An execution from the `**keywords` with which a caller has called `function`.
 
         Raises:

@@ -220,7 +220,7 @@ def test_weights_read_from_a_checkpoint_include_statistics(stepped, tmp_path, pa
     evaluated = state.weights if params == 'raw' else state.ema
     for weights in (restore_parameters(tmp_path / 'c', 1, field), restore_parameters(tmp_path / 'c', 1, field, like)):
         assert_same_bits(weights, evaluated)
-        assert with_parameters(model, weights)(make_batch()['image']).shape == (BATCH_SIZE, 2, 2, 5)
+        assert with_parameters(model, weights)(jnp.asarray(make_batch()['image'])).shape == (BATCH_SIZE, 2, 2, 5)
 
 
 def test_missing_or_unexpected_statistics_in_a_checkpoint_are_refused_by_name(trainings, stepped, tmp_path):
@@ -252,7 +252,7 @@ class NormedConvNeXt(ConvNeXt):
         self.images_norm = BatchNorm(in_channels)
 
     def __call__(self, images, *, key=None):
-        return super().__call__(self.images_norm(images, training=key is not None), key=key)
+        return super().__call__(self.images_norm(jnp.asarray(images), training=key is not None), key=key)
 
 
 def small_run(steps, fsdp):
