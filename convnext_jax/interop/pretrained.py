@@ -109,7 +109,7 @@ def load_pretrained(
     A warning lists the parts of the model that are newly initialised. `read_pretrained` for classifiers and
     `read_upernet`, which have the same arguments and errors, also return class names and the licence of the weights.
     """
-    named = inspect.signature(read_pretrained).parameters
+    named = {name for read in (read_pretrained, read_upernet) for name in inspect.signature(read).parameters}
     Execution.from_keywords(read_pretrained, {key: value for key, value in arguments.items() if key not in named})
     opened = open_weights(where, name=name, entry=entry, revision=revision)
     loaded = read_upernet(opened, **arguments) if opened.heads else read_pretrained(opened, **arguments)

@@ -103,6 +103,7 @@ def test_checkpoints_in_a_bucket_are_read_and_moved_like_local_ones(tmp_path):
     assert (tmp_path / 'damaged' / '2.0').is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('lowest', 'best'), [(False, 2), (True, 1)])
 def test_the_best_outlives_newer_ones(tmp_path, lowest, best):
     """The best checkpoint, by the highest accuracy or the lowest loss, is deleted when newer ones are saved."""

@@ -184,6 +184,7 @@ def test_complete_shards_are_kept_after_a_kill(folder, tmp_path, monkeypatch, ca
     assert sorted(e.image for e in examples) == sorted(path.read_bytes() for path in (folder / 'train').rglob('*.jpg'))
 
 
+@pytest.mark.slow
 def test_shards_of_other_images_are_removed(folder, tmp_path, monkeypatch, capsys):
     """Shards of two different folders would be mixed."""
     subprocess.run([sys.executable, '-c', KILLED, str(folder), str(tmp_path / 'data')], cwd=ROOT, timeout=TIMEOUT)

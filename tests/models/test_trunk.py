@@ -101,6 +101,7 @@ def test_a_sharded_batch_gives_equal_logits(v2, images):
     np.testing.assert_allclose(logits, call(v2, images, key), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', [Variant((2,), (8,), grn=True, layer_scale_init=0), Variant((3,), (8,))])
 def test_remat_saves_memory_and_changes_neither_value_nor_gradient(variant, images, keys):
     """If recomputed blocks drew other random numbers, the gradient would belong to another network."""

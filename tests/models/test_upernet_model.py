@@ -81,6 +81,7 @@ def test_interpolation_is_bilinear_between_pixel_centres(size):
     np.testing.assert_allclose(resize(jnp.asarray(x), size), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_uses_the_statistics_of_the_batch_and_updates_the_running_ones():
     """Fine-tuning would normalise with the statistics of another data set, or inference with those of a batch."""
     network, images = cases.random_upernet('v1'), cases.segmented((64, 96))[0]

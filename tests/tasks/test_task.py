@@ -87,6 +87,7 @@ def test_uneven_weights_combine_exactly_over_parts_and_devices(alone, parts, axe
         np.testing.assert_allclose(moment, moments[name], atol=1e-5 * metrics['grad_norm'], err_msg=name)
 
 
+@pytest.mark.slow
 def test_terms_are_logged_over_the_same_weight(alone):
     """The logged terms of a loss do not add up to the loss."""
     _, metrics = alone
@@ -184,6 +185,7 @@ def test_the_loop_runs_any_task(mean_colour, tmp_path, monkeypatch, capsys):
     assert any(b'20/colours' in file.read_bytes() for file in (run / 'tensorboard').glob('events*'))
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_when_a_run_of_any_task_resumes(mean_colour, tmp_path, monkeypatch):
     """A run silently continues with other data."""
     mean_colour.steps = 2

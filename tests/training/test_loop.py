@@ -130,6 +130,7 @@ def test_a_run_logs_whether_threads_or_processes_decode():
     assert '10 classes, decoded by 2 process(es) of' in line()
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_with_the_tpu_kernel_lower_for_many_devices():
     """A run on a pod would fail at its first evaluation, because `jax.jit` cannot partition the kernel over devices."""
     config = get_config()
@@ -382,6 +383,7 @@ def test_resuming_with_other_class_names_is_refused(finished_run, tmp_path):
             run.restored_state()
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_evaluation_images_are_checked_stops_the_run(tmp_path, monkeypatch):
     """Checking a large split takes minutes, and a job preempted meanwhile would end with the wrong exit status."""
 
