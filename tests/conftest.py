@@ -10,15 +10,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-# Tests spend most time compiling. All processes share one compilation cache, and these flags divide the time of a
-# compilation by three or more: LLVM does not optimise, and XLA uses its older code for fusions and one LLVM module.
+# Tests spend most time compiling. All processes share one compilation cache. LLVM does not optimise and compiles one
+# module; XLA of jaxlib 0.10 uses its older code for fusions, which compiles faster and which later versions lack.
+OLDER_FUSIONS = '--xla_cpu_use_fusion_emitters=false ' if version('jaxlib').startswith('0.10.') else ''
 XLA_FLAGS = (
-    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
-    ' --xla_force_host_platform_device_count='
+    f'{OLDER_FUSIONS}--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 '
+    '--xla_force_host_platform_device_count='
 )
 ONE_DEVICE = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{XLA_FLAGS}1'}
 os.environ |= {
