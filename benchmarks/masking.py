@@ -56,7 +56,7 @@ def make_step(options: argparse.Namespace, *, masked: bool) -> Callable:
     count = int(VISIBLE * side**2)
 
     def loss(parameters: Parameters, images: jax.Array, keys: jax.Array) -> jax.Array:
-        visible = Visible(draw_patches(keys, side, side, count), most=count) if masked else None
+        visible = Visible(draw_patches(keys, side, side, count), max_visible=count) if masked else None
         last = list(with_parameters(model, parameters).features(images, visible=visible).values())[-1]
         return jnp.square(last.astype(jnp.float32)).mean()
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from convnext_jax.models.activation import gelu
+from convnext_jax.models.layers import device_axes
 from convnext_jax.models.normal import widened
 from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.response_norm import relative_norms
@@ -29,12 +30,12 @@ class Visible:
         patches: (N, rows, columns) bool, True where a patch is visible.
         statistics: GRN computes its norms over the visible positions of each 'image', or of the whole 'batch' on all
             devices.
-        most: the maximum number of visible patches of an image; None if all patches may be visible.
+        max_visible: the maximum number of visible patches of an image; None if all patches may be visible.
     """
 
     patches: Bool[Array, 'n rows columns']
     statistics: str = dataclasses.field(default='image', metadata={'static': True})
-    most: int | None = dataclasses.field(default=None, metadata={'static': True})
+    max_visible: int | None = dataclasses.field(default=None, metadata={'static': True})
 
     def positions(self, x: Shaped[Array, 'n h w c']) -> Bool[Array, 'n h w 1']:
         """Whether each position of x is visible: (N, H, W, C) → (N, H, W, 1) bool.
@@ -50,29 +51,29 @@ class Visible:
 
     @property
     def packed(self) -> 'Visible':
-        """Which of the packed patches are visible, for an array from `pack`: `patches` is (N, most, 1)."""
+        """Which of the packed patches are visible, for an array from `pack`: `patches` is (N, max_visible, 1)."""
         patches = rearrange(self.patches, 'n r c -> n (r c)')
         return Visible(jnp.take_along_axis(patches, _order(self), axis=1)[..., None], self.statistics)
 
 
 def _order(visible: Visible) -> jax.Array:
-    """The patches of each image in their packed order, the visible ones first: (N, most) int32."""
+    """The patches of each image in their packed order, the visible ones first: (N, max_visible) int32."""
     patches = rearrange(visible.patches, 'n r c -> n (r c)')
-    return jnp.argsort(~patches, axis=1, stable=True)[:, : visible.most]
+    return jnp.argsort(~patches, axis=1, stable=True)[:, : visible.max_visible]
 
 
 # JAX would compute the cotangent of a gather by a scatter, which is slow. No patch occurs twice, so `unpack` computes
 # the cotangent of `pack`, and `pack` computes the cotangent of `unpack`.
 @jax.custom_vjp
 def pack(x: jax.Array, visible: Visible) -> jax.Array:
-    """Stacks the visible patches of each image vertically, and masked patches below them up to `visible.most` patches.
+    """Stacks the visible patches of each image vertically, and masked patches below them up to `max_visible` patches.
 
     Args:
         x: (N, H, W, C).
         visible: the visible patches of x.
 
     Returns:
-        (N, most · height of a patch, width of a patch, C).
+        (N, max_visible · height of a patch, width of a patch, C).
     """
     rows, columns = visible.patches.shape[1:]
     patches = rearrange(x, 'n (r h) (c w) d -> n (r c) h w d', r=rows, c=columns)
@@ -82,13 +83,13 @@ def pack(x: jax.Array, visible: Visible) -> jax.Array:
 
 @jax.custom_vjp
 def unpack(x: jax.Array, visible: Visible) -> jax.Array:
-    """The inverse of `pack`, with 0 at the invisible positions: (N, most · h, w, C) → (N, H, W, C)."""
+    """The inverse of `pack`, with 0 at the invisible positions: (N, max_visible · h, w, C) → (N, H, W, C)."""
     rows, columns = visible.patches.shape[1:]
-    shown = rearrange(visible.patches, 'n r c -> n (r c)')
-    places = jnp.maximum(jnp.cumsum(shown, axis=1) - 1, 0)
-    patches = rearrange(x, 'n (k h) w d -> n k h w d', k=visible.most or rows * columns)
-    patches = jnp.take_along_axis(patches, places[..., None, None, None], axis=1)
-    patches = jnp.where(shown[..., None, None, None], patches, 0)
+    is_visible = rearrange(visible.patches, 'n r c -> n (r c)')
+    positions = jnp.maximum(jnp.cumsum(is_visible, axis=1) - 1, 0)
+    patches = rearrange(x, 'n (k h) w d -> n k h w d', k=visible.max_visible or rows * columns)
+    patches = jnp.take_along_axis(patches, positions[..., None, None, None], axis=1)
+    patches = jnp.where(is_visible[..., None, None, None], patches, 0)
     return rearrange(patches, 'n (r c) h w d -> n (r h) (c w) d', r=rows, c=columns)
 
 
@@ -140,6 +141,6 @@ def masked_gelu_and_response_norm(
         squares = jnp.square(y).sum((1, 2), keepdims=True)
     else:
         squares = jnp.square(y).sum((0, 1, 2), keepdims=True)
-        if axes := jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map`
+        if axes := device_axes():
             squares = jax.lax.psum(squares, axes)
     return (y * relative_norms(squares) * gamma + beta + y).astype(x.dtype)

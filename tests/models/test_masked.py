@@ -90,13 +90,13 @@ def sparse_features(parameters, pixels, patches, variant, statistics):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('variant', 'statistics', 'remat', 'most'),
+    ('variant', 'statistics', 'remat', 'max_visible'),
     [(V1, 'image', 'full', None), (V2, 'image', 'dots', 6), (V2, 'batch', 'none', 6)],
 )
-def test_every_map_and_gradient_is_that_of_the_sparse_network(variant, statistics, remat, most):
+def test_every_map_and_gradient_is_that_of_the_sparse_network(variant, statistics, remat, max_visible):
     """Pre-training would otherwise be another method than the paper's, and would show the masked pixels."""
     model = build(variant, remat=remat)
-    visible = Visible(jnp.asarray(PATCHES), statistics, most)
+    visible = Visible(jnp.asarray(PATCHES), statistics, max_visible)
     hidden = ~np.kron(PATCHES, np.ones((1, STRIDE, STRIDE), bool))
     images = np.where(hidden[..., None], np.nan, IMAGES)
     trunk = {name: x for name, x in get_parameters(model).items() if name.startswith(('stem', 'stages'))}
@@ -135,7 +135,7 @@ def test_the_linear_layers_skip_the_masked_patches():
         forward = jax.jit(lambda model, images: model.features(images, visible=visible)['stage4'])
         return forward.lower(model, images).cost_analysis()['flops']
 
-    few = Visible(jnp.arange(100).reshape(1, 10, 10) < 10, most=10)
+    few = Visible(jnp.arange(100).reshape(1, 10, 10) < 10, max_visible=10)
     assert operations(few) < 0.6 * operations(None)
 
 
