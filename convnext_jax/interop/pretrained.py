@@ -106,11 +106,12 @@ def load_pretrained(
 ) -> ConvNeXt | UPerNet:
     """A classifier or a UPerNet, whichever the file has, with the weights of another library.
 
-    A warning lists the parts of the model that are newly initialised. `read_pretrained` for classifiers and
-    `read_upernet`, which have the same arguments and errors, also return class names and the licence of the weights.
+    A warning lists the parts of the model that are newly initialised. `read_pretrained` (classifiers) and
+    `read_upernet` describe the arguments and errors. They also return the class names and the licence of the weights.
     """
-    named = {name for read in (read_pretrained, read_upernet) for name in inspect.signature(read).parameters}
-    Execution.from_keywords(read_pretrained, {key: value for key, value in arguments.items() if key not in named})
+    # A misspelt keyword is reported before anything is read or downloaded.
+    known = {*inspect.signature(read_pretrained).parameters, *inspect.signature(read_upernet).parameters}
+    Execution.from_keywords(read_pretrained, {key: value for key, value in arguments.items() if key not in known})
     opened = open_weights(where, name=name, entry=entry, revision=revision)
     loaded = read_upernet(opened, **arguments) if opened.heads else read_pretrained(opened, **arguments)
     for note in loaded.notes:
