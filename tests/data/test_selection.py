@@ -1,5 +1,6 @@
 """Operations on the selected images of a batch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,3 +19,18 @@ def test_exactly_the_selected_images_change(n, share):
     added = apply_to_selected(lambda x, y: x + y[:, None, None, None], jnp.asarray(selected), images, amount)
     expected = np.asarray(images) + np.where(selected, amount, 0)[:, None, None, None]
     np.testing.assert_array_equal(added, expected)
+
+
+def test_only_chunks_with_selected_images_are_computed():
+    """RandAugment would take several times as long: each of its operations is drawn for few images."""
+    sizes = []
+
+    def note_and_add(images):
+        jax.debug.callback(lambda: sizes.append(len(images)))
+        return images + 1
+
+    for count in (0, 3, 16):
+        sizes.clear()
+        apply_to_selected(note_and_add, jnp.arange(16) >= 16 - count, jnp.zeros((16, 2, 2, 1), jnp.uint8))
+        jax.effects_barrier()
+        assert sizes == [2] * -(-count // 2)
