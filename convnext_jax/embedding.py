@@ -27,7 +27,7 @@ class Embedding:
     Attributes:
         path: the file.
         vector: (channels,) float32; None if the file could not be read or a feature is not finite.
-        error: the reason why there is no vector, or ''.
+        error: why `vector` is None; '' otherwise.
     """
 
     path: Path

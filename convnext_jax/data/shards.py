@@ -177,7 +177,7 @@ def index_shard(path: Path, number: int, suffixes: Set[str]) -> np.ndarray:
     if not images:
         raise UserError(f'{path} contains no images: it needs KEY.jpg (or {", ".join(sorted(suffixes))})')
     for key in labels.keys() - images.keys():
-        raise UserError(f'{path}: there is no image with the key of {labels[key].name}')
+        raise UserError(f'{path} contains {labels[key].name}, but no image with this key')
     classes: dict[str, int] = {}
     with path.open('rb') as tar:
         for key, member in labels.items():

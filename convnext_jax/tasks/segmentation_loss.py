@@ -24,7 +24,7 @@ def segmentation_loss(
     ignored: int = IGNORED,
     auxiliary_weight: float = AUXILIARY_WEIGHT,
 ) -> Loss:
-    """The cross-entropy of all pixels of a batch: that of the main head, plus that of the auxiliary head by a factor.
+    """The cross-entropy of the main head, plus the weighted cross-entropy of the auxiliary head, summed over pixels.
 
     Args:
         logits: from `UPerNet.head_logits`. Both are enlarged to the size of the labels.

@@ -159,7 +159,7 @@ print(len(source), source[2].label)
 @pytest.mark.parametrize(
     ('members', 'line'),
     [
-        ([*sample('b', 0, 0), ('a.cls', b'1')], 'there is no image with the key of a.cls'),
+        ([*sample('b', 0, 0), ('a.cls', b'1')], 'contains a.cls, but no image with this key'),
         (sample('a', 0, 'cat'), "a.cls contains b'cat', not a class number"),
         (sample('a', 0, -1), "a.cls contains b'-1', not a class number"),
         (sample('a', 0, ''), "a.cls contains b'', not a class number"),

@@ -48,7 +48,7 @@ def accuracies_in_numpy(batch_size):
 
 @pytest.mark.parametrize(('batch_size', 'block'), [(16, 1), (16, 2**27), (1024, 2**27)])
 def test_accuracies_equal_numpy(batch_size, block, monkeypatch):
-    """The accuracy would not be that of the documented training, or depend on the other learning rates."""
+    """The probe would train in another way than documented, or its heads would affect each other."""
     monkeypatch.setattr(linear, 'BATCH_SIZE', batch_size)
     monkeypatch.setattr(linear, 'BLOCK_BYTES', block)
     expected = accuracies_in_numpy(min(batch_size, len(TRAIN[0])))
