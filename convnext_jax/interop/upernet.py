@@ -29,7 +29,7 @@ PARAMETERS = {
 
 
 def split_heads(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Splits the tensors of a file into backbone and heads. The second dict is empty if the file has no heads.
+    """Splits the tensors of a file into those of the backbone and of the heads; {} if there are no heads.
 
     Args:
         tensors: name → tensor; the names of the backbone's tensors have no prefix.

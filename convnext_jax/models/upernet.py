@@ -16,6 +16,7 @@ from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.batch_norm import BatchNorm
 from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import Linear
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import check_key
 from convnext_jax.models.variants import Variant
 
@@ -30,7 +31,7 @@ class HeadLogits(NamedTuple):
 
     Attributes:
         main: (N, rows, columns, num_classes) float32, at the resolution of stage 1.
-        auxiliary: the same of the auxiliary head, at the resolution of stage 3; None if the network has none.
+        auxiliary: (N, rows, columns, num_classes) float32 at the resolution of stage 3; None without auxiliary head.
     """
 
     main: Float[Array, 'n rows columns classes']
@@ -250,14 +251,12 @@ class UPerNet(nnx.Module):
         return self.decode_head.classifier.bias.shape[0]
 
     def __call__(
-        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n h w classes']:
         """The logits of each pixel, (N, H, W, num_classes) float32; arguments and errors as for `head_logits`."""
         return resize(self.head_logits(images, key=key).main, images.shape[1:3])
 
-    def head_logits(
-        self, images: Float[Array | np.ndarray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
-    ) -> HeadLogits:
+    def head_logits(self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None) -> HeadLogits:
         """The logits of both heads at the resolution at which they are computed.
 
         Args:
@@ -334,7 +333,7 @@ def _classifier(channels: int, num_classes: int, *, key: Key[Array, '']) -> Line
 
 
 def _drop_channels(x: Float[Array, 'n h w c'], rate: float, keys: Key[Array, ' n'] | None) -> Float[Array, 'n h w c']:
-    """Each channel of each image set to 0 with probability `rate`, else divided by 1 − rate; x itself without keys."""
+    """Sets channels of an image to 0 with probability `rate`, and divides the others by 1 − rate. Without keys: x."""
     if keys is None or rate == 0:
         return x
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[-1:]))(keys)

@@ -4,9 +4,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.upernet import HeadLogits, resize
 from convnext_jax.tasks.task import Loss
 
@@ -18,7 +18,7 @@ AUXILIARY_WEIGHT = 0.4
 
 def segmentation_loss(
     logits: HeadLogits,
-    labels: Integer[Array | np.ndarray, 'n h w'],
+    labels: Integer[AnyArray, 'n h w'],
     *,
     average: Literal['all', 'labelled'],
     ignored: int = IGNORED,
@@ -47,7 +47,7 @@ def segmentation_loss(
 
 
 def pixel_losses(
-    logits: Float[Array, 'n rows columns classes'], labels: Integer[Array | np.ndarray, 'n h w'], ignored: int
+    logits: Float[Array, 'n rows columns classes'], labels: Integer[AnyArray, 'n h w'], ignored: int
 ) -> Float[Array, '']:
     """The sum of the cross-entropies of all pixels that are not ignored; arguments as for `segmentation_loss`.
 
