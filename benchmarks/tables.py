@@ -79,6 +79,14 @@ RANGE = {
     'Minimum': '{least:g} {unit}',
     'Maximum': '{most:g} {unit}',
 }
+PUBLISHED_ARCHITECTURES = {
+    'Model': '{model}',
+    'Top-1 (%)': '{top1:.1f}',
+    'COCO box AP': '{coco:.1f}',
+    'ADE20K mIoU (%)': '{ade20k:g}',
+    'Different from the method': '{different}',
+    'Sources': '{sources}',
+}
 RECIPES = {
     'Config': '`{config}`',
     'Pre-training': '{pretraining}',
@@ -189,6 +197,7 @@ TABLES = {
             'Ratio': '{ratio:.2f}',
         },
     ),
+    'published_architectures': Table('published_architectures', PUBLISHED_ARCHITECTURES),
     'recipes': Table('published', RECIPES),
     'recipes_short': Table('published', RECIPES, lambda result: result['config'] in EXAMPLES, source=False),
 }
