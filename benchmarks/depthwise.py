@@ -4,11 +4,17 @@
 
 The arrays are float32, with the four shapes of ConvNeXt-T. In each round, both libraries are timed over a few calls.
 The command prints the median over rounds of the mean time per call, and the median ratio of torch's time to ours.
+
+    python -m benchmarks.depthwise --device [--rounds=21] [--batch=64]
+
+On a GPU or TPU: compares the Pallas kernels with XLA's convolution, and says which option turns them on. The exit
+status is 1 if a result is wrong, and 2 if there is no accelerator.
 """
 
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -22,11 +28,20 @@ CALLS = 4  # timed calls per round
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=21)
-    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--batch', type=int, help='images; the default is 8, with --device 64')
+    parser.add_argument('--device', action='store_true', help='compare the Pallas kernels with XLA on an accelerator')
     arguments = parser.parse_args()
+    if arguments.device:
+        from benchmarks import depthwise_kernels  # imported here because it imports JAX
+        from convnext_jax.errors import UserError
+
+        try:
+            sys.exit(not depthwise_kernels.main(arguments.batch or 64, arguments.rounds))
+        except UserError as error:
+            parser.error(str(error))
     print(f'{"shape":20}{"":18}{"ours":>10}{"torch":>10}{"ratio":>8}')
     for side, channels in SHAPES:
-        shape = (arguments.batch, side, side, channels)
+        shape = (arguments.batch or 8, side, side, channels)
         ours, theirs = _ours(shape), _theirs(shape)
         for name in ours:
             pairs = [(_milliseconds(ours[name]), _milliseconds(theirs[name])) for _ in range(arguments.rounds)]
