@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.processor import ImageProcessor
-from convnext_jax.models import VARIANTS, Backbone, ConvNeXt, UPerNet
+from convnext_jax.interop.timm_models import special_fields, timm_name
+from convnext_jax.models import Backbone, ConvNeXt, UPerNet
 
 PROBLEM_TYPES = ('single_label_classification', 'multi_label_classification', 'regression')
 
@@ -36,7 +37,7 @@ def classifier_config(
             f'the {layout} layout does not store problem_type={problem_type}: users of the weights must know it',
             stacklevel=3,
         )
-    if model.norm.epsilon != 1e-6:
+    if model.norm.epsilon != model.variant.norm_eps:
         warnings.warn(f"the {layout} layout does not store the last norm's epsilon, {model.norm.epsilon}", stacklevel=3)
     return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
 
@@ -152,17 +153,16 @@ def _huggingface_config(
 
 def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
     variant, num_classes = model.variant, model.head.bias.shape[0]
-    wanted = (variant.depths, variant.widths, variant.grn, variant.layer_scale_init > 0)
-    names = [name for name, v in VARIANTS.items() if (v.depths, v.widths, v.grn, v.layer_scale_init > 0) == wanted]
-    if not names:
+    name = timm_name(variant)
+    if not name:
         scale = 'with' if variant.layer_scale_init > 0 else 'without'
         raise UserError(
             f'timm has no name for a ConvNeXt{" V2" * variant.grn} of depths {variant.depths} and widths '
-            f'{variant.widths} {scale} layer scale'
+            f'{", ".join([f"{variant.widths} {scale} layer scale", *special_fields(variant)])}'
         )
     images = processor.to_timm()
     config = {
-        'architecture': names[0],
+        'architecture': name,
         'num_classes': num_classes,
         'num_features': variant.widths[-1],
         'model_args': {'in_chans': model.in_channels, 'patch_size': variant.patch_size},

@@ -16,6 +16,7 @@ from einops import rearrange
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import Tensors, printable
+from convnext_jax.interop.timm_models import has_conv_mlp, special_fields
 from convnext_jax.models import Parameters, Variant
 
 LAYOUTS = ('huggingface', 'timm', 'original')
@@ -40,11 +41,15 @@ TRUNK = {
     'norm': ('layernorm', 'head.norm', 'norm'),
     'head': ('classifier', 'head.fc', 'head'),
 }
-# Layout → prefixes of the names of the head's tensors; then the prefixes for the norm before the head.
+# Our module name → name in timm, for the other stems of timm, with or without an activation between the convolutions.
+OVERLAP = {'stem.first_conv': 'stem.0', 'stem.second_conv': 'stem.1', 'stem.norm': 'stem.2'}
+OVERLAP_ACT = {'stem.first_conv': 'stem.0', 'stem.second_conv': 'stem.2', 'stem.norm': 'stem.3'}
+TIMM_STEMS = {'patch': {}, 'overlap': OVERLAP, 'overlap_tiered': OVERLAP, 'overlap_act': OVERLAP_ACT}
+# Layout → prefixes of the names of the head's tensors; then the prefixes for the layers between trunk and head.
 HEADS = {'huggingface': ('classifier.',), 'timm': ('head.fc.',), 'original': ('head.',)}
 LAST_NORMS = {
     'huggingface': ('convnext.layernorm.', 'convnextv2.layernorm.'),
-    'timm': ('head.norm.',),
+    'timm': ('head.norm.', 'norm_pre.', 'head.pre_logits.'),
     'original': ('norm.',),
 }
 BLOCK = {
@@ -92,6 +97,8 @@ def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
     isotropic = len(variant.depths) == 1
     if isotropic and layout != 'original':
         raise UserError(f'the {layout} library has no isotropic ConvNeXt: use the original layout')
+    if layout != 'timm' and (special := special_fields(variant)):
+        raise UserError(f'the {layout} library has no ConvNeXt with {", ".join(special)}: use the timm layout')
     if not isotropic and not variant.stem_norm:
         raise UserError(f'the {layout} library has no ConvNeXt with several stages and without a norm in the stem')
     if layout == 'huggingface' and variant.grn and variant.layer_scale_init > 0:
@@ -143,6 +150,27 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
         layout: one of `LAYOUTS`.
 
     Raises:
+        UserError: as for `check_tensors`.
+    """
+    check_tensors(tensors, shapes, variant, layout)
+    sources = collections.defaultdict(list)
+    for theirs, ours, block in entries(shapes, variant, layout):
+        sources[ours].append((theirs, block))
+    parameters = {}
+    # Each parameter is briefly in memory twice. The largest is converted first, while the others do not exist yet.
+    for ours in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+        array = np.empty(shapes[ours], np.float32)
+        for theirs, block in sources[ours]:
+            target = array if block is None else array[block]
+            target[...] = _to_our_shape(np.asarray(tensors[theirs]), ours, target.shape)
+        parameters[ours] = jax.device_put(array)
+    return {ours: parameters[ours] for ours in shapes}
+
+
+def check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> None:
+    """Checks that the tensors are all tensors of a model, with their shapes; arguments as for `from_layout`.
+
+    Raises:
         UserError: tensors are missing, unexpected or of another shape; the message lists up to 50 of them.
     """
     wanted = entries(shapes, variant, layout)
@@ -158,18 +186,6 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
         if theirs in tensors and tensors[theirs].shape not in allowed:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')
     check_match(problems, layout)
-    sources = collections.defaultdict(list)
-    for theirs, ours, block in wanted:
-        sources[ours].append((theirs, block))
-    parameters = {}
-    # Each parameter is briefly in memory twice. The largest is converted first, while the others do not exist yet.
-    for ours in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
-        array = np.empty(shapes[ours], np.float32)
-        for theirs, block in sources[ours]:
-            target = array if block is None else array[block]
-            target[...] = _to_our_shape(np.asarray(tensors[theirs]), ours, target.shape)
-        parameters[ours] = jax.device_put(array)
-    return {ours: parameters[ours] for ours in shapes}
 
 
 def check_match(problems: list[str], layout: str) -> None:
@@ -245,8 +261,17 @@ def _trunk_name(ours: str, variant: Variant, layout: str) -> str:
     if len(variant.depths) == 1 and module == 'stem.conv':
         return f'stem.{parameter}'
     stage = module.split('.')[1] if module.startswith('stages.') else ''
+    if layout == 'timm' and (theirs := _timm_module(module, variant)):
+        return f'{theirs}.{parameter}'
     theirs = TRUNK[module.replace(f'stages.{stage}.', 'stages.S.') if stage else module][LAYOUTS.index(layout)]
     return _prefix(module, variant, layout) + f'{theirs.replace("S", stage)}.{parameter}'
+
+
+def _timm_module(module: str, variant: Variant) -> str | None:
+    """The name in timm of a module that is missing in the other layouts or moved in timm; None for other modules."""
+    if module == 'norm' and variant.head_norm_first:
+        return 'norm_pre'
+    return 'head.pre_logits.fc' if module == 'hidden' else TIMM_STEMS[variant.stem].get(module)
 
 
 def _prefix(module: str, variant: Variant, layout: str) -> str:
@@ -262,8 +287,7 @@ def _to_their_shape(array: np.ndarray, ours: str, variant: Variant, layout: str)
     if ours.endswith('conv.kernel'):
         return rearrange(array, 'h w i o -> o i h w')
     if ours.endswith('.kernel'):
-        # timm's variants smaller than tiny have 1×1 convolutions as linear layers.
-        as_convolution = layout == 'timm' and 'pointwise' in ours and variant.widths[0] < 96
+        as_convolution = layout == 'timm' and 'pointwise' in ours and has_conv_mlp(variant)
         return rearrange(array, 'i o -> o i 1 1' if as_convolution else 'i o -> o i')
     if '.grn.' in ours and layout != 'timm':
         return rearrange(array, 'c -> 1 1 1 c')

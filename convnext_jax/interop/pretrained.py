@@ -29,6 +29,7 @@ from convnext_jax.interop.processor import ImageProcessor, processor_for
 from convnext_jax.interop.recognition import OpenedWeights, last_epsilon, open_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS, tensors_of
 from convnext_jax.models import (
+    AFTER_TRUNK,
     Backbone,
     ConvNeXt,
     Execution,
@@ -170,14 +171,15 @@ def read_pretrained(
             num_classes=num_classes,
             drop_path_rate=drop_path_rate,
             head_init_scale=head_init_scale,
-            layer_norm_eps=last_epsilon(opened.config, layout),
+            layer_norm_eps=last_epsilon(opened.config, opened.variant, layout),
             in_channels=opened.in_channels,
             execution=execution,
         )
 
     model = jax.eval_shape(build, jax.random.key(0))
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
-    notes, newly_initialised = _missing_parts(tensors, saved_classes, num_classes, layout)
+    notes, missing = _missing_parts(tensors, saved_classes, num_classes, layout)
+    newly_initialised = tuple(name for name in missing if name in shapes)
     if saved_classes is not None and HEAD[0] in newly_initialised:
         tensors = {name: x for name, x in tensors.items() if not name.startswith(HEADS[layout])}
     parameters = from_layout(
@@ -288,14 +290,14 @@ def save_pretrained(
 def _missing_parts(
     tensors: Tensors, saved_classes: int | None, num_classes: int, layout: str
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Messages about the parts that are missing in the file, and the names of their parameters."""
+    """Messages about the parts that are missing in the file, and the names that their parameters may have."""
     if saved_classes == num_classes:
         return [], ()
     if saved_classes is not None:
         return [f'the head is newly initialised: {num_classes} classes here, {saved_classes} in the file'], HEAD
     if any(name.startswith(LAST_NORMS[layout]) for name in tensors):
         return ['the head is newly initialised: the file has none'], HEAD
-    return ['the last norm and the head are newly initialised: the file has none'], ('norm.scale', 'norm.bias', *HEAD)
+    return ['the last norm and the head are newly initialised: the file has none'], AFTER_TRUNK
 
 
 def _processor(opened: OpenedWeights) -> ImageProcessor | None:

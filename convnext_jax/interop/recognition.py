@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
-from convnext_jax.interop.layouts import dense_from_sparse
+from convnext_jax.interop.layouts import BLOCK, dense_from_sparse
 from convnext_jax.interop.upernet import split_heads
-from convnext_jax.models import VARIANTS, Variant, get_variant
+from convnext_jax.models import VARIANTS, Variant, get_variant, variants
 
 BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
 MAX_TENSORS = 2000  # five times as many as the largest model has
@@ -25,23 +26,55 @@ STEMS = {
 TIMM_SUPPORTED = {
     'global_pool': ('avg', 'fast', 'fastavg'),
     'output_stride': (32,),
-    'kernel_sizes': (7, [7, 7, 7, 7]),
-    'stem_type': ('patch',),
-    'head_norm_first': (False,),
-    'head_hidden_size': (0,),
+    'stem_type': variants.STEMS,
+    'head_norm_first': (False, True),
     'conv_bias': (True,),
-    'act_layer': ('gelu',),
-    'norm_layer': ('layernorm', 'layernorm2d'),
-    'norm_eps': (1e-6,),
+    'act_layer': variants.ACTIVATIONS,
+    'norm_layer': (*variants.NORMS, *(f'{norm}2d' for norm in variants.NORMS)),
     'features_only': (False,),
     'pruned': (False,),
 }
-"""Argument of timm's ConvNeXt → the values with which timm's model equals ours. Other values are refused."""
+"""Argument of timm's ConvNeXt → the values with which we have an equal model. Other values are refused."""
+TIMM_FIELDS = {
+    'depths': 'depths',
+    'dims': 'widths',
+    'use_grn': 'grn',
+    'stem_type': 'stem',
+    'act_layer': 'activation',
+    'norm_layer': 'norm',
+    'norm_eps': 'norm_eps',
+    'kernel_sizes': 'kernel_size',
+    'head_norm_first': 'head_norm_first',
+    'head_hidden_size': 'head_hidden',
+}
+"""Argument of timm's ConvNeXt → field of the variant."""
 TIMM_IGNORED = {
-    *('depths', 'dims', 'use_grn'),  # applied to the variant
     *('in_chans', 'patch_size', 'num_classes', 'ls_init_value', 'conv_mlp'),  # determined by the tensors
     *('drop_rate', 'drop_path_rate', 'head_init_scale', 'pretrained_strict'),  # used only in training
 }
+
+
+def _are_sizes(values: object, stages: int) -> bool:
+    """Whether `values` is a list of `stages` positive integers. Values of 2¹⁶ and above are taken for damage."""
+    return (
+        isinstance(values, list) and len(values) == stages and all(isinstance(n, int) and 0 < n < 2**16 for n in values)
+    )
+
+
+def _are_kernel_sizes(value: Any) -> bool:
+    sizes: list = value if isinstance(value, list) else [value] * 4
+    return _are_sizes(sizes, 4) and all(size % 2 and size < 64 for size in sizes)
+
+
+TIMM_CHECKED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    'depths': ('four numbers above 0', lambda value: _are_sizes(value, 4)),
+    'dims': ('four numbers above 0', lambda value: _are_sizes(value, 4)),
+    'kernel_sizes': ('an odd number, or four of them', _are_kernel_sizes),
+    'head_hidden_size': ('a number', lambda value: isinstance(value, int) and 0 <= value < 2**16),
+    'norm_eps': ('a number in (0, 1)', lambda value: isinstance(value, float) and 0 < value < 1),
+    'use_grn': ('true or false', lambda value: isinstance(value, bool)),
+}
+"""Argument of timm's ConvNeXt → description of the valid values, and whether a value is valid."""
 
 
 class OpenedWeights(NamedTuple):
@@ -168,31 +201,90 @@ def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: 
     elif layout == 'timm' and 'architecture' in config:
         variant = dataclasses.replace(get_variant(str(config['architecture']).split('.')[0]), **timm_changes)
     else:
-        variant = _variant_of_blocks(tensors, stem[0])
-    return _with_layer_scale(variant, tensors).replace(patch_size=stem[2])
+        variant = _variant_of_tensors(tensors, layout)
+    variant = _with_layer_scale(variant, tensors)
+    return variant.replace(patch_size=stem[2]) if variant.stem == 'patch' else variant
 
 
-def _variant_of_blocks(tensors: Tensors, width: int) -> Variant:
-    """The architecture of `list_models()` with these blocks; `width` is the number of channels of the first stage."""
+class Traits(NamedTuple):
+    """What the names and shapes of tensors say about an architecture; no two architectures of the table are equal."""
+
+    depths: tuple[int, ...]
+    width: int  # of the first stage
+    grn: bool
+    stem: str
+    kernel_sizes: tuple[int, ...]
+    norm_bias: bool
+    head_norm_first: bool
+    hidden: bool
+
+
+def _variant_of_tensors(tensors: Tensors, layout: str) -> Variant:
+    """The architecture of `list_models()` with these traits."""
     blocks: dict[int, set[str]] = {}
-    for tensor in tensors:
-        if match := BLOCK_NAMES.search(tensor):
-            blocks.setdefault(int(match[1] or 0), set()).add(match[2])
-    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    kernels: dict[int, int] = {}
+    norm_bias = False
+    for name, x in tensors.items():
+        if match := BLOCK_NAMES.search(name):
+            stage, parameter = int(match[1] or 0), name[match.end() :]
+            blocks.setdefault(stage, set()).add(match[2])
+            if parameter in BLOCK['depthwise.kernel'] and len(x.shape) == 4:
+                kernels[stage] = x.shape[-1]
+            norm_bias |= parameter in BLOCK['norm.bias']
+    stem, width = _stem_and_width(tensors, layout)
+    found = Traits(
+        depths=tuple(len(blocks[stage]) for stage in sorted(blocks)),
+        width=width,
+        grn=_has_grn(tensors),
+        stem=stem,
+        kernel_sizes=tuple(kernels.get(stage, 7) for stage in sorted(blocks)),
+        norm_bias=norm_bias,
+        head_norm_first='norm_pre.weight' in tensors,
+        hidden='head.pre_logits.fc.weight' in tensors,
+    )
     for variant in VARIANTS.values():
-        if (variant.depths, variant.widths[0], variant.grn) == (depths, width, _has_grn(tensors)):
+        if _traits_of(variant) == found:
             return variant
-    raise UserError(f'no known architecture has stages of {depths} blocks and {width} channels in the first stage')
+    if (found.depths, found.width) in {(variant.depths, variant.widths[0]) for variant in VARIANTS.values()}:
+        raise UserError(f'no known architecture has these traits: {found}')
+    raise UserError(
+        f'no known architecture has stages of {found.depths} blocks and {width} channels in the first stage'
+    )
 
 
-def last_epsilon(config: dict, layout: str) -> float:
-    """The epsilon of the last norm: by default 1e-12 in Hugging Face's models, else 1e-6.
+def _traits_of(variant: Variant) -> Traits:
+    return Traits(
+        variant.depths,
+        variant.widths[0],
+        variant.grn,
+        variant.stem,
+        variant.kernel_sizes,
+        variant.norm == 'layernorm',
+        variant.head_norm_first,
+        variant.head_hidden > 0,
+    )
+
+
+def _stem_and_width(tensors: Tensors, layout: str) -> tuple[str, int]:
+    """The kind of the stem, as in `Variant.stem`, and its number of channels."""
+    first = _stem_shape(tensors, layout)[0]
+    others = [tensors[name].shape for name in ('stem.1.weight', 'stem.2.weight') if name in tensors]
+    second = next((shape[0] for shape in others if len(shape) == 4), None)
+    if layout != 'timm' or second is None:
+        return 'patch', first
+    if 'stem.3.weight' in tensors:
+        return 'overlap_act', second
+    return ('overlap' if first == second else 'overlap_tiered'), second
+
+
+def last_epsilon(config: dict, variant: Variant, layout: str) -> float:
+    """The epsilon of the last norm: by default 1e-12 in Hugging Face's models, else the variant's.
 
     Raises:
         UserError: the config has an invalid value.
     """
     if layout != 'huggingface':
-        return 1e-6
+        return variant.norm_eps
     epsilon = config.get('layer_norm_eps', 1e-12)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f'config.json: layer_norm_eps must be a number in (0, 1), not {epsilon}')
@@ -225,28 +317,25 @@ def _timm_changes(config: dict, tensors: int) -> dict[str, Any]:
     odd = [
         f'{key}={value}'
         for key, value in arguments.items()
-        if key not in TIMM_IGNORED and not any(value == supported for supported in TIMM_SUPPORTED.get(key, ()))
+        if key not in TIMM_IGNORED | TIMM_CHECKED.keys()
+        and not any(value == supported for supported in TIMM_SUPPORTED.get(key, ()))
     ]
     if odd:
         raise UserError(
             f'config.json of timm: {", ".join(odd)} in model_args changes what the model computes, or is unknown'
         )
-    for key in ('depths', 'dims'):
-        if key in arguments and not _are_sizes(arguments[key], 4):
-            raise UserError(f'config.json of timm: {key} must be four numbers above 0, not {arguments[key]}')
+    for key, (what, valid) in TIMM_CHECKED.items():
+        if key in arguments and not valid(arguments[key]):
+            raise UserError(f'config.json of timm: {key} must be {what}, not {arguments[key]}')
     if sum(arguments.get('depths', ())) > tensors:
         raise UserError(f'config.json of timm: {tensors} tensors are too few for the depths {arguments["depths"]}')
-    changes = {
-        field: tuple(arguments[key]) for key, field in (('depths', 'depths'), ('dims', 'widths')) if key in arguments
-    }
-    return changes | ({'grn': bool(arguments['use_grn'])} if 'use_grn' in arguments else {})
-
-
-def _are_sizes(values: object, stages: int) -> bool:
-    """Whether `values` is a list of `stages` positive integers. Values of 2¹⁶ and above are taken for damage."""
-    return (
-        isinstance(values, list) and len(values) == stages and all(isinstance(n, int) and 0 < n < 2**16 for n in values)
-    )
+    changes = {field: arguments[key] for key, field in TIMM_FIELDS.items() if key in arguments}
+    if 'norm' in changes:
+        changes['norm'] = changes['norm'].removesuffix('2d')
+    sizes = changes.get('kernel_size')
+    if isinstance(sizes, list) and len(set(sizes)) == 1:
+        changes['kernel_size'] = sizes[0]
+    return {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
 
 
 def _huggingface_variant(config: dict, tensors: int) -> Variant:

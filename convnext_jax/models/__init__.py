@@ -1,7 +1,7 @@
 """The networks and their parameters. This package knows nothing about data, training or files."""
 
 from convnext_jax.models.backbone import Backbone
-from convnext_jax.models.convnext import ConvNeXt, create_model
+from convnext_jax.models.convnext import AFTER_TRUNK, ConvNeXt, create_model
 from convnext_jax.models.execution import Execution, ExecutionOptions
 from convnext_jax.models.parameters import (
     Parameters,
@@ -18,6 +18,7 @@ from convnext_jax.models.upernet import UPerNet
 from convnext_jax.models.variants import VARIANTS, Variant, get_variant, list_models
 
 __all__ = [
+    'AFTER_TRUNK',
     'VARIANTS',
     'Backbone',
     'ConvNeXt',

@@ -1,7 +1,8 @@
 """The activation between a block's two linear layers: bias and GELU, followed in V2 by GRN.
 
-Each function has a hand-written derivative that saves only its inputs: recomputing the other values is cheaper than
-reading them from memory. On NVIDIA GPUs the functions run as the Pallas kernels of `activation_gpu`.
+Each function, except `gelu_tanh` and `silu`, has a hand-written derivative that saves only its inputs: recomputing the
+other values is cheaper than reading them from memory. On NVIDIA GPUs these functions run as the Pallas kernels of
+`activation_gpu`.
 """
 
 from collections.abc import Callable
@@ -88,3 +89,21 @@ def _gelu_and_response_norm_backward(saved: tuple[jax.Array, ...], cotangent: ja
 gelu_and_response_norm.defvjp(
     lambda *arguments: (gelu_and_response_norm(*arguments), arguments), _gelu_and_response_norm_backward
 )
+
+
+def gelu_tanh(x: Float[Array, '*batch c'], bias: Float[AnyArray, ' c']) -> Float[Array, '*batch c']:
+    """The approximation of the GELU by a tanh; arguments and result as for `gelu`."""
+    return jax.nn.gelu(widened(x) + bias, approximate=True).astype(x.dtype)
+
+
+def silu(x: Float[Array, '*batch c'], bias: Float[AnyArray, ' c']) -> Float[Array, '*batch c']:
+    """y · sigmoid(y) with y = x + bias; arguments and result as for `gelu`."""
+    return jax.nn.silu(widened(x) + bias).astype(x.dtype)
+
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array, AnyArray], jax.Array]] = {
+    'gelu': gelu,
+    'gelu_tanh': gelu_tanh,
+    'silu': silu,
+}
+"""Value of `Variant.activation` → function of x and bias."""

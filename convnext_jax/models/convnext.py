@@ -3,23 +3,32 @@
 from typing import Unpack
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
+from convnext_jax.models.activation import gelu
 from convnext_jax.models.execution import Execution, ExecutionOptions
-from convnext_jax.models.layers import LayerNorm, Linear
+from convnext_jax.models.layers import Linear
+from convnext_jax.models.norms import create_norm
 from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import Trunk, check_key
 from convnext_jax.models.variants import Variant, get_variant
+
+AFTER_TRUNK = ('norm.scale', 'norm.bias', 'hidden.kernel', 'hidden.bias', 'head.kernel', 'head.bias')
+"""Names of the parameters that a classifier may have after the trunk."""
 
 
 class ConvNeXt(Trunk):
     """The classifier: trunk, global average pooling, LayerNorm and a linear head.
 
+    `variant` may move the norm before the pooling, or add a hidden layer before the head.
+
     The arguments have the meaning that they have in `create_model`, except that `variant` and `execution` are objects.
 
     Attributes:
-        stem, stages, norm, head: the parts, in the order in which they run.
+        stem, stages, norm, hidden, head: the parts, in the order in which they run; `hidden` is a linear layer with a
+            GELU, or None.
 
     Raises:
         UserError: a value is out of its range, or `key` is not a key from `jax.random.key`.
@@ -33,29 +42,42 @@ class ConvNeXt(Trunk):
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
-        layer_norm_eps: float = 1e-6,
+        layer_norm_eps: float | None = None,
         in_channels: int = 3,
         execution: Execution = Execution(),
     ):
         check_key(key, ((),))
         if num_classes < 1:
             raise UserError(f'num_classes must be at least 1, not {num_classes}')
-        if not layer_norm_eps > 0:
+        if layer_norm_eps is not None and not layer_norm_eps > 0:
             raise UserError(f'layer_norm_eps must be above 0, not {layer_norm_eps}')
         trunk_key, head_key = jax.random.split(key)
         super().__init__(
             variant, key=trunk_key, in_channels=in_channels, drop_path_rate=drop_path_rate, execution=execution
         )
-        self.norm = LayerNorm(variant.widths[-1], epsilon=layer_norm_eps)
+        width, hidden = variant.widths[-1], variant.head_hidden
+        self.norm = create_norm(variant, width, epsilon=layer_norm_eps)
         # The head is 0.01 % of the computation, so it is always computed in float32, not in `execution.dtype`.
-        self.head = Linear(variant.widths[-1], num_classes, key=head_key)
+        self.hidden = Linear(width, hidden, key=jax.random.fold_in(head_key, 0)) if hidden else None
+        self.head = Linear(hidden or width, num_classes, key=head_key)
         self.head.kernel[...] *= head_init_scale
 
     def __call__(
         self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
     ) -> Float[Array, 'n classes']:
         """Class logits, (N, num_classes) float32; arguments and errors as for `features`."""
-        return self.head(self.norm(self.pooled(images, key=key)))
+        return self.head(self.head_input(images, key=key))
+
+    def head_input(
+        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+    ) -> Float[Array, 'n channels']:
+        """The input of the head, (N, C) float32; arguments and errors as for `features`."""
+        if self.variant.head_norm_first:
+            last = list(self.features(images, key=key).values())[-1]
+            x = self.norm(last).mean((1, 2), dtype=jnp.float32)
+        else:
+            x = self.norm(self.pooled(images, key=key))
+        return x if self.hidden is None else gelu(self.hidden.product(x), self.hidden.bias[...])
 
 
 def create_model(
@@ -66,7 +88,7 @@ def create_model(
     drop_path_rate: float = 0.0,
     layer_scale_init: float | None = None,
     head_init_scale: float = 1.0,
-    layer_norm_eps: float = 1e-6,
+    layer_norm_eps: float | None = None,
     in_channels: int = 3,
     patch_size: int | None = None,
     **options: Unpack[ExecutionOptions],
@@ -82,7 +104,7 @@ def create_model(
         drop_path_rate: drop rate of the last block, in [0, 1); it applies when the model is called with a key.
         layer_scale_init: initial value of the layer scale, 0 for no layer scale; by default the variant's value.
         head_init_scale: factor on the initial kernel of the head; the original fine-tuning recipes use 0.001.
-        layer_norm_eps: epsilon of the last norm; Hugging Face's models use 1e-12.
+        layer_norm_eps: epsilon of the last norm, by default the variant's; Hugging Face's models use 1e-12.
         in_channels: channels of the images.
         patch_size: kernel size and stride of the stem in pixels; by default the variant's value.
         options: how the model is computed: the fields `dtype`, `remat`, `unroll` and `pallas` of `models.Execution`.

@@ -11,13 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
-from convnext_jax.models.activation import gelu, gelu_and_response_norm
+from convnext_jax.models.activation import ACTIVATION_FUNCTIONS, gelu_and_response_norm
 from convnext_jax.models.depthwise import depthwise_conv
 from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import (
     GRN,
     STATISTICS,
-    LayerNorm,
     Linear,
     PatchConv,
     SameConv,
@@ -25,17 +24,19 @@ from convnext_jax.models.layers import (
     normal,
 )
 from convnext_jax.models.masked import Visible, masked_gelu_and_response_norm, pack, unpack
+from convnext_jax.models.norms import create_norm
 from convnext_jax.models.parameters import AnyArray
+from convnext_jax.models.stems import create_stem
 from convnext_jax.models.variants import Variant
-
-KERNEL_SIZE = 7
 
 
 class Depthwise(nnx.Module):
-    """A depthwise 7×7 convolution with bias: (N, H, W, C) → (N, H, W, C) of `execution.dtype`."""
+    """A depthwise convolution, by default 7×7, with bias: (N, H, W, C) → (N, H, W, C) of `execution.dtype`."""
 
-    def __init__(self, channels: int, *, dilation: int, execution: Execution, key: Key[Array, '']):
-        self.kernel = nnx.Param(normal(key, (KERNEL_SIZE, KERNEL_SIZE, channels)), decays=True)
+    def __init__(
+        self, channels: int, *, kernel_size: int = 7, dilation: int, execution: Execution, key: Key[Array, '']
+    ):
+        self.kernel = nnx.Param(normal(key, (kernel_size, kernel_size, channels)), decays=True)
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.dilation = dilation
         self.execution = execution
@@ -49,18 +50,31 @@ class Depthwise(nnx.Module):
 class Block(nnx.Module):
     """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input.
 
-    `variant` decides whether the parts in brackets exist; `dilation` applies to the depthwise convolution.
+    `variant` decides whether the parts in brackets exist, and may have another norm or activation; `kernel_size` and
+    `dilation` apply to the depthwise convolution.
     """
 
-    def __init__(self, channels: int, *, variant: Variant, execution: Execution, dilation: int, key: Key[Array, '']):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        variant: Variant,
+        execution: Execution,
+        kernel_size: int = 7,
+        dilation: int,
+        key: Key[Array, ''],
+    ):
         keys = jax.random.split(key, 3)
         scale = variant.layer_scale_init
-        self.depthwise = Depthwise(channels, dilation=dilation, execution=execution, key=keys[0])
-        self.norm = LayerNorm(channels)
+        self.depthwise = Depthwise(
+            channels, kernel_size=kernel_size, dilation=dilation, execution=execution, key=keys[0]
+        )
+        self.norm = create_norm(variant, channels)
         self.pointwise1 = Linear(channels, 4 * channels, dtype=execution.dtype, key=keys[1])
         self.grn = GRN(4 * channels) if variant.grn else None
         self.pointwise2 = Linear(4 * channels, channels, dtype=execution.dtype, key=keys[2])
         self.layer_scale = nnx.Param(jnp.full(channels, scale, jnp.float32)) if scale else None
+        self.activation = variant.activation
         self.execution = execution
 
     def __call__(
@@ -118,7 +132,7 @@ class Block(nnx.Module):
         """Bias, activation, second linear layer and layer scale: (N, H, W, 4C) → (N, H, W, C)."""
         bias = self.pointwise1.bias[...]
         if self.grn is None:
-            x = gelu(x, bias)
+            x = ACTIVATION_FUNCTIONS[self.activation](x, bias)
         elif visible is None:
             x = gelu_and_response_norm(x, bias, self.grn.gamma[...], self.grn.beta[...])
         else:
@@ -126,30 +140,24 @@ class Block(nnx.Module):
         return self.pointwise2(x, scale=None if self.layer_scale is None else self.layer_scale[...])
 
 
-class Stem(nnx.Module):
-    """The patch embedding: (N, H, W, in) → (N, H // patch_size, W // patch_size, C)."""
-
-    def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: Key[Array, '']):
-        channels = variant.widths[0]
-        self.conv = PatchConv(in_channels, channels, variant.patch_size, dtype=execution.dtype, key=key)
-        self.norm = LayerNorm(channels) if variant.stem_norm else None
-
-    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns c']:
-        x = self.conv(x)
-        return x if self.norm is None else self.norm(x)
-
-
 class Downsample(nnx.Module):
-    """LayerNorm and 2×2 convolution of stride 2 between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
+    """Norm and 2×2 convolution of stride 2 between two stages: (N, H, W, in) → (N, H // 2, W // 2, out).
 
     Before a dilated stage the convolution has stride 1 and preserves H and W.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, dilation: int, execution: Execution, key: Key[Array, '']
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        variant: Variant,
+        dilation: int,
+        execution: Execution,
+        key: Key[Array, ''],
     ):
         dtype = execution.dtype
-        self.norm = LayerNorm(in_channels)
+        self.norm = create_norm(variant, in_channels)
         if dilation == 1:
             self.conv: PatchConv | SameConv = PatchConv(in_channels, out_channels, 2, dtype=dtype, key=key)
         else:
@@ -180,6 +188,7 @@ class Stage(nnx.Module):
         channels: int,
         drop_rates: tuple[float, ...],
         *,
+        kernel_size: int,
         dilation: int,
         first_block: int,
         variant: Variant,
@@ -191,11 +200,13 @@ class Stage(nnx.Module):
             self.downsample = None
         else:
             self.downsample = Downsample(
-                in_channels, channels, dilation=dilation, execution=execution, key=downsample_key
+                in_channels, channels, variant=variant, dilation=dilation, execution=execution, key=downsample_key
             )
 
         def block(key: Key[Array, '']) -> Block:
-            return Block(channels, variant=variant, execution=execution, dilation=dilation, key=key)
+            return Block(
+                channels, variant=variant, execution=execution, kernel_size=kernel_size, dilation=dilation, key=key
+            )
 
         self.blocks = jax.vmap(block)(jax.random.split(blocks_key, len(drop_rates)))
         self.drop_rates = drop_rates
@@ -263,7 +274,7 @@ class Trunk(nnx.Module):
         if not isinstance(output_stride, int) or output_stride not in variant.strides:
             raise UserError(f'output_stride must be one of {variant.strides}, not {output_stride}')
         stem_key, *stage_keys = jax.random.split(key, 1 + len(variant.depths))
-        self.stem = Stem(in_channels, variant=variant, execution=execution, key=stem_key)
+        self.stem = create_stem(in_channels, variant=variant, execution=execution, key=stem_key)
         blocks = sum(variant.depths)
         rates = tuple(drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks))
         stages = []
@@ -274,6 +285,7 @@ class Trunk(nnx.Module):
                     variant.widths[stage - 1] if stage > 0 else None,
                     width,
                     rates[first : first + depth],
+                    kernel_size=variant.kernel_sizes[stage],
                     dilation=max(variant.strides[stage] // output_stride, 1),
                     first_block=first,
                     variant=variant,
@@ -318,7 +330,7 @@ class Trunk(nnx.Module):
         Raises:
             UserError: the images have another rank or number of channels, or a side below the largest stride; `key` is
                 not a key from `jax.random.key`, or its shape is neither () nor (N,); a side of the patches is not a
-                multiple of the total stride, or stages are dilated.
+                multiple of the total stride, stages are dilated, or the stem mixes neighbouring patches.
         """
         self._check(images)
         images = jnp.asarray(images)
@@ -367,6 +379,8 @@ class Trunk(nnx.Module):
             )
         if self.output_stride != stride:
             raise UserError(f'a trunk of output_stride={self.output_stride} is dilated and cannot see patches alone')
+        if self.variant.stem != 'patch':
+            raise UserError(f"the stem '{self.variant.stem}' mixes neighbouring patches: masks need a patch stem")
 
 
 def check_key(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> None:

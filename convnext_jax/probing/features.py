@@ -8,15 +8,15 @@ from convnext_jax.models.trunk import Trunk
 
 
 def pooled_features(model: Trunk, images: Float[AnyArray, 'n h w c'], *, norm: bool) -> Float[Array, 'n channels']:
-    """The average of the last feature map. If `norm`, the last norm of a classifier is applied to it.
+    """The average of the last feature map, or with `norm` the input of the head of a classifier.
 
     Args:
         model: a classifier or an encoder, for inference.
         images: (N, H, W, C) float, normalised.
-        norm: whether to apply the last norm of a classifier; False if this norm was not trained. Encoders have none.
+        norm: whether to apply the layers of a classifier before its head, such as the last norm; False if they were
+            not trained. Encoders have none.
 
     Returns:
         (N, channels) float32.
     """
-    features = model.pooled(images)
-    return model.norm(features) if norm and isinstance(model, ConvNeXt) else features
+    return model.head_input(images) if norm and isinstance(model, ConvNeXt) else model.pooled(images)

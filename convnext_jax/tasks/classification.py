@@ -22,7 +22,7 @@ from convnext_jax.data.sources import Source, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
-from convnext_jax.models import ConvNeXt, Weights
+from convnext_jax.models import AFTER_TRUNK, ConvNeXt, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.accuracy import Accuracy
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
@@ -213,7 +213,7 @@ class Classification(Task):
         if decoder or (pretrained and pretrained.decoder):
             notes.append('the decoder of the pre-training is dropped')
         if 'head.bias' not in loaded:
-            new = {name: initial[name] for name in ('norm.scale', 'norm.bias', *HEAD) if name not in loaded}
+            new = {name: initial[name] for name in AFTER_TRUNK if name in initial and name not in loaded}
             if not pretrained:
                 notes.append(f'newly initialised: {", ".join(new)}')
             return loaded | new, notes

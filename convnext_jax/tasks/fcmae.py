@@ -17,7 +17,7 @@ from convnext_jax.data.unlabelled_images import UnlabelledImages, open_images
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, Pretrained
 from convnext_jax.interop.fcmae import decoder_parameters
-from convnext_jax.models import ConvNeXt, Weights, get_parameters, parameter_roles, with_parameters
+from convnext_jax.models import AFTER_TRUNK, ConvNeXt, Weights, get_parameters, parameter_roles, with_parameters
 from convnext_jax.models.fcmae import PATCH_SIZE, MaskedAutoencoder, patch_errors, reconstruct, split_decoder
 from convnext_jax.models.masked import GRN_STATISTICS, Visible, draw_patches
 from convnext_jax.tasks.probes import PROBES, open_probe
@@ -35,8 +35,6 @@ from convnext_jax.tasks.task import (
 
 EVALUATION_SEED = 0
 """Seed of the masks in evaluations. It is the same in all runs, so that their losses can be compared."""
-NORM_AND_HEAD = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
-"""Parameters of a classifier that an encoder does not have."""
 GREY = 0.5
 """Pixel value, in [0, 1], of masked patches in figures."""
 
@@ -258,22 +256,21 @@ class FCMAE(Task):
         if trained.pretrained and trained.pretrained.decoder:
             decoder = decoder_parameters(trained.pretrained.decoder, {name: x.shape for name, x in new.items()})
         notes = [] if decoder else ['the decoder is newly initialised']
-        if dropped := [name for name in NORM_AND_HEAD if name in encoder]:
+        if dropped := [name for name in AFTER_TRUNK if name in encoder]:
             notes.append(f'FCMAE has no classifier, so these are dropped: {", ".join(dropped)}')
         return {name: x for name, x in encoder.items() if name not in dropped} | (decoder or new), notes
 
     def pretrained(self, model: MaskedAutoencoder, facts: Mapping[str, Any]) -> Pretrained:
         """The encoder as a classifier with a newly initialised final norm and head. `convert` omits the head."""
+        variant = model.variant.replace(head_hidden=0)  # a hidden layer would be as untrained as the head
         classifier = jax.eval_shape(
-            lambda key: ConvNeXt(
-                model.variant, key=key, num_classes=1, in_channels=self.channels, execution=model.execution
-            ),
+            lambda key: ConvNeXt(variant, key=key, num_classes=1, in_channels=self.channels, execution=model.execution),
             jax.random.key(0),
         )
         shapes = {name: x.shape for name, x in get_parameters(classifier).items()}
-        new = {name: jnp.full(shapes[name], float(name == 'norm.scale')) for name in NORM_AND_HEAD}
+        new = {name: jnp.full(shapes[name], float(name == 'norm.scale')) for name in AFTER_TRUNK if name in shapes}
         classifier = with_parameters(classifier, split_decoder(get_parameters(model))[0] | new)
-        return Pretrained(classifier, 'convnext_jax', None, self.processor, NORM_AND_HEAD, [])
+        return Pretrained(classifier, 'convnext_jax', None, self.processor, tuple(new), [])
 
     @property
     def processor(self) -> ImageProcessor:

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from convnext_jax.interop.layouts import to_layout
-from convnext_jax.models import ConvNeXt, create_model, get_parameters, with_parameters
+from convnext_jax.errors import UserError
+from convnext_jax.interop.layouts import LAYOUTS, entries, to_layout
+from convnext_jax.models import ConvNeXt, Variant, create_model, get_parameters, with_parameters
 from tests.reference import draw_parameters
 
 
-def random_model(name: str = 'convnextv2_atto', num_classes: int = 3, **arguments) -> ConvNeXt:
+def random_model(name: str | Variant = 'convnextv2_atto', num_classes: int = 3, **arguments) -> ConvNeXt:
     model = jax.eval_shape(
         lambda key: create_model(name, key=key, num_classes=num_classes, **arguments), jax.random.key(0)
     )
@@ -25,6 +26,19 @@ def assert_equal(a: ConvNeXt, b: ConvNeXt, but: tuple[str, ...] = ()) -> None:
     for name, value in ours.items():
         if name not in but:
             np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def layouts_of(variant: Variant) -> list[str]:
+    """The layouts that can hold the architecture."""
+    return [layout for layout in LAYOUTS if _can_hold(layout, variant)]
+
+
+def _can_hold(layout: str, variant: Variant) -> bool:
+    try:
+        entries({}, variant, layout)
+    except UserError:
+        return False
+    return True
 
 
 def state_dict(model: ConvNeXt, layout: str = 'original') -> dict[str, np.ndarray]:

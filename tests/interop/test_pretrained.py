@@ -1,12 +1,13 @@
 """load_pretrained and save_pretrained: bit-exact conversion, configs, class names, and error messages."""
 
+import dataclasses
 import json
 import warnings
 
 import jax
 import numpy as np
 import pytest
-from random_models import assert_equal, fcmae_state_dict, random_model, save, state_dict
+from random_models import assert_equal, fcmae_state_dict, layouts_of, random_model, save, state_dict
 
 from convnext_jax import load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
@@ -127,7 +128,7 @@ def test_a_timm_file_loads_with_the_name_of_its_model(tmp_path, name):
 def test_every_model_is_recognised_by_names_and_shapes(layout):
     """Files without a config could not be loaded. Broadcast zeros replace the tensors, to save memory."""
     for name in list_models():
-        if 'isotropic' in name and layout != 'original':
+        if layout not in layouts_of(get_variant(name)):
             continue
         model = jax.eval_shape(lambda name=name: create_model(name, key=jax.random.key(0), num_classes=3))
         zeros = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in get_parameters(model).items()}
@@ -336,16 +337,20 @@ def test_other_problems_are_reported_before_a_missing_head(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'match'),
     [
-        ({'stem_type': 'overlap'}, 'stem_type=overlap in model_args changes'),
+        ({'conv_bias': False}, 'conv_bias=False in model_args changes'),
+        ({'stem_type': 'wide'}, 'stem_type=wide in model_args changes'),
         ({'output_stride': 16}, 'output_stride=16 in model_args changes'),
         ({'global_pool': 'max'}, 'global_pool=max in model_args changes'),
         (
-            {'head_hidden_size': 64, 'colour': 'red'},
-            'head_hidden_size=64, colour=red in model_args changes .* is unknown',
+            {'norm_layer': 'groupnorm', 'colour': 'red'},
+            'norm_layer=groupnorm, colour=red in model_args changes .* is unknown',
         ),
         ({'depths': [2, 2, 10**9, 2]}, 'depths must be four numbers above 0'),
         ({'depths': [2, 2, 60_000, 2]}, 'tensors are too few for the depths'),
         ({'dims': 'wide'}, 'dims must be four numbers above 0, not wide'),
+        ({'kernel_sizes': [7, 7, 4, 7]}, r'kernel_sizes must be an odd number, or four of them, not \[7, 7, 4, 7\]'),
+        ({'head_hidden_size': -1}, 'head_hidden_size must be a number, not -1'),
+        ({'norm_eps': 2.0}, r'norm_eps must be a number in \(0, 1\), not 2.0'),
     ],
 )
 def test_unsupported_arguments_of_timm_are_named(tmp_path, arguments, match):
@@ -357,12 +362,66 @@ def test_unsupported_arguments_of_timm_are_named(tmp_path, arguments, match):
         load_pretrained(tmp_path / 'out')
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'fields'),
+    [
+        ({'kernel_sizes': [7, 7, 7, 7], 'norm_layer': 'layernorm2d', 'head_hidden_size': 0}, {}),
+        ({'act_layer': 'silu', 'norm_eps': 1e-3}, {'activation': 'silu', 'norm_eps': 1e-3}),
+        ({'norm_layer': 'rmsnorm2d', 'kernel_sizes': 5}, {'norm': 'rmsnorm', 'kernel_size': 5}),
+        (
+            {'stem_type': 'overlap', 'kernel_sizes': [7, 5, 5, 3], 'head_norm_first': True},
+            {'stem': 'overlap', 'kernel_size': (7, 5, 5, 3), 'head_norm_first': True},
+        ),
+        ({'head_hidden_size': 64}, {'head_hidden': 64}),
+    ],
+)
+def test_arguments_of_timm_change_the_architecture(tmp_path, arguments, fields):
+    """A model that was built with timm's options would be read as another one."""
+    variant = dataclasses.replace(get_variant('convnext_atto'), **fields)
+    save(state_dict(random_model(variant), 'timm'), tmp_path / 'model.safetensors')
+    config = {'architecture': 'convnext_atto', 'model_args': arguments}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    loaded = load_pretrained(tmp_path)
+    assert loaded.variant == variant
+    assert loaded.norm.epsilon == variant.norm_eps
+    if fields:
+        with pytest.raises(UserError, match='timm has no name for a ConvNeXt of depths .*, \\w+='):
+            save_pretrained(loaded, tmp_path / 'out', layout='timm')
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'original'])
+@pytest.mark.parametrize(
+    ('name', 'match'),
+    [
+        ('convnext_zepto_rms_ols', 'stem=overlap_act, norm=simplenorm'),
+        ('test_convnext3', 'norm_eps=1e-05, activation=silu, kernel_size=\\(7, 5, 5, 3\\)'),
+    ],
+)
+def test_other_layouts_refuse_the_parts_that_only_timm_has(tmp_path, layout, name, match):
+    """Another library would compute something else with the weights."""
+    with pytest.raises(UserError, match=f'the {layout} library has no ConvNeXt with {match}: use the timm layout'):
+        save_pretrained(random_model(name), tmp_path / 'out', layout=layout)
+
+
+@pytest.mark.parametrize(
+    'name', ['convnext_zepto_rms_ols', 'convnext_atto_ols', 'convnext_atto_rms', 'test_convnext', 'test_convnext3']
+)
+def test_a_folder_of_a_model_that_only_timm_has(tmp_path, name):
+    """The weights would change, or another architecture would be recognised."""
+    model = random_model(name)
+    save_pretrained(model, tmp_path / 'out', layout='timm')
+    for where in (tmp_path / 'out', tmp_path / 'out' / 'model.safetensors'):
+        loaded = load_pretrained(where)
+        assert_equal(loaded, model)
+        assert loaded.variant == model.variant
+
+
 def test_a_timm_model_with_other_layers_is_refused(tmp_path):
     """The model would silently compute something else than timm's."""
     save_pretrained(random_model(), tmp_path / 'out', layout='timm')
     path = tmp_path / 'out' / 'config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': {'act_layer': 'relu', 'norm_eps': 1e-3}}))
-    with pytest.raises(UserError, match='act_layer=relu, norm_eps=0.001 in model_args changes what the model computes'):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'model_args': {'act_layer': 'relu', 'norm_layer': 'x'}}))
+    with pytest.raises(UserError, match='act_layer=relu, norm_layer=x in model_args changes what the model computes'):
         load_pretrained(tmp_path / 'out')
 
 

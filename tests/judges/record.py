@@ -28,6 +28,7 @@ from convnext_jax.interop import upernet
 from convnext_jax.interop.layouts import to_layout
 from convnext_jax.models import Variant, get_parameters, get_variant, get_weights, list_models
 from tests import reference
+from tests.interop.random_models import layouts_of
 from tests.reference import cases
 
 VERSIONS = {name: importlib.metadata.version(name) for name in ('torch', 'timm', 'transformers', 'pillow', 'numpy')}
@@ -100,13 +101,13 @@ def isotropic_in_torch(variant: Variant) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def model_outputs(judge: str, name: str, epsilon: float, size: tuple[int, int]) -> dict[str, np.ndarray]:
+def model_outputs(judge: str, name: str, epsilon: float | None, size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Logits and feature maps of a classifier: name of the feature → array in our layout.
 
     Args:
         judge: 'transformers', 'timm', or 'torch' for isotropic variants.
         name: name of the variant.
-        epsilon: epsilon of the last norm; only transformers supports other values than 1e-6.
+        epsilon: epsilon of the last norm; only transformers supports other values than the variant's.
         size: height and width of the images.
     """
     variant, parameters = get_variant(name), reference.draw_parameters(model_shapes(name))
@@ -295,12 +296,12 @@ def names_and_shapes() -> dict:
     """Variant → layout → tensor name → shape, for every variant that the libraries support."""
     found = {}
     for name in list_models():
-        if 'isotropic' not in name:
+        layouts = layouts_of(get_variant(name))
+        if 'timm' in layouts:
             with torch.device('meta'):
-                modules = {
-                    'huggingface': hugging_face(name),
-                    'timm': timm.create_model(name, num_classes=cases.CLASSES),
-                }
+                modules = {'timm': timm.create_model(name, num_classes=cases.CLASSES)}
+                if 'huggingface' in layouts:
+                    modules['huggingface'] = hugging_face(name)
             found[name] = {
                 layout: {tensor: list(x.shape) for tensor, x in module.state_dict().items()}
                 for layout, module in modules.items()

@@ -1,5 +1,6 @@
 """The classifier: shapes, values, initial weights, and its errors for bad arguments."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from small_models import ISOTROPIC, V1, V2, build, call, some_images
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import VARIANTS, Variant, create_model, get_parameters
+from convnext_jax.models import VARIANTS, Variant, create_model, get_parameters, get_variant
 
 
 @pytest.fixture(scope='module')
@@ -230,3 +231,36 @@ def test_bad_images(no_shape_checks, v1, shape, message):
     for use in (v1, v1.features):
         with pytest.raises(UserError, match=message):
             use(jnp.zeros(shape))
+
+
+def test_the_last_norm_may_come_before_the_pooling(images):
+    """timm's convnext_tiny_hnf would give other logits."""
+    model = build(dataclasses.replace(V1, head_norm_first=True))
+    last = model.features(images)['stage2']
+    expected = model.head(model.norm(last).mean((1, 2)))
+    np.testing.assert_allclose(call(model, images), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - model.head(model.norm(last.mean((1, 2))))).max() > 0.1
+
+
+def test_a_hidden_layer_before_the_head(images):
+    """timm's convnext_large_mlp would give other logits."""
+    model = build(dataclasses.replace(V1, head_hidden=24))
+    x = model.norm(model.features(images)['stage2'].mean((1, 2)))
+    hidden = jax.nn.gelu(x @ model.hidden.kernel[...] + model.hidden.bias[...], approximate=False)
+    np.testing.assert_allclose(model.head_input(images), hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(call(model, images), model.head(hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['convnext_zepto_rms_ols', 'convnext_atto_rms', 'test_convnext3'])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_models_of_timm_train_in_bfloat16(name, remat):
+    """Their gradients would be wrong or missing. bfloat16 and remat must only round differently."""
+    images = some_images()[:2].repeat(2, axis=1).repeat(2, axis=2)
+
+    def gradient(**options):
+        model = build(get_variant(name), **options)
+        return get_parameters(jax.jit(jax.grad(lambda model: jnp.square(model(images)).mean()))(model))
+
+    exact, ours = gradient(), gradient(dtype='bfloat16', remat=remat)
+    for parameter, x in exact.items():
+        assert np.abs(ours[parameter] - x).max() < 0.1 * np.abs(x).max(), parameter

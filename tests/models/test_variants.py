@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from convnext_jax.errors import UserError
-from convnext_jax.models import create_model, get_parameters, get_variant, list_models
+from convnext_jax.models import Variant, create_model, get_parameters, get_variant, list_models
 
 PARAMETERS = {
     'convnext_atto': 3_695_520,
@@ -30,6 +30,19 @@ PARAMETERS = {
     'convnext_isotropic_small': 22_308_712,
     'convnext_isotropic_base': 87_083_752,
     'convnext_isotropic_large': 305_942_504,
+    'convnext_zepto_rms': 2_155_656,
+    'convnext_zepto_rms_ols': 2_164_232,
+    'convnext_atto_ols': 3_702_912,
+    'convnext_atto_rms': 3_693_040,
+    'convnext_femto_ols': 5_226_520,
+    'convnext_pico_ols': 9_061_928,
+    'convnext_nano_ols': 15_649_560,
+    'convnext_tiny_hnf': 28_589_128,
+    'convnext_large_mlp': 200_128_168,
+    'convnext_xxlarge': 846_471_016,
+    'test_convnext': 272_128,
+    'test_convnext2': 477_800,
+    'test_convnext3': 468_840,
 }
 
 
@@ -68,6 +81,21 @@ def test_layer_scale_and_grn_where_the_papers_have_them():
             assert value == (False, 0 if name in ('convnext_isotropic_small', 'convnext_isotropic_base') else 1e-6), (
                 name
             )
+
+
+@pytest.mark.parametrize(
+    ('changes', 'match'),
+    [
+        ({'stem': 'wide'}, "stem must be one of patch, overlap, overlap_act, overlap_tiered, not 'wide'"),
+        ({'norm': 'batchnorm'}, "norm must be one of layernorm, rmsnorm, simplenorm, not 'batchnorm'"),
+        ({'activation': 'relu'}, "activation must be one of gelu, gelu_tanh, silu, not 'relu'"),
+        ({'activation': 'silu', 'grn': True}, "GRN needs activation='gelu', not 'silu'"),
+    ],
+)
+def test_an_unknown_part_is_refused(changes, match):
+    """A typing error in a new architecture would end in a traceback, or be ignored."""
+    with pytest.raises(UserError, match=match):
+        Variant((1,), (8,), **changes)
 
 
 def test_list_models_is_sorted_and_complete():

@@ -26,9 +26,11 @@ MODELS = (
     ('timm', 'convnext_tiny', 1e-6),
     ('timm', 'convnextv2_atto', 1e-6),
     ('timm', 'convnextv2_tiny', 1e-6),
+    *(('timm', name, None) for name in ('convnext_zepto_rms_ols', 'convnext_atto_ols', 'convnext_atto_rms')),
+    *(('timm', name, None) for name in ('test_convnext', 'test_convnext3')),
     ('torch', 'convnext_isotropic_small', 1e-6),
 )
-"""(Library, variant, epsilon of the last norm)."""
+"""(Library, variant, epsilon of the last norm or None for the variant's)."""
 BACKBONES = ('convnext_tiny', 'convnextv2_atto')
 BACKBONE_FEATURES = ('stem', 'stage2', 'stage4')
 DILATED = (
