@@ -2,9 +2,12 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
@@ -125,6 +128,8 @@ def open_weights(
     layout = recognize_layout(tensors)
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
+    elif layout == 'original':
+        tensors = without_distillation(tensors, where)
     backbone_config = config.get('backbone_config') if heads else config
     if heads and config and not isinstance(backbone_config, dict):
         raise UserError(f'config.json: backbone_config must be an object, not {backbone_config}')
@@ -164,6 +169,32 @@ def without_wrappers(tensors: Tensors, where: str) -> Tensors:
             )
         result[name] = x
     return result
+
+
+def without_distillation(tensors: Tensors, where: str) -> Tensors:
+    """The tensors of a DINOv3 or EUPE file without `norms.3.*`, a copy of the last norm, and without `projectors.*`.
+
+    There is a warning if projectors are dropped.
+
+    Args:
+        tensors: name → tensor, in the original layout.
+        where: the file, for messages.
+
+    Raises:
+        UserError: `norms.3.*` differs from the last norm.
+    """
+    copies = [name for name in tensors if name.startswith('norms.3.')]
+    for name in copies:
+        norm = name.replace('norms.3.', 'norm.')
+        if norm not in tensors or not np.array_equal(np.asarray(tensors[name]), np.asarray(tensors[norm])):
+            raise UserError(f'{where}: {printable(name)} is not a copy of {printable(norm)}, as it is in DINOv3')
+    projectors = [name for name in tensors if name.startswith('projectors.')]
+    if projectors:
+        warnings.warn(
+            f'{where}: the projectors of its distillation are dropped ({len(projectors)} tensors, projectors.*)',
+            stacklevel=4,
+        )
+    return {name: x for name, x in tensors.items() if name not in copies and name not in projectors}
 
 
 def recognize_layout(tensors: Tensors) -> str:

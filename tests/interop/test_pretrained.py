@@ -389,6 +389,22 @@ def test_arguments_of_timm_change_the_architecture(tmp_path, arguments, fields):
             save_pretrained(loaded, tmp_path / 'out', layout='timm')
 
 
+def test_a_file_of_dinov3_or_eupe(tmp_path):
+    """Their copies of the last norm and their projectors would be refused as unexpected tensors."""
+    model = random_model('convnext_atto', num_classes=1)
+    tensors = {name: x for name, x in state_dict(model).items() if not name.startswith('head.')}
+    copies = {name.replace('norm.', 'norms.3.'): x for name, x in tensors.items() if name.startswith('norm.')}
+    assert sorted(copies) == ['norms.3.bias', 'norms.3.weight']
+    save(tensors | copies | {'projectors.0.weight': np.ones((8, 320), np.float32)}, tmp_path / 'eupe.safetensors')
+    with pytest.warns(UserWarning, match=r'distillation are dropped \(1 tensors, projectors.\*\)'):
+        loaded = read_pretrained(tmp_path / 'eupe.safetensors', num_classes=1, key=jax.random.key(0))
+    assert loaded.newly_initialised == ('head.kernel', 'head.bias')
+    assert_equal(loaded.model, model, but=loaded.newly_initialised)
+    save(tensors | copies | {'norms.3.bias': copies['norms.3.bias'] + 1}, tmp_path / 'other.safetensors')
+    with pytest.raises(UserError, match=r'norms.3.bias is not a copy of norm.bias'):
+        load_pretrained(tmp_path / 'other.safetensors', num_classes=1, key=jax.random.key(0))
+
+
 @pytest.mark.parametrize('layout', ['huggingface', 'original'])
 @pytest.mark.parametrize(
     ('name', 'match'),
