@@ -10,7 +10,7 @@ from random_models import random_model, save
 from convnext_jax import ImageProcessor, create_backbone, load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
 from convnext_jax.interop import read_pretrained, read_upernet
-from convnext_jax.interop.upernet import tensors_of
+from convnext_jax.interop.upernet import UPERNET_LAYOUTS, tensors_of
 from convnext_jax.models import get_parameters, get_weights
 from tests import reference
 from tests.reference import cases
@@ -180,6 +180,13 @@ def test_a_config_of_another_network_is_refused(tmp_path, changes, match):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=match):
         load_pretrained(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('layout', UPERNET_LAYOUTS)
+def test_a_backbone_that_only_timm_has_is_not_saved(tmp_path, layout):
+    """Another library would compute something else with the weights."""
+    with pytest.raises(UserError, match='library has no ConvNeXt with norm=rmsnorm'):
+        save_pretrained(cases.random_upernet('convnext_atto_rms'), tmp_path / 'out', layout=layout)
 
 
 def test_classifiers_and_upernets_are_not_confused(tmp_path):
