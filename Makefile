@@ -2,13 +2,14 @@
 # make check: lint, types and the quick tests.
 # make test: all tests that need no torch.
 # make test-judges: installs torch, timm and transformers, and compares with them.
+# make test-large-judges: the comparisons with timm that take minutes and 10 GB of memory.
 # make docs: the documentation as HTML in build/docs, without warnings.
 PYTHON ?= python3
 VENV = .venv
 # Three workers on two cores: tests that wait for processes leave a core idle.
 PYTEST = $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-judges lint docs
+.PHONY: demo check test test-judges test-large-judges lint docs
 
 demo: $(VENV)/runtime
 	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
@@ -20,7 +21,10 @@ test: $(VENV)/development
 	$(PYTEST) --ignore tests/judges -m 'not judge'
 
 test-judges: $(VENV)/judges
-	$(PYTEST) tests/judges tests/benchmarks -m judge
+	$(PYTEST) tests/judges tests/benchmarks -m 'judge and not large'
+
+test-large-judges: $(VENV)/judges
+	$(VENV)/bin/python -m pytest tests/judges -m large
 
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .

@@ -117,10 +117,11 @@ def model_outputs(judge: str, name: str, epsilon: float | None, size: tuple[int,
         out = module(x, output_hidden_states=True)
         found = {'logits': out.logits} | dict(zip(cases.FEATURES, out.hidden_states, strict=True))
     elif judge == 'timm':
-        module = timm.create_model(name, num_classes=cases.CLASSES)
-        load(module, to_layout(parameters, variant, 'timm'))
-        maps = module.forward_intermediates(x, intermediates_only=True)[-4:]
-        found = {'logits': module(x)} | dict(zip(cases.FEATURES[1:], maps, strict=True))
+        with torch.device('meta'):  # without initialisation, which takes longer than the network
+            module = timm.create_model(name, num_classes=cases.CLASSES)
+        load(module.to_empty(device='cpu'), to_layout(parameters, variant, 'timm'))
+        last, maps = module.forward_intermediates(x)
+        found = {'logits': module.forward_head(last)} | dict(zip(cases.FEATURES[1:], maps[-4:], strict=True))
     else:
         module = load(isotropic_in_torch(variant), to_layout(parameters, variant, 'original'))
         stem = module.stem(x)

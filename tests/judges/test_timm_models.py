@@ -1,5 +1,7 @@
 """Every ConvNeXt of timm: parameters, logits and maps, names and shapes of published weights, and timm's folders."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,14 @@ from tests.reference import cases
 NAMES = sorted([*timm.list_models('convnext*'), *timm.list_models('test_convnext*')])
 TAGS = sorted([*timm.list_pretrained('convnext*'), *timm.list_pretrained('test_convnext*')])
 BOUND = 1e-5  # in standard deviations of the reference, for float32
+LARGE = re.compile('small|base|large|huge')  # 50 to 850 million parameters
 NEW = [name for name in NAMES if 'ols' in name or 'rms' in name or 'test' in name]
+
+
+def with_marks(names: list[str]) -> list:
+    """The parameters of a test, those of large models with the mark `large`."""
+    return [pytest.param(name, marks=[pytest.mark.large] if LARGE.search(name) else []) for name in names]
+
 
 outputs = jax.jit(lambda model, x: {'logits': model(x)} | model.features(x))
 
@@ -28,7 +37,7 @@ def test_every_model_of_timm_is_in_the_table():
     assert set(NAMES) == {name for name in list_models() if 'isotropic' not in name}
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', with_marks(NAMES))
 def test_logits_and_maps_equal_timm(name):
     """Published weights would give other predictions."""
     model = random_model(name, num_classes=cases.CLASSES)
