@@ -32,7 +32,7 @@ def default_config(task: str = 'classification') -> ConfigDict:
 
 def _defaults(config: ConfigDict) -> None:
     config.seed = 0
-    # Length of the run. `steps` overrides `epochs`, and `optimizer.warmup_steps` overrides `warmup_epochs`, unless 0.
+    # Length of the run. A field in steps overrides the field in epochs, unless it is 0.
     config.epochs = 300.0
     config.steps = 0
     # Images per optimizer step, over all devices. A device computes batch_size / devices / accumulation_steps at once.
@@ -68,7 +68,8 @@ def _defaults(config: ConfigDict) -> None:
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 2.5e-4  # peak for 256 images; the run uses it times batch_size / 256
-    config.optimizer.min_learning_rate = 1e-6  # at the end of the cosine; not scaled by the batch size
+    config.optimizer.schedule = 'cosine'  # decline of the learning rate after the peak: 'cosine' or 'linear'
+    config.optimizer.min_learning_rate = 1e-6  # at the end of the run; not scaled by the batch size
     config.optimizer.warmup_epochs = 20.0
     config.optimizer.warmup_steps = 0
     config.optimizer.weight_decay = 0.05
@@ -76,7 +77,7 @@ def _defaults(config: ConfigDict) -> None:
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
     config.optimizer.layer_decay = 1.0  # a layer's learning rate divided by the next layer's; 1: off
-    config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block, or a 'group' of blocks
+    config.optimizer.layer_decay_rule = 'single'  # a layer is a 'single' block, a 'group' of blocks, or a 'stage'
     config.optimizer.clip_norm = 0.0  # maximum global norm of the gradient; 0: off
 
     config.ema = ConfigDict()
@@ -89,6 +90,7 @@ def _defaults(config: ConfigDict) -> None:
 
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0
+    config.eval_every_steps = 0
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2  # number of newest checkpoints to keep; the best by the task's metric is kept as well
     config.compilation_cache_dir = ''  # folder for compiled programs; '': JAX_COMPILATION_CACHE_DIR, or no cache
@@ -102,8 +104,8 @@ COMMON = Fields(
         *('optimizer.learning_rate', 'optimizer.epsilon', 'optimizer.layer_decay'),
     ),
     not_negative=(
-        *('seed', 'epochs', 'steps', 'model.patch_size', 'optimizer.min_learning_rate', 'optimizer.warmup_epochs'),
-        *('optimizer.warmup_steps', 'optimizer.weight_decay', 'optimizer.clip_norm'),
+        *('seed', 'epochs', 'steps', 'eval_every_steps', 'model.patch_size', 'optimizer.min_learning_rate'),
+        *('optimizer.warmup_epochs', 'optimizer.warmup_steps', 'optimizer.weight_decay', 'optimizer.clip_norm'),
     ),
     below_one=('optimizer.beta1', 'optimizer.beta2', 'ema.decay', 'model.drop_path_rate'),
     at_most_one=('optimizer.layer_decay',),
@@ -111,7 +113,8 @@ COMMON = Fields(
         'model.remat': ('none', 'dots', 'full'),
         'init.params': ('raw', 'ema'),
         'data.on_error': ('replace', 'raise'),
-        'optimizer.layer_decay_rule': ('single', 'group'),
+        'optimizer.schedule': ('cosine', 'linear'),
+        'optimizer.layer_decay_rule': ('single', 'group', 'stage'),
     },
     fixed=('task', 'seed', 'batch_size', 'model', 'data', 'ema'),
     free=(

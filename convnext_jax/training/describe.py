@@ -49,8 +49,9 @@ def describe(
         f'steps      {durations.total_steps:,} of {config.batch_size} images{accumulation}, {epoch:,} per epoch',
         f'data       {data.name}: {data.train_split} {len(train_set):,}, {data.eval_split} {len(eval_set):,} images, '
         f'{about}decoded by {decoding}',
-        f'optimizer  AdamW, learning rate {peak:.3g} after {durations.warmup_steps:,} warm-up steps, cosine to '
-        f'{optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, EMA {config.ema.decay:g}',
+        f'optimizer  AdamW, learning rate {peak:.3g} after {durations.warmup_steps:,} warm-up steps, '
+        f'{optimizer.schedule} to {optimizer.min_learning_rate:.3g}, weight decay {optimizer.weight_decay:.3g}, '
+        f'EMA {config.ema.decay:g}',
         f'settings   {describe_settings()}',
         f'workdir    {workdir}',
     ]

@@ -38,7 +38,7 @@ def make_durations(config: ConfigDict, images: int) -> Durations:
         steps_per_epoch=epoch,
         total_steps=total,
         warmup_steps=config.optimizer.warmup_steps or round(config.optimizer.warmup_epochs * epoch),
-        eval_every_steps=max(round(config.eval_every_epochs * epoch), 1),
+        eval_every_steps=config.eval_every_steps or max(round(config.eval_every_epochs * epoch), 1),
     )
     if durations.total_steps <= durations.warmup_steps:
         raise UserError(

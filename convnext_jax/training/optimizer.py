@@ -12,31 +12,35 @@ from convnext_jax.errors import UserError
 from convnext_jax.models import Parameters, Role
 from convnext_jax.models.layers import Tree, fusion_barrier_on_cpu
 
+WARMUP_START = 1e-6
+"""Factor on the learning rate at the first step of the warm-up of `linear_schedule`."""
+
 
 def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: float) -> dict[str, np.ndarray | float]:
     """The factor on the learning rate of each parameter: `decay` to the power of its distance from the head in layers.
 
     Args:
-        names: names of all parameters.
+        names: names of all parameters. The stem and the stages may have the prefix `backbone.`.
         depths: number of blocks in each stage.
         rule: 'single': each block is a layer. 'group': every three blocks of the third stage are a layer, and each
-            other stage is one layer. Both are from `optim_factory.py` of the original repositories.
+            other stage is one layer. Both are from `optim_factory.py` of the original repositories. 'stage': each stage
+            is a layer, and the stem and all downsampling are the first layer, as in their segmentation code.
         decay: in (0, 1]; 1 switches layer decay off.
 
     Returns:
         Name → factor. Stacked parameters have an array (blocks,) with one factor for each block.
 
     Raises:
-        UserError: the rule is unknown, or the rule is 'group' and the model does not have four stages.
+        UserError: the rule is unknown, or it is 'group' or 'stage' and the model does not have four stages.
     """
     if rule not in LAYER_RULES:
         raise UserError(f"optimizer.layer_decay_rule must be one of {', '.join(LAYER_RULES)}, not '{rule}'")
-    if rule == 'group' and len(depths) != 4:
-        raise UserError("optimizer.layer_decay_rule='group' is for models of four stages: use 'single'")
+    if rule != 'single' and len(depths) != 4:
+        raise UserError(f"optimizer.layer_decay_rule='{rule}' is for models of four stages: use 'single'")
     layers, head = LAYER_RULES[rule](depths)
     factors: dict[str, np.ndarray | float] = {}
     for name in names:
-        part, *rest = name.split('.')
+        part, *rest = name.removeprefix('backbone.').split('.')
         if part == 'stem':
             layer = np.zeros(())
         elif part == 'stages':
@@ -67,7 +71,12 @@ def _group_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]],
     return [(1, [1] * depths[0]), (2, [2] * depths[1]), (3, third), (last, [last] * depths[3])], last + 1
 
 
-LAYER_RULES = {'single': _single_layers, 'group': _group_layers}
+def _stage_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
+    """Like `_group_layers`, with the same layer of the head. Stage i is layer i + 1, its downsampling layer 0."""
+    return [(0, [stage + 1] * depth) for stage, depth in enumerate(depths)], _group_layers(depths)[1]
+
+
+LAYER_RULES = {'single': _single_layers, 'group': _group_layers, 'stage': _stage_layers}
 
 
 def peak_learning_rate(config: ConfigDict) -> float:
@@ -91,6 +100,24 @@ def cosine_schedule(peak: float, minimum: float, warmup_steps: int, total_steps:
         return cosine
     warmup = optax.linear_schedule(0.0, peak, max(warmup_steps - 1, 1))
     return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def linear_schedule(peak: float, minimum: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """A schedule from step to learning rate: linear from the peak to the minimum, times a linear warm-up.
+
+    It equals mmsegmentation's policy 'poly' of power 1: the decline begins at the first step, and in the warm-up its
+    value is multiplied by a factor that rises linearly from `WARMUP_START` at the first step to 1 after the last one.
+    The arguments are those of `cosine_schedule`.
+    """
+    decline = optax.linear_schedule(peak, minimum, total_steps)
+    if warmup_steps == 0:
+        return decline
+    warmup = optax.linear_schedule(WARMUP_START, 1.0, warmup_steps)
+    return lambda step: decline(step) * warmup(step)
+
+
+SCHEDULES = {'cosine': cosine_schedule, 'linear': linear_schedule}
+"""Value of `config.optimizer.schedule` → the function that builds the schedule."""
 
 
 def adamw(

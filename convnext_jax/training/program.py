@@ -11,7 +11,7 @@ from convnext_jax.models import get_parameters, get_statistics, parameter_roles
 from convnext_jax.runtime.process import release_memory
 from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.durations import Durations
-from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, peak_learning_rate
+from convnext_jax.training.optimizer import SCHEDULES, adamw, layer_factors, peak_learning_rate
 from convnext_jax.training.sharding import batch_sharding, state_sharding
 from convnext_jax.training.step import make_train_step
 
@@ -49,7 +49,7 @@ class Program:
             weight_decay=config.optimizer.weight_decay,
             clip_norm=config.optimizer.clip_norm,
         )
-        schedule = cosine_schedule(
+        schedule = SCHEDULES[config.optimizer.schedule](
             peak, config.optimizer.min_learning_rate, durations.warmup_steps, durations.total_steps
         )
         self.batch_sharding = batch_sharding(mesh)

@@ -6,8 +6,8 @@ import pytest
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.layouts import entries
-from convnext_jax.models import Role, create_model, get_parameters, list_models, parameter_roles
-from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, moving_average
+from convnext_jax.models import Role, UPerNet, create_model, get_parameters, get_variant, list_models, parameter_roles
+from convnext_jax.training.optimizer import adamw, cosine_schedule, layer_factors, linear_schedule, moving_average
 from tests import reference
 from tests.reference import cases
 
@@ -26,6 +26,24 @@ def test_every_step_has_the_published_learning_rate(warmup, total):
     schedule = cosine_schedule(4e-3, 1e-6, warmup, total)
     ours = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total)))
     np.testing.assert_allclose(ours, published_schedule(4e-3, 1e-6, warmup, total), rtol=2e-5, atol=1e-9)
+
+
+def mmsegmentation_schedule(base, minimum, warmup, total):
+    """`PolyLrUpdaterHook` of power 1 with linear warm-up in mmcv, in float64."""
+    rates = []
+    for step in range(total):
+        regular = (base - minimum) * (1 - step / total) + minimum
+        missing = (1 - step / warmup) * (1 - 1e-6) if step < warmup else 0
+        rates.append(regular * (1 - missing))
+    return rates
+
+
+@pytest.mark.parametrize(('minimum', 'warmup', 'total'), [(0.0, 1500, 160_000), (1e-6, 0, 50), (0.0, 1, 50)])
+def test_every_step_of_the_linear_schedule_has_the_rate_of_mmsegmentation(minimum, warmup, total):
+    """Published segmentation recipes would train with other rates."""
+    schedule = linear_schedule(1e-4, minimum, warmup, total)
+    ours = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(total)))
+    np.testing.assert_allclose(ours, mmsegmentation_schedule(1e-4, minimum, warmup, total), rtol=3e-4, atol=1e-11)
 
 
 @pytest.mark.parametrize('name', list_models())
@@ -142,6 +160,35 @@ def test_group_layer_decay_equals_the_table_of_the_original_code(name, third, la
         np.testing.assert_array_equal(layers[parameter], layer, err_msg=parameter)
 
 
+@pytest.mark.parametrize(
+    ('name', 'stem', 'stages'),
+    [
+        ('convnext_tiny', 7, (6, 5, 4, 3)),  # powers of the decay
+        ('convnext_small', 13, (12, 11, 10, 9)),
+        ('convnextv2_base', 13, (12, 11, 10, 9)),
+    ],
+)
+def test_stage_layer_decay_equals_the_original_segmentation_code(name, stem, stages):
+    """Published segmentation recipes would train each layer at another rate.
+
+    get_num_layer_stage_wise in ConvNeXt's `layer_decay_optimizer_constructor.py` has num_layers=6 for tiny, and 12
+    otherwise. Output norms and heads have the full rate.
+    """
+    variant = get_variant(name)
+    model = jax.eval_shape(lambda key: UPerNet(variant, key=key), jax.random.key(0))
+    factors = layer_factors(list(get_parameters(model)), variant.depths, 'stage', 0.9)
+    for parameter, factor in factors.items():
+        part, *rest = parameter.split('.')
+        if part != 'backbone' or rest[0] == 'norms':
+            expected = 0
+        elif rest[0] == 'stem' or rest[2] == 'downsample':
+            expected = stem
+        else:
+            expected = stages[int(rest[1])]
+        np.testing.assert_allclose(factor, 0.9**expected, err_msg=parameter)
+    assert factors['backbone.stages.2.blocks.norm.bias'].shape == (variant.depths[2],)
+
+
 def test_layer_decay_scales_the_whole_update_of_each_block():
     """Some blocks would be updated or decayed at a wrong rate: each factor acts as the learning rate of its block."""
     rng = np.random.default_rng(0)
@@ -163,7 +210,11 @@ def test_layer_decay_scales_the_whole_update_of_each_block():
 
 @pytest.mark.parametrize(
     ('depths', 'rule', 'match'),
-    [((3, 3, 9, 3), 'blockwise', 'must be one of single, group'), ((18,), 'group', 'for models of four stages')],
+    [
+        ((3, 3, 9, 3), 'blockwise', 'must be one of single, group, stage'),
+        ((18,), 'group', "rule='group' is for models of four stages"),
+        ((18,), 'stage', "rule='stage' is for models of four stages"),
+    ],
 )
 def test_unknown_or_unsuitable_layer_rules_are_refused(depths, rule, match):
     """A misspelt rule would train without layer decay, or end in a traceback."""
