@@ -127,7 +127,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f'{", ".join(MISSING)} not installed'))
 
 
-MISSING = [name for name in ('torch', 'timm', 'transformers') if importlib.util.find_spec(name) is None]
+MISSING = [name for name in ('cv2', 'timm', 'torch', 'transformers') if importlib.util.find_spec(name) is None]
 
 
 class NotInstalled(pytest.Module):

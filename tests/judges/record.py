@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import timm
@@ -31,7 +32,8 @@ from tests import reference
 from tests.interop.random_models import layouts_of
 from tests.reference import cases
 
-VERSIONS = {name: importlib.metadata.version(name) for name in ('torch', 'timm', 'transformers', 'pillow', 'numpy')}
+LIBRARIES = ('torch', 'timm', 'transformers', 'pillow', 'numpy', 'opencv-python-headless')
+VERSIONS = {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def nchw(array: np.ndarray) -> torch.Tensor:
@@ -418,6 +420,16 @@ def predictions() -> dict[str, np.ndarray]:
     return found
 
 
+def opencv() -> dict[str, np.ndarray]:
+    """Resized images of OpenCV."""
+    found = {}
+    for old, new in cases.RESIZED:
+        for name, method in {'linear': cv2.INTER_LINEAR, 'nearest': cv2.INTER_NEAREST}.items():
+            resized = cv2.resize(cases.resizable(old), new[::-1], interpolation=method)
+            found[f'{name} {old} {new}'] = reference.sketch(resized)
+    return found
+
+
 ARRAYS = {
     'models': models,
     'backbones': backbones,
@@ -426,6 +438,7 @@ ARRAYS = {
     'processors': processors,
     'timm_folders': timm_folder_logits,
     'predictions': predictions,
+    'opencv': opencv,
 }
 """File name → function that computes its arrays."""
 TABLES = {

@@ -201,3 +201,20 @@ def foreign_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     mean = float('norm' in name and name.endswith('weight'))
     scale = 0.3 if len(shape) < 2 else float(np.prod(shape[1:])) ** -0.5
     return np.float32(mean) + np.float32(scale) * draw(name, shape)
+
+
+# OpenCV.
+
+RESIZED = (
+    ((37, 53), (101, 144)),
+    ((101, 144), (37, 53)),
+    ((64, 80), (32, 40)),
+    ((50, 70), (50, 41)),
+    ((3, 1), (7, 5)),
+    ((200, 300), (1, 2)),
+)
+"""(Height and width, height and width of the resized image)."""
+
+
+def resizable(size: tuple[int, int]) -> np.ndarray:
+    return draw_bytes(f'resizable {size}', (*size, 3))
