@@ -222,26 +222,11 @@ def _lines(path: Path) -> list[str]:
 
 
 class Part:
-    """A part of a source in TFDS's notation, such as 'train[:99%]', taken from a fixed random order of the examples.
-
-    Raises:
-        UserError: the notation is invalid, or the part is empty.
-    """
+    """A part of a source in TFDS's notation, as for `part_of_split`."""
 
     def __init__(self, source: Source, split: str):
-        import tensorflow_datasets as tfds
-
-        whole = tfds.core.SplitInfo(name=split.partition('[')[0], shard_lengths=[len(source)], num_bytes=0)
-        try:
-            part, *more = tfds.core.ReadInstruction.from_spec(split).to_absolute({whole.name: whole})
-        except (ValueError, AssertionError) as error:
-            raise UserError(f"split '{split}' must be like train[:99%] or train[1000:]: {first_line(error)}") from error
-        if more:
-            raise UserError(f"split '{split}': for a folder or tar shards, give one part only, such as train[:99%]")
         self._source = source
-        self._indices = np.random.default_rng(0).permutation(len(source))[part.from_ : part.to]
-        if not len(self._indices):
-            raise UserError(f"split '{split}' contains none of the {len(source)} images")
+        self._indices = part_of_split(len(source), split)
         self.class_names, self.multi_label, self.eval_classes = (
             source.class_names,
             source.multi_label,
@@ -256,6 +241,33 @@ class Part:
 
     def __getitem__(self, index: int) -> EncodedImage:
         return self._source[int(self._indices[index])]
+
+
+def part_of_split(length: int, split: str) -> np.ndarray:
+    """The indices of a part of a split in TFDS's notation, such as 'train[:99%]': (n,) int.
+
+    The part is taken from a fixed random order of the examples.
+
+    Args:
+        length: number of examples in the whole split.
+        split: name of the split and the part.
+
+    Raises:
+        UserError: the notation is invalid, or the part is empty.
+    """
+    import tensorflow_datasets as tfds
+
+    whole = tfds.core.SplitInfo(name=split.partition('[')[0], shard_lengths=[length], num_bytes=0)
+    try:
+        part, *more = tfds.core.ReadInstruction.from_spec(split).to_absolute({whole.name: whole})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"split '{split}' must be like train[:99%] or train[1000:]: {first_line(error)}") from error
+    if more:
+        raise UserError(f"split '{split}': for a folder or tar shards, give one part only, such as train[:99%]")
+    indices = np.random.default_rng(0).permutation(length)[part.from_ : part.to]
+    if not len(indices):
+        raise UserError(f"split '{split}' contains none of the {length} images")
+    return indices
 
 
 class TfdsSource:

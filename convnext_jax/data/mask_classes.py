@@ -1,0 +1,144 @@
+"""The classes of segmentation masks: their names, and the pixel value of each class."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from convnext_jax.data.decode import DECODING_ERRORS
+from convnext_jax.errors import UserError, first_line
+
+IGNORED = 255
+"""Pixel value, and label, of pixels that have no class."""
+FILES = ('objectInfo150.txt', 'classes.txt', 'categories.json')
+"""The names under which the list of classes is found beside the masks."""
+PNG = b'\x89PNG\r\n\x1a\n'
+GREY, PALETTE = 0, 3  # colour types of a PNG
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskClasses:
+    """The classes of a data set of masks.
+
+    Attributes:
+        names: the name of each class.
+        values: the pixel value of each class in the masks, from 0 to 254.
+        reduce_zero_label: whether pixels of value 0 are ignored, in addition to 255.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    reduce_zero_label: bool
+
+    def labels(self, mask: bytes, name: str) -> np.ndarray:
+        """The class of each pixel: (H, W) uint8, with `IGNORED` for pixels that have none.
+
+        Args:
+            mask: the bytes of a PNG file.
+            name: the file, for error messages.
+
+        Raises:
+            UserError: the file is not a complete 8-bit greyscale or palette PNG, or has a value that is not a class.
+        """
+        mask_size(mask, name)
+        try:
+            with Image.open(io.BytesIO(mask), formats=('PNG',)) as file:
+                counts = file.histogram()
+                labels = np.asarray(file.point(self._table()))
+        except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+            raise UserError(f'{name} cannot be decoded as an image: {first_line(error)}') from error
+        allowed = {*self.values, *self._ignored()}
+        unknown = [value for value, count in enumerate(counts) if count and value not in allowed]
+        if unknown:
+            hint = '' if unknown[0] else '. If 0 means no class, set --config.data.reduce_zero_label=True'
+            raise UserError(
+                f'{name} has pixels of value {unknown[0]}, which is none of the {len(self.names)} classes '
+                f'({self.values[0]} to {self.values[-1]}) and not the ignored value {IGNORED}{hint}'
+            )
+        return labels
+
+    def _ignored(self) -> tuple[int, ...]:
+        return (0, IGNORED) if self.reduce_zero_label else (IGNORED,)
+
+    def _table(self) -> list[int]:
+        """Pixel value → label."""
+        labels = {value: label for label, value in enumerate(self.values)}
+        return [labels.get(value, IGNORED) for value in range(256)]
+
+
+def mask_size(mask: bytes, name: str) -> tuple[int, int]:
+    """Width and height of a mask, from the header of the PNG file.
+
+    Raises:
+        UserError: the file is not an 8-bit greyscale PNG or a palette PNG.
+    """
+    wanted = 'masks must be 8-bit greyscale or palette PNG files, whose values are the classes'
+    if not mask.startswith(PNG) or len(mask) < 26:
+        raise UserError(f'{name} is not a PNG file: {wanted}')
+    bits, color = mask[24], mask[25]
+    if color == GREY and bits != 8:
+        raise UserError(f'{name} is a greyscale PNG file of {bits} bits: {wanted}')
+    if color not in (GREY, PALETTE):
+        raise UserError(f'{name} is a colour or transparent PNG file: {wanted}')
+    return int.from_bytes(mask[16:20]), int.from_bytes(mask[20:24])
+
+
+def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_label: bool) -> MaskClasses:
+    """Reads the list of classes.
+
+    Args:
+        folders: where to look for one of `FILES`.
+        path: the list itself; None to look for it.
+        reduce_zero_label: whether 0 means no class. Classes without ids are then numbered from 1, otherwise from 0.
+
+    Raises:
+        UserError: there is no list, or it cannot be read; or a class has an invalid or repeated id.
+    """
+    if path is None:
+        found = (folder / name for folder in folders for name in FILES if (folder / name).is_file())
+        path = next(found, None)
+    if path is None:
+        raise UserError(
+            f'{" and ".join(map(str, dict.fromkeys(folders)))} contain no list of classes ({", ".join(FILES)}): write '
+            'classes.txt with one name on each line, or set --config.data.classes=FILE'
+        )
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+        categories = _categories(text) if path.suffix == '.json' else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} cannot be read as a list of classes: {first_line(error)}') from error
+    start = int(reduce_zero_label)
+    if categories is None:
+        categories = {start + number: name for number, name in enumerate(_names(text, path))}
+    values = sorted(categories)
+    if not values or values[0] < start or values[-1] >= IGNORED:
+        raise UserError(
+            f'{path}: the {len(values)} classes must have ids from {start} to {IGNORED - 1}'
+            + (', because data.reduce_zero_label is set' if reduce_zero_label else '')
+        )
+    return MaskClasses(tuple(categories[value] for value in values), tuple(values), reduce_zero_label)
+
+
+def _categories(text: str) -> dict[int, str]:
+    """Id → name, from a JSON list of {id, name} as in COCO, or an object whose `categories` is this list."""
+    content = json.loads(text)
+    rows = content['categories'] if isinstance(content, dict) else content
+    categories = {int(row['id']): str(row['name']) for row in rows}
+    if len(categories) < len(rows):
+        raise ValueError('two classes have one id')
+    return categories
+
+
+def _names(text: str, path: Path) -> list[str]:
+    """The lines, or the first of the synonyms in each row of ADE20K's `objectInfo150.txt`."""
+    lines = text.rstrip('\n').split('\n')
+    if lines[0].split() == ['Idx', 'Ratio', 'Train', 'Val', 'Name']:
+        lines = [line.split('\t')[-1].split(',')[0] for line in lines[1:]]
+    names = [line.strip() for line in lines]
+    if not all(names):
+        raise UserError(f'{path}: line {names.index("") + 1} is empty, but each line must be a class name')
+    return names

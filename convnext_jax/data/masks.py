@@ -1,0 +1,153 @@
+"""Sources of semantic segmentation: random access to encoded images and their masks."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from convnext_jax.data.class_names import normalize
+from convnext_jax.data.image_files import describe_left_out, find_images
+from convnext_jax.data.mask_classes import MaskClasses, find_classes
+from convnext_jax.data.sources import part_of_split
+from convnext_jax.data.unlabelled_images import ALL_IMAGES
+from convnext_jax.errors import UserError
+from convnext_jax.paths import local_path
+
+
+class MaskedImage(NamedTuple):
+    """An encoded image and its mask.
+
+    Attributes:
+        image, mask: the bytes of the files.
+        image_name, mask_name: their locations, for messages.
+    """
+
+    image: bytes
+    mask: bytes
+    image_name: str
+    mask_name: str
+
+
+class MaskSource(Protocol):
+    """One split of a data set.
+
+    Attributes:
+        classes: the classes of the masks.
+    """
+
+    @property
+    def classes(self) -> MaskClasses: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> MaskedImage: ...
+
+    def name(self, index: int) -> str:
+        """The location of an image, for messages; the image is not read."""
+
+
+def open_masks(
+    name: str,
+    directory: str,
+    split: str,
+    *,
+    image_dir: str = 'images',
+    mask_dir: str = 'annotations',
+    classes: str = '',
+    reduce_zero_label: bool = False,
+) -> MaskSource:
+    """Opens one split of a data set.
+
+    Args:
+        name: 'masks' for two folders.
+        directory: the folder of the data set.
+        split: name of the split, or a part of it, such as 'training[:90%]'; 'images' for folders without splits.
+        image_dir, mask_dir: the folders of the images and masks in `directory`, with a folder for each split.
+        classes: the file with the list of classes; '' to look for it beside the masks and in `directory`.
+        reduce_zero_label: whether pixels of value 0 have no class. Classes without ids are then numbered from 1.
+
+    Raises:
+        UserError: the split or the list of classes is missing, or an image or a mask has no counterpart.
+    """
+    if name == 'scene_parse150':
+        raise UserError(
+            "TFDS's scene_parse150 does not have the 150 classes of ADE20K's benchmark: its masks number 100 kinds of "
+            'instances. Download ADEChallengeData2016, and set --config.data.name=masks --config.data.dir=DIR'
+        )
+    root = local_path(directory)
+    masks = root / local_path(mask_dir)
+    found = find_classes([masks, root], local_path(classes) if classes else None, reduce_zero_label=reduce_zero_label)
+    return MaskFolders(root / local_path(image_dir), masks, split, found)
+
+
+class MaskFolders:
+    """The images in a folder and the masks in another, with equal paths up to the suffix.
+
+    `find_images` finds both, also in subfolders. A warning counts the ignored files.
+
+    Args:
+        images, masks: the folders, with a folder for each split.
+        split: as for `open_masks`.
+        classes: the classes of the masks.
+
+    Raises:
+        UserError: a folder is missing or contains no images; an image has no mask, a mask has no image, or two files
+            differ in their suffix only; the split is invalid.
+    """
+
+    def __init__(self, images: Path, masks: Path, split: str, classes: MaskClasses):
+        self.classes = classes
+        whole, bracket, _ = split.partition('[')
+        image_files, mask_files = (_find(folder, whole) for folder in (images, masks))
+        for files, others, what, other in (
+            (image_files, mask_files, 'images', 'mask'),
+            (mask_files, image_files, 'masks', 'image'),
+        ):
+            alone = [path for key, path in files.items() if key not in others]
+            if alone:
+                folder = masks if other == 'mask' else images
+                raise UserError(
+                    f'{len(alone)} of the {len(files)} {what} have no {other} in {folder}, such as {alone[0]}: '
+                    f'each image needs a mask of the same name'
+                )
+        pairs = [(path, mask_files[key]) for key, path in image_files.items()]
+        self.files = [pairs[index] for index in part_of_split(len(pairs), split)] if bracket else pairs
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index][0]
+
+    def __getitem__(self, index: int) -> MaskedImage:
+        image, mask = self.files[index]
+        return MaskedImage(_read(image), _read(mask), image, mask)
+
+
+def _find(folder: Path, split: str) -> dict[str, str]:
+    """The images of a split: path in its folder without the suffix → path."""
+    root = folder if split == ALL_IMAGES and not (folder / ALL_IMAGES).is_dir() else folder / split
+    if not root.is_dir():
+        raise UserError(
+            f'{root} is not a folder: set --config.data.dir=DIR, and --config.data.image_dir and '
+            '--config.data.mask_dir to the folders in it that contain a folder for each split'
+        )
+    found = find_images(root)
+    if not found.paths:
+        raise UserError(f'{root} contains no images')
+    if found.left_out:
+        warnings.warn(f'{root}: {describe_left_out(found.left_out)}', stacklevel=4)
+    files: dict[str, str] = {}
+    for path in found.paths:
+        key = normalize(os.path.splitext(os.path.relpath(path, root))[0])
+        if key in files:
+            raise UserError(f'{files[key]} and {path} differ in their suffix only: remove one of them')
+        files[key] = path
+    return files
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
