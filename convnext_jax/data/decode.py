@@ -51,6 +51,21 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
     return converted if orientation == 1 else Image.fromarray(_upright(np.asarray(converted), orientation))
 
 
+def upright_size(image: bytes, name: str) -> tuple[int, int]:
+    """Width and height of the image that `decode` returns; most formats are not decoded for it.
+
+    Raises:
+        UserError: the header of the file cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as file:
+            orientation = _orientation(file)
+            width, height = file.size
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+        raise UserError(f'{name} cannot be decoded as an image: {first_line(error)}') from error
+    return (height, width) if orientation >= 5 else (width, height)
+
+
 def convert_mode(image: Image.Image, channels: int) -> Image.Image:
     """The image as 8 bits in 1 (mode 'L') or 3 (mode 'RGB') channels.
 

@@ -1,0 +1,228 @@
+"""Data sets of images with masks, in mmsegmentation's preprocessing: random crops for training, whole images."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from PIL import Image
+
+from convnext_jax.data.dataset import Dataset, Example
+from convnext_jax.data.decode import decode, upright_size
+from convnext_jax.data.mask_classes import IGNORED, mask_size
+from convnext_jax.data.masks import MaskedImage, MaskSource
+from convnext_jax.data.opencv_resize import resize_bilinear, resize_nearest
+from convnext_jax.errors import UserError
+
+CROPS = 10  # draws of a crop whose commonest class must not be too large
+READERS = 16  # threads that read the headers of all images
+
+
+class MaskedImages(Dataset):
+    """Base class of the data sets: the examples of a source as decoded images with labels.
+
+    Args:
+        source: the encoded images and masks.
+    """
+
+    def __init__(self, source: MaskSource):
+        self.source, self.classes = source, source.classes
+        self.facts = {'class names': list(self.classes.names)}
+        self.about = f'{len(self.classes.names)} classes'
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def check(self, index: int) -> None:
+        self.decode(index)
+
+    def decode(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """The upright image, and the class of each of its pixels, (H, W) uint8, or `IGNORED`.
+
+        Raises:
+            UserError: the image or the mask cannot be decoded, or they differ in size.
+        """
+        example = self.source[index]
+        image = decode(example.image, 3, example.image_name)
+        labels = self.classes.labels(example.mask, example.mask_name)
+        _check_sizes(example, image.size, labels.shape[::-1])
+        return image, labels
+
+
+class TrainMasks(MaskedImages):
+    """Training examples: the images at a random scale, random crops of them, and random flips.
+
+    An image is enlarged or reduced to fit into `resize` times a factor that is uniform in `scale`. A crop is drawn
+    again, at most ten times, while it has less than two classes, or the commonest has at least `max_class_share` of the
+    labelled pixels. An image smaller than the crop is padded at the right and at the bottom.
+
+    An example has `image`, (crop, crop, 3) uint8, `label`, (crop, crop) uint8, and `size`, (2,) int32: the height and
+    width of the part that is not padding.
+
+    Args:
+        source: the encoded images and masks.
+        crop: side of the crops in pixels.
+        resize: limits of the longer and the shorter side for the scale 1.
+        scale: smallest and largest factor of `resize`.
+        max_class_share: limit of the share of the commonest class; 1 accepts every crop.
+        flip: whether half of the crops are mirrored.
+
+    Raises:
+        UserError: `scale` or `resize` is not valid.
+    """
+
+    random = True
+
+    def __init__(
+        self,
+        source: MaskSource,
+        crop: int,
+        *,
+        resize: tuple[int, int] = (2048, 512),
+        scale: tuple[float, float] = (0.5, 2.0),
+        max_class_share: float = 0.75,
+        flip: bool = True,
+    ):
+        super().__init__(source)
+        if not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
+            raise UserError(f'data.scale must be two factors, 0 < min ≤ max, not {scale}')
+        _check_limits(resize)
+        self.crop, self.resize, self.scale = crop, resize, scale
+        self.max_class_share, self.flip = max_class_share, flip
+        self.features = {
+            'image': jax.ShapeDtypeStruct((crop, crop, 3), np.uint8),
+            'label': jax.ShapeDtypeStruct((crop, crop), np.uint8),
+            'size': jax.ShapeDtypeStruct((2,), np.int32),
+        }
+
+    def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
+        image, labels = self.decode(index)
+        rng = np.random.default_rng(draw)
+        factor = rng.uniform(*self.scale)
+        size = fit_size(labels.shape, (int(self.resize[0] * factor), int(self.resize[1] * factor)))
+        rows, columns, label = self._draw_crop(labels, size, rng)
+        pixels = resize_bilinear(np.asarray(image), size, rows=rows, columns=columns)
+        if self.flip and rng.random() < 0.5:
+            pixels, label = pixels[:, ::-1], label[:, ::-1]
+        canvas = (self.crop, self.crop)
+        return {
+            'image': pad(pixels, canvas),
+            'label': pad(label, canvas, IGNORED),
+            'size': np.array(label.shape, np.int32),
+        }
+
+    def _draw_crop(
+        self, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[slice, slice, np.ndarray]:
+        """The rows and columns of a random crop of the resized image, and its labels."""
+        for _ in range(CROPS + 1):
+            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in size)
+            rows, columns = slice(top, top + self.crop), slice(left, left + self.crop)
+            label = resize_nearest(labels, size, rows=rows, columns=columns)
+            if self.max_class_share >= 1 or _largest_share(label) < self.max_class_share:
+                break
+        return rows, columns, label
+
+
+class EvalMasks(MaskedImages):
+    """Evaluation examples: whole images, resized and padded to one size, and their masks, padded but not resized.
+
+    An example has `image`, (H, W, 3) uint8, and `label`, (h, w) uint8, where H, W, h and w are the largest sides in the
+    split; and `image_size` and `label_size`, (2,) int32, the height and width of the part that is not padding. Padding
+    is at the right and at the bottom; it is 0 in images, and `IGNORED` in labels.
+
+    Args:
+        source: the encoded images and masks.
+        resize: limits of the longer and the shorter side; images are enlarged or reduced to fit, as OpenCV does it.
+        squash: side of a square to which images are resized instead, without keeping their aspect ratio, by Pillow's
+            bilinear filter, as Hugging Face's `SegformerImageProcessor` does it; 0 for `resize`.
+
+    Raises:
+        UserError: `resize` is not valid, an image or a mask cannot be read, or they differ in size.
+    """
+
+    def __init__(self, source: MaskSource, *, resize: tuple[int, int] = (2048, 512), squash: int = 0):
+        super().__init__(source)
+        _check_limits(resize)
+        self.resize, self.squash = resize, squash
+        with ThreadPoolExecutor(READERS) as pool:
+            sizes = list(pool.map(self._size, range(len(source))))
+        self.label_canvas = _largest(sizes)
+        self.image_canvas = _largest([self._resized(size) for size in sizes])
+        self.features = {
+            'image': jax.ShapeDtypeStruct((*self.image_canvas, 3), np.uint8),
+            'image_size': jax.ShapeDtypeStruct((2,), np.int32),
+            'label': jax.ShapeDtypeStruct(self.label_canvas, np.uint8),
+            'label_size': jax.ShapeDtypeStruct((2,), np.int32),
+        }
+
+    def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
+        del draw
+        image, label = self.decode(index)
+        size = self._resized(label.shape)
+        if self.squash:
+            pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+        else:
+            pixels = resize_bilinear(np.asarray(image), size)
+        return {
+            'image': pad(pixels, self.image_canvas),
+            'image_size': np.array(size, np.int32),
+            'label': pad(label, self.label_canvas, IGNORED),
+            'label_size': np.array(label.shape, np.int32),
+        }
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, from the headers of the image and of its mask."""
+        example = self.source[index]
+        width, height = upright_size(example.image, example.image_name)
+        _check_sizes(example, (width, height), mask_size(example.mask, example.mask_name))
+        return height, width
+
+    def _resized(self, size: tuple[int, ...]) -> tuple[int, int]:
+        return (self.squash, self.squash) if self.squash else fit_size(size, self.resize)
+
+
+def fit_size(size: tuple[int, ...], limits: tuple[int, int]) -> tuple[int, int]:
+    """The size of an image enlarged or reduced to fit into the limits of its longer and shorter side (mmcv's rule).
+
+    Args:
+        size: height and width in pixels.
+        limits: limits of the two sides, in any order.
+    """
+    factor = min(max(limits) / max(size), min(limits) / min(size))
+    height, width = (max(int(side * factor + 0.5), 1) for side in size)
+    return height, width
+
+
+def pad(array: np.ndarray, size: tuple[int, int], value: int = 0) -> np.ndarray:
+    """An array, (H, W, …), padded at the bottom and at the right to a height and width."""
+    padded = np.full((*size, *array.shape[2:]), value, array.dtype)
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
+
+
+def _largest_share(label: np.ndarray) -> float:
+    """The share of the commonest class in the labelled pixels; 1 if there are less than two classes."""
+    counts = np.bincount(label.ravel(), minlength=IGNORED + 1)[:IGNORED]
+    return counts.max() / counts.sum() if np.count_nonzero(counts) > 1 else 1.0
+
+
+def _largest(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    heights, widths = zip(*sizes, strict=True)
+    return max(heights), max(widths)
+
+
+def _check_limits(resize: tuple[int, int]) -> None:
+    if not (len(resize) == 2 and min(resize) > 0):
+        raise UserError(f'data.resize must be the limits of the longer and the shorter side in pixels, not {resize}')
+
+
+def _check_sizes(example: MaskedImage, image: tuple[int, int], mask: tuple[int, ...]) -> None:
+    """Raises UserError if the image, rotated as its EXIF orientation says, and the mask differ in width or height."""
+    if image != mask:
+        raise UserError(
+            f'{example.mask_name} has {mask[0]}×{mask[1]} pixels, but the upright image {example.image_name} has '
+            f'{image[0]}×{image[1]}: the sizes must be equal'
+        )
