@@ -420,9 +420,32 @@ def predictions() -> dict[str, np.ndarray]:
     return found
 
 
+def distorted(image: np.ndarray, distortion: tuple) -> np.ndarray:
+    """An image, (H, W, 3) uint8 RGB, after `PhotoMetricDistortion` of mmsegmentation with these changes."""
+    brightness, contrast, contrast_first, saturation, saturates, hue, shifts = distortion
+
+    def linear(x: np.ndarray, factor: float, constant: float = 0.0) -> np.ndarray:
+        return (x.astype(np.float32) * np.float32(factor) + np.float32(constant)).clip(0, 255).astype(np.uint8)
+
+    image = linear(image, 1, brightness)
+    if contrast_first:
+        image = linear(image, contrast)
+    if saturates:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        hsv[:, :, 1] = linear(hsv[:, :, 1], saturation)
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if shifts:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        hsv[:, :, 0] = (hsv[:, :, 0].astype(int) + hue) % 180
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return image if contrast_first else linear(image, contrast)
+
+
 def opencv() -> dict[str, np.ndarray]:
-    """Resized images of OpenCV."""
+    """Resized images, and images with other colours, by OpenCV."""
     found = {}
+    for number, distortion in enumerate(cases.DISTORTIONS):
+        found[f'distortion {number}'] = reference.sketch(distorted(cases.DISTORTED, distortion))
     for old, new in cases.RESIZED:
         for name, method in {'linear': cv2.INTER_LINEAR, 'nearest': cv2.INTER_NEAREST}.items():
             resized = cv2.resize(cases.resizable(old), new[::-1], interpolation=method)

@@ -1,13 +1,16 @@
-"""Comparison with OpenCV: resized photographs and random images."""
+"""Comparison with OpenCV: resized and distorted photographs and random images."""
 
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_jax.data.distortion import apply_distortion, draw_distortion, hsv_to_rgb, rgb_to_hsv
 from convnext_jax.data.opencv_resize import resize_bilinear, resize_nearest
+from tests.judges import record
 
 PHOTOS = [
     Path(__file__).parents[1] / 'data' / 'ade20k_sample' / 'images' / 'validation' / 'ADE_val_00000003.jpg',
@@ -42,3 +45,44 @@ def test_photographs(path):
     for factor in (0.3, 0.5, 0.77, 1.28, 2):
         height, width = (int(side * factor + 0.5) for side in image.shape[:2])
         assert_resized_as_by_opencv(image, height, width)
+
+
+def test_conversion_of_every_colour_to_hsv():
+    """A stored image has only some of the colours."""
+    levels = np.arange(256, dtype=np.uint8)
+    for red in range(256):
+        colors = np.stack(np.meshgrid([red], levels, levels, indexing='ij'), -1).astype(np.uint8)[0]
+        ours = np.stack(convert_to_hsv(colors), -1)
+        np.testing.assert_array_equal(ours, cv2.cvtColor(colors, cv2.COLOR_RGB2HSV))
+
+
+def test_conversion_of_every_colour_from_hsv():
+    """A stored image has only some of the colours."""
+    levels = np.arange(256, dtype=np.uint8)
+    wrong = 0
+    for hue in range(180):
+        hsv = np.stack(np.meshgrid([hue], levels, levels, indexing='ij'), -1).astype(np.uint8)[0]
+        difference = convert_to_rgb(*np.moveaxis(hsv.astype(np.int32), 2, 0)) - cv2.cvtColor(
+            hsv, cv2.COLOR_HSV2RGB
+        ).astype(int)
+        assert np.abs(difference).max() <= 1
+        wrong += np.count_nonzero(difference)
+    assert wrong <= 180 * 256 * 256 * 3 * 1e-4
+
+
+convert_to_hsv, convert_to_rgb = jax.jit(rgb_to_hsv), jax.jit(hsv_to_rgb)
+
+
+@pytest.mark.parametrize('path', PHOTOS[:3], ids=lambda path: path.stem)
+def test_distorted_photographs(path):
+    """The stored results cover a few changes only."""
+    image = np.asarray(Image.open(path))
+    image = np.ascontiguousarray(image[:, : image.shape[1] // 32 * 32])  # OpenCV rounds the other columns differently
+    keys = jax.random.split(jax.random.key(0), 16)
+    drawn = jax.device_get(jax.vmap(draw_distortion)(keys))
+    ours = jax.jit(apply_distortion)(np.stack([image] * len(keys)), drawn)
+    for number in range(len(keys)):
+        theirs = record.distorted(image, tuple(x[number] for x in drawn))
+        difference = ours[number].astype(int) - theirs
+        assert np.abs(difference).max() <= 3  # a difference of 1 before the next steps
+        assert np.mean(difference != 0) < 1e-3

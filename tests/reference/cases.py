@@ -216,5 +216,18 @@ RESIZED = (
 """(Height and width, height and width of the resized image)."""
 
 
+DISTORTIONS = (
+    (0.0, 1.0, True, 1.0, False, 0, False),
+    (-31.7, 1.0, True, 1.0, False, 0, False),
+    (25.3, 1.41, True, 1.0, False, 0, False),
+    (0.0, 0.53, False, 0.62, True, 0, False),
+    (0.0, 1.27, True, 1.0, False, -18, True),
+    (12.9, 1.5, False, 1.38, True, 17, True),
+    (-20.1, 0.81, True, 0.5, True, -3, True),
+)
+"""The fields of `Distortion`."""
+DISTORTED = draw_bytes('distorted', (5, 32, 3))
+
+
 def resizable(size: tuple[int, int]) -> np.ndarray:
     return draw_bytes(f'resizable {size}', (*size, 3))
