@@ -32,8 +32,9 @@ from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
 from convnext_jax.embedding import check_format, embed, save_embeddings
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
-from convnext_jax.interop import Pretrained, save_pretrained
+from convnext_jax.interop import PretrainedModel, PretrainedUPerNet, as_classifier, save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
+from convnext_jax.interop.upernet import UPERNET_LAYOUTS
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from convnext_jax.output import say, show, to_json
 from convnext_jax.paths import local_path
@@ -76,22 +77,25 @@ def models(arguments: list[str]) -> None:
 def convert(arguments: list[str]) -> None:
     """Writes the weights of a run, or of another library, as a folder that another library loads."""
     values = flags.FlagValues()
-    flags.DEFINE_enum('layout', 'huggingface', LAYOUTS, 'Library that loads the folder.', flag_values=values)
+    layouts = list(dict.fromkeys((*LAYOUTS, *UPERNET_LAYOUTS)))
+    flags.DEFINE_enum('layout', 'huggingface', layouts, 'Library that loads the folder.', flag_values=values)
     _define_weights(values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
     pretrained = read_weights(source, values.params, values.name)
+    is_upernet = isinstance(pretrained, PretrainedUPerNet)
+    head = is_upernet or pretrained.has_head
     save_pretrained(
         pretrained.model,
         target,
         layout=values.layout,
         class_names=pretrained.class_names,
         processor=pretrained.processor,
-        problem_type=pretrained.problem_type,
+        problem_type=None if is_upernet else pretrained.problem_type,
         licence=pretrained.licence,
-        head=pretrained.has_head,
+        head=head,
     )
     _say_licence(pretrained)
-    part = '' if pretrained.has_head else ', an encoder without a head'
+    part = '' if head else ', an encoder without a head'
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout{part}')
 
 
@@ -101,7 +105,7 @@ def export(arguments: list[str]) -> None:
     flags.DEFINE_enum('format', 'stablehlo', ['stablehlo'], 'Format of the program.', flag_values=values)
     _define_weights(values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
-    pretrained = read_weights(source, values.params, values.name)
+    pretrained = as_classifier(read_weights(source, values.params, values.name))
     export_stablehlo(pretrained, target)
     _say_licence(pretrained)
     show(f'{target} holds model.stablehlo, model.safetensors ({pretrained.origin}) and model.json (classes and images)')
@@ -122,7 +126,7 @@ def predict_photos(arguments: list[str]) -> None:
     flags.DEFINE_integer('batch', 16, 'Number of images in a batch.', lower_bound=1, flag_values=values)
     flags.DEFINE_bool('json', False, 'Print one JSON object per image.', flag_values=values)
     photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
-    pretrained = read_weights(required(values, 'weights'), values.params, values.name)
+    pretrained = as_classifier(read_weights(required(values, 'weights'), values.params, values.name))
     say(f'predicting with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
     _say_licence(pretrained)
     unread, not_finite = 0, []
@@ -165,7 +169,7 @@ def embed_photos(arguments: list[str]) -> None:
     if values.weights is not None and values.workdir is not None:
         raise UserError('give --weights or --workdir, not both')
     weights = required(values, 'weights') if values.workdir is None else values.workdir
-    pretrained = read_weights(weights, values.params, values.name)
+    pretrained = as_classifier(read_weights(weights, values.params, values.name))
     say(f'embedding with {pretrained.origin}', error=True)
     _say_licence(pretrained)
     files, vectors = [], []
@@ -192,7 +196,7 @@ def _define_weights(values: flags.FlagValues) -> None:
     flags.DEFINE_string('name', None, 'Name of the architecture, if the file does not contain it.', flag_values=values)
 
 
-def _say_licence(pretrained: Pretrained) -> None:
+def _say_licence(pretrained: PretrainedModel) -> None:
     if pretrained.licence:
         say(pretrained.licence.line, error=True)
 

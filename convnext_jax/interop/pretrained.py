@@ -24,8 +24,8 @@ from convnext_jax.interop.configs import (
 from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
-from convnext_jax.interop.pretrained_upernet import read_upernet
-from convnext_jax.interop.processor import ImageProcessor, processor_for
+from convnext_jax.interop.pretrained_upernet import PretrainedUPerNet, read_upernet
+from convnext_jax.interop.processor import ImageProcessor, processor_for, stored_processor
 from convnext_jax.interop.recognition import OpenedWeights, last_epsilon, open_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS, tensors_of
 from convnext_jax.models import (
@@ -100,6 +100,36 @@ class Pretrained(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """What is known about the training data, in the form of `data.dataset.Dataset.facts`."""
         return {} if self.class_names is None else {'class names': list(self.class_names)}
+
+
+PretrainedModel = Pretrained | PretrainedUPerNet
+"""A model of any kind with the other information in its folder."""
+
+
+def read_model(
+    where: str | Path, *, name: str | None = None, entry: str | None = None, new_classes: int | None = None
+) -> PretrainedModel:
+    """The classifier or UPerNet in a file or folder, for inference or for a new run.
+
+    `read_pretrained` describes the arguments and errors. The newly initialised head of a file without a head has a
+    fixed random key.
+    """
+    opened = open_weights(where, name=name, entry=entry, revision=None)
+    if opened.heads:
+        return read_upernet(opened)
+    return read_pretrained(opened, new_classes=new_classes, key=jax.random.key(0))
+
+
+def as_classifier(pretrained: PretrainedModel) -> Pretrained:
+    """The argument, if it is a classifier or an encoder.
+
+    Raises:
+        UserError: it is a UPerNet.
+    """
+    if isinstance(pretrained, PretrainedUPerNet):
+        where = pretrained.origin or 'the file'
+        raise UserError(f'{where}: this is a UPerNet for semantic segmentation, but a classifier is needed here')
+    return pretrained
 
 
 def load_pretrained(
@@ -200,7 +230,14 @@ def read_pretrained(
     licence = read_licence(folder, opened.config)
     if newly_initialised:  # names and problem type in the config describe another head
         return Pretrained(
-            model, layout, None, _processor(opened), newly_initialised, notes, licence=licence, decoder=opened.decoder
+            model,
+            layout,
+            None,
+            stored_processor(opened.path, opened.config),
+            newly_initialised,
+            notes,
+            licence=licence,
+            decoder=opened.decoder,
         )
     class_names, problem_type = class_names_in(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
@@ -208,7 +245,7 @@ def read_pretrained(
         model,
         layout,
         class_names,
-        _processor(opened),
+        stored_processor(opened.path, opened.config),
         newly_initialised,
         notes,
         problem_type,
@@ -298,10 +335,3 @@ def _missing_parts(
     if any(name.startswith(LAST_NORMS[layout]) for name in tensors):
         return ['the head is newly initialised: the file has none'], HEAD
     return ['the last norm and the head are newly initialised: the file has none'], AFTER_TRUNK
-
-
-def _processor(opened: OpenedWeights) -> ImageProcessor | None:
-    path = opened.path
-    if path.is_dir() and ((path / 'preprocessor_config.json').is_file() or 'pretrained_cfg' in opened.config):
-        return ImageProcessor.from_pretrained(str(path))
-    return None

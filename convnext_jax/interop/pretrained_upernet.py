@@ -1,13 +1,14 @@
 """read_upernet: a UPerNet with the weights of another library."""
 
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.configs import class_names_in
 from convnext_jax.interop.licence import Licence, read_licence
+from convnext_jax.interop.processor import ImageProcessor, stored_processor
 from convnext_jax.interop.recognition import OpenedWeights, open_weights
 from convnext_jax.interop.upernet import HEADS, head_name, weights_of
 from convnext_jax.models import Execution, ExecutionOptions, UPerNet, get_weights, with_parameters
@@ -21,19 +22,29 @@ class PretrainedUPerNet(NamedTuple):
 
     Attributes:
         model: the network.
-        layout: the layout of the file: 'huggingface', or 'original' for the original repository and mmsegmentation.
+        layout: the layout of the file: 'huggingface', or 'original' for the original repository and mmsegmentation;
+            'convnext_jax' for a run.
         class_names: names of the classes; None if unknown.
+        processor: the preprocessing of images; None if unknown.
         newly_initialised: names of the parameters that do not come from the file.
-        notes: messages for the user about newly initialised parameters.
+        notes: messages for the user about newly initialised parameters, or about other weights of the run.
+        origin: description of the file, folder or run that contains the weights, for messages.
         licence: licence of the weights; None if their folder does not state one.
     """
 
     model: UPerNet
     layout: str
     class_names: tuple[str, ...] | None
+    processor: ImageProcessor | None
     newly_initialised: tuple[str, ...]
     notes: list[str]
-    licence: Licence | None
+    origin: str = ''
+    licence: Licence | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known about the training data, in the form of `data.dataset.Dataset.facts`."""
+        return {} if self.class_names is None else {'class names': list(self.class_names)}
 
 
 def read_upernet(
@@ -109,13 +120,19 @@ def read_upernet(
     if key is not None and new:
         weights |= jax.jit(lambda key: {ours: get_weights(build(key))[ours] for ours in new})(key)
     folder = opened.path if opened.path.is_dir() else opened.path.parent
+    try:
+        processor = stored_processor(opened.path, opened.config)
+    except UserError as error:
+        processor = None
+        notes.append(f'the stored preprocessing is not used: {error}')
     return PretrainedUPerNet(
         with_parameters(model, weights),
         opened.layout,
         None if new else class_names_in(opened.config, model.num_classes),
+        processor,
         new,
         notes,
-        read_licence(folder, opened.config),
+        licence=read_licence(folder, opened.config),
     )
 
 

@@ -245,6 +245,21 @@ class ImageProcessor:
         return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
+def stored_processor(path: Path, config: dict) -> ImageProcessor | None:
+    """The processor that is stored with weights; None if there is none.
+
+    Args:
+        path: file or folder of the weights.
+        config: content of the folder's `config.json`, or {}.
+
+    Raises:
+        UserError: as for `ImageProcessor.from_pretrained`.
+    """
+    if path.is_dir() and ((path / 'preprocessor_config.json').is_file() or 'pretrained_cfg' in config):
+        return ImageProcessor.from_pretrained(str(path))
+    return None
+
+
 def processor_for(channels: int, given: ImageProcessor | None = None) -> ImageProcessor:
     """The given processor, or a default one for 224 pixels.
 

@@ -1,19 +1,17 @@
 """The task of image classification: its config fields, and cross-entropy with label smoothing, mixup and cutmix."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from PIL import Image
 
 from convnext_jax.data.augment import augment
-from convnext_jax.data.class_names import kept_outputs
 from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages, image_features
 from convnext_jax.data.mixing import mix
@@ -21,10 +19,11 @@ from convnext_jax.data.relabelling import open_labelled_splits, with_classes_of_
 from convnext_jax.data.sources import Source, open_source
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
-from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.interop import ImageProcessor, Pretrained, PretrainedModel, as_classifier
 from convnext_jax.models import AFTER_TRUNK, ConvNeXt, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.accuracy import Accuracy
+from convnext_jax.tasks.classes import matched_outputs, set_num_classes
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
 
 HEAD = ('head.kernel', 'head.bias')
@@ -117,20 +116,9 @@ class Classification(Task):
         classes = len(train.class_names)
         if missing:
             _warn(f'{missing} of {classes} classes are missing in split {data.eval_split}')
-        self._set_classes(classes)
+        set_num_classes(self.config, classes)
         images = TrainImages(train, data.image_size, self.channels, crop_scale=data.crop_scale, exact=data.exact)
         return images, self._eval_images(evaluation)
-
-    def _set_classes(self, classes: int) -> None:
-        """Sets `model.num_classes` if it is 0, or checks that it is large enough."""
-        model = self.config.model
-        if model.num_classes == 0:
-            model.num_classes = classes
-        elif model.num_classes < classes:
-            raise UserError(
-                f'model.num_classes={model.num_classes}, but {self.config.data.name} has {classes} classes: '
-                f'set it to {classes}, or to 0 for the number of classes of the data set'
-            )
 
     def open_split(self, name: str, split: str, facts: Mapping[str, Any]) -> EvalImages:
         """Opens a split, and maps its labels to outputs of the network by class name.
@@ -205,9 +193,9 @@ class Classification(Task):
         head, or neither head nor final norm, these are newly initialised as well.
 
         Raises:
-            UserError: the loaded head was not trained with a softmax over classes.
+            UserError: the loaded head was not trained with a softmax over classes, or the weights are of a UPerNet.
         """
-        pretrained = trained.pretrained
+        pretrained = trained.as_classifier()
         loaded, decoder = split_decoder(trained.weights)
         notes = list(pretrained.notes) if pretrained else []
         if decoder or (pretrained and pretrained.decoder):
@@ -218,7 +206,7 @@ class Classification(Task):
                 notes.append(f'newly initialised: {", ".join(new)}')
             return loaded | new, notes
         names = trained.facts.get('class names')
-        head, note = _matched_head(loaded, initial, names, facts['class names'], self.config.init.head)
+        head, note = matched_outputs(HEAD, loaded, initial, names, facts['class names'], self.config.init.head)
         if head and pretrained and pretrained.activation != 'softmax':
             reason = _describe_head(pretrained, trained.where)
             raise UserError(f'{reason}; use --config.init.head=new for a newly initialised head')
@@ -241,7 +229,7 @@ class Classification(Task):
             std=tuple(data.std),
         )
 
-    def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
+    def config_for(self, pretrained: PretrainedModel, where: str) -> ConfigDict:
         """The config for an evaluation of weights of another library.
 
         If preprocessing is stored with the weights, it replaces the preprocessing in the config.
@@ -249,6 +237,7 @@ class Classification(Task):
         Raises:
             UserError: the head was not trained with a softmax over several classes, or the weights have no head.
         """
+        pretrained = as_classifier(pretrained)
         pretrained.check_head()
         if pretrained.activation != 'softmax':
             raise UserError(_describe_head(pretrained, where))
@@ -288,36 +277,6 @@ class Classification(Task):
         """The cross-entropy. Each example has weight 1."""
         losses = optax.softmax_cross_entropy(model(batch['image'], key=keys), batch['target'])
         return Loss(losses.sum(), jnp.float32(losses.size))
-
-
-def _matched_head(
-    loaded: Weights, initial: Weights, old_names: Sequence[str] | None, new_names: Sequence[str], rule: str
-) -> tuple[Weights, str]:
-    """The initial head with the loaded outputs for known classes, and a message for the user.
-
-    Args:
-        loaded, initial: weights that contain a head.
-        old_names, new_names: class names of the loaded and of the new outputs. `old_names` may be None.
-        rule: `config.init.head`.
-
-    Returns:
-        The head, {} if no output is copied; and the message, '' if there is none.
-    """
-    if rule == 'new':
-        return {}, 'the head is newly initialised'
-    outputs, old_outputs = initial['head.bias'].size, loaded['head.bias'].size
-    kept, note = kept_outputs(new_names, outputs, old_names, old_outputs)
-    if max(kept) < 0 or loaded['head.kernel'].shape[0] != initial['head.kernel'].shape[0]:
-        return {}, note
-    sources = np.asarray(kept)
-
-    def merge(new: Float[Array, '*inputs new'], old: Float[Array, '*inputs old']) -> Float[Array, '*inputs new']:
-        return jnp.where(sources >= 0, old[..., np.maximum(sources, 0)], new)
-
-    def merged(name: str) -> jax.Array:
-        return jax.jit(merge, out_shardings=initial[name].sharding)(initial[name], np.asarray(loaded[name]))
-
-    return {name: merged(name) for name in HEAD}, note
 
 
 def _describe_head(pretrained: Pretrained, where: str) -> str:

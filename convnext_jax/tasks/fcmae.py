@@ -251,10 +251,11 @@ class FCMAE(Task):
         self, initial: Weights, trained: LoadedWeights, facts: Mapping[str, Any]
     ) -> tuple[Weights, list[str]]:
         """Takes the encoder and, if there is one, the decoder. The norm and head of a classifier are dropped."""
+        pretrained = trained.as_classifier()
         encoder, decoder = split_decoder(trained.weights)
         new = split_decoder(initial)[1]
-        if trained.pretrained and trained.pretrained.decoder:
-            decoder = decoder_parameters(trained.pretrained.decoder, {name: x.shape for name, x in new.items()})
+        if pretrained and pretrained.decoder:
+            decoder = decoder_parameters(pretrained.decoder, {name: x.shape for name, x in new.items()})
         notes = [] if decoder else ['the decoder is newly initialised']
         if dropped := [name for name in AFTER_TRUNK if name in encoder]:
             notes.append(f'FCMAE has no classifier, so these are dropped: {", ".join(dropped)}')

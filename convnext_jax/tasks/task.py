@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from convnext_jax.data.dataset import Batch, Dataset, Features
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
-from convnext_jax.interop import ImageProcessor, Pretrained
+from convnext_jax.interop import ImageProcessor, Pretrained, PretrainedModel, as_classifier
 from convnext_jax.models import Execution, Variant, Weights, get_variant
 
 
@@ -47,7 +47,17 @@ class LoadedWeights(NamedTuple):
     weights: Weights
     facts: Mapping[str, Any]
     where: str
-    pretrained: Pretrained | None = None
+    pretrained: PretrainedModel | None = None
+
+    def as_classifier(self) -> Pretrained | None:
+        """`pretrained`, if the weights are those of a classifier or an encoder.
+
+        Raises:
+            UserError: they are those of a UPerNet.
+        """
+        if any(name.startswith('backbone.') for name in self.weights):
+            raise UserError(f'{self.where} has the weights of a UPerNet: only the task segmentation can start from it')
+        return as_classifier(self.pretrained) if self.pretrained else None
 
 
 class Measured(NamedTuple):
@@ -284,7 +294,7 @@ class Task(abc.ABC):
         """
         return trained.weights, list(trained.pretrained.notes) if trained.pretrained else []
 
-    def pretrained(self, model: nnx.Module, facts: Mapping[str, Any]) -> Pretrained:
+    def pretrained(self, model: nnx.Module, facts: Mapping[str, Any]) -> PretrainedModel:
         """A trained network in the form that the commands predict, convert and export need.
 
         Args:
@@ -311,7 +321,7 @@ class Task(abc.ABC):
         data = self.config.data
         return LabelledData(data.name, data.dir, data.train_split, data.eval_split)
 
-    def config_for(self, pretrained: Pretrained, where: str) -> ConfigDict:
+    def config_for(self, pretrained: PretrainedModel, where: str) -> ConfigDict:
         """The config for an evaluation of weights of another library.
 
         Args:

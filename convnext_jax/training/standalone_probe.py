@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from convnext_jax.config import check_values
-from convnext_jax.interop import Pretrained
+from convnext_jax.interop import PretrainedModel, as_classifier
 from convnext_jax.interop.processor import processor_for
 from convnext_jax.models import get_weights, with_parameters
 from convnext_jax.output import say
@@ -75,7 +75,8 @@ def probe_weights(config: ConfigDict, where: str, params: str, protocol: ProbePr
     return {'weights': where, 'layout': pretrained.layout, 'params': params} | _probe(config, pretrained, protocol)
 
 
-def _probe(config: ConfigDict, pretrained: Pretrained, protocol: ProbeProtocol) -> Result:
+def _probe(config: ConfigDict, pretrained: PretrainedModel, protocol: ProbeProtocol) -> Result:
+    pretrained = as_classifier(pretrained)
     task, mesh = make_task(config), make_mesh()
     processor = processor_for(pretrained.model.in_channels, pretrained.processor or task.processor)
     processor = dataclasses.replace(

@@ -12,7 +12,7 @@ from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, read_about, r
 from convnext_jax.checkpoints.workdir import CHECKPOINTS, CONFIG, workdir_path
 from convnext_jax.config import read_config
 from convnext_jax.errors import UserError
-from convnext_jax.interop import Licence, Pretrained, read_pretrained
+from convnext_jax.interop import Licence, PretrainedModel, read_model
 from convnext_jax.models import Weights, get_weights, with_parameters
 from convnext_jax.runtime.processes import all_gather_objects, make_global_array
 from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
@@ -20,14 +20,14 @@ from convnext_jax.tasks import LoadedWeights, Task, abstract_model, make_task
 STATE_FIELDS = {'raw': 'parameters', 'ema': 'ema'}
 
 
-def read_weights(where: str, params: str, name: str | None = None) -> Pretrained:
-    """Reads a model with its weights from the newest checkpoint of a run, or with `read_pretrained`.
+def read_weights(where: str, params: str, name: str | None = None) -> PretrainedModel:
+    """Reads a model with its weights from the newest checkpoint of a run, or with `read_model`.
 
     Args:
-        where: the workdir of a run, or anything that `read_pretrained` accepts.
+        where: the workdir of a run, or anything that `read_model` accepts.
         params: 'raw' or 'ema'. In a file of another library, 'raw' is the entry 'model' or 'state_dict', and 'ema' the
             entry 'model_ema' or 'state_dict_ema'.
-        name: as for `read_pretrained`.
+        name: as for `read_model`.
 
     A file without a head is accepted: the head then has one newly initialised output, see `Pretrained.has_head`.
 
@@ -36,7 +36,7 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
     """
     field = weights_field(params)
     if not _is_run(where):
-        pretrained = read_pretrained(where, name=name, entry=_entry(params), new_classes=1, key=jax.random.key(0))
+        pretrained = read_model(where, name=name, entry=_entry(params), new_classes=1)
         return pretrained._replace(origin=f'the {params} weights of {where} ({pretrained.layout} layout)')
     workdir = _folder(where)
     config = read_config(workdir / CONFIG)
@@ -97,7 +97,7 @@ def _run_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence |
 def _other_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
     """The weights in a file of another library without newly initialised parameters, a message, and their licence."""
     weights_field(params)
-    pretrained = read_pretrained(where, entry=_entry(params), new_classes=1, key=jax.random.key(0))
+    pretrained = read_model(where, entry=_entry(params), new_classes=1)
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.newly_initialised}
     licence = pretrained.licence
     if licence:
