@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import fcmae, finetune, imagenet22k, isotropic, v2_finetune
+from configs import ade20k, fcmae, finetune, imagenet22k, isotropic, v2_finetune
 from convnext_jax.config import as_dict, changed_fields, check_values, default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, list_models
@@ -28,8 +28,10 @@ VARIANTS = {
     'finetune': finetune.VARIANTS,
     'v2_finetune': list(v2_finetune.RECIPES),
     'fcmae': list(fcmae.VARIANTS),
+    'ade20k': list(ade20k.RECIPES),
+    'masks': ['tiny', 'convnextv2_atto'],
 }
-DEFAULTS = {'default': 'classification', 'default_fcmae': 'fcmae'}
+DEFAULTS = {'default': 'classification', 'default_fcmae': 'fcmae', 'default_segmentation': 'segmentation'}
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 
 
@@ -66,8 +68,10 @@ def test_recipes_pass_the_checks_of_a_run(family, variant):
     config = build(family, variant)
     check_values(config)
     make_task(config).assume_data()
-    assert 'stem.conv.kernel' in get_parameters(abstract_model(config))
+    prefix = 'backbone.' if config.task == 'segmentation' else ''
+    assert f'{prefix}stem.conv.kernel' in get_parameters(abstract_model(config))
     assert config.optimizer.warmup_epochs < config.epochs
+    assert config.optimizer.warmup_steps <= config.steps
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,8 @@ def test_recipes_pass_the_checks_of_a_run(family, variant):
         (4096, 4e-3, 'v2_finetune', 'nano_22k'),
         (512, 5e-5, 'v2_finetune', 'huge_22k_1k_512'),
         (4096, 2.4e-3, 'fcmae', 'huge'),
+        (16, 1e-4, 'ade20k', 'base_22k'),
+        (16, 8e-5, 'ade20k', 'xlarge'),
     ],
 )
 def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, family, variant):
@@ -92,7 +98,7 @@ def test_the_peak_is_the_published_learning_rate(batch_size, learning_rate, fami
     assert config.optimizer.learning_rate * batch_size / 256 == pytest.approx(learning_rate)
 
 
-@pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune', 'fcmae'])
+@pytest.mark.parametrize('family', ['isotropic', 'imagenet22k', 'finetune', 'v2_finetune', 'fcmae', 'ade20k'])
 def test_an_unknown_variant_is_refused_with_the_known_ones(family):
     """The user sees a traceback for a mistyped variant."""
     with pytest.raises(UserError, match=f"configs/{family}.py has no variant 'medium'; choose one of .*, "):

@@ -16,7 +16,7 @@ from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.batch_norm import BatchNorm
 from convnext_jax.models.execution import Execution
 from convnext_jax.models.layers import Linear
-from convnext_jax.models.parameters import AnyArray
+from convnext_jax.models.parameters import AnyArray, get_parameters
 from convnext_jax.models.trunk import check_key
 from convnext_jax.models.variants import Variant
 
@@ -249,6 +249,20 @@ class UPerNet(nnx.Module):
     def num_classes(self) -> int:
         """The number of classes."""
         return self.decode_head.classifier.bias.shape[0]
+
+    def multiply_adds(self, image_size: int) -> int:
+        """Multiply-adds of the convolutions and linear layers in the forward pass of a square image, with all heads."""
+        maps = [image_size // stride for stride in self.variant.strides]
+        sides = {'bottleneck': maps[-1], 'fpn_bottleneck': maps[0], 'classifier': maps[0]}
+        sides |= {f'pooling.{i}': scale for i, scale in enumerate(self.decode_head.pool_scales)}
+        sides |= {f'{convs}.{i}': side for convs in ('lateral_convs', 'fpn_convs') for i, side in enumerate(maps[:-1])}
+        auxiliary = dict.fromkeys(('conv', 'classifier'), maps[AUXILIARY_STAGE])
+        total = self.variant.multiply_adds(image_size, 0, self.in_channels)
+        for head, of_layer in ((self.decode_head, sides), (self.auxiliary_head, auxiliary)):
+            for name, x in get_parameters(head).items() if head else ():
+                if name.endswith('.kernel'):
+                    total += x.size * of_layer[name.removesuffix('.kernel')] ** 2
+        return total
 
     def __call__(
         self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None

@@ -40,6 +40,7 @@ __all__ = [
 TASKS = {
     'classification': 'convnext_jax.tasks.classification:Classification',
     'fcmae': 'convnext_jax.tasks.fcmae:FCMAE',
+    'segmentation': 'convnext_jax.tasks.segmentation:Segmentation',
 }
 """Name → module and class, which are imported on first use."""
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
+from convnext_jax.data.mask_classes import IGNORED
 from convnext_jax.models import UPerNet
-from convnext_jax.tasks.segmentation_loss import IGNORED
-from convnext_jax.tasks.sliding_windows import SlidingWindows
+from convnext_jax.tasks.sliding_windows import NOT_FINITE, SlidingWindows
 from convnext_jax.tasks.task import Batch, Evaluator, Measured
 
 
@@ -35,32 +35,37 @@ class MeanIoU(Evaluator):
 
         Returns:
             Sums over the examples with weight above 0: `confusion`, (classes, classes) int32, the number of pixels of
-            each label (row) and predicted class (column), without ignored pixels; and `padded_images`, the number of
-            images that are smaller than a window in height or width.
+            each label (row) and predicted class (column), without ignored pixels; `padded_images`, the number of images
+            that are smaller than a window in height or width; and `not_finite`, the number of labelled pixels whose
+            logits are NaN or infinite.
         """
 
-        def of_image(example: Batch) -> tuple[jax.Array, jax.Array]:
+        def of_image(example: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
             counted = example['weight'] > 0
             size, label_size = (jnp.where(counted, example[name], 0) for name in ('image_size', 'label_size'))
             label = example['label']
             predicted = self.windows.classes(model, example['image'], size, label_size, label.shape)
             rows, columns = (jnp.arange(side) for side in label.shape)
-            inside = (rows[:, None] < label_size[0]) & (columns < label_size[1])
+            label = jnp.where((rows[:, None] < label_size[0]) & (columns < label_size[1]), label, IGNORED)
             padded = counted & (size < self.windows.crop).any()
-            return confusion_matrix(jnp.where(inside, label, IGNORED), predicted, model.num_classes), padded
+            not_finite = ((label != IGNORED) & (predicted == NOT_FINITE)).sum()
+            return confusion_matrix(label, predicted, model.num_classes), padded, not_finite
 
         names = ('image', 'image_size', 'label', 'label_size', 'weight')
-        confusions, padded = jax.lax.map(of_image, {name: batch[name] for name in names})
-        return Measured({'confusion': confusions.sum(0), 'padded_images': padded.sum()})
+        confusions, padded, not_finite = jax.lax.map(of_image, {name: batch[name] for name in names})
+        return Measured({'confusion': confusions.sum(0), 'padded_images': padded.sum(), 'not_finite': not_finite.sum()})
 
     def summary(self, measured: Measured) -> dict[str, float]:
         """The metrics of a split in percent.
 
         `miou` is the mean IoU over the classes that occur among the labels or the predictions, `macc` the mean accuracy
         over the classes that occur among the labels, and `aacc` the accuracy over all labelled pixels. All are NaN if
-        no pixel has a label. `padded_images` is the number of images that are smaller than a window, if any.
+        no pixel has a label, or if logits are NaN or infinite. `padded_images` is the number of images that are smaller
+        than a window, if any.
         """
         confusion = np.asarray(measured.sums['confusion'])
+        if measured.sums['not_finite']:
+            confusion = np.full(confusion.shape, np.nan)
         iou, accuracy, labelled = class_scores(confusion)
         with np.errstate(invalid='ignore'):
             values = {
@@ -90,9 +95,12 @@ class MeanIoU(Evaluator):
 def confusion_matrix(
     labels: UInt8[Array, 'h w'], predicted: UInt8[Array, 'h w'], classes: int
 ) -> Int[Array, '{classes} {classes}']:
-    """The number of pixels of each label (row) and predicted class (column), without ignored labels: int32."""
-    # Labels of 255 and above the classes give indices beyond the matrix, which are dropped.
-    pairs = jnp.where(labels < classes, labels.astype(jnp.int32) * classes + predicted, classes**2)
+    """The number of pixels of each label (row) and predicted class (column), int32.
+
+    Pixels without a label, and predictions that are not finite, do not count: their index is beyond the matrix.
+    """
+    known = (labels < classes) & (predicted < classes)
+    pairs = jnp.where(known, labels.astype(jnp.int32) * classes + predicted, classes**2)
     counts = jnp.zeros(classes**2, jnp.int32).at[pairs.reshape(-1)].add(1, mode='drop')
     return counts.reshape(classes, classes)
 

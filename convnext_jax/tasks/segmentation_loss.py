@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from convnext_jax.data.mask_classes import IGNORED
 from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.upernet import HeadLogits, resize
 from convnext_jax.tasks.task import Loss
 
-IGNORED = 255
-"""Label of pixels that have no class, such as padding."""
 AUXILIARY_WEIGHT = 0.4
 """Factor on the loss of the auxiliary head."""
 

@@ -13,6 +13,8 @@ from convnext_jax.models.layers import FSDP_AXIS, device_axes
 
 ROWS = 32
 """Number of rows of an image whose classes are computed at once from the logits of the resized image."""
+NOT_FINITE = 255
+"""Class of pixels whose logits are NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class SlidingWindows:
         original_size: Int[Array, '2'],
         shape: tuple[int, ...],
     ) -> UInt8[Array, 'h w']:
-        """The class of each pixel of the original image, (h, w) uint8; the values of padding are arbitrary.
+        """The class of each pixel of the original image, or `NOT_FINITE`; the values of padding are arbitrary.
 
         Args:
             model: the network, for inference.
@@ -57,6 +59,9 @@ class SlidingWindows:
             size: (2,) int32, height and width of the resized image without padding; (0, 0) for no image.
             original_size: (2,) int32, height and width of the original image.
             shape: (h, w), the size of the result, at least `original_size`.
+
+        Returns:
+            (h, w) uint8.
         """
         below, right = (max(self.crop - side, 0) for side in image.shape[:2])
         image = jnp.pad(normalize(image[None], self.mean, self.std)[0], ((0, below), (0, right), (0, 0)))
@@ -74,7 +79,8 @@ class SlidingWindows:
             if mirrored is not None:
                 others = _resized(mirrored, size, original_size, rows, original_size[1] - 1 - columns)
                 values = jax.nn.softmax(values) + jax.nn.softmax(others)
-            return jax.lax.dynamic_update_slice(classes, values.argmax(-1).astype(jnp.uint8), (ROWS * strip, 0))
+            best = jnp.where(jnp.isfinite(values.max(-1)), values.argmax(-1), NOT_FINITE).astype(jnp.uint8)
+            return jax.lax.dynamic_update_slice(classes, best, (ROWS * strip, 0))
 
         strips = -(-original_size[0] // ROWS)
         classes = jnp.zeros((-(-shape[0] // ROWS) * ROWS, shape[1]), jnp.uint8)

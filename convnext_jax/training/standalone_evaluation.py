@@ -130,10 +130,11 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
 
 def _changed(config: ConfigDict, protocol: EvaluationProtocol) -> ConfigDict:
     config = config.copy_and_resolve_references()
-    try:
-        config.update_from_flattened_dict(protocol.changes)
-    except KeyError as error:  # --flip, say, of a task that has no such field
-        raise UserError(f'the task {config.task} cannot be evaluated so: {error.args[0]}') from error
+    for field, value in protocol.changes.items():
+        try:
+            config.update_from_flattened_dict({field: value})
+        except KeyError as error:  # --flip, say, of a task that has no such field
+            raise UserError(f'the task {config.task} cannot be evaluated so: it has no config field {field}') from error
     check_values(config)
     return config
 

@@ -157,3 +157,17 @@ def test_a_single_image_in_training_is_a_user_error():
     """The pooling to one position would divide by a variance of 0."""
     with pytest.raises(UserError, match='increase batch_size'):
         train(cases.random_upernet('v1'), cases.segmented((64, 96))[0][:1], jax.random.key(0))
+
+
+@pytest.mark.parametrize(('size', 'published'), [('tiny', 939), ('small', 1027), ('base', 1170)])
+def test_the_multiply_adds_are_the_published_ones(size, published):
+    """The reported utilisation of the accelerators would be wrong. The paper counts an image of 512 × 2048 pixels."""
+
+    def count(**arguments):
+        variant = get_variant(f'convnext_{size}')
+        network = jax.eval_shape(lambda key: UPerNet(variant, key=key, **arguments), jax.random.key(0))
+        return 4 * network.multiply_adds(512) / 1e9
+
+    assert count(auxiliary_channels=0) == pytest.approx(published, abs=1)
+    auxiliary = 4 * 32**2 * (9 * get_variant(f'convnext_{size}').widths[2] * 256 + 256 * 150) / 1e9
+    assert count() - count(auxiliary_channels=0) == pytest.approx(auxiliary)

@@ -136,7 +136,7 @@ def test_the_metrics_are_those_of_ten_lines_of_numpy():
     confusion[3] = 0  # class 3 is predicted, but has no label; class 4 does not occur
     ious = [confusion[c, c] / (confusion[c].sum() + confusion[:, c].sum() - confusion[c, c]) for c in range(4)]
     accuracies = [confusion[c, c] / confusion[c].sum() for c in range(3)]
-    measured = Measured({'confusion': confusion, 'padded_images': np.float64(0)})
+    measured = Measured({'confusion': confusion, 'padded_images': np.float64(0), 'not_finite': np.float64(0)})
     metrics = compute_metrics(evaluator(), 7, {'': measured})
     assert metrics.keys() == {'images', 'miou', 'macc', 'aacc'}
     assert metrics['miou'] == pytest.approx(100 * np.mean(ious), rel=1e-12)
@@ -156,7 +156,22 @@ def test_the_metrics_are_those_of_ten_lines_of_numpy():
 
 def test_a_split_without_labelled_pixels_is_not_a_number():
     """0 % would look like a bad network, and a division by zero would end the run."""
-    measured = Measured({'confusion': np.zeros((CLASSES, CLASSES)), 'padded_images': np.float64(2)})
+    sums = {'confusion': np.zeros((CLASSES, CLASSES)), 'padded_images': np.float64(2), 'not_finite': np.float64(0)}
+    measured = Measured(sums)
     metrics = evaluator().summary(measured)
     assert np.isnan([metrics['miou'], metrics['macc'], metrics['aacc']]).all()
     assert metrics['padded_images'] == 2
+
+
+def test_logits_that_are_not_finite_are_no_class():
+    """A network whose weights are NaN would look like a bad network: the largest of the NaN is class 0."""
+
+    @jax.tree_util.register_static
+    class Broken(Network):
+        def __call__(self, images):
+            return super().__call__(images).at[0, 3, 4, 2].set(jnp.nan)
+
+    (batch,) = batches(len(SIZES))
+    measured = jax.jit(lambda batch: evaluator().measure(Broken(), batch))(batch)
+    assert measured.sums['not_finite'] > 0
+    assert np.isnan(list(evaluator().summary(jax.device_get(measured)).values())[:3]).all()
