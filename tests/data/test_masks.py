@@ -8,8 +8,7 @@ from PIL import Image
 
 from convnext_jax.data.masks import open_masks
 from convnext_jax.errors import UserError
-
-SAMPLE = Path(__file__).parent / 'ade20k_sample'
+from tests.reference.cases import SAMPLE
 
 
 def write(path, value=0, size=(6, 4)):

@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import jax
 import numpy as np
+import PIL.Image
 import timm
 import torch
 import transformers
@@ -441,9 +442,58 @@ def distorted(image: np.ndarray, distortion: tuple) -> np.ndarray:
     return image if contrast_first else linear(image, contrast)
 
 
+def opencv_scaled(image: np.ndarray, limits: tuple[int, int], interpolation: int) -> np.ndarray:
+    """`mmcv.imrescale`: the image enlarged or reduced to fit into the limits of the longer and the shorter side."""
+    height, width = image.shape[:2]
+    factor = min(limits[0] / max(height, width), limits[1] / min(height, width))
+    return cv2.resize(image, (int(width * factor + 0.5), int(height * factor + 0.5)), interpolation=interpolation)
+
+
+def mmsegmentation_crop(image: Path, mask: Path, crop: int, draw: int) -> dict[str, np.ndarray]:
+    """The training pipeline of mmsegmentation for ADE20K, up to the flip, and the padding.
+
+    Its transforms are applied one after the other to the whole image. The random numbers are those of our pipeline.
+    """
+    rng = np.random.default_rng(draw)
+    pixels = cv2.imread(str(image))[:, :, ::-1]
+    label = np.array(PIL.Image.open(mask).convert('P'))
+    label[label == 0] = 255
+    label -= 1
+    label[label == 254] = 255
+
+    ratio = rng.uniform(0.5, 2.0)
+    limits = (int(2048 * ratio), int(512 * ratio))
+    pixels = opencv_scaled(np.ascontiguousarray(pixels), limits, cv2.INTER_LINEAR)
+    label = opencv_scaled(label, limits, cv2.INTER_NEAREST)
+
+    def draw_box() -> tuple[slice, slice]:
+        top, left = (rng.integers(0, max(side - crop, 0) + 1) for side in label.shape)
+        return slice(top, top + crop), slice(left, left + crop)
+
+    box = draw_box()
+    for _ in range(10):
+        classes, counts = np.unique(label[box], return_counts=True)
+        counts = counts[classes != 255]
+        if len(counts) > 1 and counts.max() / counts.sum() < 0.75:
+            break
+        box = draw_box()
+    pixels, label = pixels[box], label[box]
+    if rng.random() < 0.5:
+        pixels, label = pixels[:, ::-1], label[:, ::-1]
+    height, width = label.shape
+    missing = (0, crop - height, 0, crop - width)
+    pixels = cv2.copyMakeBorder(np.ascontiguousarray(pixels), *missing, cv2.BORDER_CONSTANT, value=0)
+    label = cv2.copyMakeBorder(np.ascontiguousarray(label), *missing, cv2.BORDER_CONSTANT, value=255)
+    return {'image': pixels, 'label': label, 'size': np.array([height, width])}
+
+
 def opencv() -> dict[str, np.ndarray]:
-    """Resized images, and images with other colours, by OpenCV."""
+    """Resized images, images with other colours, and crops with masks, by OpenCV."""
     found = {}
+    (image,), (mask,) = (sorted(cases.SAMPLE.glob(f'{kind}/*/*')) for kind in ('images', 'annotations'))
+    for draw, crop in cases.MASK_CROPS:
+        example = mmsegmentation_crop(image, mask, crop, draw)
+        found |= {f'crop {crop} {draw} {name}': reference.sketch(x) for name, x in example.items()}
     for number, distortion in enumerate(cases.DISTORTIONS):
         found[f'distortion {number}'] = reference.sketch(distorted(cases.DISTORTED, distortion))
     for old, new in cases.RESIZED:

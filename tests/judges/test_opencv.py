@@ -1,4 +1,4 @@
-"""Comparison with OpenCV: resized and distorted photographs and random images."""
+"""Comparison with OpenCV: resized and distorted images, and mmsegmentation's crops of images and masks."""
 
 from pathlib import Path
 
@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_jax.data.decode import decode
 from convnext_jax.data.distortion import apply_distortion, draw_distortion, hsv_to_rgb, rgb_to_hsv
+from convnext_jax.data.masks import open_masks
 from convnext_jax.data.opencv_resize import resize_bilinear, resize_nearest
+from convnext_jax.data.segmentation import EvalMasks, TrainMasks
 from tests.judges import record
+from tests.reference.cases import SAMPLE
 
 PHOTOS = [
-    Path(__file__).parents[1] / 'data' / 'ade20k_sample' / 'images' / 'validation' / 'ADE_val_00000003.jpg',
+    *SAMPLE.glob('images/validation/*.jpg'),
     *sorted((Path(__file__).parents[3] / 'shared' / 'data' / 'coco_mini' / 'val2017').glob('*.jpg')),
 ]
 
@@ -86,3 +90,33 @@ def test_distorted_photographs(path):
         difference = ours[number].astype(int) - theirs
         assert np.abs(difference).max() <= 3  # a difference of 1 before the next steps
         assert np.mean(difference != 0) < 1e-3
+
+
+def test_training_crops():
+    """The stored crops are few."""
+    source = open_masks('masks', str(SAMPLE), 'validation', reduce_zero_label=True)
+    paths = source[0][2:]
+    for draw in range(60):
+        crop = (64, 200, 350)[draw % 3]
+        ours = TrainMasks(source, crop).load(0, (draw,))
+        for name, theirs in record.mmsegmentation_crop(*paths, crop, draw).items():
+            np.testing.assert_array_equal(ours[name], theirs, err_msg=f'{name} of draw {draw}')
+
+
+def test_evaluation_image():
+    """The published mIoU would be measured on other pixels."""
+    source = open_masks('masks', str(SAMPLE), 'validation', reduce_zero_label=True)
+    theirs = record.opencv_scaled(cv2.imread(source.name(0)), (2048, 512), cv2.INTER_LINEAR)[:, :, ::-1]
+    np.testing.assert_array_equal(EvalMasks(source).load(0)['image'], theirs)
+
+
+def test_opencv_rotates_images_as_their_exif_orientation_says(tmp_path):
+    """Masks that fit mmsegmentation would not fit here."""
+    path = tmp_path / 'rotated.jpg'
+    with Image.open(PHOTOS[0]) as image:
+        for orientation in range(1, 9):
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.save(path, exif=exif)
+            ours = np.asarray(decode(path.read_bytes(), 3, 'rotated.jpg'))
+            np.testing.assert_array_equal(ours, cv2.imread(str(path))[:, :, ::-1])

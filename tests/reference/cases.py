@@ -229,5 +229,10 @@ DISTORTIONS = (
 DISTORTED = draw_bytes('distorted', (5, 32, 3))
 
 
+SAMPLE = Path(__file__).parents[1] / 'data' / 'ade20k_sample'
+MASK_CROPS = tuple((draw, crop) for draw in range(4) for crop in (96, 512))
+"""(Seed, side of the crop)."""
+
+
 def resizable(size: tuple[int, int]) -> np.ndarray:
     return draw_bytes(f'resizable {size}', (*size, 3))
