@@ -7,6 +7,8 @@ prepare imagenet2012 --manual_dir=TARS --data_dir=DATA
                                              write ImageNet-1k as a data set for training, from the official tars
 prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
+prepare masks --manual_dir=DIR --data_dir=DATA --name=NAME
+                                             write DIR/images/SPLIT/ and the masks in DIR/annotations/SPLIT/ likewise
 models                                       list the architectures
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns
 embed PHOTO... --weights=WEIGHTS --output=FILE.npz
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.commands.eval import main as evaluate
 from convnext_jax.commands.train import main as train
-from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012
+from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012, prepare_masks
 from convnext_jax.embedding import check_format, embed, save_embeddings
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
@@ -54,12 +56,30 @@ def prepare(arguments: list[str]) -> None:
     flags.DEFINE_string(
         'name', None, 'Name of the data set made from folders; training reads it as data.name.', flag_values=values
     )
-    (what,) = parse(values, arguments, usage=__doc__, positional=('imagenet2012 or folder',))
-    if what not in ('imagenet2012', 'folder'):
-        raise UserError(f"prepare needs 'imagenet2012' or 'folder', not '{what}'")
+    flags.DEFINE_string('image_dir', 'images', 'prepare masks: folder in manual_dir with images.', flag_values=values)
+    flags.DEFINE_string(
+        'mask_dir', 'annotations', 'prepare masks: folder in manual_dir with masks.', flag_values=values
+    )
+    flags.DEFINE_string('classes', '', "prepare masks: file of class names; '': beside the masks.", flag_values=values)
+    flags.DEFINE_bool(
+        'reduce_zero_label', False, 'prepare masks: pixels of value 0 have no class, as in ADE20K.', flag_values=values
+    )
+    (what,) = parse(values, arguments, usage=__doc__, positional=('imagenet2012, folder or masks',))
+    if what not in ('imagenet2012', 'folder', 'masks'):
+        raise UserError(f"prepare needs 'imagenet2012', 'folder' or 'masks', not '{what}'")
     manual_dir, data_dir = (local_path(required(values, name)) for name in ('manual_dir', 'data_dir'))
     if what == 'folder':
         prepare_folder(manual_dir, data_dir, required(values, 'name'))
+    elif what == 'masks':
+        prepare_masks(
+            manual_dir,
+            data_dir,
+            required(values, 'name'),
+            image_dir=values.image_dir,
+            mask_dir=values.mask_dir,
+            classes=values.classes,
+            reduce_zero_label=values.reduce_zero_label,
+        )
     else:
         prepare_imagenet2012(manual_dir, data_dir)
 

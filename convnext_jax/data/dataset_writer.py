@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from convnext_jax.data.mask_classes import CATEGORIES, MaskClasses
 from convnext_jax.data.shards import read_bytes
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import say, to_json
@@ -31,24 +32,34 @@ DIGEST = 'plan.sha256'  # file in the scratch folder: digest of class names and 
 Serialize = Callable[[dict], bytes]
 
 
+class Mask(NamedTuple):
+    """The mask of an image: a file and its size."""
+
+    file: Path
+    size: int
+
+
 class Image(NamedTuple):
-    """An image to write: name in its split, class label, and the file, offset and size of its bytes."""
+    """An image to write: name in its split, class label or mask, and the file, offset and size of its bytes."""
 
     name: str
-    label: int
+    label: int | Mask
     file: Path
     offset: int
     size: int
 
 
 def write_dataset(
-    directory: Path, class_names: Sequence[str], splits: dict[str, list[Image]], encoding_format: str | None
+    directory: Path,
+    classes: Sequence[str] | MaskClasses,
+    splits: dict[str, list[Image]],
+    encoding_format: str | None,
 ) -> None:
-    """Writes a TFDS data set with the features `image`, `label` and `file_name`.
+    """Writes a TFDS data set with the features `image`, `label` or `mask`, and `file_name`.
 
     Args:
         directory: the folder DATA/NAME/VERSION that is created.
-        class_names: names of the labels.
+        classes: names of the labels; or the classes of masks, which are written to the file `CATEGORIES`.
         splits: name of a split → its images in any order; they are written in TFDS's order, by the hash of their names.
         encoding_format: 'jpeg' or 'png' if all images have this format; used by TFDS's own decoder.
 
@@ -57,24 +68,30 @@ def write_dataset(
     """
     import tensorflow_datasets as tfds
 
+    if isinstance(classes, MaskClasses):
+        target = {'mask': tfds.features.Image(shape=(None, None, 1), encoding_format='png')}
+    else:
+        target = {'label': tfds.features.ClassLabel(names=classes)}
     features = tfds.features.FeaturesDict(
         {
             'image': tfds.features.Image(encoding_format=encoding_format),
-            'label': tfds.features.ClassLabel(names=class_names),
+            **target,
             'file_name': tfds.features.Text(),
         }
     )
     scratch = directory.with_name(f'incomplete.{directory.name}')
     splits = {split: _in_order(split, images) for split, images in splits.items()}
     with _locked(directory.parent):
-        _begin(scratch, _digest(class_names, splits))
+        _begin(scratch, _digest(classes, splits))
         try:
             info = [
                 _write_split(scratch, f'{directory.parent.name}-{split}', split, images, features.serialize_example)
                 for split, images in splits.items()
             ]
             features.save_config(str(scratch))
-            _write_info(scratch / 'dataset_info.json', directory, info)
+            if isinstance(classes, MaskClasses):
+                (scratch / CATEGORIES).write_text(classes.to_json(), encoding='utf-8')
+            _write_info(scratch / 'dataset_info.json', directory, info, next(iter(target)))
             scratch.rename(directory)
             (directory / DIGEST).unlink()
         except OSError as error:
@@ -104,11 +121,13 @@ def _in_order(split: str, images: list[Image]) -> list[Image]:
     return sorted(images, key=lambda image: hashlib.md5(split.encode() + os.fsencode(image.name)).digest())
 
 
-def _digest(class_names: Sequence[str], splits: dict[str, list[Image]]) -> str:
-    digest = hashlib.sha256(repr((SHARD_BYTES, *class_names)).encode())
+def _digest(classes: Sequence[str] | MaskClasses, splits: dict[str, list[Image]]) -> str:
+    about = [classes.to_json()] if isinstance(classes, MaskClasses) else classes
+    digest = hashlib.sha256(repr((SHARD_BYTES, *about)).encode())
     for split, images in splits.items():
         for image in images:
-            digest.update(repr((split, image.name, image.label, image.size)).encode())
+            label = image.label.size if isinstance(image.label, Mask) else image.label
+            digest.update(repr((split, image.name, label, image.size)).encode())
     return digest.hexdigest()
 
 
@@ -170,9 +189,7 @@ def _write_shard(path: Path, images: Sequence[Image], serialize: Serialize, bar:
     try:
         writer = ArrayRecordWriter(str(plain_path(scratch.parent) / scratch.name), 'group_size:1')
         with ThreadPoolExecutor(READERS) as pool:
-            files = pool.map(lambda image: read_bytes(image.file, image.offset, image.size), images)
-            for image, data in zip(images, files, strict=True):
-                record = {'image': data, 'label': image.label, 'file_name': os.fsencode(image.name)}
+            for record in pool.map(_record, images):
                 writer.write(serialize(record))
                 bar.update()
         writer.close()  # raises if a write has failed
@@ -183,8 +200,15 @@ def _write_shard(path: Path, images: Sequence[Image], serialize: Serialize, bar:
     scratch.rename(path)
 
 
-def _write_info(path: Path, directory: Path, splits: list[dict]) -> None:
-    feature_keys = [{'featureKey': 'image'}, {'featureKey': 'label'}]
+def _record(image: Image) -> dict:
+    record = {'image': read_bytes(image.file, image.offset, image.size), 'file_name': os.fsencode(image.name)}
+    if isinstance(image.label, Mask):
+        return record | {'mask': read_bytes(image.label.file, 0, image.label.size)}
+    return record | {'label': image.label}
+
+
+def _write_info(path: Path, directory: Path, splits: list[dict], target: str) -> None:
+    feature_keys = [{'featureKey': 'image'}, {'featureKey': target}]
     info = {
         'name': directory.parent.name,
         'version': directory.name,

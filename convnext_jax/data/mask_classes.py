@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,8 @@ from convnext_jax.errors import UserError, first_line
 
 IGNORED = 255
 """Pixel value, and label, of pixels that have no class."""
-FILES = ('objectInfo150.txt', 'classes.txt', 'categories.json')
+CATEGORIES = 'categories.json'
+FILES = ('objectInfo150.txt', 'classes.txt', CATEGORIES)
 """The names under which the list of classes is found beside the masks."""
 PNG = b'\x89PNG\r\n\x1a\n'
 GREY, PALETTE = 0, 3  # colour types of a PNG
@@ -60,6 +62,11 @@ class MaskClasses:
                 f'({self.values[0]} to {self.values[-1]}) and not the ignored value {IGNORED}{hint}'
             )
         return labels
+
+    def to_json(self) -> str:
+        """The content of a `CATEGORIES` file from which `find_classes` reads these classes."""
+        categories = [{'id': value, 'name': name} for value, name in zip(self.values, self.names, strict=True)]
+        return json.dumps({'reduce_zero_label': self.reduce_zero_label, 'categories': categories}, indent=1)
 
     def _ignored(self) -> tuple[int, ...]:
         return (0, IGNORED) if self.reduce_zero_label else (IGNORED,)
@@ -108,9 +115,13 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
         )
     try:
         text = path.read_text(encoding='utf-8-sig')
-        categories = _categories(text) if path.suffix == '.json' else None
+        content = json.loads(text) if path.suffix == '.json' else None
+        categories = _categories(content) if path.suffix == '.json' else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} cannot be read as a list of classes: {first_line(error)}') from error
+    stored = content.get('reduce_zero_label') if isinstance(content, dict) else None
+    if stored not in (None, reduce_zero_label):
+        raise UserError(f'{path} is for masks with reduce_zero_label={stored}: set data.reduce_zero_label={stored}')
     start = int(reduce_zero_label)
     if categories is None:
         categories = {start + number: name for number, name in enumerate(_names(text, path))}
@@ -123,9 +134,8 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
     return MaskClasses(tuple(categories[value] for value in values), tuple(values), reduce_zero_label)
 
 
-def _categories(text: str) -> dict[int, str]:
-    """Id → name, from a JSON list of {id, name} as in COCO, or an object whose `categories` is this list."""
-    content = json.loads(text)
+def _categories(content: Any) -> dict[int, str]:
+    """Id → name, from a list of {id, name} as in COCO's JSON files, or an object whose `categories` is this list."""
     rows = content['categories'] if isinstance(content, dict) else content
     categories = {int(row['id']): str(row['name']) for row in rows}
     if len(categories) < len(rows):

@@ -1,4 +1,4 @@
-"""Sources of semantic segmentation: random access to encoded images and their masks."""
+"""Sources of semantic segmentation: random access to encoded images and masks, in folders and prepared data sets."""
 
 import os
 import warnings
@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 from convnext_jax.data.class_names import normalize
 from convnext_jax.data.image_files import describe_left_out, find_images
 from convnext_jax.data.mask_classes import MaskClasses, find_classes
-from convnext_jax.data.sources import part_of_split
+from convnext_jax.data.sources import part_of_split, tfds_builder
 from convnext_jax.data.unlabelled_images import ALL_IMAGES
-from convnext_jax.errors import UserError
+from convnext_jax.errors import UserError, first_line
 from convnext_jax.paths import local_path
 
 
@@ -59,11 +59,13 @@ def open_masks(
     """Opens one split of a data set.
 
     Args:
-        name: 'masks' for two folders.
-        directory: the folder of the data set.
+        name: 'masks' for two folders, or the name of a data set that `prepare_masks` wrote.
+        directory: the folder of the data set; of a prepared one, the TFDS data directory.
         split: name of the split, or a part of it, such as 'training[:90%]'; 'images' for folders without splits.
-        image_dir, mask_dir: the folders of the images and masks in `directory`, with a folder for each split.
-        classes: the file with the list of classes; '' to look for it beside the masks and in `directory`.
+        image_dir, mask_dir: the folders of the images and masks in `directory`, with a folder for each split. A
+            prepared data set has none.
+        classes: the file with the list of classes; '' to look for it beside the masks and in `directory`, or for the
+            list of the prepared data set.
         reduce_zero_label: whether pixels of value 0 have no class. Classes without ids are then numbered from 1.
 
     Raises:
@@ -74,9 +76,12 @@ def open_masks(
             "TFDS's scene_parse150 does not have the 150 classes of ADE20K's benchmark: its masks number 100 kinds of "
             'instances. Download ADEChallengeData2016, and set --config.data.name=masks --config.data.dir=DIR'
         )
+    path = local_path(classes) if classes else None
+    if name != 'masks':
+        return PreparedMasks(name, directory, split, path, reduce_zero_label=reduce_zero_label)
     root = local_path(directory)
     masks = root / local_path(mask_dir)
-    found = find_classes([masks, root], local_path(classes) if classes else None, reduce_zero_label=reduce_zero_label)
+    found = find_classes([masks, root], path, reduce_zero_label=reduce_zero_label)
     return MaskFolders(root / local_path(image_dir), masks, split, found)
 
 
@@ -122,6 +127,50 @@ class MaskFolders:
     def __getitem__(self, index: int) -> MaskedImage:
         image, mask = self.files[index]
         return MaskedImage(_read(image), _read(mask), image, mask)
+
+
+class PreparedMasks:
+    """A TFDS data set in ArrayRecord format with the features `image` and `mask`, as `prepare_masks` writes it.
+
+    Args:
+        name, directory, split: as for `open_masks`.
+        classes: the file with the list of classes; None for the list that is stored in the data set.
+        reduce_zero_label: as for `open_masks`.
+
+    Raises:
+        UserError: the data set or split is missing, damaged, or has no masks; or as for `find_classes`.
+    """
+
+    def __init__(self, name: str, directory: str, split: str, classes: Path | None, *, reduce_zero_label: bool):
+        import tensorflow_datasets as tfds
+
+        builder = tfds_builder(name, directory)
+        if not {'image', 'mask'} <= set(builder.info.features):
+            raise UserError(
+                f'{name} has no masks: its features are {sorted(builder.info.features)}. Set --config.data.name=masks '
+                'for images and masks in folders'
+            )
+        self.classes = find_classes([Path(builder.data_path)], classes, reduce_zero_label=reduce_zero_label)
+        raw = tfds.decode.SkipDecoding()
+        try:
+            self._records = builder.as_data_source(split, decoders={'image': raw, 'mask': raw})
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"{name} has no split '{split}' in ArrayRecord format: {first_line(error)}") from error
+        self._split = f'{name} {split}'
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, index: int) -> str:
+        return f'{self._split}, example {index}'
+
+    def __getitem__(self, index: int) -> MaskedImage:
+        try:
+            record = self._records[index]
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f'{self.name(index)} cannot be read: {first_line(error)}') from error
+        name = f'{self.name(index)} ({os.fsdecode(record["file_name"])})'
+        return MaskedImage(record['image'], record['mask'], name, f'mask of {name}')
 
 
 def _find(folder: Path, split: str) -> dict[str, str]:

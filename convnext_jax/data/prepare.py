@@ -1,4 +1,4 @@
-"""The `prepare` command: converts ImageNet's tar files or a folder of images to a TFDS data set, without TensorFlow."""
+"""The `prepare` command: converts ImageNet's tar files or folders of images to a TFDS data set, without TensorFlow."""
 
 import re
 import sys
@@ -8,12 +8,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from convnext_jax.data.class_names import match_names
-from convnext_jax.data.dataset_writer import Image, describe_dataset, write_dataset
+from convnext_jax.data.dataset_writer import Image, Mask, describe_dataset, write_dataset
+from convnext_jax.data.mask_classes import find_classes
+from convnext_jax.data.masks import MaskFolders
 from convnext_jax.data.relabelling import check_has_classes
 from convnext_jax.data.shards import tar_members
 from convnext_jax.data.sources import FolderSource
 from convnext_jax.errors import UserError
 from convnext_jax.output import say
+from convnext_jax.paths import local_path
 
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
 OFFICIAL_COUNTS = {'train': 1_281_167, 'validation': 50_000}
@@ -65,18 +68,13 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
         UserError: the name is taken or invalid, a split has a class that is missing in the split with the most classes,
             there is only one class, or a split is not a folder of class folders; or as for `write_dataset`.
     """
-    import tensorflow_datasets as tfds
-
-    if not re.fullmatch('[a-z][a-z0-9_]*', name):
-        raise UserError(f"--name={name}: a TFDS name starts with a letter and consists of a-z, 0-9 and '_'")
-    if name in ('folder', 'webdataset', *tfds.list_builders(with_community_datasets=False)):
-        raise UserError(f'--name={name} is the name of another data set: choose another name')
+    _check_name(name)
     directory = data_dir / name / '1.0.0'
     if _is_prepared(directory):
         return
     if not manual_dir.is_dir():
         raise UserError(f'--manual_dir={manual_dir} is not a folder')
-    splits = sorted(path.name for path in manual_dir.iterdir() if path.is_dir() and not path.name.startswith('.'))
+    splits = _subfolders(manual_dir)
     if not splits:
         raise UserError(f'{manual_dir} contains no folders: put the images into {manual_dir}/SPLIT/CLASS/')
     sources = {split: FolderSource(manual_dir, split) for split in splits}
@@ -87,13 +85,78 @@ def prepare_folder(manual_dir: Path, data_dir: Path, name: str) -> None:
         if class_name != class_name.strip() or len(class_name.splitlines()) != 1 or not class_name.isprintable():
             raise UserError(f'{class_name!r} is not a valid class name in TFDS: rename its folder')
     for split in sources:
-        if not re.fullmatch(r'\w+', split) or split == 'all':
-            raise UserError(f"{manual_dir / split} is not a valid split name: rename it to letters, digits and '_'")
+        _check_split(manual_dir / split)
     images = {}
     for split, source in sources.items():
         labels = match_names(source.class_names, class_names, str(manual_dir / largest))
         images[split] = _folder_images(manual_dir / split, source, labels)
     write_dataset(directory, class_names, images, encoding_format=None)
+
+
+def prepare_masks(
+    manual_dir: Path,
+    data_dir: Path,
+    name: str,
+    *,
+    image_dir: str = 'images',
+    mask_dir: str = 'annotations',
+    classes: str = '',
+    reduce_zero_label: bool = False,
+) -> None:
+    """Writes images and masks in folders as the TFDS data set `name`, version 1.0.0.
+
+    The splits are the folders that are in `image_dir` and in `mask_dir`. The bytes of the masks are unchanged, so that
+    training needs the same `reduce_zero_label`.
+
+    Args:
+        manual_dir: the folder of the data set.
+        data_dir: TFDS data directory in which the data set is created.
+        name: name of the data set.
+        image_dir, mask_dir, classes, reduce_zero_label: as for `open_masks`.
+
+    Raises:
+        UserError: the name is taken or invalid, or there are no splits; or as for `find_classes`, `MaskFolders` and
+            `write_dataset`.
+    """
+    _check_name(name)
+    directory = data_dir / name / '1.0.0'
+    if _is_prepared(directory):
+        return
+    image_root, mask_root = manual_dir / local_path(image_dir), manual_dir / local_path(mask_dir)
+    for root in (image_root, mask_root):
+        if not root.is_dir():
+            raise UserError(f'{root} is not a folder: set --manual_dir, --image_dir and --mask_dir')
+    splits = [split for split in _subfolders(image_root) if (mask_root / split).is_dir()]
+    if not splits:
+        raise UserError(f'{image_root} and {mask_root} have no folders of equal names: they need one for each split')
+    found = find_classes(
+        [mask_root, manual_dir], local_path(classes) if classes else None, reduce_zero_label=reduce_zero_label
+    )
+    images = {}
+    for split in splits:
+        _check_split(image_root / split)
+        images[split] = _masked_images(image_root / split, MaskFolders(image_root, mask_root, split, found))
+    write_dataset(directory, found, images, encoding_format=None)
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError if a data set cannot have this name."""
+    import tensorflow_datasets as tfds
+
+    if not re.fullmatch('[a-z][a-z0-9_]*', name):
+        raise UserError(f"--name={name}: a TFDS name starts with a letter and consists of a-z, 0-9 and '_'")
+    if name in ('folder', 'webdataset', 'masks', *tfds.list_builders(with_community_datasets=False)):
+        raise UserError(f'--name={name} is the name of another data set: choose another name')
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+
+
+def _check_split(folder: Path) -> None:
+    """Raises UserError if the name of the folder cannot be the name of a split."""
+    if not re.fullmatch(r'\w+', folder.name) or folder.name == 'all':
+        raise UserError(f"{folder} is not a valid split name: rename it to letters, digits and '_'")
 
 
 def _tfds_lines(name: str) -> list[str]:
@@ -128,6 +191,17 @@ def _folder_images(root: Path, source: FolderSource, labels: Sequence[int]) -> l
     paths = ((Path(path), labels[label]) for path, label in source.files)
     try:
         return [Image(str(path.relative_to(root)), label, path, 0, path.stat().st_size) for path, label in paths]
+    except OSError as error:
+        raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
+
+
+def _masked_images(root: Path, source: MaskFolders) -> list[Image]:
+    pairs = ((Path(image), Path(mask)) for image, mask in source.files)
+    try:
+        return [
+            Image(str(image.relative_to(root)), Mask(mask, mask.stat().st_size), image, 0, image.stat().st_size)
+            for image, mask in pairs
+        ]
     except OSError as error:
         raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 

@@ -280,7 +280,7 @@ class TfdsSource:
     def __init__(self, name: str, directory: str, split: str):
         import tensorflow_datasets as tfds  # imported here because the import takes half a second
 
-        builder = _tfds_builder(name, directory)
+        builder = tfds_builder(name, directory)
         features = builder.info.features
         self.multi_label = 'real_label' in features
         self._field = 'real_label' if self.multi_label else 'label'
@@ -319,7 +319,12 @@ class TfdsSource:
         return EncodedImage(record['image'], tuple(map(int, label)) if self.multi_label else int(label), name)
 
 
-def _tfds_builder(name: str, directory: str):
+def tfds_builder(name: str, directory: str):
+    """TFDS's builder of a data set that is in `directory`, or that is bundled.
+
+    Raises:
+        UserError: the data set is missing or damaged.
+    """
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
 

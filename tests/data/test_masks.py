@@ -1,12 +1,15 @@
 """Folders of images and masks: which files belong together, and error messages."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_jax import __main__ as package_command
 from convnext_jax.data.masks import open_masks
+from convnext_jax.data.prepare import prepare_masks
 from convnext_jax.errors import UserError
 from tests.reference.cases import SAMPLE
 
@@ -116,3 +119,45 @@ def test_scene_parse150_of_tfds_is_refused():
     """It looks like the benchmark, but its masks have other classes."""
     with pytest.raises(UserError, match='100 kinds of instances'):
         open_masks('scene_parse150', '/data', 'train')
+
+
+def test_a_prepared_data_set_has_the_same_examples(folders, tmp_path):
+    """Training from large files would use other images, masks or classes."""
+    (folders / 'classes.txt').write_text('sky\ncar\ntree\n')
+    flags = (f'--manual_dir={folders}', f'--data_dir={tmp_path / "data"}', '--name=streets', '--reduce_zero_label')
+    package_command.main(['convnext_jax', 'prepare', 'masks', *flags])
+    for split, count in {'training': 3, 'validation': 1}.items():
+        original = open_masks('masks', str(folders), split, reduce_zero_label=True)
+        prepared = open_masks('streets', str(tmp_path / 'data'), split, reduce_zero_label=True)
+        prepared = pickle.loads(pickle.dumps(prepared))
+        assert len(prepared) == count
+        assert prepared.classes == original.classes
+        pairs = ({example[:2] for example in map(source.__getitem__, range(count))} for source in (original, prepared))
+        assert next(pairs) == next(pairs)
+    example = open_masks('streets', str(tmp_path / 'data'), 'training[:34%]', reduce_zero_label=True)[0]
+    assert example.mask_name.startswith('mask of streets training[:34%], example 0 (')
+    with pytest.raises(UserError, match=r'with reduce_zero_label=True: set data\.reduce_zero_label=True'):
+        open_masks('streets', str(tmp_path / 'data'), 'training')
+
+
+def test_preparing_explains_what_is_missing(folders, tmp_path):
+    """Hours of writing would end with an unusable data set, or the user would not know what to do."""
+
+    def message(name='streets', **options):
+        with pytest.raises(UserError) as error:
+            prepare_masks(folders, tmp_path / 'data', name, **options)
+        return str(error.value)
+
+    assert '--name=masks is the name of another data set' in message('masks')
+    assert '--image_dir' in message(image_dir='pictures')
+    assert 'no folders of equal names' in message(mask_dir='images/training')
+    (folders / 'annotations' / 'validation' / 'd.png').unlink()
+    write(folders / 'annotations' / 'validation' / 'e.png')
+    assert 'have no mask' in message()
+    assert not (tmp_path / 'data').exists()
+
+
+def test_a_data_set_without_masks_is_refused():
+    """The error would be a KeyError in the first batch."""
+    with pytest.raises(UserError, match='fashion_mnist_mini has no masks'):
+        open_masks('fashion_mnist_mini', '', 'train')

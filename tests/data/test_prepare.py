@@ -296,11 +296,12 @@ def test_class_names_that_tfds_cannot_store(tmp_path, name):
 @pytest.mark.parametrize(
     ('arguments', 'line'),
     [
-        ((), 'imagenet2012 or folder is missing'),
-        (('mnist',), "prepare needs 'imagenet2012' or 'folder', not 'mnist'"),
+        ((), 'imagenet2012, folder or masks is missing'),
+        (('mnist',), "prepare needs 'imagenet2012', 'folder' or 'masks', not 'mnist'"),
         (('imagenet2012',), '--manual_dir is missing'),
         (('folder', '--manual_dir=a'), '--data_dir is missing'),
         (('folder', '--manual_dir=a', '--data_dir=b'), '--name is missing'),
+        (('masks', '--manual_dir=a', '--data_dir=b'), '--name is missing'),
     ],
 )
 def test_prepare_refuses_incomplete_arguments(arguments, line):
