@@ -51,6 +51,19 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
     return converted if orientation == 1 else Image.fromarray(_upright(np.asarray(converted), orientation))
 
 
+def decode_rgb(image: bytes, name: str) -> np.ndarray:
+    """The pixels of `decode(image, 3, name)`, (H, W, 3) uint8. JPEGs are decoded faster, to equal values.
+
+    Raises:
+        UserError: as for `decode`.
+    """
+    if image.startswith(JPEG):
+        with contextlib.suppress(ValueError):  # CMYK or damaged: Pillow decodes it or reports the error
+            *_, orientation = _jpeg_header(image)
+            return _upright(simplejpeg.decode_jpeg(image), orientation)
+    return np.asarray(decode(image, 3, name))
+
+
 def upright_size(image: bytes, name: str) -> tuple[int, int]:
     """Width and height of the image that `decode` returns; most formats are not decoded for it.
 
@@ -184,12 +197,7 @@ def train_crop(
 
 
 def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float], seed: Sequence[int]) -> np.ndarray:
-    header = simplejpeg.decode_jpeg_header(image)
-    height, width, space = int(header[0]), int(header[1]), header[2]
-    if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError
-    with Image.open(io.BytesIO(image), formats=('JPEG',)) as file:  # parses only the header
-        orientation = _orientation(file)
+    height, width, orientation = _jpeg_header(image)
     stored_height, stored_width = height, width
     if orientation >= 5:
         height, width = width, height
@@ -207,6 +215,20 @@ def _fast_crop(image: bytes, size: int, channels: int, scale: tuple[float, float
     pixels = _upright(pixels, orientation)
     x_scale, y_scale = pixels.shape[1] / width, pixels.shape[0] / height
     return _filter(pixels, size, (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale))
+
+
+def _jpeg_header(image: bytes) -> tuple[int, int, int]:
+    """Height and width of the stored pixels of a JPEG, and its EXIF orientation.
+
+    Raises:
+        ValueError: simplejpeg cannot decode the image, or it is too large.
+    """
+    header = simplejpeg.decode_jpeg_header(image)
+    height, width, space = int(header[0]), int(header[1]), header[2]
+    if space not in ('YCbCr', 'RGB', 'Gray') or width * height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError
+    with Image.open(io.BytesIO(image), formats=('JPEG',)) as file:  # parses only the header
+        return height, width, _orientation(file)
 
 
 def _filter(pixels: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:

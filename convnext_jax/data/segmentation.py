@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from convnext_jax.data.dataset import Dataset, Example
-from convnext_jax.data.decode import decode, upright_size
+from convnext_jax.data.decode import decode_rgb, upright_size
 from convnext_jax.data.mask_classes import IGNORED, mask_size
 from convnext_jax.data.masks import MaskedImage, MaskSource
 from convnext_jax.data.opencv_resize import resize_bilinear, resize_nearest
@@ -38,16 +38,16 @@ class MaskedImages(Dataset):
     def check(self, index: int) -> None:
         self.decode(index)
 
-    def decode(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The upright image, and the class of each of its pixels, (H, W) uint8, or `IGNORED`.
+    def decode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The upright image, (H, W, 3) uint8, and the class of each of its pixels, (H, W) uint8, or `IGNORED`.
 
         Raises:
             UserError: the image or the mask cannot be decoded, or they differ in size.
         """
         example = self.source[index]
-        image = decode(example.image, 3, example.image_name)
+        image = decode_rgb(example.image, example.image_name)
         labels = self.classes.labels(example.mask, example.mask_name)
-        _check_sizes(example, image.size, labels.shape[::-1])
+        _check_sizes(example, image.shape[:2], labels.shape)
         return image, labels
 
 
@@ -103,7 +103,7 @@ class TrainMasks(MaskedImages):
         factor = rng.uniform(*self.scale)
         size = fit_size(labels.shape, (int(self.resize[0] * factor), int(self.resize[1] * factor)))
         rows, columns, label = self._draw_crop(labels, size, rng)
-        pixels = resize_bilinear(np.asarray(image), size, rows=rows, columns=columns)
+        pixels = resize_bilinear(image, size, rows=rows, columns=columns)
         if self.flip and rng.random() < 0.5:
             pixels, label = pixels[:, ::-1], label[:, ::-1]
         canvas = (self.crop, self.crop)
@@ -163,9 +163,9 @@ class EvalMasks(MaskedImages):
         image, label = self.decode(index)
         size = self._resized(label.shape)
         if self.squash:
-            pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+            pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         else:
-            pixels = resize_bilinear(np.asarray(image), size)
+            pixels = resize_bilinear(image, size)
         return {
             'image': pad(pixels, self.image_canvas),
             'image_size': np.array(size, np.int32),
@@ -176,9 +176,9 @@ class EvalMasks(MaskedImages):
     def _size(self, index: int) -> tuple[int, int]:
         """Height and width of an image, from the headers of the image and of its mask."""
         example = self.source[index]
-        width, height = upright_size(example.image, example.image_name)
-        _check_sizes(example, (width, height), mask_size(example.mask, example.mask_name))
-        return height, width
+        size = upright_size(example.image, example.image_name)[::-1]
+        _check_sizes(example, size, mask_size(example.mask, example.mask_name)[::-1])
+        return size
 
     def _resized(self, size: tuple[int, ...]) -> tuple[int, int]:
         return (self.squash, self.squash) if self.squash else fit_size(size, self.resize)
@@ -205,8 +205,8 @@ def pad(array: np.ndarray, size: tuple[int, int], value: int = 0) -> np.ndarray:
 
 def _largest_share(label: np.ndarray) -> float:
     """The share of the commonest class in the labelled pixels; 1 if there are less than two classes."""
-    counts = np.bincount(label.ravel(), minlength=IGNORED + 1)[:IGNORED]
-    return counts.max() / counts.sum() if np.count_nonzero(counts) > 1 else 1.0
+    counts = [count for count in Image.fromarray(label).histogram()[:IGNORED] if count]  # faster than NumPy
+    return max(counts) / sum(counts) if len(counts) > 1 else 1.0
 
 
 def _largest(sizes: list[tuple[int, int]]) -> tuple[int, int]:
@@ -219,10 +219,10 @@ def _check_limits(resize: tuple[int, int]) -> None:
         raise UserError(f'data.resize must be the limits of the longer and the shorter side in pixels, not {resize}')
 
 
-def _check_sizes(example: MaskedImage, image: tuple[int, int], mask: tuple[int, ...]) -> None:
+def _check_sizes(example: MaskedImage, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """Raises UserError if the image, rotated as its EXIF orientation says, and the mask differ in width or height."""
     if image != mask:
         raise UserError(
-            f'{example.mask_name} has {mask[0]}×{mask[1]} pixels, but the upright image {example.image_name} has '
-            f'{image[0]}×{image[1]}: the sizes must be equal'
+            f'{example.mask_name} has {mask[1]}×{mask[0]} pixels, but the upright image {example.image_name} has '
+            f'{image[1]}×{image[0]}: the sizes must be equal'
         )

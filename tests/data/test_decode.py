@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from convnext_jax.data import decode as decode_module
-from convnext_jax.data.decode import convert_mode, decode, eval_resize, resize, train_crop
+from convnext_jax.data.decode import convert_mode, decode, decode_rgb, eval_resize, resize, train_crop, upright_size
 from convnext_jax.errors import UserError
 
 SAMPLES = Path(__file__).parents[3] / 'shared' / 'data' / 'imagenet_samples'
@@ -159,6 +159,29 @@ def test_photographs_are_upright(form, orientation):
     expected = train_crop(encoded(upright, 'PNG'), 64, exact=True, **options)
     np.testing.assert_array_equal(train_crop(data, 64, exact=True, **options), expected)
     assert np.abs(train_crop(data, 64, **options).astype(int) - expected).mean() < (1 if form == 'JPEG' else 1e-9)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0}, {'quality': 30}], ids=str)
+def test_rgb_pixels_of_a_jpeg_equal_pillow_s(mode, options):
+    """Crops for segmentation would differ from those of mmsegmentation, or fail for some files."""
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        image = encoded(noise(37, 21).resize((61, 43)).convert(mode), 'JPEG', exif=exif, **options)
+        np.testing.assert_array_equal(decode_rgb(image, 'name'), np.asarray(decode(image, 3, 'name')))
+        assert upright_size(image, 'name') == decode(image, 3, 'name').size
+
+
+def test_rgb_pixels_of_a_damaged_or_enormous_jpeg_are_an_error(monkeypatch):
+    """The missing part would be trained as grey pixels."""
+    image = encoded(noise(90, 70), 'JPEG')
+    with pytest.raises(UserError, match=r'^photo\.jpg cannot be decoded'):
+        decode_rgb(image[:-500], 'photo.jpg')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    for function in (decode_rgb, upright_size):
+        with pytest.raises(UserError, match=r'^photo\.jpg cannot be decoded'):
+            function(image, 'photo.jpg')
 
 
 def test_damaged_exif_data_do_not_make_an_image_unreadable():
