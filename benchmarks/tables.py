@@ -147,6 +147,7 @@ TABLES = {
         },
     ),
     'parity': Table('parity', VALUE),
+    'input_masks': Table('input_masks', RANGE),
     'input': Table('input', {'Compared with': '{what}', 'Ratio of images/s': '{value:g}'}),
     'input_memory': Table(
         'input_memory', {'Workers': '{workers}', 'Minimum (MB)': '{least_mb:,}', 'Maximum (MB)': '{most_mb:,}'}
