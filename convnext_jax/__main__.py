@@ -125,7 +125,7 @@ def export(arguments: list[str]) -> None:
     flags.DEFINE_enum('format', 'stablehlo', ['stablehlo'], 'Format of the program.', flag_values=values)
     _define_weights(values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
-    pretrained = as_classifier(read_weights(source, values.params, values.name))
+    pretrained = read_weights(source, values.params, values.name)
     export_stablehlo(pretrained, target)
     _say_licence(pretrained)
     show(f'{target} holds model.stablehlo, model.safetensors ({pretrained.origin}) and model.json (classes and images)')

@@ -25,9 +25,10 @@ from convnext_jax.command_line import run
 from convnext_jax.config import read_config
 from convnext_jax.data.sources import BUNDLED, open_source
 from convnext_jax.errors import UserError
-from convnext_jax.interop import ImageProcessor, save_pretrained
-from convnext_jax.models import create_model, get_parameters, list_models, with_parameters
+from convnext_jax.interop import ImageProcessor, read_upernet, save_pretrained
+from convnext_jax.models import create_model, get_parameters, get_weights, list_models, with_parameters
 from convnext_jax.prediction import find_photos
+from tests.reference import cases
 
 
 @pytest.fixture
@@ -313,6 +314,32 @@ def test_convert_refuses_what_it_cannot_do(finished_run, arguments, line):
     """A mistake would end in a traceback, or overwrite a folder."""
     with pytest.raises(UserError, match=re.escape(line)):
         package_command.main(['convnext_jax', *(argument.format(run=finished_run) for argument in arguments)])
+
+
+def test_convert_keeps_a_upernet_with_its_classes_and_preprocessing(package, tmp_path):
+    """A segmentation network could not be given to other libraries, or would lose its class names."""
+    names = tuple(f'class {number}' for number in range(7))
+    processor = ImageProcessor(size=64, resample=2, squash=True)
+    save_pretrained(cases.random_upernet('v2'), tmp_path / 'hf', class_names=names, processor=processor)
+    shown = package('convert', tmp_path / 'hf', tmp_path / 'out')
+    origin = f'the raw weights of {tmp_path / "hf"} (huggingface layout)'
+    assert shown == f'{tmp_path / "out"} holds {origin}, in the huggingface layout\n'
+    before, after = (read_upernet(tmp_path / folder) for folder in ('hf', 'out'))
+    assert (after.class_names, after.processor) == (names, processor)
+    jax.tree.map(np.testing.assert_array_equal, get_weights(after.model), get_weights(before.model))
+    with pytest.raises(UserError, match='can only be saved as a whole, as huggingface, mmsegmentation, original'):
+        package('convert', tmp_path / 'hf', tmp_path / 'timm', '--layout=timm')
+
+
+def test_commands_for_classifiers_refuse_a_upernet(package, photos, tmp_path):
+    """They would end with a traceback."""
+    save_pretrained(cases.random_upernet('v1'), tmp_path / 'upernet')
+    weights = f'--weights={tmp_path / "upernet"}'
+    with pytest.raises(UserError, match='this is a UPerNet for semantic segmentation'):
+        package('embed', photos / 'b.jpg', weights, f'--output={tmp_path / "out.npz"}')
+    for probe in ((), ('--probe=knn',)):
+        with pytest.raises(UserError, match='this is a UPerNet for semantic segmentation'):
+            eval_command.main(['eval.py', '--config=configs/fashion_mnist.py', weights, *probe])
 
 
 @pytest.fixture

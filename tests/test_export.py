@@ -12,13 +12,14 @@ import pytest
 from conftest import TIMEOUT
 from safetensors.numpy import load_file
 
-from convnext_jax import ImageProcessor, create_model
+from convnext_jax import ImageProcessor, create_model, save_pretrained
 from convnext_jax.__main__ import main
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
-from convnext_jax.interop import Pretrained
+from convnext_jax.interop import Pretrained, read_upernet
 from convnext_jax.models import get_parameters, with_parameters
 from convnext_jax.training.weights import read_weights
+from tests.reference import cases
 
 ELSEWHERE = """
 import pathlib, sys
@@ -125,3 +126,27 @@ def test_grey_models_and_odd_ones(tmp_path):
         export_stablehlo(Pretrained(four, 'timm', None, None, (), []), tmp_path / 'four')
     with pytest.raises(UserError, match='3 class names for 2 classes'):
         export_stablehlo(Pretrained(grey, 'timm', ('a', 'b', 'c'), None, (), []), tmp_path / 'names')
+
+
+@pytest.mark.slow
+def test_a_upernet_is_exported_with_its_preprocessing(tmp_path):
+    """A segmentation network could not be deployed, or would get images in another range."""
+    processor = ImageProcessor(size=64, resample=2, squash=True, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    names = [f'class {number}' for number in range(7)]
+    save_pretrained(cases.random_upernet('v1'), tmp_path / 'folder', processor=processor, class_names=names)
+    main(['convnext_jax', 'export', str(tmp_path / 'folder'), str(tmp_path / 'out')])
+    program = jax.export.deserialize(bytearray((tmp_path / 'out' / 'model.stablehlo').read_bytes()))
+    weights = load_file(tmp_path / 'out' / 'model.safetensors')
+    images = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    logits = np.asarray(jax.jit(program.call)(weights, images))
+    expected = np.asarray(
+        jax.jit(lambda model, x: model(x))(read_upernet(tmp_path / 'folder').model, processor.normalize(images))
+    )
+    assert logits.shape == (2, 64, 64, 7)
+    assert np.abs(logits - expected).max() / expected.std() < 2e-5
+    about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+    assert about['class_names'] == names
+    assert about['activation'] == 'softmax'
+    assert about['masks'].startswith('resize the logits to the size of the image')
+    expected = {'size': 64, 'squash': True, 'resample': 'bilinear'}
+    assert {name: about['preprocessing'][name] for name in expected} == expected

@@ -1,6 +1,5 @@
 """load_pretrained and save_pretrained: read and write models in the folders and files of other libraries."""
 
-import dataclasses
 import inspect
 import math
 import warnings
@@ -25,7 +24,7 @@ from convnext_jax.interop.files import Tensors, write_folder
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
 from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
 from convnext_jax.interop.pretrained_upernet import PretrainedUPerNet, read_upernet
-from convnext_jax.interop.processor import ImageProcessor, processor_for, stored_processor
+from convnext_jax.interop.processor import ImageProcessor, processor_for, segmentation_processor, stored_processor
 from convnext_jax.interop.recognition import OpenedWeights, last_epsilon, open_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS, tensors_of
 from convnext_jax.models import (
@@ -289,9 +288,8 @@ def save_pretrained(
         UserError: the folder is not empty or not writable, a value is invalid, or the other library does not support
             the architecture.
     """
-    if isinstance(model, UPerNet) and processor is None:  # as in the published folders
-        processor = dataclasses.replace(processor_for(model.in_channels, None), size=512, resample=2, squash=True)
-    processor = processor_for(model.in_channels, processor)
+    default = segmentation_processor if isinstance(model, UPerNet) else processor_for
+    processor = default(model.in_channels, processor)
     files: dict[str, dict | bytes] = {}
     entry = 'model' if layout == 'original' else None
     if isinstance(model, UPerNet):

@@ -89,9 +89,9 @@ class ImageProcessor:
             raise UserError(
                 'preprocessor_config.json: do_resize=false and do_center_crop=true are not supported for ConvNeXt'
             )
-        size = config.get('size', 384)
         kind = str(config.get('image_processor_type') or config.get('feature_extractor_type'))
         squash = True if kind.startswith('Segformer') else None  # the processor of UPerNet
+        size = config.get('size', 512 if squash else 384)
         if squash and isinstance(size, dict):
             if size.get('height') != size.get('width'):
                 raise UserError(f'preprocessor_config.json: height and width must be equal, not {size}')
@@ -99,11 +99,12 @@ class ImageProcessor:
         size = size.get('shortest_edge') if isinstance(size, dict) else size
         if not isinstance(size, int):
             raise UserError(f'preprocessor_config.json: size must have a shortest_edge, not {config["size"]}')
-        mean, std = _three(config.get('image_mean') or HALF), _three(config.get('image_std') or HALF)
+        mean = _three(config.get('image_mean') or (IMAGENET_MEAN if squash else HALF))
+        std = _three(config.get('image_std') or (IMAGENET_STD if squash else HALF))
         return cls(
             size=size,
             crop_pct=config.get('crop_pct') or 224 / 256,
-            resample=config.get('resample', Image.Resampling.BICUBIC),
+            resample=config.get('resample', Image.Resampling.BILINEAR if squash else Image.Resampling.BICUBIC),
             squash=squash,
             rescale_factor=config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1,
             mean=mean if config.get('do_normalize', True) else (0.0,) * len(mean),
@@ -277,6 +278,20 @@ def processor_for(channels: int, given: ImageProcessor | None = None) -> ImagePr
     processor = given or (ImageProcessor(mean=(0.5,), std=(0.5,)) if channels == 1 else ImageProcessor())
     if len(processor.mean) != channels:
         raise UserError(f'the processor is for {len(processor.mean)} channels, the model for {channels}')
+    return processor
+
+
+def segmentation_processor(channels: int, given: ImageProcessor | None = None) -> ImageProcessor:
+    """The given processor, or the processor of the published UPerNets, which resizes to 512 × 512 pixels.
+
+    Raises:
+        UserError: as for `processor_for`, or the given processor crops images, so that a mask would lack their borders.
+    """
+    processor = processor_for(channels, given)
+    if given is None:
+        return dataclasses.replace(processor, size=512, resample=int(Image.Resampling.BILINEAR), squash=True)
+    if not processor.squashes:
+        raise UserError('a UPerNet needs preprocessing that does not crop images: use a processor with squash=True')
     return processor
 
 

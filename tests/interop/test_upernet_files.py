@@ -1,6 +1,7 @@
 """UPerNet in files: folders of transformers, round trips, new classifiers, backbones, and error messages."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -8,10 +9,13 @@ import pytest
 from random_models import random_model, save
 
 from convnext_jax import ImageProcessor, create_backbone, load_pretrained, save_pretrained
+from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
-from convnext_jax.interop import read_pretrained, read_upernet
+from convnext_jax.interop import as_classifier, read_pretrained, read_upernet
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS, tensors_of
-from convnext_jax.models import get_parameters, get_weights
+from convnext_jax.models import ConvNeXt, UPerNet, get_parameters, get_weights
+from convnext_jax.tasks import make_task
+from convnext_jax.training.weights import load_weights, read_weights
 from tests import reference
 from tests.reference import cases
 
@@ -197,6 +201,31 @@ def test_classifiers_and_upernets_are_not_confused(tmp_path):
     save_pretrained(random_model(), tmp_path / 'classifier')
     with pytest.raises(UserError, match='is not a UPerNet'):
         read_upernet(tmp_path / 'classifier')
+    for folder, network in (('upernet', UPerNet), ('classifier', ConvNeXt)):
+        assert isinstance(read_weights(str(tmp_path / folder), 'raw').model, network)
+    message = f'the raw weights of {tmp_path / "upernet"} (huggingface layout): this is a UPerNet'
+    with pytest.raises(UserError, match=re.escape(message)):
+        as_classifier(read_weights(str(tmp_path / 'upernet'), 'raw'))
+
+
+@pytest.mark.parametrize('task', ['classification', 'fcmae'])
+def test_runs_of_other_tasks_do_not_start_from_a_upernet(tmp_path, task):
+    """The run would fail with the names of all parameters."""
+    save_pretrained(cases.random_upernet('v1'), tmp_path / 'upernet')
+    config = default_config(task)
+    config.model.name, config.init.weights = 'convnextv2_atto', str(tmp_path / 'upernet')
+    with pytest.raises(UserError, match='has the weights of a UPerNet: only the task segmentation can start from it'):
+        load_weights(make_task(config), {}, {'class names': ['a']})
+
+
+def test_the_preprocessing_of_a_folder_is_read(tmp_path):
+    """Masks would be predicted from other pixels. A config without fields has the defaults of transformers."""
+    processor = ImageProcessor(size=48, resample=3, squash=True, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_pretrained(cases.random_upernet('v1'), tmp_path / 'out', processor=processor)
+    assert read_upernet(tmp_path / 'out').processor == processor
+    short = {'image_processor_type': 'SegformerImageProcessor'}
+    (tmp_path / 'out' / 'preprocessor_config.json').write_text(json.dumps(short))
+    assert read_upernet(tmp_path / 'out').processor == ImageProcessor(size=512, resample=2, squash=True)
 
 
 @pytest.mark.parametrize(
