@@ -10,7 +10,8 @@ prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
 prepare masks --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/images/SPLIT/ and the masks in DIR/annotations/SPLIT/ likewise
 models                                       list the architectures
-predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns
+predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns, or with a
+                                             UPerNet write a mask of each image
 embed PHOTO... --weights=WEIGHTS --output=FILE.npz
                                              write the feature vectors of images, or FILE.parquet
 reconstruct PHOTO... --workdir=WORKDIR       write pictures of images as an fcmae run masks and reconstructs them
@@ -21,6 +22,8 @@ plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs th
 """
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,6 +40,7 @@ from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import PretrainedModel, PretrainedUPerNet, as_classifier, save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS
+from convnext_jax.mask_prediction import PredictedMask, predict_masks, save_mask
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from convnext_jax.output import say, show, to_json
 from convnext_jax.paths import local_path
@@ -132,7 +136,7 @@ def export(arguments: list[str]) -> None:
 
 
 def predict_photos(arguments: list[str]) -> None:
-    """Prints the most probable classes of images.
+    """Prints the most probable classes of images, or with a UPerNet writes their masks and prints the largest classes.
 
     If a file cannot be read, or its scores are not finite, the command reports it, continues with the other files, and
     exits with status 2.
@@ -145,13 +149,20 @@ def predict_photos(arguments: list[str]) -> None:
     flags.DEFINE_integer('top', 5, 'Number of classes to print for each image.', lower_bound=1, flag_values=values)
     flags.DEFINE_integer('batch', 16, 'Number of images in a batch.', lower_bound=1, flag_values=values)
     flags.DEFINE_bool('json', False, 'Print one JSON object per image.', flag_values=values)
+    flags.DEFINE_string('output', None, 'Folder for the masks of a UPerNet; masks by default.', flag_values=values)
     photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
-    pretrained = as_classifier(read_weights(required(values, 'weights'), values.params, values.name))
+    pretrained = read_weights(required(values, 'weights'), values.params, values.name)
+    if values.output is not None and not isinstance(pretrained, PretrainedUPerNet):
+        raise UserError(f'--output is the folder for masks, but {pretrained.origin} is a classifier: drop the flag')
     say(f'predicting with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
     _say_licence(pretrained)
     unread, not_finite = 0, []
+    if isinstance(pretrained, PretrainedUPerNet):
+        predictions = _predicted_masks(pretrained, photos, values.top, local_path(values.output or 'masks'))
+    else:
+        predictions = predict(pretrained, photos, top=values.top, batch_size=values.batch)
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
-        for prediction in predict(pretrained, photos, top=values.top, batch_size=values.batch):
+        for prediction in predictions:
             bar.update()
             if prediction.error:
                 unread += 1
@@ -168,6 +179,16 @@ def predict_photos(arguments: list[str]) -> None:
         )
     if problems:
         raise UserError('; '.join(problems))
+
+
+def _predicted_masks(
+    pretrained: PretrainedUPerNet, photos: list[Path], top: int, folder: Path
+) -> Iterator[PredictedMask]:
+    """Predicts and writes the masks of files."""
+    for number, prediction in enumerate(predict_masks(pretrained, photos, top=top)):
+        if prediction.best:
+            save_mask(prediction, folder / f'{number:04d}_{prediction.path.stem}.png')
+        yield prediction
 
 
 def embed_photos(arguments: list[str]) -> None:
@@ -221,12 +242,13 @@ def _say_licence(pretrained: PretrainedModel) -> None:
         say(pretrained.licence.line, error=True)
 
 
-def _as_json(prediction: Prediction) -> str:
-    best = [{'label': label, 'name': name, 'probability': round(p, 6)} for label, name, p in prediction.best]
+def _as_json(prediction: Prediction | PredictedMask) -> str:
+    value = 'area' if isinstance(prediction, PredictedMask) else 'probability'
+    best = [{'label': label, 'name': name, value: round(p, 6)} for label, name, p in prediction.best]
     return to_json({'file': str(prediction.path), 'best': best})
 
 
-def _as_table(prediction: Prediction) -> str:
+def _as_table(prediction: Prediction | PredictedMask) -> str:
     lines = [f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best] or ['  the scores are not finite']
     return '\n'.join([f'{prediction.path}', *lines])
 
