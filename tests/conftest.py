@@ -92,6 +92,7 @@ LONGEST_FILES = (
     'test_commands.py',
     'test_stop.py',
     'test_task.py',
+    'test_segmentation.py',
     'test_fcmae.py',
     'test_statistics.py',
     'test_compare.py',
