@@ -10,8 +10,8 @@ prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
 prepare masks --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/images/SPLIT/ and the masks in DIR/annotations/SPLIT/ likewise
 models                                       list the architectures
-predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns, or with a
-                                             UPerNet write a mask of each image
+predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns; with a UPerNet
+                                             and --output=DIR, write masks with the class of each pixel
 embed PHOTO... --weights=WEIGHTS --output=FILE.npz
                                              write the feature vectors of images, or FILE.parquet
 reconstruct PHOTO... --workdir=WORKDIR       write pictures of images as an fcmae run masks and reconstructs them
@@ -22,12 +22,13 @@ plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs th
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from PIL import Image
 from tqdm import tqdm
 
 from convnext_jax.command_line import define_config, parse, required, required_config, run
@@ -37,17 +38,21 @@ from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012, prep
 from convnext_jax.embedding import check_format, embed, save_embeddings
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
-from convnext_jax.interop import PretrainedModel, PretrainedUPerNet, as_classifier, save_pretrained
+from convnext_jax.interop import Pretrained, PretrainedModel, PretrainedUPerNet, as_classifier, save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS
-from convnext_jax.mask_prediction import PredictedMask, predict_masks, save_mask
+from convnext_jax.mask_prediction import MODES, mask_files, predict_masks
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from convnext_jax.output import say, show, to_json
 from convnext_jax.paths import local_path
+from convnext_jax.pictures import indexed_mask, overlay, save_picture
 from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
-from convnext_jax.reconstruction import reconstruct_photos, save_picture
+from convnext_jax.reconstruction import reconstruct_photos
 from convnext_jax.training.weights import read_weights
+
+MASK_FLAGS = ('output', 'mode', 'resolution')
+"""Flags of `predict` for a UPerNet only."""
 
 
 def prepare(arguments: list[str]) -> None:
@@ -136,7 +141,7 @@ def export(arguments: list[str]) -> None:
 
 
 def predict_photos(arguments: list[str]) -> None:
-    """Prints the most probable classes of images, or with a UPerNet writes their masks and prints the largest classes.
+    """Prints the most probable classes of images. With a UPerNet, writes masks with the class of each pixel.
 
     If a file cannot be read, or its scores are not finite, the command reports it, continues with the other files, and
     exits with status 2.
@@ -147,48 +152,85 @@ def predict_photos(arguments: list[str]) -> None:
     )
     _define_weights(values)
     flags.DEFINE_integer('top', 5, 'Number of classes to print for each image.', lower_bound=1, flag_values=values)
-    flags.DEFINE_integer('batch', 16, 'Number of images in a batch.', lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('batch', 16, 'Classifier: number of images in a batch.', lower_bound=1, flag_values=values)
     flags.DEFINE_bool('json', False, 'Print one JSON object per image.', flag_values=values)
-    flags.DEFINE_string('output', None, 'Folder for the masks of a UPerNet; masks by default.', flag_values=values)
+    flags.DEFINE_string('output', None, 'UPerNet: folder for the masks.', flag_values=values)
+    flags.DEFINE_enum(
+        'mode',
+        None,
+        MODES,
+        "UPerNet: 'slide' windows over the images, or 'squash' the images to a square; by default as the weights or "
+        'the run state.',
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        'resolution',
+        None,
+        'UPerNet: side of the windows or of the square in pixels.',
+        lower_bound=1,
+        flag_values=values,
+    )
     photos = find_photos(parse(values, arguments, usage=__doc__, positional=('PHOTO', '...')))
     pretrained = read_weights(required(values, 'weights'), values.params, values.name)
-    if values.output is not None and not isinstance(pretrained, PretrainedUPerNet):
-        raise UserError(f'--output is the folder for masks, but {pretrained.origin} is a classifier: drop the flag')
+    is_upernet = isinstance(pretrained, PretrainedUPerNet)
+    unused = [f'--{name}' for name in (('batch',) if is_upernet else MASK_FLAGS) if values[name].present]
+    if unused:
+        kind = 'a UPerNet' if is_upernet else 'a classifier'
+        raise UserError(f'{", ".join(unused)} cannot be used with {pretrained.origin}, because it is {kind}')
     say(f'predicting with {"; ".join([pretrained.origin, *pretrained.notes])}', error=True)
     _say_licence(pretrained)
-    unread, not_finite = 0, []
-    if isinstance(pretrained, PretrainedUPerNet):
-        predictions = _predicted_masks(pretrained, photos, values.top, local_path(values.output or 'masks'))
+    if is_upernet:
+        _write_masks(pretrained, photos, values)
     else:
-        predictions = predict(pretrained, photos, top=values.top, batch_size=values.batch)
+        _show_classes(pretrained, photos, values)
+
+
+def _show_classes(pretrained: Pretrained, photos: Sequence[Path], values: flags.FlagValues) -> None:
+    unread, not_finite = 0, []
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
-        for prediction in predictions:
+        for prediction in predict(pretrained, photos, top=values.top, batch_size=values.batch):
             bar.update()
             if prediction.error:
                 unread += 1
                 say(f'skipped: {prediction.error}', error=True)
             else:
-                show(_as_json(prediction) if values.json else _as_table(prediction))
+                show(_as_json(prediction) if values.json else _as_table(prediction.path, prediction.best))
                 if not prediction.best:
-                    not_finite.append(str(prediction.path))
-    problems = [f'{unread} of {len(photos)} files could not be read'] if unread else []
+                    not_finite.append(prediction.path)
+    _check_all_predicted(len(photos), unread, not_finite)
+
+
+def _write_masks(pretrained: PretrainedUPerNet, photos: Sequence[Path], values: flags.FlagValues) -> None:
+    files = mask_files(photos, local_path(required(values, 'output')))
+    unread, not_finite = 0, []
+    predictions = predict_masks(pretrained, photos, mode=values.mode, resolution=values.resolution)
+    with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
+        for (mask, picture), prediction in zip(files, predictions, strict=True):
+            bar.update()
+            if prediction.photo is None or prediction.classes is None:
+                unread += 1
+                say(f'skipped: {prediction.error}', error=True)
+                continue
+            if prediction.areas:
+                save_picture(indexed_mask(prediction.classes), mask)
+                save_picture(overlay(prediction.photo, prediction.classes, prediction.areas), picture)
+            else:
+                not_finite.append(prediction.path)
+            areas = prediction.areas[: values.top]
+            show(_mask_as_json(prediction.path, mask, areas) if values.json else _as_table(prediction.path, areas))
+    _check_all_predicted(len(photos), unread, not_finite)
+
+
+def _check_all_predicted(photos: int, unread: int, not_finite: Sequence[Path]) -> None:
+    problems = [f'{unread} of {photos} files could not be read'] if unread else []
     if not_finite:
+        listed = ', '.join(map(str, not_finite[:5]))
         problems.append(
-            f'the scores of {len(not_finite)} of {len(photos)} files are not finite ({", ".join(not_finite[:5])}): the '
-            'weights contain NaN or infinity, or the outputs overflow; use other weights'
+            f'the scores of {len(not_finite)} of {photos} files are not finite ({listed}): '
+            'the weights contain NaN or infinity, or the outputs overflow; use other weights'
         )
     if problems:
         raise UserError('; '.join(problems))
-
-
-def _predicted_masks(
-    pretrained: PretrainedUPerNet, photos: list[Path], top: int, folder: Path
-) -> Iterator[PredictedMask]:
-    """Predicts and writes the masks of files."""
-    for number, prediction in enumerate(predict_masks(pretrained, photos, top=top)):
-        if prediction.best:
-            save_mask(prediction, folder / f'{number:04d}_{prediction.path.stem}.png')
-        yield prediction
 
 
 def embed_photos(arguments: list[str]) -> None:
@@ -242,15 +284,19 @@ def _say_licence(pretrained: PretrainedModel) -> None:
         say(pretrained.licence.line, error=True)
 
 
-def _as_json(prediction: Prediction | PredictedMask) -> str:
-    value = 'area' if isinstance(prediction, PredictedMask) else 'probability'
-    best = [{'label': label, 'name': name, value: round(p, 6)} for label, name, p in prediction.best]
+def _as_json(prediction: Prediction) -> str:
+    best = [{'label': label, 'name': name, 'probability': round(p, 6)} for label, name, p in prediction.best]
     return to_json({'file': str(prediction.path), 'best': best})
 
 
-def _as_table(prediction: Prediction | PredictedMask) -> str:
-    lines = [f'  {100 * p:6.2f} %  {name}' for _, name, p in prediction.best] or ['  the scores are not finite']
-    return '\n'.join([f'{prediction.path}', *lines])
+def _as_table(path: Path, classes: Sequence[tuple[int, str, float]]) -> str:
+    lines = [f'  {100 * share:6.2f} %  {name}' for _, name, share in classes] or ['  the scores are not finite']
+    return '\n'.join([f'{path}', *lines])
+
+
+def _mask_as_json(photo: Path, mask: Path, areas: Sequence[tuple[int, str, float]]) -> str:
+    classes = [{'label': label, 'name': name, 'share': round(share, 6)} for label, name, share in areas]
+    return to_json({'file': str(photo), 'mask': str(mask) if areas else None, 'classes': classes})
 
 
 def reconstruct(arguments: list[str]) -> None:
@@ -276,7 +322,7 @@ def reconstruct(arguments: list[str]) -> None:
             say(f'skipped: {reconstruction.error}', error=True)
         else:
             picture = folder / f'{number:04d}_{reconstruction.path.stem}.png'
-            save_picture(reconstruction.pixels, picture)
+            save_picture(Image.fromarray(reconstruction.pixels), picture)
             show(f'{picture}')
     if unread:
         raise UserError(f'{unread} of {len(photos)} files could not be read')

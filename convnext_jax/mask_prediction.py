@@ -1,25 +1,25 @@
-"""The class of each pixel of image files, and pictures of these masks."""
+"""The class of each pixel of image files."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from convnext_jax.data.decode import decode
 from convnext_jax.data.opencv_resize import resize_bilinear
 from convnext_jax.data.segmentation import fit_size, pad
 from convnext_jax.errors import UserError
-from convnext_jax.interop import ImageProcessor, PretrainedUPerNet
-from convnext_jax.tasks.palette import class_colours
+from convnext_jax.interop import PretrainedUPerNet
+from convnext_jax.interop.pretrained_upernet import WindowProtocol
+from convnext_jax.interop.processor import open_image, processor_for, segmentation_processor
 from convnext_jax.tasks.sliding_windows import NOT_FINITE, SlidingWindows
 
-CROP = 512
-"""Side of the windows for weights without stored preprocessing."""
-CANVAS = 256
-"""Images are padded to multiples of this size, so that few sizes have to be compiled."""
+MODES = ('slide', 'squash')
+MAX_CLASSES = NOT_FINITE
+"""Maximum number of classes: a mask has 8 bits, and one value is for pixels without a class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,110 +28,125 @@ class PredictedMask:
 
     Attributes:
         path: the file.
-        image: (H, W, 3) uint8, the upright image; None if it could not be read.
-        classes: (H, W) uint8, the class of each pixel; None if the image could not be read.
-        best: (label, class name, share of the pixels) of the largest classes in descending order; empty if the file
-            could not be read or a score is not finite.
+        photo: the upright image; None if the file could not be read.
+        classes: (H, W) uint8, the class of each pixel of the upright image; None if the file could not be read.
+        areas: (label, class name, share of the pixels) of the classes that occur, in descending order of the share;
+            empty if the file could not be read or a score is not finite.
         error: the reason why the file could not be read, or ''.
     """
 
     path: Path
-    image: np.ndarray | None = None
+    photo: Image.Image | None = None
     classes: np.ndarray | None = None
-    best: tuple[tuple[int, str, float], ...] = ()
+    areas: tuple[tuple[int, str, float], ...] = ()
     error: str = ''
 
 
 def predict_masks(
-    pretrained: PretrainedUPerNet, photos: Iterable[Path], *, top: int = 5, flip: bool = False
+    pretrained: PretrainedUPerNet, photos: Iterable[Path], *, mode: str | None = None, resolution: int | None = None
 ) -> Iterator[PredictedMask]:
-    """An iterator over the masks of files, in the order of the files, predicted in sliding windows.
+    """An iterator over the masks of files, in the order of the files, at the original size of each image.
 
-    An image is resized so that its shorter side is that of a window, and its longer side is at most four times as long.
+    The prediction for an unreadable file contains the error.
 
     Args:
-        pretrained: model, class names, and preprocessing, which gives the side of the windows, mean and std. The
-            defaults are ImageNet's mean and std, 512 pixels, and class names such as 'class 7'.
-        photos: the files.
-        top: number of classes in `best`.
-        flip: whether to average over the image and its mirror image.
+        pretrained: the network, its preprocessing and class names. The default names are such as 'class 7'.
+        photos: the files, which are read one by one.
+        mode: 'slide' resizes images as mmsegmentation does, with their aspect ratio, and averages the logits of
+            overlapping windows, as for the published results. 'squash' resizes images to a square, as transformers
+            does. The default is 'squash' if the weights are stored with such preprocessing, and the mode of the
+            evaluation for a run; otherwise 'slide'.
+        resolution: side of the windows or of the square in pixels; by default as the weights or the run state, else
+            512. With 'slide', images are resized to fit into (4 · resolution, resolution).
 
     Raises:
-        UserError: the preprocessing does not match the model.
+        UserError: the network has more than 255 classes, or the preprocessing does not match the model.
     """
-    model, processor = pretrained.model, pretrained.processor or ImageProcessor(size=CROP)
-    if model.in_channels != 3:
-        raise UserError(f'masks are predicted for RGB images, but the model has {model.in_channels} input channels')
-    mean, std = processor.mean_and_std_of_255()
-    crop = processor.size
-    windows = SlidingWindows(mean, std, crop, max(crop * 2 // 3, 1), flip)
+    model = pretrained.model
+    if model.num_classes > MAX_CLASSES:
+        raise UserError(
+            f'masks are written as indexed PNG files of at most {MAX_CLASSES} classes, but the network has '
+            f'{model.num_classes}'
+        )
     names = pretrained.class_names or [f'class {label}' for label in range(model.num_classes)]
-    classes_of = jax.jit(windows.classes, static_argnames='shape')
+    protocol = choose_windows(pretrained, mode, resolution)
+    if protocol is None:
+        processor = segmentation_processor(model.in_channels, pretrained.processor)
+        processor = dataclasses.replace(processor, size=resolution or processor.size)
+        crop = stride = processor.size
+    else:
+        processor = processor_for(model.in_channels, pretrained.processor)
+        crop, stride = protocol.crop, protocol.stride
+    windows = SlidingWindows(*processor.mean_and_std_of_255(), crop, stride)
+    predict = jax.jit(windows.classes, static_argnames='shape')
     for path in photos:
         try:
-            image = np.asarray(decode(path.read_bytes(), 3, str(path)))
-        except (OSError, UserError) as error:
+            photo = open_image(path, model.in_channels)
+        except UserError as error:
             yield PredictedMask(path, error=str(error))
             continue
-        size, new_size = image.shape[:2], fit_size(image.shape[:2], (4 * crop, crop))
-        resized = pad(resize_bilinear(image, new_size), _rounded_up(new_size))
-        classes = classes_of(model, resized, np.asarray(new_size), np.asarray(size), shape=_rounded_up(size))
-        classes = np.asarray(classes)[: size[0], : size[1]]
-        counts = np.bincount(classes.ravel(), minlength=NOT_FINITE + 1)
-        largest = () if counts[NOT_FINITE] else np.argsort(-counts, kind='stable')[:top]
-        best = tuple(
-            (int(label), names[label], float(counts[label] / classes.size)) for label in largest if counts[label]
-        )
-        yield PredictedMask(path, image, classes, best)
+        pixels = processor.resize(photo) if protocol is None else _resized(photo, protocol.resize)
+        size, original = np.array(pixels.shape[:2]), np.array((photo.height, photo.width))
+        classes = predict(model, pad(pixels, _rounded_up(size)), size, original, shape=_rounded_up(original))
+        classes = np.asarray(classes)[: photo.height, : photo.width]
+        finite = (classes != NOT_FINITE).all()
+        yield PredictedMask(path, photo, classes, _areas(classes, names) if finite else ())
 
 
-def _rounded_up(size: tuple[int, ...]) -> tuple[int, int]:
-    height, width = (-(-side // CANVAS) * CANVAS for side in size)
+class MaskFiles(NamedTuple):
+    """The files that are written for a photograph.
+
+    Attributes:
+        mask: FOLDER/NAME.png.
+        overlay: FOLDER/NAME.overlay.jpg.
+    """
+
+    mask: Path
+    overlay: Path
+
+
+def mask_files(photos: Sequence[Path], folder: Path) -> list[MaskFiles]:
+    """The files that are written for each photograph.
+
+    Raises:
+        UserError: two photographs have the same name, or a photograph would be replaced.
+    """
+    files: dict[MaskFiles, Path] = {}
+    originals = {photo.resolve() for photo in photos}
+    for photo in photos:
+        written = MaskFiles(folder / f'{photo.stem}.png', folder / f'{photo.stem}.overlay.jpg')
+        if written in files:
+            raise UserError(
+                f'{files[written]} and {photo} would have the same mask, {written.mask}: predict them separately, with '
+                'another --output'
+            )
+        if replaced := [path for path in written if path.resolve() in originals]:
+            raise UserError(f'the mask of {photo} would replace the photograph {replaced[0]}: choose another --output')
+        files[written] = photo
+    return list(files)
+
+
+def choose_windows(pretrained: PretrainedUPerNet, mode: str | None, resolution: int | None) -> WindowProtocol | None:
+    """The windows that slide over images, None if images are squashed; arguments as for `predict_masks`."""
+    if mode == 'squash' or (mode is None and pretrained.windows is None and pretrained.processor is not None):
+        return None
+    if resolution is not None:
+        return WindowProtocol((4 * resolution, resolution), resolution, max(resolution * 2 // 3, 1))
+    return pretrained.windows or WindowProtocol()
+
+
+def _resized(photo: Image.Image, limits: tuple[int, int]) -> np.ndarray:
+    pixels = np.asarray(photo).reshape(photo.height, photo.width, -1)
+    return resize_bilinear(pixels, fit_size(pixels.shape[:2], limits))
+
+
+def _rounded_up(size: np.ndarray) -> tuple[int, int]:
+    """Height and width rounded up to powers of two, so that few programs are compiled for images of many sizes."""
+    height, width = (1 << int(side - 1).bit_length() for side in size)
     return height, width
 
 
-def save_mask(prediction: PredictedMask, path: Path) -> Path:
-    """Writes the mask as a PNG file with a palette, whose values are the classes, and a picture beside it.
-
-    The picture, NAME_overlay.png, shows the image mixed with the colours of the classes, and lists the largest classes.
-
-    Args:
-        prediction: the mask of an image that could be read.
-        path: the PNG file of the mask. Its folder is created.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    assert prediction.classes is not None
-    assert prediction.image is not None
-    colours = class_colours()
-    mask = Image.fromarray(prediction.classes)
-    mask.putpalette(colours.tobytes())
-    mixed = Image.fromarray((prediction.image // 2 + colours[prediction.classes] // 2).astype(np.uint8))
-    _draw_legend(mixed, prediction, colours)
-    overlay = path.with_name(f'{path.stem}_overlay.png')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mask.save(path)
-        mixed.save(overlay)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}') from error
-    return overlay
-
-
-def _draw_legend(picture: Image.Image, prediction: PredictedMask, colours: np.ndarray) -> None:
-    """Lists the largest classes in the upper left corner, each beside a square of its colour."""
-    draw = ImageDraw.Draw(picture)
-    line = max(min(picture.size) // 24, 10)
-    for number, (label, name, share) in enumerate(prediction.best):
-        top = line // 2 + number * (line + line // 4)
-        text = f'{100 * share:.1f} % {name}'
-        place = (2 * line, top)
-        draw.rectangle(draw.textbbox(place, text, font_size=line), fill='black')
-        draw.text(place, text, fill='white', font_size=line)
-        draw.rectangle(
-            (line // 2, top, line // 2 + line, top + line), fill=tuple(colours[label].tolist()), outline='white'
-        )
+def _areas(classes: np.ndarray, names: Sequence[str]) -> tuple[tuple[int, str, float], ...]:
+    counts = np.bincount(classes.ravel())
+    order = np.argsort(-counts, kind='stable')[: np.count_nonzero(counts)]
+    return tuple((int(label), names[label], float(counts[label] / classes.size)) for label in order)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from convnext_jax.checkpoints.checkpoint import DamagedCheckpoint, restore_parameters
 from convnext_jax.checkpoints.workdir import CONFIG, workdir_path
@@ -66,16 +65,3 @@ def reconstruct_photos(workdir: str, photos: Sequence[Path], params: str = 'raw'
             yield Reconstruction(path, error=str(error))
         else:
             yield Reconstruction(path, np.asarray(draw(model, jnp.asarray(pixels[None]), jnp.asarray([number]))))
-
-
-def save_picture(pixels: np.ndarray, path: Path) -> None:
-    """Writes a PNG file, and creates its folder.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}') from error

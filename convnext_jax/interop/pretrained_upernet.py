@@ -17,6 +17,20 @@ from convnext_jax.models.upernet import POOL_SCALES
 CLASSIFIERS = tuple(f'{head}classifier.{parameter}' for head in HEADS for parameter in ('kernel', 'bias'))
 
 
+class WindowProtocol(NamedTuple):
+    """How windows slide over images; the defaults are those of the published results at 512 pixels.
+
+    Attributes:
+        resize: limits of the longer and the shorter side, to which images are enlarged or reduced before.
+        crop: side of the windows in pixels.
+        stride: distance between neighbouring windows in pixels.
+    """
+
+    resize: tuple[int, int] = (2048, 512)
+    crop: int = 512
+    stride: int = 341
+
+
 class PretrainedUPerNet(NamedTuple):
     """A UPerNet, and the other information in its folder.
 
@@ -30,6 +44,7 @@ class PretrainedUPerNet(NamedTuple):
         notes: messages for the user about newly initialised parameters, or about other weights of the run.
         origin: description of the file, folder or run that contains the weights, for messages.
         licence: licence of the weights; None if their folder does not state one.
+        windows: the windows in the evaluation of a run; None if it squashes images, and for other weights.
     """
 
     model: UPerNet
@@ -40,6 +55,7 @@ class PretrainedUPerNet(NamedTuple):
     notes: list[str]
     origin: str = ''
     licence: Licence | None = None
+    windows: WindowProtocol | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -295,6 +295,19 @@ def segmentation_processor(channels: int, given: ImageProcessor | None = None) -
     return processor
 
 
+def open_image(path: str | Path, channels: int) -> Image.Image:
+    """The upright image in a file, as `decode` returns it.
+
+    Raises:
+        UserError: the file cannot be read, or as for `decode`.
+    """
+    try:
+        content = local_path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    return decode(content, channels, str(path))
+
+
 def _open(image: Picture, channels: int, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
@@ -302,11 +315,7 @@ def _open(image: Picture, channels: int, name: str) -> Image.Image:
         return _from_array(image, name)
     if not isinstance(image, str | Path):
         raise UserError(f'{name} is a {type(image).__name__}, not an image, an array or a path')
-    try:
-        content = local_path(image).read_bytes()
-    except OSError as error:
-        raise UserError(f'{image} cannot be read: {error.strerror}') from error
-    return decode(content, channels, str(image))
+    return open_image(image, channels)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

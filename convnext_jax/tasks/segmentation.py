@@ -21,6 +21,7 @@ from convnext_jax.data.segmentation import EvalMasks, TrainMasks
 from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, PretrainedModel, PretrainedUPerNet
+from convnext_jax.interop.pretrained_upernet import WindowProtocol
 from convnext_jax.models import UPerNet, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.classes import matched_outputs, set_num_classes
@@ -256,7 +257,11 @@ class Segmentation(Task):
     def pretrained(self, model: UPerNet, facts: Mapping[str, Any]) -> PretrainedUPerNet:
         names = facts['class names']
         unnamed = (f'class {label}' for label in range(len(names), model.num_classes))
-        return PretrainedUPerNet(model, 'convnext_jax', (*names, *unnamed), self.processor, (), [])
+        windows = None
+        if self.config.eval.mode == 'slide':
+            windows = WindowProtocol(tuple(self.config.data.resize), self.windows.crop, self.windows.stride)
+        classes = (*names, *unnamed)
+        return PretrainedUPerNet(model, 'convnext_jax', classes, self.processor, (), [], windows=windows)
 
     @property
     def processor(self) -> ImageProcessor:

@@ -9,8 +9,10 @@ import transformers
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from convnext_jax import ImageProcessor, load_pretrained, save_pretrained
+from convnext_jax.__main__ import main
 from convnext_jax.interop import read_upernet
 from convnext_jax.interop.upernet import tensors_of
+from convnext_jax.mask_prediction import predict_masks
 from convnext_jax.models import (
     UPerNet,
     get_parameters,
@@ -177,3 +179,38 @@ def test_the_preprocessing_of_a_folder_equals_transformers(tmp_path):
         processor = ImageProcessor.from_pretrained(tmp_path / folder)
         picture = cases.picture(300, 400)
         assert np.abs(processor(picture)[0] - record.pixels(theirs, picture)).max() == 0
+
+
+@KINDS
+def test_masks_of_photographs_equal_transformers(tmp_path, kind):
+    """The masks of published weights would differ. Pixels whose two largest logits are close may differ by rounding."""
+    processor = ImageProcessor(size=96, resample=2, squash=True)
+    save_pretrained(cases.random_upernet(kind), tmp_path / 'upernet', processor=processor)
+    photos = cases.write_photos(tmp_path)
+    theirs = SegformerImageProcessorPil.from_pretrained(tmp_path / 'upernet')
+    network = record.hugging_face_upernet(kind)
+    for found in predict_masks(read_upernet(tmp_path / 'upernet'), photos):
+        size = (found.photo.height, found.photo.width)
+        with torch.no_grad():
+            output = network(**theirs(found.photo, return_tensors='pt'))
+            (expected,) = theirs.post_process_semantic_segmentation(output, target_sizes=[size])
+            logits = torch.nn.functional.interpolate(output.logits, size=size, mode='bilinear')[0]
+        largest, second = logits.topk(2, dim=0).values
+        clear = (largest - second > BOUND * logits.std()).numpy()
+        assert clear.mean() > 0.999
+        assert len(found.areas) > 1
+        np.testing.assert_array_equal(found.classes[clear], expected.numpy()[clear])
+
+
+def test_convert_writes_files_of_mmsegmentation(tmp_path):
+    """The weights of a run could not be used in mmsegmentation."""
+    network = cases.random_upernet('convnext_atto')
+    save_pretrained(network, tmp_path / 'hf')
+    main(['convnext_jax', 'convert', str(tmp_path / 'hf'), str(tmp_path / 'mm'), '--layout=mmsegmentation'])
+    main(['convnext_jax', 'convert', str(tmp_path / 'mm'), str(tmp_path / 'original'), '--layout=original'])
+    for folder, block in (('mm', 'depthwise_conv'), ('original', 'dwconv')):
+        content = torch.load(tmp_path / folder / 'model.pth', weights_only=True)
+        assert f'backbone.stages.2.1.{block}.weight' in content['state_dict']
+        jax.tree.map(
+            np.testing.assert_array_equal, get_weights(load_pretrained(tmp_path / folder)), get_weights(network)
+        )

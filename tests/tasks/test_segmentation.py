@@ -289,6 +289,25 @@ def test_weights_of_other_libraries_are_evaluated(run, one_device, small_config,
 
 
 @pytest.mark.slow
+def test_masks_of_photographs_are_those_that_were_evaluated(run, shapes, tmp_path, capsys):
+    """A run would predict other masks than its mIoU is for."""
+    photos, labels = (shapes / kind / 'validation' for kind in ('images', 'annotations'))
+    arguments = ['', 'predict', str(photos), f'--weights={run}', '--json']
+    package_command.main([*arguments, f'--output={tmp_path / "slide"}'])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {'ground', 'box'} <= {area['name'] for row in rows for area in row['classes']} <= set(NAMES)
+    predicted, label = (
+        np.concatenate([np.asarray(Image.open(folder / f'{number}.png')).ravel() for number in range(len(rows))])
+        for folder in (tmp_path / 'slide', labels)
+    )
+    accuracy = 100 * np.mean(predicted[label != 255] == label[label != 255])
+    assert accuracy == pytest.approx(results(run)[STEPS, 'aacc'], abs=1e-3)
+    package_command.main([*arguments, f'--output={tmp_path / "squash"}', '--mode=squash'])
+    masks = ((tmp_path / mode / '0.png').read_bytes() for mode in ('slide', 'squash'))
+    assert next(masks) != next(masks)
+
+
+@pytest.mark.slow
 def test_other_tasks_and_commands_refuse_a_upernet_in_one_line(run, shapes, tmp_path):
     """The user sees a list of a hundred parameters, or a traceback."""
     config = default_config()
