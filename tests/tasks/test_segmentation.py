@@ -318,7 +318,6 @@ def test_other_tasks_and_commands_refuse_a_upernet_in_one_line(run, shapes, tmp_
             make_task(default_config(name)).initial_weights({}, trained, {})
     photo = str(next((shapes / 'images' / 'validation').iterdir()))
     for command in (
-        ['export', str(run), str(tmp_path / 'program')],
         ['embed', photo, f'--weights={run}', f'--output={tmp_path / "x.npz"}'],
         ['convert', str(run), str(tmp_path / 'out'), '--layout=timm'],
     ):
