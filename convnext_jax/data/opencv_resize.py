@@ -25,14 +25,14 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int], *, rows: slice = A
     """
     y, y_weights = _taps(image.shape[0], size[0], rows)
     x, x_weights = _taps(image.shape[1], size[1], columns)
-    outside = (x < 0) | (x >= image.shape[1] - 1)
-    x_weights[:, outside] = [[SCALE], [0]]  # OpenCV does this along the rows only
     x_weights = x_weights.repeat(image.shape[2], 1)
     used, (top, bottom) = np.unique(np.stack([y, y + 1]).clip(0, image.shape[0] - 1), return_inverse=True)
     source = image[used]
     left, right = (source.take(at.clip(0, image.shape[1] - 1), 1).reshape(len(used), -1) for at in (x, x + 1))
 
-    wide = np.empty(left.shape, np.int32)  # resized along the rows
+    # OpenCV's rounding: of 11 fractional bits, the sums along the rows keep 7. Products with the weights of the columns
+    # have 18, and keep 2, which are rounded after the addition.
+    wide = np.empty(left.shape, np.int32)
     for first in range(0, len(wide), BLOCK):
         block = slice(first, first + BLOCK)
         total = np.multiply(left[block], x_weights[0], out=wide[block])
@@ -42,15 +42,15 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int], *, rows: slice = A
     result = np.empty((len(y), wide.shape[1]), np.uint8)
     for first in range(0, len(result), BLOCK):
         block = slice(first, first + BLOCK)
-        upper, lower = (
+        above, below = (
             wide[at[block]] * weight[block, None] for at, weight in zip((top, bottom), y_weights, strict=True)
         )
-        upper >>= 16
-        lower >>= 16
-        upper += lower
-        upper += 2
-        upper >>= 2
-        result[block] = upper
+        above >>= 16
+        below >>= 16
+        above += below
+        above += 2
+        above >>= 2
+        result[block] = above
     return result.reshape(len(y), len(x), -1)
 
 

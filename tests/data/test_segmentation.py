@@ -106,6 +106,17 @@ def test_crops_with_one_large_class_are_drawn_again():
     assert accepted(0.75) > 0.6  # 1 − 0.88¹¹ = 0.76
 
 
+def test_the_eleventh_crop_is_final():
+    """An image of one class would never end, or the recipe would choose other crops."""
+    mask = np.where(np.arange(64) % 4 < 3, 1, 2) * np.ones((16, 1), int)  # each crop has exactly 75 % of 1
+    data = TrainMasks(Pictures(mask), 16, resize=(64, 16), scale=(1, 1), flip=False)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        rng.uniform(1, 1)
+        left = [rng.integers(size - 15) for _ in range(11) for size in (16, 64)][-1]
+        np.testing.assert_array_equal(data.load(0, (seed,))['label'], mask[:, left : left + 16] - 1)
+
+
 def test_an_image_without_labels_works():
     """One photograph without labels would end the training."""
     source = Pictures(np.zeros((8, 8)))
@@ -124,13 +135,13 @@ def test_the_draw_decides_everything(sample):
 
 def test_evaluation_pads_all_images_to_the_largest():
     """Images of different sizes could not form batches, or would be cut."""
-    source = Pictures(halves(10, 30), halves(20, 10))
+    source = Pictures(halves(10, 20), halves(20, 10), halves(5, 30))
     data = EvalMasks(source, resize=(60, 20))
     assert data.features['image'].shape == (40, 60, 3)
     assert data.features['label'].shape == (20, 30)
-    (batch,) = eval_batches(data, Share(2))
-    np.testing.assert_array_equal(batch['image_size'], [[20, 60], [40, 20]])
-    np.testing.assert_array_equal(batch['label_size'], [[10, 30], [20, 10]])
+    (batch,) = eval_batches(data, Share(3))
+    np.testing.assert_array_equal(batch['image_size'], [[20, 40], [40, 20], [10, 60]])
+    np.testing.assert_array_equal(batch['label_size'], [[10, 20], [20, 10], [5, 30]])
     for index, mask in enumerate(source.masks):
         height, width = batch['label_size'][index]
         np.testing.assert_array_equal(batch['label'][index, :height, :width], mask - 1)
@@ -186,6 +197,7 @@ def test_fit_size_follows_mmcv():
     """Images would be resized to sizes that differ by a pixel."""
     assert fit_size((512, 683), (2048, 512)) == (512, 683)
     assert fit_size((364, 500), (2048, 512)) == (512, 703)
+    assert fit_size((5, 10), (5, 3)) == (3, 5)  # 2.5 is rounded up
     assert fit_size((100, 1000), (512, 2048)) == (205, 2048)  # the longer side limits, 204.8 is rounded
     assert fit_size((1, 5000), (1024, 256)) == (1, 1024)  # a side is never 0
 
