@@ -1,7 +1,7 @@
 # make demo: train and evaluate a small model on CPU, and draw its curves.
 # make check: lint, types and the quick tests.
 # make test: all tests that need no torch.
-# make test-judges: installs torch, timm and transformers, and compares with them.
+# make test-judges: installs torch, timm, transformers and OpenCV, and compares with them.
 # make test-large-judges: the comparisons with timm that take minutes and 10 GB of memory.
 # make docs: the documentation as HTML in build/docs, without warnings.
 PYTHON ?= python3

@@ -131,7 +131,8 @@ class EvalMasks(MaskedImages):
 
     An example has `image`, (H, W, 3) uint8, and `label`, (h, w) uint8, where H, W, h and w are the largest sides in the
     split; and `image_size` and `label_size`, (2,) int32, the height and width of the part that is not padding. Padding
-    is at the right and at the bottom; it is 0 in images, and `IGNORED` in labels.
+    is at the right and at the bottom; it is 0 in images, and `IGNORED` in labels. All files of the split are read once
+    at the beginning, for the sizes in their headers.
 
     Args:
         source: the encoded images and masks.
