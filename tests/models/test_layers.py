@@ -55,9 +55,10 @@ def test_layer_norm_epsilon_is_used():
     np.testing.assert_allclose(LayerNorm(2, epsilon=1e-12)(x), [[1, -1]], rtol=1e-5)
 
 
-def test_layer_norm_of_bfloat16_computes_in_float32_and_returns_bfloat16():
+@pytest.mark.parametrize('shift', [3.0, 60.0])
+def test_layer_norm_of_bfloat16_computes_in_float32_and_returns_bfloat16(shift):
     """Means over thousands of channels in bfloat16 would have errors of several percent."""
-    x = jnp.asarray(random(4, 512, shift=3.0), jnp.bfloat16)
+    x = jnp.asarray(random(4, 512, shift=shift), jnp.bfloat16)
     y = LayerNorm(512)(x)
     assert y.dtype == jnp.bfloat16
     wide = np.asarray(x, np.float64)
