@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
@@ -34,6 +35,18 @@ def normal(key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
 def fusion_barrier_on_cpu(tree: Tree) -> Tree:
     """Identity with a fusion barrier on CPU: the compiler does not fuse the operations before and after it."""
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
+
+
+def conv_layout(x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
+    """x itself. On TPU it is stored in the order H, W, N, C, in which the compiler computes depthwise convolutions.
+
+    Otherwise the compiler stores the inputs and results of matrix products in the order N, H, W, C, and transposes
+    them before and after each convolution.
+    """
+    if not all(isinstance(size, int) for size in x.shape):
+        return x  # an exported program may have a symbolic batch size
+    on_tpu = functools.partial(with_layout_constraint, layouts=Layout(major_to_minor=(1, 2, 0, 3)))
+    return jax.lax.platform_dependent(x, tpu=on_tpu, default=lambda x: x)
 
 
 FSDP_AXIS = 'fsdp'

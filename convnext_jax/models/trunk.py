@@ -20,6 +20,7 @@ from convnext_jax.models.layers import (
     Linear,
     PatchConv,
     SameConv,
+    conv_layout,
     drop_path,
     normal,
 )
@@ -109,6 +110,7 @@ class Block(nnx.Module):
             # next matrix product. The backward pass recomputes the operations in between, but not this last product.
             policy = jax.checkpoint_policies.save_only_these_names(STATISTICS)
             expand, contract = (self._checkpoint(part, policy=policy) for part in (expand, contract))
+        x = conv_layout(x)
         branch = self.depthwise(x)
         if visible is None:
             branch = contract(self, expand(self, branch))
@@ -117,7 +119,7 @@ class Block(nnx.Module):
             branch = unpack(branch, visible)
         if keys is not None:
             branch = drop_path(branch, drop_rate, keys)
-        return x + branch
+        return conv_layout(x + branch)
 
     def _checkpoint(self, part: Callable, policy: Callable | None = None) -> Callable:
         # In a loop the compiler cannot merge the recomputation with the forward pass, so only unrolled blocks need
@@ -126,7 +128,7 @@ class Block(nnx.Module):
 
     def expand(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w 4*c']:
         """Norm and first linear layer without its bias: (N, H, W, C) → (N, H, W, 4C)."""
-        return self.pointwise1.product(self.norm(x))
+        return conv_layout(self.pointwise1.product(self.norm(x)))
 
     def contract(self, x: Float[Array, 'n h w hidden'], visible: Visible | None = None) -> Float[Array, 'n h w c']:
         """Bias, activation, second linear layer and layer scale: (N, H, W, 4C) → (N, H, W, C)."""
