@@ -14,4 +14,5 @@ python*) ;;
 esac
 settings=$("$1" "$(dirname "$0")/../convnext_jax/runtime/cpu_settings.py") || exit
 # $settings is unquoted on purpose: each line is one NAME=VALUE without spaces.
+# shellcheck disable=SC2086
 exec env $settings "$@"
