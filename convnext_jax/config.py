@@ -258,10 +258,15 @@ def resolve_paths(config: ConfigDict) -> None:
     Bucket URLs, hub ids and '' do not change.
 
     Raises:
-        UserError: a `~` cannot be expanded.
+        UserError: a `~` cannot be expanded, or a data set is in a bucket.
     """
     for field in COMMON.paths + task_class(config.task).fields.paths:
         if path := _flatten(as_dict(config))[field]:
+            if '://' in path:  # ArrayRecord, tar shards and image folders are read at random positions of local files
+                raise UserError(
+                    f'{field}={path}: data sets are read from file systems, not from buckets: copy it, or mount the '
+                    'bucket with gcsfuse'
+                )
             config.update_from_flattened_dict({field: str(local_path(path).absolute())})
     weights = config.init.weights
     if weights and os.path.exists(local_path(weights)):  # False also for a name that is too long for a file

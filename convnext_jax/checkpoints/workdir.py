@@ -1,6 +1,7 @@
 """The workdir of a run, a local folder or a bucket: its lock, its config, and the names of its files."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -14,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from convnext_jax.config import as_dict, changed_fields, is_fixed, read_config
-from convnext_jax.errors import UserError
+from convnext_jax.errors import UserError, first_line
 from convnext_jax.output import to_json
 from convnext_jax.paths import local_path, plain_path
 from convnext_jax.runtime.processes import all_gather_objects, is_main_process
@@ -49,12 +50,13 @@ def checkpoints_for_orbax(directory: Path) -> epath.Path:
 def locked(workdir: Path) -> Generator[None]:
     """Creates the workdir and locks it against other runs, until the body or the process ends.
 
-    Buckets have no locks, so nothing is done for them.
+    Buckets have no locks: only whether the bucket can be written is checked.
 
     Raises:
         UserError: a running process holds the lock, or the workdir cannot be written.
     """
     if not is_local(workdir):
+        _check_bucket(workdir)
         yield
         return
     try:
@@ -75,6 +77,19 @@ def locked(workdir: Path) -> Generator[None]:
         lock.flush()
         os.fsync(lock.fileno())  # makes it visible to the other hosts of a network file system
         yield
+
+
+def _check_bucket(workdir: Path) -> None:
+    """Writes and deletes a file in a bucket. Errors of gcsfs and google-auth have no common class."""
+    try:
+        (workdir / LOCK).write_text('', encoding='utf-8')
+        (workdir / LOCK).unlink()
+    except ImportError as error:
+        raise UserError(
+            f'workdir {workdir} needs `pip install gcsfs google-cloud-storage`: {first_line(error)}'
+        ) from error
+    except Exception as error:
+        raise UserError(f'workdir {workdir} cannot be written: {first_line(error)}') from error
 
 
 @contextlib.contextmanager
@@ -131,9 +146,16 @@ def write_config(workdir: Path, config: ConfigDict) -> list[str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file atomically: a reader sees the old or the new content, even after a crash."""
+    """Writes a file atomically: a reader sees the old or the new content, even after a crash.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     if not is_local(path):
-        path.write_bytes(content)  # writes to a bucket are atomic
+        try:
+            path.write_bytes(content)  # writes to a bucket are atomic
+        except Exception as error:  # after several tries; gcsfs and aiohttp have no common class
+            raise OSError(errno.EIO, first_line(error), str(path)) from error
         return
     scratch = path.with_name(f'.{path.name}.new')
     try:
@@ -153,12 +175,24 @@ def open_to_append(path: Path) -> TextIO:
 
 
 class _BucketText(io.StringIO):
-    """A text file in a bucket. Buckets cannot append, so every flush rewrites the whole file."""
+    """A text file in a bucket. Buckets cannot append, so every flush rewrites the whole file.
+
+    If a flush fails, the text is kept, and the next flush or `close` writes it.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
         self.write(path.read_text(encoding='utf-8'))
-        self._path = path
+        self._path, self._written = path, self.getvalue()
 
     def flush(self) -> None:
-        self._path.write_text(self.getvalue(), encoding='utf-8')
+        content = self.getvalue()
+        write_atomically(self._path, content.encode())
+        self._written = content
+
+    def close(self) -> None:
+        try:
+            if not self.closed and self.getvalue() != self._written:
+                self.flush()
+        finally:
+            super().close()

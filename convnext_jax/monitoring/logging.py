@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from convnext_jax.checkpoints.workdir import FIGURES, METRICS, TENSORBOARD, open_to_append, write_atomically
-from convnext_jax.errors import UserError
+from convnext_jax.checkpoints.workdir import FIGURES, METRICS, TENSORBOARD, is_local, open_to_append, write_atomically
+from convnext_jax.errors import UserError, first_line
 from convnext_jax.monitoring.curves import draw_curves
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.output import say, to_json
@@ -49,6 +49,8 @@ class RunLog:
             from tensorboardX.event_file_writer import EventsWriter
 
         self._workdir = workdir
+        # For a bucket, tensorboardX calls Google's client, whose errors are not OSError.
+        self._write_errors = OSError if is_local(workdir) else Exception
         self._total_steps = total_steps
         self._headlines = headlines
         records = [record for record in read_records(workdir) if record['step'] <= start_step]
@@ -82,9 +84,10 @@ class RunLog:
         """Turns a write error into a warning: records may be missing, but training continues."""
         try:
             yield
-        except OSError as error:
+        except self._write_errors as error:
             if not self._warned:
-                say(f'{self._workdir} cannot be written: {error.strerror}; training continues, records may be missing')
+                reason = getattr(error, 'strerror', None) or first_line(error)
+                say(f'{self._workdir} cannot be written: {reason}; training continues, records may be missing')
             self._warned = True
 
     def say(self, line: str) -> None:

@@ -255,6 +255,24 @@ def test_a_write_error_from_python_has_the_message_of_one_from_tensorstore(direc
     assert reports == ['step 4 could not be saved: No space left on device; the last checkpoint is of step 3']
 
 
+def test_the_report_leaves_out_the_specification_that_tensorstore_appends(directory, monkeypatch):
+    """The reason of a failed save in a bucket is followed by two thousand characters of JSON."""
+
+    def write(*_, **__):
+        raise ValueError(
+            "Error writing manifest.ocdbt: HTTP 403 [tensorstore_spec='{...}'] [source locations='a.cc:1']"
+        )
+
+    reports = []
+    with Checkpoints(directory, keep=2, best_metric='top1', report=reports.append) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, 'save', write)
+        checkpoints.save(make_state(4), {}, None)
+    (line,) = reports
+    assert line == (
+        'step 4 could not be saved: Error writing manifest.ocdbt: HTTP 403; the last checkpoint is of step 3'
+    )
+
+
 def test_an_older_step_than_the_newest_is_saved_too(directory):
     """Orbax's own policy silently skips a step that the training loop decided to save."""
     with Checkpoints(directory, keep=10, best_metric='top1') as checkpoints:

@@ -14,10 +14,11 @@ from convnext_jax.checkpoints.workdir import (
     LOCK,
     locked,
     locked_by_main_process,
+    open_to_append,
     workdir_path,
     write_config,
 )
-from convnext_jax.config import as_dict, default_config, from_dict, read_config
+from convnext_jax.config import as_dict, default_config, from_dict, read_config, resolve_paths
 from convnext_jax.errors import UserError
 from convnext_jax.monitoring.logging import RunLog
 from convnext_jax.monitoring.records import read_records
@@ -197,3 +198,41 @@ def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
             log.evaluation(start + 1, 0.5, 'test', {'loss': 2.0, 'top1': 50.0})
     assert [record['step'] for record in read_records(run)] == [1, 1, 2, 2]
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_bucket_that_cannot_be_written_is_refused(tmp_path):
+    """A run trains for hours before its first save fails, or the user sees a traceback of gcsfs."""
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be written: '), locked(epath.Path(tmp_path) / 'file'):
+        pass
+
+
+def test_the_records_of_a_bucket_that_was_not_reachable_are_written_later(tmp_path, monkeypatch):
+    """The records of an outage are missing for ever, or an error of a library that is no OSError ends the run."""
+
+    class Unreachable(Exception):
+        pass
+
+    def fail(*_):
+        raise Unreachable('503 Service Unavailable\nmore')
+
+    path = epath.Path(tmp_path) / 'metrics.jsonl'
+    path.write_text('')
+    file = open_to_append(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), 'write_bytes', fail)
+        file.write('one\n')
+        with pytest.raises(OSError, match='503 Service Unavailable') as raised:
+            file.flush()
+        assert raised.value.strerror == '503 Service Unavailable'
+    file.write('two\n')
+    file.close()
+    assert path.read_text() == 'one\ntwo\n'
+
+
+def test_a_data_set_in_a_bucket_is_refused_with_the_reason(tmp_path):
+    """The user sees that a folder `gs:` in the current folder does not exist."""
+    config = default_config()
+    config.data.dir = 'gs://bucket/data'
+    with pytest.raises(UserError, match='data.dir=gs://bucket/data: data sets are read from file systems'):
+        resolve_paths(config)
