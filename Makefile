@@ -3,28 +3,32 @@
 # make test: all tests that need no torch.
 # make test-judges: installs torch, timm, transformers and OpenCV, and compares with them.
 # make test-large-judges: the comparisons with timm that take minutes and 10 GB of memory.
+# make test-clusters: the launchers on Slurm, Open MPI and a bucket; skips what is not installed (docs/clusters.md).
 # make docs: the documentation as HTML in build/docs, without warnings.
 PYTHON ?= python3
 VENV = .venv
 # Three workers on two cores: tests that wait for processes leave a core idle.
 PYTEST = $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-judges test-large-judges lint docs
+.PHONY: demo check test test-judges test-large-judges test-clusters lint docs
 
 demo: $(VENV)/runtime
 	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
 
 check: lint
-	$(PYTEST) --ignore tests/judges -m 'not slow and not judge'
+	$(PYTEST) --ignore tests/judges -m 'not slow and not judge and not cluster'
 
 test: $(VENV)/development
-	$(PYTEST) --ignore tests/judges -m 'not judge'
+	$(PYTEST) --ignore tests/judges -m 'not judge and not cluster'
 
 test-judges: $(VENV)/judges
 	$(PYTEST) tests/judges tests/benchmarks -m 'judge and not large'
 
 test-large-judges: $(VENV)/judges
 	$(VENV)/bin/python -m pytest tests/judges -m large
+
+test-clusters: $(VENV)/clusters
+	$(VENV)/bin/python -m pytest tests/clusters -m cluster -rs
 
 lint: $(VENV)/development
 	$(VENV)/bin/ruff check .
@@ -48,6 +52,10 @@ $(VENV)/development: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 
 $(VENV)/judges: requirements-judges.txt $(VENV)/development
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-judges.txt
+	touch $@
+
+$(VENV)/clusters: requirements-clusters.txt $(VENV)/development
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clusters.txt
 	touch $@
 
 $(VENV)/docs: requirements-docs.txt | $(VENV)/bin/python
