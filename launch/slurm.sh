@@ -2,9 +2,12 @@
 # A training job on Slurm with one process for each GPU. JAX finds the other processes with Slurm's variables.
 #
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/imagenet1k.py:tiny --config.data.dir=DATA --workdir=runs/tiny
+#   sbatch --array=0-2 --nodes=1 launch/slurm.sh … --config.seed=%a --workdir=runs/seed%a
 #
+# Options before launch/slurm.sh replace those below. In a job array, %a in an argument is the number of the task.
 # Before a preemption or the time limit, the processes receive SIGTERM: they save and exit with status 143. The job is
-# then requeued and resumes when it starts again. Untested: this script has not been run on a cluster.
+# then requeued and resumes when it starts again. It is also requeued when a process is lost or fails, but not after an
+# error that you have to fix (status 2) or Ctrl-C (130). tests/clusters/test_slurm.py runs this script on Slurm.
 #SBATCH --job-name=convnext
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -13,16 +16,29 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 #SBATCH --output=%x-%j.log
+MAX_RESTARTS=10 # after a failure; a saved run is always requeued
 
-# --kill-on-bad-exit: when one process fails, Slurm ends all of them. srun runs in the background so that this shell can
-# handle SIGTERM and requeue the job.
-srun --kill-on-bad-exit=1 .venv/bin/python train.py "$@" &
-trap 'kill -TERM $!' TERM
+set -- "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"
+# After an error of one process, all of them exit with its status. If a process was killed, --wait ends the others.
+# Since Slurm 22.05, srun does not read --cpus-per-task of the job.
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python train.py "$@" &
+trap : TERM # Slurm sends SIGTERM to the processes and may send it to this shell, which still has to requeue the job
 status=0
 wait $! || status=$?
 while kill -0 $! 2>/dev/null; do # a signal interrupts `wait` while srun is still running
     status=0
     wait $! || status=$?
 done
-[ "$status" = 143 ] && scontrol requeue "$SLURM_JOB_ID"
+case $status in
+0 | 2 | 130) ;;
+143) scontrol requeue "$SLURM_JOB_ID" ;;
+*)
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
+        echo "train.py ended with status $status: the job is requeued" >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "train.py ended with status $status after $SLURM_RESTART_COUNT restarts: see the errors above" >&2
+    fi
+    ;;
+esac
 exit "$status"
