@@ -1,6 +1,8 @@
 """The files that tools and services read: an error in them would only appear on other machines, without a message."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -22,6 +24,15 @@ def load(name):
 @pytest.mark.parametrize('path', YAML_FILES, ids=lambda path: path.name)
 def test_yaml_is_well_formed(path):
     assert isinstance(yaml.safe_load(path.read_text(encoding='utf-8')), dict)
+
+
+@pytest.mark.skipif(not shutil.which('shellcheck'), reason='not installed: shellcheck')
+def test_shellcheck_finds_nothing_in_the_scripts():
+    """A launcher would fail in a case that nobody tried, such as a name with a space."""
+    done = subprocess.run(
+        ['shellcheck', *ROOT.glob('launch/*.sh'), ROOT / '.ci' / 'run'], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_version_is_the_same_everywhere():
