@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import io
 import os
 import secrets
@@ -32,8 +33,16 @@ VISIBLE_TIMEOUT = 10.0
 
 
 def workdir_path(text: str) -> Path:
-    """The path of a workdir. For a bucket (gs://BUCKET/RUN, needs gcsfs) an `epath.Path` with the same methods."""
-    return cast(Path, epath.Path(text)) if '://' in text else local_path(text)
+    """The path of a workdir. For a bucket (gs://BUCKET/RUN) an `epath.Path` with the same methods.
+
+    Raises:
+        UserError: the library for buckets is not installed, or the home folder is unknown.
+    """
+    if '://' not in text:
+        return local_path(text)
+    if text.startswith('gs://') and importlib.util.find_spec('gcsfs') is None:
+        raise UserError(f'{text} needs `pip install gcsfs google-cloud-storage`')
+    return cast(Path, epath.Path(text))
 
 
 def is_local(path: Path) -> bool:
@@ -84,10 +93,6 @@ def _check_bucket(workdir: Path) -> None:
     try:
         (workdir / LOCK).write_text('', encoding='utf-8')
         (workdir / LOCK).unlink()
-    except ImportError as error:
-        raise UserError(
-            f'workdir {workdir} needs `pip install gcsfs google-cloud-storage`: {first_line(error)}'
-        ) from error
     except Exception as error:
         raise UserError(f'workdir {workdir} cannot be written: {first_line(error)}') from error
 

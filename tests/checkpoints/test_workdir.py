@@ -1,5 +1,6 @@
 """The workdir: its lock, its config, and workdirs in buckets."""
 
+import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -182,8 +183,16 @@ def test_a_damaged_or_missing_config_is_a_one_line_error(tmp_path):
             read_config(tmp_path / CONFIG)
 
 
-def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path):
+def test_a_missing_library_for_buckets_is_named(monkeypatch):
+    """The user sees a traceback of etils."""
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
+    with pytest.raises(UserError, match='gs://bucket/run needs `pip install gcsfs google-cloud-storage`'):
+        workdir_path('gs://bucket/run')
+
+
+def test_a_workdir_in_a_bucket_holds_config_records_and_curves(tmp_path, monkeypatch):
     """A run loses its records, because files in a bucket cannot be locked, renamed or appended to."""
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: 'found')
     assert str(workdir_path('gs://bucket/run') / CONFIG) == 'gs://bucket/run/config.json'
     assert workdir_path('runs/demo') == Path('runs/demo')
     run = epath.Path(tmp_path)  # every path that is not a pathlib.Path counts as a bucket
