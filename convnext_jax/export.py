@@ -52,7 +52,7 @@ def export_stablehlo(pretrained: PretrainedModel, folder: str | Path) -> None:
     else:
         pretrained.check_head()
         processor = processor_for(pretrained.model.in_channels, pretrained.processor)
-        classes, output = pretrained.model.head.bias.shape[0], {'activation': pretrained.activation}
+        classes, output = pretrained.model.num_classes, {'activation': pretrained.activation}
     if pretrained.class_names is not None:
         check_class_names(pretrained.class_names, classes)
     model, (mean, std) = pretrained.model, processor.mean_and_std_of_255()

@@ -85,7 +85,7 @@ def predict(
         raise UserError('the model has a regression head: its outputs are values, not probabilities of classes')
     activation = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}[pretrained.activation]
     processor = processor_for(pretrained.model.in_channels, pretrained.processor)
-    classes = pretrained.model.head.bias.shape[0]
+    classes = pretrained.model.num_classes
     names = pretrained.class_names or [f'class {label}' for label in range(classes)]
     probabilities = jax.jit(lambda model, images: activation(model(images)))
     for batch, images, errors in read_batches(photos, processor, batch_size):

@@ -24,7 +24,7 @@ def classifier_config(
         UserError: the number of class names is wrong, `problem_type` is unknown or does not fit, or the other library
             does not support the architecture.
     """
-    num_classes = model.head.bias.shape[0]
+    num_classes = model.num_classes
     if class_names is not None:
         check_class_names(class_names, num_classes)
     check_problem_type(problem_type)
@@ -37,8 +37,7 @@ def classifier_config(
             f'the {layout} layout does not store problem_type={problem_type}: users of the weights must know it',
             stacklevel=3,
         )
-    if model.norm.epsilon != model.variant.norm_eps:
-        warnings.warn(f"the {layout} layout does not store the last norm's epsilon, {model.norm.epsilon}", stacklevel=3)
+    _warn_of_epsilon(model, layout)
     return {'config.json': _timm_config(model, class_names, processor)} if layout == 'timm' else {}
 
 
@@ -50,10 +49,20 @@ def encoder_config(model: ConvNeXt, layout: str, processor: ImageProcessor) -> d
     """
     if layout == 'huggingface':
         return {'config.json': _common(model, 'Model', processor) | {'layer_norm_eps': float(model.norm.epsilon)}}
+    _warn_of_epsilon(model, layout)
+    if layout == 'dinov3':
+        kind = {'architectures': ['DINOv3ConvNextModel'], 'model_type': 'dinov3_convnext'}
+        config = _common(model, 'Model', processor) | kind | {'layer_norm_eps': float(model.variant.norm_eps)}
+        return {'config.json': {key: x for key, x in config.items() if key not in ('num_stages', 'patch_size')}}
     if layout != 'timm':
         return {}
     config = _timm_config(model, None, processor)
     return {'config.json': config | {'num_classes': 0, 'pretrained_cfg': config['pretrained_cfg'] | {'num_classes': 0}}}
+
+
+def _warn_of_epsilon(model: ConvNeXt, layout: str) -> None:
+    if model.norm.epsilon != model.variant.norm_eps:
+        warnings.warn(f"the {layout} layout does not store the last norm's epsilon, {model.norm.epsilon}", stacklevel=4)
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
@@ -147,12 +156,12 @@ def _huggingface_config(
     model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor, problem_type: str | None
 ) -> dict:
     config = _common(model, 'ForImageClassification', processor) | {'layer_norm_eps': float(model.norm.epsilon)}
-    config |= _names(class_names, model.head.bias.shape[0])
+    config |= _names(class_names, model.num_classes)
     return config | ({'problem_type': problem_type} if problem_type else {})
 
 
 def _timm_config(model: ConvNeXt, class_names: Sequence[str] | None, processor: ImageProcessor) -> dict:
-    variant, num_classes = model.variant, model.head.bias.shape[0]
+    variant, num_classes = model.variant, model.num_classes
     name = timm_name(variant)
     if not name:
         scale = 'with' if variant.layer_scale_init > 0 else 'without'

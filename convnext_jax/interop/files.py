@@ -297,7 +297,12 @@ def _exact_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def write_folder(
-    folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dict | bytes], *, entry: str | None = None
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    files: Mapping[str, dict | bytes],
+    *,
+    pytorch: bool = False,
+    entry: str | None = None,
 ) -> None:
     """Writes a folder with tensors, in `model.safetensors` or `model.pth`, and with other files.
 
@@ -305,7 +310,8 @@ def write_folder(
         folder: a new or empty folder.
         tensors: name → array.
         files: file name → content, a JSON object or bytes.
-        entry: write the PyTorch file `model.pth`, in which this entry has the tensors. It needs torch.
+        pytorch: write the PyTorch file `model.pth` instead of `model.safetensors`. It needs torch.
+        entry: the entry of the PyTorch file that has the tensors; None for a file that contains only the tensors.
 
     Raises:
         UserError: the folder is not empty or not writable, or torch is missing.
@@ -319,7 +325,7 @@ def write_folder(
     except OSError as error:
         raise UserError(f'{folder} cannot be written: {first_line(error)}') from error
     try:
-        if entry:
+        if pytorch:
             _write_torch(partial / 'model.pth', tensors, entry)
         else:
             save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
@@ -338,9 +344,10 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], entry: str) -> None:
+def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], entry: str | None) -> None:
     try:
         import torch
     except ImportError as error:
         raise UserError('this layout is a PyTorch file: pip install torch to write it') from error
-    torch.save({entry: {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}}, path)
+    state_dict = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+    torch.save({entry: state_dict} if entry else state_dict, path)

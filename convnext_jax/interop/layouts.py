@@ -1,4 +1,4 @@
-"""Conversion of our parameters to the names and shapes of the Hugging Face, timm and original models, and back.
+"""Conversion of our parameters to the names and shapes of other libraries' models (`LAYOUTS`), and back.
 
 The layouts differ in three ways. Convolution kernels are (out, in, H, W) there and (H, W, in, out) here. Linear kernels
 are (out, in) there and (in, out) here. Blocks are separate tensors there and stacked along a leading axis here.
@@ -19,52 +19,97 @@ from convnext_jax.interop.files import Tensors, printable
 from convnext_jax.interop.timm_models import has_conv_mlp, special_fields
 from convnext_jax.models import Parameters, Variant
 
-LAYOUTS = ('huggingface', 'timm', 'original')
+LAYOUTS = ('huggingface', 'timm', 'original', 'dinov3', 'torchvision')
+"""'dinov3' is the layout of `DINOv3ConvNextModel` in transformers, 'huggingface' of its other ConvNeXts."""
 TIMM_STRIDE = 32  # timm's default `output_stride`
 MAX_LISTED = 50
 
 # Our module name → names in the order of LAYOUTS. S is the index of the stage, and B the index of the block.
+# torchvision counts downsampling layers and stages together: D is 2 · S, and E is 2 · S + 1.
 TRUNK = {
-    'stem.conv': ('embeddings.patch_embeddings', 'stem.0', 'downsample_layers.0.0'),
-    'stem.norm': ('embeddings.layernorm', 'stem.1', 'downsample_layers.0.1'),
+    'stem.conv': (
+        'embeddings.patch_embeddings',
+        'stem.0',
+        'downsample_layers.0.0',
+        'stages.0.downsample_layers.0',
+        'features.0.0',
+    ),
+    'stem.norm': (
+        'embeddings.layernorm',
+        'stem.1',
+        'downsample_layers.0.1',
+        'stages.0.downsample_layers.1',
+        'features.0.1',
+    ),
     'stages.S.downsample.norm': (
         'encoder.stages.S.downsampling_layer.0',
         'stages.S.downsample.0',
         'downsample_layers.S.0',
+        'stages.S.downsample_layers.0',
+        'features.D.0',
     ),
     'stages.S.downsample.conv': (
         'encoder.stages.S.downsampling_layer.1',
         'stages.S.downsample.1',
         'downsample_layers.S.1',
+        'stages.S.downsample_layers.1',
+        'features.D.1',
     ),
-    'stages.S.blocks': ('encoder.stages.S.layers.B', 'stages.S.blocks.B', 'stages.S.B'),
-    'norm': ('layernorm', 'head.norm', 'norm'),
-    'head': ('classifier', 'head.fc', 'head'),
+    'stages.S.blocks': (
+        'encoder.stages.S.layers.B',
+        'stages.S.blocks.B',
+        'stages.S.B',
+        'stages.S.layers.B',
+        'features.E.B',
+    ),
+    'norm': ('layernorm', 'head.norm', 'norm', 'layer_norm', 'classifier.0'),
+    'head': ('classifier', 'head.fc', 'head', 'classifier', 'classifier.2'),
 }
 # Our module name → name in timm, for the other stems of timm, with or without an activation between the convolutions.
 OVERLAP = {'stem.first_conv': 'stem.0', 'stem.second_conv': 'stem.1', 'stem.norm': 'stem.2'}
 OVERLAP_ACT = {'stem.first_conv': 'stem.0', 'stem.second_conv': 'stem.2', 'stem.norm': 'stem.3'}
 TIMM_STEMS = {'patch': {}, 'overlap': OVERLAP, 'overlap_tiered': OVERLAP, 'overlap_act': OVERLAP_ACT}
 # Layout → prefixes of the names of the head's tensors; then the prefixes for the layers between trunk and head.
-HEADS = {'huggingface': ('classifier.',), 'timm': ('head.fc.',), 'original': ('head.',)}
+HEADS = {
+    'huggingface': ('classifier.',),
+    'timm': ('head.fc.',),
+    'original': ('head.',),
+    'dinov3': ('classifier.',),  # transformers has no classifier of DINOv3 yet
+    'torchvision': ('classifier.2.',),
+}
 LAST_NORMS = {
     'huggingface': ('convnext.layernorm.', 'convnextv2.layernorm.'),
     'timm': ('head.norm.', 'norm_pre.', 'head.pre_logits.'),
     'original': ('norm.',),
+    'dinov3': ('layer_norm.',),
+    'torchvision': ('classifier.0.',),
 }
 BLOCK = {
-    'depthwise.kernel': ('dwconv.weight', 'conv_dw.weight', 'dwconv.weight'),
-    'depthwise.bias': ('dwconv.bias', 'conv_dw.bias', 'dwconv.bias'),
-    'norm.scale': ('layernorm.weight', 'norm.weight', 'norm.weight'),
-    'norm.bias': ('layernorm.bias', 'norm.bias', 'norm.bias'),
-    'pointwise1.kernel': ('pwconv1.weight', 'mlp.fc1.weight', 'pwconv1.weight'),
-    'pointwise1.bias': ('pwconv1.bias', 'mlp.fc1.bias', 'pwconv1.bias'),
+    'depthwise.kernel': ('dwconv.weight', 'conv_dw.weight', 'dwconv.weight', 'depthwise_conv.weight', 'block.0.weight'),
+    'depthwise.bias': ('dwconv.bias', 'conv_dw.bias', 'dwconv.bias', 'depthwise_conv.bias', 'block.0.bias'),
+    'norm.scale': ('layernorm.weight', 'norm.weight', 'norm.weight', 'layer_norm.weight', 'block.2.weight'),
+    'norm.bias': ('layernorm.bias', 'norm.bias', 'norm.bias', 'layer_norm.bias', 'block.2.bias'),
+    'pointwise1.kernel': (
+        'pwconv1.weight',
+        'mlp.fc1.weight',
+        'pwconv1.weight',
+        'pointwise_conv1.weight',
+        'block.3.weight',
+    ),
+    'pointwise1.bias': ('pwconv1.bias', 'mlp.fc1.bias', 'pwconv1.bias', 'pointwise_conv1.bias', 'block.3.bias'),
     'grn.gamma': ('grn.weight', 'mlp.grn.weight', 'grn.gamma'),
     'grn.beta': ('grn.bias', 'mlp.grn.bias', 'grn.beta'),
-    'pointwise2.kernel': ('pwconv2.weight', 'mlp.fc2.weight', 'pwconv2.weight'),
-    'pointwise2.bias': ('pwconv2.bias', 'mlp.fc2.bias', 'pwconv2.bias'),
-    'layer_scale': ('layer_scale_parameter', 'gamma', 'gamma'),
+    'pointwise2.kernel': (
+        'pwconv2.weight',
+        'mlp.fc2.weight',
+        'pwconv2.weight',
+        'pointwise_conv2.weight',
+        'block.5.weight',
+    ),
+    'pointwise2.bias': ('pwconv2.bias', 'mlp.fc2.bias', 'pwconv2.bias', 'pointwise_conv2.bias', 'block.5.bias'),
+    'layer_scale': ('layer_scale_parameter', 'gamma', 'gamma', 'gamma', 'layer_scale'),
 }
+"""Our name of a parameter of a block → names in the order of LAYOUTS; the last two layouts have no GRN."""
 
 
 class Entry(NamedTuple):
@@ -97,8 +142,15 @@ def entries(shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str
     isotropic = len(variant.depths) == 1
     if isotropic and layout != 'original':
         raise UserError(f'the {layout} library has no isotropic ConvNeXt: use the original layout')
-    if layout != 'timm' and (special := special_fields(variant)):
+    stored = ('norm_eps',) if layout == 'dinov3' else ()
+    if layout != 'timm' and (special := special_fields(variant, stored)):
         raise UserError(f'the {layout} library has no ConvNeXt with {", ".join(special)}: use the timm layout')
+    if layout in ('dinov3', 'torchvision') and (
+        variant.grn or variant.layer_scale_init == 0 or variant.patch_size != 4
+    ):
+        raise UserError(f'the {layout} library only has the ConvNeXt V1 with layer scale and patch_size=4')
+    if layout == 'dinov3' and any(name.startswith('head.') for name in shapes):
+        raise UserError('transformers has no classifier of DINOv3: save the model without its head, or as huggingface')
     if not isotropic and not variant.stem_norm:
         raise UserError(f'the {layout} library has no ConvNeXt with several stages and without a norm in the stem')
     if layout == 'huggingface' and variant.grn and variant.layer_scale_init > 0:
@@ -247,7 +299,7 @@ def _block_name(ours: str, block: int, variant: Variant, layout: str) -> str:
     column = LAYOUTS.index(layout)
     if len(variant.depths) == 1:
         return f'blocks.{block}.{BLOCK[parameter][column]}'
-    module = TRUNK['stages.S.blocks'][column].replace('S', stage).replace('B', str(block))
+    module = _with_stage(TRUNK['stages.S.blocks'][column], stage).replace('B', str(block))
     return _prefix('', variant, layout) + f'{module}.{BLOCK[parameter][column]}'
 
 
@@ -264,7 +316,14 @@ def _trunk_name(ours: str, variant: Variant, layout: str) -> str:
     if layout == 'timm' and (theirs := _timm_module(module, variant)):
         return f'{theirs}.{parameter}'
     theirs = TRUNK[module.replace(f'stages.{stage}.', 'stages.S.') if stage else module][LAYOUTS.index(layout)]
-    return _prefix(module, variant, layout) + f'{theirs.replace("S", stage)}.{parameter}'
+    return _prefix(module, variant, layout) + f'{_with_stage(theirs, stage)}.{parameter}'
+
+
+def _with_stage(theirs: str, stage: str) -> str:
+    """A name of `TRUNK` with the index of the stage; '' for a name without one."""
+    if not stage:
+        return theirs
+    return theirs.replace('S', stage).replace('D', str(2 * int(stage))).replace('E', str(2 * int(stage) + 1))
 
 
 def _timm_module(module: str, variant: Variant) -> str | None:
@@ -289,6 +348,8 @@ def _to_their_shape(array: np.ndarray, ours: str, variant: Variant, layout: str)
     if ours.endswith('.kernel'):
         as_convolution = layout == 'timm' and 'pointwise' in ours and has_conv_mlp(variant)
         return rearrange(array, 'i o -> o i 1 1' if as_convolution else 'i o -> o i')
+    if ours.endswith('.layer_scale') and layout == 'torchvision':
+        return rearrange(array, 'c -> c 1 1')
     if '.grn.' in ours and layout != 'timm':
         return rearrange(array, 'c -> 1 1 1 c')
     return array

@@ -1,5 +1,6 @@
 """load_pretrained and save_pretrained: read and write models in the folders and files of other libraries."""
 
+import dataclasses
 import inspect
 import math
 import warnings
@@ -74,7 +75,7 @@ class Pretrained(NamedTuple):
     @property
     def has_head(self) -> bool:
         """Whether the head was trained."""
-        return HEAD[0] not in self.newly_initialised
+        return self.model.head is not None and HEAD[0] not in self.newly_initialised
 
     @property
     def has_norm(self) -> bool:
@@ -93,7 +94,7 @@ class Pretrained(NamedTuple):
     @property
     def activation(self) -> str | None:
         """The function from logits to probabilities: 'softmax', 'sigmoid', or None for a regression."""
-        return activation(self.problem_type, self.model.head.bias.shape[0])
+        return activation(self.problem_type, self.model.num_classes)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -167,12 +168,13 @@ def read_pretrained(
     Args:
         where: a Hugging Face folder (`config.json` and safetensors, in one or more files, or `pytorch_model.bin`) or a
             timm folder; a hub id of either; or a safetensors or PyTorch file with any name. The names of the tensors
-            determine the layout. Prefixes that wrappers have added (`module.`, `model.`) are removed.
+            determine the layout, one of `LAYOUTS`. Prefixes that wrappers have added (`module.`, `model.`) are removed.
         name: name of the architecture; by default it is determined by the folder's config, or by names and shapes.
         entry: name of one of several state dicts in a PyTorch file, or 'ema' for 'model_ema' or 'state_dict_ema'. The
             default is 'model' or 'state_dict', or the only state dict.
         revision: branch, tag or commit on the hub.
-        num_classes: outputs of the head; if the file's head has another number, the head is newly initialised.
+        num_classes: outputs of the head; if the file's head has another number, the head is newly initialised. With 0
+            the model has no head, and a head in the file is not used.
         new_classes: outputs of the newly initialised head of a file without a head; ignored if the file has one.
         key: random key of a newly initialised head.
         drop_path_rate, head_init_scale: as for `create_model`.
@@ -209,7 +211,7 @@ def read_pretrained(
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
     notes, missing = _missing_parts(tensors, saved_classes, num_classes, layout)
     newly_initialised = tuple(name for name in missing if name in shapes)
-    if saved_classes is not None and HEAD[0] in newly_initialised:
+    if saved_classes is not None and (HEAD[0] in newly_initialised or num_classes == 0):
         tensors = {name: x for name, x in tensors.items() if not name.startswith(HEADS[layout])}
     parameters = from_layout(
         tensors,
@@ -218,7 +220,10 @@ def read_pretrained(
         layout,
     )
     if not sizes:
-        raise UserError(f'{opened.path} has no head: load_pretrained(…, num_classes=, key=) initialises one')
+        raise UserError(
+            f'{opened.path} has no head: load_pretrained(…, num_classes=, key=) initialises one, and num_classes=0 '
+            'gives a model without a head'
+        )
     if newly_initialised:
         if key is None:
             raise UserError(f'{"; ".join(notes)}: pass key=jax.random.key(…)')
@@ -227,7 +232,7 @@ def read_pretrained(
     model = with_parameters(model, parameters)
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     licence = read_licence(folder, opened.config)
-    if newly_initialised:  # names and problem type in the config describe another head
+    if newly_initialised or num_classes == 0:  # names and problem type in the config describe another head
         return Pretrained(
             model,
             layout,
@@ -269,6 +274,8 @@ def save_pretrained(
     - 'huggingface': `AutoModelForImageClassification.from_pretrained(folder)`, or `ConvNextBackbone`, with processor.
     - 'timm': `timm.create_model('local-dir:FOLDER')`, or `checkpoint_path=FOLDER/model.safetensors`.
     - 'original': `torch.load('FOLDER/model.pth')['model']`; torch must be installed to write it.
+    - 'dinov3': `AutoModel.from_pretrained(folder)`, a `DINOv3ConvNextModel`; only for a model saved without its head.
+    - 'torchvision': `torchvision.models.convnext_tiny().load_state_dict(torch.load('FOLDER/model.pth'))`.
     - A `UPerNet` can be saved as 'huggingface' (`UperNetForSemanticSegmentation.from_pretrained(folder)`), or as
       'mmsegmentation' or 'original' (`torch.load('FOLDER/model.pth')['state_dict']`).
 
@@ -282,12 +289,15 @@ def save_pretrained(
         problem_type: as in `Pretrained`. Only the Hugging Face layout stores it. With another layout there is a warning
             if users would interpret the logits differently without it.
         licence: licence of the weights, such as `Pretrained.licence`; it is written into a model card, `README.md`.
-        head: False omits the head: Hugging Face loads the folder as `AutoModel`, timm with num_classes=0.
+        head: False omits the head: Hugging Face loads the folder as `AutoModel`, timm with num_classes=0. A model
+            without a head is always saved like this.
 
     Raises:
         UserError: the folder is not empty or not writable, a value is invalid, or the other library does not support
             the architecture.
     """
+    if layout == 'dinov3' and processor is None:
+        processor = dataclasses.replace(processor_for(model.in_channels, None), resample=2, squash=True)
     default = segmentation_processor if isinstance(model, UPerNet) else processor_for
     processor = default(model.in_channels, processor)
     files: dict[str, dict | bytes] = {}
@@ -308,6 +318,7 @@ def save_pretrained(
             raise UserError('a backbone has no classes and can only be saved in the huggingface layout')
         tensors, files['config.json'] = backbone_tensors(model), backbone_config(model, processor)
     else:
+        head = head and model.head is not None
         parameters = {name: x for name, x in get_parameters(model).items() if head or name not in HEAD}
         tensors = to_layout(jax.device_get(parameters), model.variant, layout)
         if head:
@@ -317,19 +328,25 @@ def save_pretrained(
     if layout == 'huggingface':
         dense = isinstance(model, UPerNet)
         files['preprocessor_config.json'] = processor.to_segformer() if dense else processor.to_huggingface()
+    elif layout == 'dinov3':
+        files['preprocessor_config.json'] = processor.to_dinov3()
     if licence:
         files[CARD] = model_card(licence)
-    write_folder(local_path(folder), tensors, files, entry=entry)
+    pytorch = layout not in ('huggingface', 'timm', 'dinov3')
+    write_folder(local_path(folder), tensors, files, pytorch=pytorch, entry=entry)
 
 
 def _missing_parts(
     tensors: Tensors, saved_classes: int | None, num_classes: int, layout: str
 ) -> tuple[list[str], tuple[str, ...]]:
     """Messages about the parts that are missing in the file, and the names that their parameters may have."""
-    if saved_classes == num_classes:
+    if saved_classes == num_classes or (saved_classes is not None and num_classes == 0):
         return [], ()
     if saved_classes is not None:
         return [f'the head is newly initialised: {num_classes} classes here, {saved_classes} in the file'], HEAD
-    if any(name.startswith(LAST_NORMS[layout]) for name in tensors):
+    has_norm = any(name.startswith(LAST_NORMS[layout]) for name in tensors)
+    if num_classes == 0:
+        return ([], ()) if has_norm else (['the last norm is newly initialised: the file has none'], AFTER_TRUNK)
+    if has_norm:
         return ['the head is newly initialised: the file has none'], HEAD
     return ['the last norm and the head are newly initialised: the file has none'], AFTER_TRUNK

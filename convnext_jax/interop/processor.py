@@ -80,7 +80,10 @@ class ImageProcessor:
 
     @classmethod
     def from_huggingface(cls, config: dict) -> 'ImageProcessor':
-        """A processor from the `preprocessor_config.json` of a classifier or a UPerNet, with Hugging Face's defaults.
+        """A processor from the `preprocessor_config.json` of a classifier, a UPerNet or DINOv3.
+
+        Missing fields have Hugging Face's defaults. DINOv3's processor resizes floats and ours bytes, so that pixels
+        may differ by one grey level.
 
         Raises:
             UserError: the content describes another kind of processor.
@@ -90,8 +93,8 @@ class ImageProcessor:
                 'preprocessor_config.json: do_resize=false and do_center_crop=true are not supported for ConvNeXt'
             )
         kind = str(config.get('image_processor_type') or config.get('feature_extractor_type'))
-        squash = True if kind.startswith('Segformer') else None  # the processor of UPerNet
-        size = config.get('size', 512 if squash else 384)
+        squash = True if kind.startswith(('Segformer', 'DINOv3')) else None  # Segformer: the processor of UPerNet
+        size = config.get('size', 512 if kind.startswith('Segformer') else 384)
         if squash and isinstance(size, dict):
             if size.get('height') != size.get('width'):
                 raise UserError(f'preprocessor_config.json: height and width must be equal, not {size}')
@@ -152,6 +155,18 @@ class ImageProcessor:
             'image_processor_type': 'ConvNextImageProcessor',
             'size': {'shortest_edge': self.size},
             'crop_pct': self.crop_pct,
+        }
+
+    def to_dinov3(self) -> dict:
+        """The content of the `preprocessor_config.json` of Hugging Face's DINOv3.
+
+        For a processor that crops it is that of Hugging Face's other ConvNeXts, because DINOv3's does not crop.
+        """
+        if not self.squashes:
+            return self.to_huggingface()
+        return self._values() | {
+            'image_processor_type': 'DINOv3ViTImageProcessorFast',
+            'size': {'height': self.size, 'width': self.size},
         }
 
     def to_segformer(self) -> dict:

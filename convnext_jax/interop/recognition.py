@@ -16,12 +16,18 @@ from convnext_jax.interop.layouts import BLOCK, dense_from_sparse
 from convnext_jax.interop.upernet import split_heads
 from convnext_jax.models import VARIANTS, Variant, get_variant, variants
 
-BLOCK_NAMES = re.compile(r'(?:^|\.)(?:stages\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.')
+BLOCK_NAMES = re.compile(
+    r'(?:^|\.)(?:(?:stages|features(?=\.[1357]\.))\.(\d{1,4})\.(?:layers\.|blocks\.)?|blocks\.)(\d{1,4})\.'
+)
+"""Beginning of the name of a block's tensor, up to the name of the parameter. torchvision's stages have odd numbers."""
+LAYER_SCALES = tuple(f'.{name}' for name in BLOCK['layer_scale'])
 MAX_TENSORS = 2000  # five times as many as the largest model has
 STEMS = {
     'huggingface': ('embeddings.patch_embeddings.weight',),
     'timm': ('stem.0.weight',),
     'original': ('downsample_layers.0.0.weight', 'stem.weight'),
+    'dinov3': ('stages.0.downsample_layers.0.weight',),
+    'torchvision': ('features.0.0.weight',),
 }
 """Layout → possible endings of the name of the stem's kernel, which every ConvNeXt has."""
 
@@ -227,7 +233,7 @@ def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: 
     stem = _stem_shape(tensors, layout)
     if name is not None:
         variant = get_variant(str(name).split('.')[0])
-    elif layout == 'huggingface' and config:
+    elif layout in ('huggingface', 'dinov3') and config:
         return _huggingface_variant(config, len(tensors))
     elif layout == 'timm' and 'architecture' in config:
         variant = dataclasses.replace(get_variant(str(config['architecture']).split('.')[0]), **timm_changes)
@@ -309,14 +315,18 @@ def _stem_and_width(tensors: Tensors, layout: str) -> tuple[str, int]:
 
 
 def last_epsilon(config: dict, variant: Variant, layout: str) -> float:
-    """The epsilon of the last norm: by default 1e-12 in Hugging Face's models, else the variant's.
+    """The epsilon of the last norm: the variant's, except in Hugging Face's models, where the default is 1e-12.
 
     Raises:
         UserError: the config has an invalid value.
     """
     if layout != 'huggingface':
         return variant.norm_eps
-    epsilon = config.get('layer_norm_eps', 1e-12)
+    return _epsilon_in(config, 1e-12)
+
+
+def _epsilon_in(config: dict, default: float) -> float:
+    epsilon = config.get('layer_norm_eps', default)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f'config.json: layer_norm_eps must be a number in (0, 1), not {epsilon}')
     return epsilon
@@ -327,7 +337,7 @@ def _with_layer_scale(variant: Variant, tensors: Tensors) -> Variant:
 
     V1 and V2 both exist with and without a layer scale.
     """
-    scales = sum(name.endswith(('.gamma', '.layer_scale_parameter')) and '.grn.' not in name for name in tensors)
+    scales = sum(name.endswith(LAYER_SCALES) and '.grn.' not in name for name in tensors)
     if scales == 0:
         return variant.replace(layer_scale_init=0)
     if scales == sum(variant.depths) and variant.layer_scale_init == 0:
@@ -371,8 +381,8 @@ def _timm_changes(config: dict, tensors: int) -> dict[str, Any]:
 
 def _huggingface_variant(config: dict, tensors: int) -> Variant:
     kind, depths, widths = (config.get(field) for field in ('model_type', 'depths', 'hidden_sizes'))
-    if kind not in ('convnext', 'convnextv2'):
-        raise UserError(f"config.json: model_type is '{kind}', not convnext or convnextv2")
+    if kind not in ('convnext', 'convnextv2', 'dinov3_convnext'):
+        raise UserError(f"config.json: model_type is '{kind}', not convnext, convnextv2 or dinov3_convnext")
     if config.get('hidden_act', 'gelu') != 'gelu':
         raise UserError(f"config.json: hidden_act is '{config['hidden_act']}', but ConvNeXt has gelu")
     patch_size = config.get('patch_size', 4)
@@ -386,7 +396,9 @@ def _huggingface_variant(config: dict, tensors: int) -> Variant:
     scale = 0 if grn else config.get('layer_scale_init_value', 1e-6)
     if not isinstance(scale, int | float) or not 0 <= scale < 1e9:
         raise UserError(f'config.json: layer_scale_init_value must be a number ≥ 0, not {scale}')
-    return Variant(tuple(sizes[0]), tuple(sizes[1]), patch_size=patch_size, grn=grn, layer_scale_init=scale)
+    variant = Variant(tuple(sizes[0]), tuple(sizes[1]), patch_size=patch_size, grn=grn, layer_scale_init=scale)
+    # In DINOv3's models layer_norm_eps is the epsilon of all norms, in the others of the last norm.
+    return variant if kind != 'dinov3_convnext' else variant.replace(norm_eps=_epsilon_in(config, 1e-6))
 
 
 def _stem_shape(tensors: Tensors, layout: str) -> tuple[int, int, int, int]:

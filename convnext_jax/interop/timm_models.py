@@ -10,12 +10,15 @@ ONLY_IN_TIMM = ('stem', 'norm', 'norm_eps', 'activation', 'kernel_size', 'head_n
 """Fields of a variant that have their default in the models of the other libraries."""
 
 
-def special_fields(variant: Variant) -> list[str]:
-    """The fields in which the architecture differs from those of the other libraries, such as 'norm=rmsnorm'."""
+def special_fields(variant: Variant, stored: tuple[str, ...] = ()) -> list[str]:
+    """The fields in which the architecture differs from those of the other libraries, such as 'norm=rmsnorm'.
+
+    `stored` lists fields that may differ, because the other library stores them.
+    """
     return [
         f'{field.name}={getattr(variant, field.name)}'
         for field in dataclasses.fields(variant)
-        if field.name in ONLY_IN_TIMM and getattr(variant, field.name) != field.default
+        if field.name in ONLY_IN_TIMM and field.name not in stored and getattr(variant, field.name) != field.default
     ]
 
 

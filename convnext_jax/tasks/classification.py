@@ -214,7 +214,7 @@ class Classification(Task):
 
     def pretrained(self, model: ConvNeXt, facts: Mapping[str, Any]) -> Pretrained:
         names = facts['class names']
-        unnamed = (f'class {label}' for label in range(len(names), model.head.bias.shape[0]))
+        unnamed = (f'class {label}' for label in range(len(names), model.num_classes))
         return Pretrained(model, 'convnext_jax', (*names, *unnamed), self.processor, (), [])
 
     @property
@@ -242,7 +242,7 @@ class Classification(Task):
         if pretrained.activation != 'softmax':
             raise UserError(_describe_head(pretrained, where))
         config = self.config.copy_and_resolve_references()
-        config.model.num_classes = pretrained.model.head.bias.size
+        config.model.num_classes = pretrained.model.num_classes
         processor = pretrained.processor
         if processor:
             mean, std = processor.mean_and_std_of_255()
@@ -281,7 +281,7 @@ class Classification(Task):
 
 def _describe_head(pretrained: Pretrained, where: str) -> str:
     """A message that says why a head can be neither trained nor evaluated as a classifier with softmax."""
-    outputs = pretrained.model.head.bias.size
+    outputs = pretrained.model.num_classes
     kind = pretrained.problem_type or 'independent sigmoid outputs'
     return (
         f'the head of {where} is for {kind}, with {outputs} output(s), but training and evaluation need a softmax over '

@@ -52,11 +52,11 @@ def test_the_error_for_a_pytorch_file_without_torch(tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
+@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original', 'torchvision'])
 @pytest.mark.parametrize('wrapper', ['module.', '_orig_mod.', 'module._orig_mod.', 'model.', 'net.backbone.'])
 def test_names_of_wrapped_models_load(tmp_path, layout, wrapper):
     """Files of models wrapped by DataParallel, torch.compile or Lightning could not be loaded."""
-    model = random_model()
+    model = random_model('convnext_atto' if layout == 'torchvision' else 'convnextv2_atto')
     tensors = {wrapper + name: x for name, x in state_dict(model, layout).items()}
     counters = {'n_averaged': np.array(7), f'{wrapper}bn.num_batches_tracked': np.array(3)}
     save(tensors | counters, tmp_path / 'last.safetensors')

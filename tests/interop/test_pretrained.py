@@ -1,6 +1,7 @@
 """load_pretrained and save_pretrained: bit-exact conversion, configs, class names, and error messages."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -12,7 +13,7 @@ from random_models import assert_equal, fcmae_state_dict, layouts_of, random_mod
 from convnext_jax import load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, read_pretrained
-from convnext_jax.interop.layouts import to_layout
+from convnext_jax.interop.layouts import LAYOUTS, to_layout
 from convnext_jax.interop.recognition import recognize_layout, recognize_variant
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
 from tests import reference
@@ -48,6 +49,59 @@ def test_timm_has_no_isotropic_models(tmp_path):
     """timm could not load the folder."""
     with pytest.raises(UserError, match='timm library has no isotropic'):
         save_pretrained(random_model('convnext_isotropic_small'), tmp_path / 'other', layout='timm')
+
+
+def test_a_folder_of_dinov3_is_saved_and_loaded(tmp_path):
+    """The distilled weights of DINOv3 could not be used, or only with a random head."""
+    model = random_model('convnext_atto', num_classes=0)
+    save_pretrained(model, tmp_path / 'out', layout='dinov3')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert (config['model_type'], config['layer_norm_eps']) == ('dinov3_convnext', 1e-6)
+    loaded = read_pretrained(tmp_path / 'out', num_classes=0)
+    assert_equal(loaded.model, model)
+    assert (loaded.layout, loaded.notes, loaded.has_head) == ('dinov3', [], False)
+    assert loaded.processor == ImageProcessor(resample=2, squash=True)
+    with pytest.raises(UserError, match='has no head: .* num_classes=0 gives a model without a head'):
+        load_pretrained(tmp_path / 'out')
+    with pytest.warns(UserWarning, match='the head is newly initialised: the file has none'):
+        assert load_pretrained(tmp_path / 'out', num_classes=3, key=jax.random.key(0)).num_classes == 3
+
+
+def test_torchvision_s_names_are_read(tmp_path):
+    """Weights of torchvision could not be used; `tests/judges` tests its PyTorch files."""
+    model = random_model('convnext_atto')
+    save(state_dict(model, 'torchvision'), tmp_path / 'model.safetensors')
+    loaded = read_pretrained(tmp_path / 'model.safetensors')
+    assert_equal(loaded.model, model)
+    assert (loaded.layout, loaded.notes) == ('torchvision', [])
+
+
+@pytest.mark.parametrize(
+    ('name', 'layout', 'match'),
+    [
+        ('convnext_atto', 'dinov3', 'transformers has no classifier of DINOv3: save the model without its head'),
+        ('convnextv2_atto', 'dinov3', 'the dinov3 library only has the ConvNeXt V1 with layer scale'),
+        ('convnextv2_atto', 'torchvision', 'the torchvision library only has the ConvNeXt V1 with layer scale'),
+        ('convnext_atto_rms', 'torchvision', 'the torchvision library has no ConvNeXt with norm=rmsnorm'),
+    ],
+)
+def test_what_a_library_does_not_have_is_refused(tmp_path, name, layout, match):
+    """The other library would build another network, or fail to load the folder."""
+    with pytest.raises(UserError, match=match):
+        save_pretrained(random_model(name), tmp_path / 'out', layout=layout)
+
+
+@pytest.mark.parametrize('layout', ['huggingface', 'timm'])
+def test_num_classes_0_gives_a_model_without_a_head(tmp_path, layout):
+    """Users of features would have to initialise a head that they do not use."""
+    model = random_model()
+    save_pretrained(model, tmp_path / 'out', layout=layout, class_names=NAMES)
+    loaded = read_pretrained(tmp_path / 'out', num_classes=0)
+    assert (loaded.model.head, loaded.notes, loaded.has_head, loaded.class_names) == (None, [], False, None)
+    x = cases.images((64, 96))
+    np.testing.assert_array_equal(loaded.model(x), model.head_input(x))
+    save_pretrained(loaded.model, tmp_path / 'again', layout=layout)
+    assert_equal(load_pretrained(tmp_path / 'again', num_classes=0), loaded.model)
 
 
 def write_folder(folder, files, shapes, shards=1):
@@ -124,13 +178,14 @@ def test_a_timm_file_loads_with_the_name_of_its_model(tmp_path, name):
     assert_equal(load_pretrained(tmp_path / 'model.safetensors', name=f'{name}.fb_in1k'), model)
 
 
-@pytest.mark.parametrize('layout', ['huggingface', 'timm', 'original'])
+@pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_model_is_recognised_by_names_and_shapes(layout):
     """Files without a config could not be loaded. Broadcast zeros replace the tensors, to save memory."""
     for name in list_models():
         if layout not in layouts_of(get_variant(name)):
             continue
-        model = jax.eval_shape(lambda name=name: create_model(name, key=jax.random.key(0), num_classes=3))
+        build = functools.partial(create_model, name, num_classes=0 if layout == 'dinov3' else 3)
+        model = jax.eval_shape(lambda build=build: build(key=jax.random.key(0)))
         zeros = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in get_parameters(model).items()}
         tensors = {theirs: x.shape for theirs, x in _shapes(zeros, model.variant, layout).items()}
         empty = {theirs: np.broadcast_to(np.float32(0), shape) for theirs, shape in tensors.items()}
@@ -191,7 +246,7 @@ def test_another_number_of_classes_gets_a_new_head_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'match'),
     [
-        ({'num_classes': 0}, 'num_classes must be at least 1'),
+        ({'num_classes': -1}, 'num_classes must be at least 0'),
         ({'drop_path_rate': -0.1}, 'drop_path_rate must be in'),
         ({'dtype': 'int8'}, "dtype must be one of .*, not 'int8'"),
     ],

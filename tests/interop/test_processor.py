@@ -121,6 +121,19 @@ def test_an_unsupported_config_is_refused(config, match):
         ImageProcessor.from_huggingface(config)
 
 
+@pytest.mark.parametrize('side', [224, 256])
+def test_the_processor_of_dinov3_does_not_crop(side):
+    """Images for DINOv3 (224) and EUPE (256) would lose their borders."""
+    config = {'image_processor_type': 'DINOv3ViTImageProcessorFast', 'size': {'height': side, 'width': side}}
+    processor = ImageProcessor.from_huggingface(config | {'resample': 2})
+    assert (processor.size, processor.squashes, processor.resample) == (side, True, 2)
+    assert ImageProcessor.from_huggingface(processor.to_dinov3()) == processor
+    assert ImageProcessor.from_huggingface(ImageProcessor().to_dinov3()) == ImageProcessor()
+    wide = Image.fromarray(np.repeat(np.arange(0, 250, 5, np.uint8)[None], 20, 0))
+    pixels = processor.resize(wide)
+    assert (pixels[:, 0].max(), pixels[:, -1].min()) == (0, 245)
+
+
 def test_one_number_is_used_for_three_channels_and_timm_gets_the_factor():
     """timm, which always divides by 255, would get images in another range."""
     processor = ImageProcessor.from_huggingface(

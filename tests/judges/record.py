@@ -22,6 +22,8 @@ import torch
 import transformers
 from timm.data import auto_augment
 from timm.optim import param_groups_layer_decay
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.convnext import ConvNeXt as TorchvisionConvNeXt
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
@@ -70,6 +72,19 @@ def hugging_face(name: str, epsilon: float = 1e-12) -> torch.nn.Module:
         depths=variant.depths, hidden_sizes=variant.widths, num_labels=cases.CLASSES, layer_norm_eps=epsilon
     )
     return getattr(transformers, f'{kind}ForImageClassification')(config)
+
+
+def dinov3(variant: Variant) -> torch.nn.Module:
+    """DINOv3's model of transformers, which has no head, for one of our variants."""
+    config = transformers.DINOv3ConvNextConfig(depths=list(variant.depths), hidden_sizes=list(variant.widths))
+    return transformers.DINOv3ConvNextModel(config)
+
+
+def torchvision(variant: Variant) -> torch.nn.Module:
+    """The classifier of torchvision for one of our variants."""
+    widths = (*variant.widths, None)
+    stages = [CNBlockConfig(widths[i], widths[i + 1], depth) for i, depth in enumerate(variant.depths)]
+    return TorchvisionConvNeXt(stages, num_classes=cases.CLASSES)
 
 
 def isotropic_in_torch(variant: Variant) -> torch.nn.Module:
@@ -306,8 +321,13 @@ def names_and_shapes() -> dict:
                 modules = {'timm': timm.create_model(name, num_classes=cases.CLASSES)}
                 if 'huggingface' in layouts:
                     modules['huggingface'] = hugging_face(name)
+                if 'dinov3' in layouts:
+                    modules['dinov3'] = dinov3(get_variant(name))
+                if 'torchvision' in layouts:
+                    modules['torchvision'] = torchvision(get_variant(name))
             found[name] = {
-                layout: {tensor: list(x.shape) for tensor, x in module.state_dict().items()}
+                # Names of DINOv3's tensors begin with 'model.' in memory, but not in saved files.
+                layout: {tensor.removeprefix('model.'): list(x.shape) for tensor, x in module.state_dict().items()}
                 for layout, module in modules.items()
             }
     return found

@@ -133,6 +133,22 @@ def test_logits_equal_a_plain_numpy_model(variant, epsilon, images):
     np.testing.assert_allclose(call(model, images), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('variant', [V1, V2], ids=['v1', 'v2'])
+def test_tokens_are_the_normed_average_and_the_normed_map(variant, images):
+    """Features of patches would not be comparable to those of the whole image."""
+    model = build(variant, num_classes=0)
+    tokens, outputs, last = jax.jit(lambda model, x: (model.tokens(x), model(x), model.features(x)['stage2']))(
+        model, images
+    )
+    norm = {name: np.asarray(x) for name, x in get_parameters(model).items() if name.startswith('norm.')}
+    expected = layer_norm(np.asarray(last, np.float64), norm['norm.scale'], norm['norm.bias'])
+    np.testing.assert_allclose(tokens.patches, expected, rtol=1e-4, atol=1e-4)
+    expected = layer_norm(np.asarray(last, np.float64).mean((1, 2)), norm['norm.scale'], norm['norm.bias'])
+    np.testing.assert_allclose(tokens.pooled, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(outputs, tokens.pooled)
+    assert (model.head, model.num_classes) == (None, 0)
+
+
 def shapes(name, **options):
     return {
         name: leaf.shape
@@ -202,7 +218,7 @@ def test_patch_size_and_in_channels():
         ({'drop_path_rate': 1.0}, 'drop_path_rate must be in \\[0, 1\\), not 1.0'),
         ({'drop_path_rate': -0.1}, 'drop_path_rate must be in \\[0, 1\\), not -0.1'),
         ({'drop_path_rate': float('nan')}, 'drop_path_rate must be in \\[0, 1\\), not nan'),
-        ({'num_classes': 0}, 'num_classes must be at least 1, not 0'),
+        ({'num_classes': -1}, 'num_classes must be at least 0, not -1'),
         ({'in_channels': 0}, 'in_channels must be at least 1, not 0'),
         ({'patch_size': 0}, 'patch_size must be at least 1, not 0'),
         ({'dtype': 'int8'}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),

@@ -103,7 +103,7 @@ def test_the_constructors_have_the_defaults_of_the_functions():
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (partial(ConvNeXt, num_classes=0), 'num_classes must be at least 1, not 0'),
+        (partial(ConvNeXt, num_classes=-1), 'num_classes must be at least 0, not -1'),
         (partial(ConvNeXt, layer_norm_eps=0), 'layer_norm_eps must be above 0, not 0'),
         (partial(ConvNeXt, drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), not 1.0'),
         (partial(ConvNeXt, in_channels=0), 'in_channels must be at least 1, not 0'),
