@@ -9,7 +9,7 @@ prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
 prepare masks --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/images/SPLIT/ and the masks in DIR/annotations/SPLIT/ likewise
-models                                       list the architectures
+models [NAME]                                list the architectures, or the published weights of one
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns; with a UPerNet
                                              and --output=DIR, write masks with the class of each pixel
 embed PHOTO... --weights=WEIGHTS --output=FILE.npz
@@ -40,6 +40,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import Pretrained, PretrainedModel, PretrainedUPerNet, as_classifier, save_pretrained
 from convnext_jax.interop.layouts import LAYOUTS
+from convnext_jax.interop.published import published_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS
 from convnext_jax.mask_prediction import MODES, mask_files, predict_masks
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
@@ -94,13 +95,44 @@ def prepare(arguments: list[str]) -> None:
 
 
 def models(arguments: list[str]) -> None:
-    """Prints the name, parameters and multiply-adds of every model, for 224-pixel images and 1,000 classes."""
-    parse(flags.FlagValues(), arguments, usage=__doc__)
-    show(f'{"name":28}{"parameters":>14}{"multiply-adds":>15}')
+    """Prints the size of every model for 224-pixel images and 1,000 classes, or the published weights of one model."""
+    names = parse(flags.FlagValues(), arguments, usage=__doc__, positional=('...',))
+    if len(names) > 1:
+        raise UserError(f'models takes one name, not {" ".join(names)}')
+    if names:
+        get_variant(names[0])  # checks the name
+        _show_weights(names[0])
+        return
+    show(f'{"name":28}{"parameters":>14}{"multiply-adds":>15}{"weights":>9}{"best top-1":>12}')
     for name in list_models():
         model = jax.eval_shape(lambda key, name=name: create_model(name, key=key), jax.random.key(0))
         parameters = sum(array.size for array in get_parameters(model).values())
-        show(f'{name:28}{parameters:14,}{get_variant(name).multiply_adds() / 1e9:13.2f} G')
+        weights = [entry for entry in published_weights() if entry.model == name]
+        best = max((entry.best_top1 for entry in weights if entry.best_top1 is not None), default=None)
+        show(
+            f'{name:28}{parameters:14,}{get_variant(name).multiply_adds() / 1e9:13.2f} G{len(weights):9}'
+            f'{_percent(best):>12}'
+        )
+    show('\n`models NAME` lists the weights of an architecture.')
+
+
+def _show_weights(name: str) -> None:
+    """Prints hub id, classes, sizes of images, accuracy and licence of the published weights of a model."""
+    weights = [entry for entry in published_weights() if entry.model == name]
+    if not weights:
+        show(f'timm publishes no weights of {name}')
+        return
+    width = max(len(entry.hub_id) for entry in weights) + 2
+    show(f'{"weights":{width}}{"classes":>8}{"size":>6}{"top-1":>9}{"test size":>11}{"top-1":>9}  licence')
+    for entry in weights:
+        show(
+            f'{entry.hub_id:{width}}{entry.classes:8}{entry.size:6}{_percent(entry.top1):>9}{entry.test_size:11}'
+            f'{_percent(entry.test_top1):>9}  {entry.licence}'
+        )
+
+
+def _percent(value: float | None) -> str:
+    return '–' if value is None else f'{value:.2f} %'
 
 
 def convert(arguments: list[str]) -> None:

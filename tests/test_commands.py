@@ -276,9 +276,24 @@ def test_a_warning_of_the_package_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_models_lists_every_name_with_its_parameters(package):
     """Users could not find a model of the right size."""
-    table = package('models').splitlines()[1:]
+    table = package('models').splitlines()[1:-2]
     assert [line.split()[0] for line in table] == list_models()
-    assert table[list_models().index('convnext_tiny')].split()[1:] == ['28,589,128', '4.46', 'G']
+    assert table[list_models().index('convnext_tiny')].split()[1:] == ['28,589,128', '4.46', 'G', '9', '85.15', '%']
+    assert table[list_models().index('convnext_atto_rms')].split()[-2:] == ['0', '–']
+
+
+def test_models_lists_the_published_weights_of_a_name(package):
+    """Users could not find the hub ids, the image size of the published accuracy, or the licence."""
+    table = package('models', 'convnext_base').splitlines()
+    assert 'timm/convnext_base.fb_in1k 1000 224 83.84 % 288 84.47 % apache-2.0' in [
+        ' '.join(line.split()) for line in table
+    ]
+    assert len(table) == 1 + 16
+    assert package('models', 'convnext_atto_rms') == 'timm publishes no weights of convnext_atto_rms\n'
+    with pytest.raises(UserError, match="there is no model 'convnext_tinny': did you mean convnext_tiny"):
+        package('models', 'convnext_tinny')
+    with pytest.raises(UserError, match='models takes one name, not convnext_tiny convnext_small'):
+        package('models', 'convnext_tiny', 'convnext_small')
 
 
 def test_converted_weights_give_equal_results_and_start_a_run(package, evaluate, train_here, finished_run, tmp_path):

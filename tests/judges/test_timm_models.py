@@ -11,10 +11,11 @@ import torch
 from convnext_jax import load_pretrained, save_pretrained
 from convnext_jax.interop import read_pretrained
 from convnext_jax.interop.layouts import HEADS, check_tensors
+from convnext_jax.interop.published import published_weights
 from convnext_jax.interop.recognition import recognize_layout, recognize_variant
 from convnext_jax.models import AFTER_TRUNK, create_model, get_parameters, get_variant, list_models
 from tests.interop.random_models import assert_equal, random_model
-from tests.judges import record
+from tests.judges import published, record
 from tests.reference import cases
 
 NAMES = sorted([*timm.list_models('convnext*'), *timm.list_models('test_convnext*')])
@@ -35,6 +36,15 @@ outputs = jax.jit(lambda model, x: {'logits': model(x)} | model.features(x))
 def test_every_model_of_timm_is_in_the_table():
     """Published weights of a model could not be loaded."""
     assert set(NAMES) == {name for name in list_models() if 'isotropic' not in name}
+
+
+def test_the_table_of_published_weights_is_timm_s_registry():
+    """New weights would be missing, or a licence wrong. `python -m tests.judges.published` writes the table."""
+    top1 = {}
+    for weights in published_weights():
+        name = f'{weights.model}.{weights.tag}'
+        top1 |= {(name, weights.size): weights.top1, (name, weights.test_size): weights.test_top1}
+    assert list(published_weights()) == published.from_timm(top1)
 
 
 @pytest.mark.parametrize('name', with_marks(NAMES))
