@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnext_jax.errors import UserError
+from convnext_jax.interop.channels import with_channels
 from convnext_jax.interop.files import Tensors
 from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, normed_feature, to_layout
 from convnext_jax.interop.recognition import open_weights
@@ -34,7 +35,7 @@ def create_backbone(
     key: jax.Array | None = None,
     entry: str | None = None,
     revision: str | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     drop_path_rate: float = 0.0,
     **options: Unpack[ExecutionOptions],
 ) -> Backbone:
@@ -54,7 +55,7 @@ def create_backbone(
             dilated instead, with unchanged weights.
         key: random key of the initialisation; only for a newly initialised backbone.
         entry, revision: as for `read_pretrained`; only for weights.
-        in_channels: channels of the images; only for a newly initialised backbone.
+        in_channels: channels of the images, by default 3 or those of the weights; as for `read_pretrained`.
         drop_path_rate: as for `create_model`.
         options: how the backbone is computed, as for `create_model`: dtype='bfloat16', remat='full', …
 
@@ -74,11 +75,13 @@ def create_backbone(
             key=key,
             out_features=out_features,
             output_stride=output_stride,
-            in_channels=in_channels,
+            in_channels=3 if in_channels is None else in_channels,
             drop_path_rate=drop_path_rate,
             execution=execution,
         )
-    opened = open_weights(str(source), name=None, entry=entry, revision=revision)
+    opened, notes = with_channels(open_weights(str(source), name=None, entry=entry, revision=revision), in_channels)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     given = {feature for name in opened.tensors if (feature := normed_feature(name))}
     if out_features is None:
         out_features = (given and opened.config.get('out_features')) or given or None

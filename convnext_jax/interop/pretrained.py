@@ -12,6 +12,7 @@ import jax
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.backbone import backbone_tensors
+from convnext_jax.interop.channels import with_channels
 from convnext_jax.interop.configs import (
     activation,
     backbone_config,
@@ -107,17 +108,22 @@ PretrainedModel = Pretrained | PretrainedUPerNet
 
 
 def read_model(
-    where: str | Path, *, name: str | None = None, entry: str | None = None, new_classes: int | None = None
+    where: str | Path,
+    *,
+    name: str | None = None,
+    entry: str | None = None,
+    new_classes: int | None = None,
+    in_channels: int | None = None,
 ) -> PretrainedModel:
     """The classifier or UPerNet in a file or folder, for inference or for a new run.
 
     `read_pretrained` describes the arguments and errors. The newly initialised head of a file without a head has a
-    fixed random key.
+    fixed random key. `in_channels` applies to classifiers only.
     """
     opened = open_weights(where, name=name, entry=entry, revision=None)
     if opened.heads:
         return read_upernet(opened)
-    return read_pretrained(opened, new_classes=new_classes, key=jax.random.key(0))
+    return read_pretrained(opened, new_classes=new_classes, key=jax.random.key(0), in_channels=in_channels)
 
 
 def as_classifier(pretrained: PretrainedModel) -> Pretrained:
@@ -161,6 +167,7 @@ def read_pretrained(
     key: jax.Array | None = None,
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
+    in_channels: int | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Pretrained:
     """A classifier with the weights of another library, and the class names and preprocessing of its folder.
@@ -178,6 +185,9 @@ def read_pretrained(
         new_classes: outputs of the newly initialised head of a file without a head; ignored if the file has one.
         key: random key of a newly initialised head.
         drop_path_rate, head_init_scale: as for `create_model`.
+        in_channels: channels of the images, by default those of the file. Weights for RGB are adapted to another
+            number, as in timm: with 1 the stem's kernel is summed over RGB, with more it is repeated and rescaled. The
+            preprocessing of the file is then not used.
         options: how the model is computed, as for `create_model`: dtype='bfloat16', remat='full', …
 
     Raises:
@@ -189,6 +199,8 @@ def read_pretrained(
     opened = open_weights(where, name=name, entry=entry, revision=revision)
     if opened.heads:
         raise UserError(f'{opened.path} is a UPerNet, not a classifier: load_pretrained and read_upernet read it')
+    opened, notes = with_channels(opened, in_channels)
+    processor = None if notes else stored_processor(opened.path, opened.config)
     tensors, layout = opened.tensors, opened.layout
     bias = tensors.get(f'{HEADS[layout][0]}bias')
     saved_classes = None if bias is None else math.prod(bias.shape)
@@ -209,7 +221,8 @@ def read_pretrained(
 
     model = jax.eval_shape(build, jax.random.key(0))
     shapes = {name: array.shape for name, array in get_parameters(model).items()}
-    notes, missing = _missing_parts(tensors, saved_classes, num_classes, layout)
+    new_parts, missing = _missing_parts(tensors, saved_classes, num_classes, layout)
+    notes += new_parts
     newly_initialised = tuple(name for name in missing if name in shapes)
     if saved_classes is not None and (HEAD[0] in newly_initialised or num_classes == 0):
         tensors = {name: x for name, x in tensors.items() if not name.startswith(HEADS[layout])}
@@ -226,7 +239,7 @@ def read_pretrained(
         )
     if newly_initialised:
         if key is None:
-            raise UserError(f'{"; ".join(notes)}: pass key=jax.random.key(…)')
+            raise UserError(f'{"; ".join(new_parts)}: pass key=jax.random.key(…)')
         drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in newly_initialised})(key)
         parameters |= drawn
     model = with_parameters(model, parameters)
@@ -234,14 +247,7 @@ def read_pretrained(
     licence = read_licence(folder, opened.config)
     if newly_initialised or num_classes == 0:  # names and problem type in the config describe another head
         return Pretrained(
-            model,
-            layout,
-            None,
-            stored_processor(opened.path, opened.config),
-            newly_initialised,
-            notes,
-            licence=licence,
-            decoder=opened.decoder,
+            model, layout, None, processor, newly_initialised, notes, licence=licence, decoder=opened.decoder
         )
     class_names, problem_type = class_names_in(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
@@ -249,7 +255,7 @@ def read_pretrained(
         model,
         layout,
         class_names,
-        stored_processor(opened.path, opened.config),
+        processor,
         newly_initialised,
         notes,
         problem_type,

@@ -71,7 +71,11 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
             differences.
     """
     where, params = task.config.init.weights, task.config.init.params
-    trained, note, licence = _run_weights(where, params) if _is_run(where) else _other_weights(where, params)
+    if _is_run(where):
+        trained, note, licence = _run_weights(where, params)
+    else:
+        stems = [x.shape[-2] for name, x in initial.items() if name in ('stem.conv.kernel', 'stem.first_conv.kernel')]
+        trained, note, licence = _other_weights(where, params, in_channels=stems[0] if stems else None)
     loaded, more = task.initial_weights(initial, trained, facts)
     differences = [f'{name} is missing' for name in initial.keys() - loaded.keys()]
     differences += [f'{name} is unexpected' for name in loaded.keys() - initial.keys()]
@@ -94,10 +98,10 @@ def _run_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence |
     return LoadedWeights(weights, about['data'], where), note, licence_of_run(about)
 
 
-def _other_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
+def _other_weights(where: str, params: str, in_channels: int | None) -> tuple[LoadedWeights, str, Licence | None]:
     """The weights in a file of another library without newly initialised parameters, a message, and their licence."""
     weights_field(params)
-    pretrained = read_model(where, entry=_entry(params), new_classes=1)
+    pretrained = read_model(where, entry=_entry(params), new_classes=1, in_channels=in_channels)
     weights = {name: x for name, x in get_weights(pretrained.model).items() if name not in pretrained.newly_initialised}
     licence = pretrained.licence
     if licence:

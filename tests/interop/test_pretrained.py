@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_models import assert_equal, fcmae_state_dict, layouts_of, random_model, save, state_dict
 
-from convnext_jax import load_pretrained, save_pretrained
+from convnext_jax import create_backbone, load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
 from convnext_jax.interop import ImageProcessor, read_pretrained
 from convnext_jax.interop.layouts import LAYOUTS, to_layout
@@ -102,6 +102,37 @@ def test_num_classes_0_gives_a_model_without_a_head(tmp_path, layout):
     np.testing.assert_array_equal(loaded.model(x), model.head_input(x))
     save_pretrained(loaded.model, tmp_path / 'again', layout=layout)
     assert_equal(load_pretrained(tmp_path / 'again', num_classes=0), loaded.model)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 5])
+def test_rgb_weights_are_adapted_to_other_channels_with_a_note(tmp_path, channels):
+    """Greyscale or multispectral images could not use pretrained weights, or users would not know what was changed."""
+    model = random_model()
+    save_pretrained(model, tmp_path / 'out', layout='timm')
+    loaded = read_pretrained(tmp_path / 'out', in_channels=channels)
+    kernel, rgb = loaded.model.stem.conv.kernel[...], np.asarray(model.stem.conv.kernel[...])
+    assert_equal(loaded.model, model, but=('stem.conv.kernel',))
+    expected = rgb.sum(2, keepdims=True) if channels == 1 else rgb[:, :, [0, 1, 2, 0, 1][:channels]] * 3 / channels
+    np.testing.assert_allclose(kernel, expected, rtol=1e-6, atol=1e-7)
+    how = 'summed' if channels == 1 else f'repeated and multiplied by 3 / {channels}'
+    assert loaded.notes == [f'the stem is adapted from RGB to {channels} channel(s): its kernels are {how}']
+    assert loaded.processor is None
+    with pytest.warns(UserWarning, match='the stem is adapted from RGB'):
+        assert load_pretrained(tmp_path / 'out', in_channels=channels).in_channels == channels
+    with pytest.warns(UserWarning, match='the stem is adapted from RGB'):
+        backbone = create_backbone(tmp_path / 'out', in_channels=channels)
+    np.testing.assert_array_equal(backbone.stem.conv.kernel[...], kernel)
+    assert read_pretrained(tmp_path / 'out', in_channels=3).notes == []
+
+
+def test_weights_that_are_not_for_rgb_are_not_adapted(tmp_path):
+    """The channels of a multispectral model would be mixed up."""
+    save(state_dict(random_model(in_channels=5)), tmp_path / 'model.safetensors')
+    with pytest.raises(UserError, match=r'the weights are for images with 5 channel\(s\): only weights for RGB'):
+        load_pretrained(tmp_path / 'model.safetensors', in_channels=3)
+    save(state_dict(random_model()), tmp_path / 'rgb.safetensors')
+    with pytest.raises(UserError, match='in_channels must be at least 1, not 0'):
+        load_pretrained(tmp_path / 'rgb.safetensors', in_channels=0)
 
 
 def write_folder(folder, files, shapes, shards=1):

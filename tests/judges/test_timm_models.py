@@ -84,6 +84,21 @@ def test_published_names_and_shapes_load(tag):
     check_tensors(tensors, shapes, variant, 'timm')
 
 
+@pytest.mark.parametrize(('name', 'channels'), [('convnext_atto', 1), ('test_convnext', 2), ('convnext_atto_ols', 5)])
+def test_other_channels_are_those_of_timm(tmp_path, name, channels):
+    """A model for other images would start from other weights than in timm, or give other features."""
+    model = random_model(name)
+    save_pretrained(model, tmp_path / 'out', layout='timm')
+    theirs = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, in_chans=channels, num_classes=0)
+    ours = read_pretrained(tmp_path / 'out', in_channels=channels, num_classes=0).model
+    kernel = ours.stem.conv.kernel if hasattr(ours.stem, 'conv') else ours.stem.first_conv.kernel
+    np.testing.assert_array_equal(np.transpose(kernel[...], (3, 2, 0, 1)), theirs.stem[0].weight.detach().numpy())
+    x = cases.images((64, 96), channels)
+    with torch.no_grad():
+        features = theirs.eval()(record.nchw(x)).numpy()
+    assert np.abs(ours(x) - features).max() / features.std() < BOUND
+
+
 @pytest.mark.parametrize('name', NEW)
 def test_timm_and_we_load_each_other_s_folders(tmp_path, name):
     """A fine-tuned model could not be used with timm, or the other way round."""

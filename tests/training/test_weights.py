@@ -51,6 +51,17 @@ def test_heads_without_a_softmax_are_not_trained_or_evaluated_as_softmax_heads(t
     assert 'the head is newly initialised' in notes[-1]
 
 
+def test_rgb_weights_start_a_run_on_greyscale_images(tmp_path):
+    """Fine-tuning on greyscale images would need a conversion of the weights first."""
+    old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2)
+    save_pretrained(old, tmp_path / 'out', class_names=['ant', 'bee'])
+    initial = get_parameters(create_model('convnextv2_atto', key=jax.random.key(1), num_classes=2, in_channels=1))
+    loaded, notes = load(tmp_path / 'out', initial, ['ant', 'bee'])
+    rgb = np.asarray(get_parameters(old)['stem.conv.kernel'])
+    np.testing.assert_allclose(loaded['stem.conv.kernel'], rgb.sum(2, keepdims=True), atol=1e-7)
+    assert 'the stem is adapted from RGB to 1 channel(s): its kernels are summed' in notes
+
+
 def test_outputs_of_the_head_follow_their_class_names(tmp_path):
     """Fine-tuning on equally many different classes would keep wrong outputs, with a loss far above ln(classes)."""
     old = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=3)
