@@ -80,7 +80,7 @@ def create_backbone(
             execution=execution,
         )
     opened, notes = with_channels(open_weights(str(source), name=None, entry=entry, revision=revision), in_channels)
-    for note in notes:
+    for note in [*opened.notes, *notes]:
         warnings.warn(note, stacklevel=2)
     given = {feature for name in opened.tensors if (feature := normed_feature(name))}
     if out_features is None:

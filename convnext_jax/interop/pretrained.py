@@ -175,7 +175,8 @@ def read_pretrained(
     Args:
         where: a Hugging Face folder (`config.json` and safetensors, in one or more files, or `pytorch_model.bin`) or a
             timm folder; a hub id of either; or a safetensors or PyTorch file with any name. The names of the tensors
-            determine the layout, one of `LAYOUTS`. Prefixes that wrappers have added (`module.`, `model.`) are removed.
+            determine the layout, one of `LAYOUTS`. Prefixes that wrappers have added (`module.`, `model.`) are removed,
+            with a note.
         name: name of the architecture; by default it is determined by the folder's config, or by names and shapes.
         entry: name of one of several state dicts in a PyTorch file, or 'ema' for 'model_ema' or 'state_dict_ema'. The
             default is 'model' or 'state_dict', or the only state dict.
@@ -199,8 +200,9 @@ def read_pretrained(
     opened = open_weights(where, name=name, entry=entry, revision=revision)
     if opened.heads:
         raise UserError(f'{opened.path} is a UPerNet, not a classifier: load_pretrained and read_upernet read it')
-    opened, notes = with_channels(opened, in_channels)
-    processor = None if notes else stored_processor(opened.path, opened.config)
+    opened, adaptation = with_channels(opened, in_channels)
+    notes = [*opened.notes, *adaptation]
+    processor = None if adaptation else stored_processor(opened.path, opened.config)
     tensors, layout = opened.tensors, opened.layout
     bias = tensors.get(f'{HEADS[layout][0]}bias')
     saved_classes = None if bias is None else math.prod(bias.shape)

@@ -120,15 +120,14 @@ def read_upernet(
     model = jax.eval_shape(build, jax.random.key(0))
     shapes = {ours: x.shape for ours, x in get_weights(model).items()}
     new: tuple[str, ...] = ()
-    notes: list[str] = []
+    notes = list(opened.notes)
     heads = opened.heads
     if model.num_classes != saved_classes:
         new = tuple(ours for ours in CLASSIFIERS if ours in shapes)
-        notes = [
-            f'the classifiers are newly initialised: {model.num_classes} classes here, {saved_classes} in the file'
-        ]
+        note = f'the classifiers are newly initialised: {model.num_classes} classes here, {saved_classes} in the file'
         if key is None:
-            raise UserError(f'{notes[0]}: pass key=jax.random.key(…)')
+            raise UserError(f'{note}: pass key=jax.random.key(…)')
+        notes.append(note)
         dropped = {head_name(ours, opened.layout) for ours in new}
         heads = {theirs: x for theirs, x in heads.items() if theirs not in dropped}
     wanted = {ours: shape for ours, shape in shapes.items() if ours not in new}

@@ -32,6 +32,13 @@ STEMS = {
 """Layout → possible endings of the name of the stem's kernel, which every ConvNeXt has."""
 
 
+OWN_PREFIXES = {
+    'huggingface': ('convnext.', 'convnextv2.'),
+    'original': ('encoder.',),  # of a pre-training
+    'dinov3': ('model.',),
+    'upernet': ('backbone.',),
+}
+"""Layout → prefixes of the stem's name that belong to the layout, and not to a wrapper."""
 TIMM_SUPPORTED = {
     'global_pool': ('avg', 'fast', 'fastavg'),
     'output_stride': (32,),
@@ -98,6 +105,7 @@ class OpenedWeights(NamedTuple):
         in_channels: channels of the images.
         decoder: name → tensor of the decoder of an FCMAE pre-training, in the original layout; {} for other files.
         heads: name → tensor of the heads of a UPerNet; {} for other files.
+        notes: messages for the user about names and tensors that were changed or dropped.
     """
 
     path: Path
@@ -108,6 +116,7 @@ class OpenedWeights(NamedTuple):
     in_channels: int
     decoder: Tensors
     heads: Tensors
+    notes: tuple[str, ...]
 
 
 def open_weights(
@@ -127,7 +136,8 @@ def open_weights(
     tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
-    tensors, heads = split_heads(without_wrappers(tensors, where))
+    tensors, prefix = without_wrappers(tensors, where)
+    tensors, heads = split_heads(tensors)
     tensors, decoder = split_original(tensors)
     tensors = dense_from_sparse(tensors)
     config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
@@ -140,11 +150,15 @@ def open_weights(
     if heads and config and not isinstance(backbone_config, dict):
         raise UserError(f'config.json: backbone_config must be an object, not {backbone_config}')
     variant = recognize_variant(tensors, backbone_config or {}, name, layout)
-    return OpenedWeights(path, tensors, config, layout, variant, _stem_shape(tensors, layout)[1], decoder, heads)
+    in_channels = _stem_shape(tensors, layout)[1]
+    notes = _prefix_notes(prefix, 'upernet' if heads else layout)
+    return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, notes)
 
 
-def without_wrappers(tensors: Tensors, where: str) -> Tensors:
+def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:
     """The tensors without the prefixes of wrappers, such as `module.` (DataParallel) or `model.` (Lightning).
+
+    Also returns the prefix, such as 'module.'; '' if there is none.
 
     The prefix is the part before the name of the stem's kernel. Other names lose the leading components that they share
     with it: if the prefix is `model.convnext.`, then `model.classifier.weight` becomes `classifier.weight`.
@@ -174,7 +188,16 @@ def without_wrappers(tensors: Tensors, where: str) -> Tensors:
                 f'{where} contains {printable(name)} twice, once with the prefix {".".join(parts)}: save only one'
             )
         result[name] = x
-    return result
+    return result, ''.join(f'{part}.' for part in parts)
+
+
+def _prefix_notes(prefix: str, layout: str) -> tuple[str, ...]:
+    """A message about a prefix that a wrapper has added; () if there is none, or if it belongs to the layout."""
+    for own in OWN_PREFIXES.get(layout, ()):
+        if f'.{prefix}'.endswith(f'.{own}'):
+            prefix = prefix.removesuffix(own)
+            break
+    return (f"the prefix '{printable(prefix)}' of the names in the file is ignored",) if prefix else ()
 
 
 def without_distillation(tensors: Tensors, where: str) -> Tensors:

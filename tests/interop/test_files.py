@@ -11,6 +11,7 @@ from random_models import assert_equal, random_model, save, state_dict
 
 from convnext_jax import load_pretrained, save_pretrained
 from convnext_jax.errors import UserError
+from convnext_jax.interop import read_pretrained
 from convnext_jax.interop.files import write_folder
 from convnext_jax.interop.layouts import to_layout
 from convnext_jax.models import get_parameters
@@ -60,7 +61,9 @@ def test_names_of_wrapped_models_load(tmp_path, layout, wrapper):
     tensors = {wrapper + name: x for name, x in state_dict(model, layout).items()}
     counters = {'n_averaged': np.array(7), f'{wrapper}bn.num_batches_tracked': np.array(3)}
     save(tensors | counters, tmp_path / 'last.safetensors')
-    assert_equal(load_pretrained(tmp_path / 'last.safetensors'), model)
+    loaded = read_pretrained(tmp_path / 'last.safetensors')
+    assert_equal(loaded.model, model)
+    assert loaded.notes == [f"the prefix '{wrapper}' of the names in the file is ignored"]
 
 
 def test_a_head_beside_the_wrapped_trunk_is_found(tmp_path):

@@ -258,7 +258,8 @@ def test_an_fcmae_encoder_becomes_dense(tmp_path, wrapper):
     save({wrapper + name: x for name, x in fcmae_state_dict(model).items()}, tmp_path / 'fcmae.safetensors')
     loaded = read_pretrained(tmp_path / 'fcmae.safetensors', num_classes=9, key=jax.random.key(0))
     assert loaded.newly_initialised == ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
-    assert loaded.notes == ['the last norm and the head are newly initialised: the file has none']
+    prefix = [f"the prefix '{wrapper}' of the names in the file is ignored"] if wrapper else []
+    assert loaded.notes == [*prefix, 'the last norm and the head are newly initialised: the file has none']
     assert_equal(loaded.model, model, but=loaded.newly_initialised)
 
 
