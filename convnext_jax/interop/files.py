@@ -43,7 +43,10 @@ Tensors = Mapping[str, np.ndarray | StoredTensor]
 FLOATS = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'F64': 'float64'}
 """Dtypes of weights by their names in safetensors; float64 is read only if float32 represents the values exactly."""
 
-WEIGHTS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'model.pth')
+WEIGHTS_FILES = (
+    *('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'model.pth'),
+    *('open_clip_model.safetensors', 'open_clip_pytorch_model.bin'),
+)
 """File names of a folder's weights; the first existing file is read."""
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 RAW_ENTRIES = ('model', 'state_dict')
@@ -87,7 +90,7 @@ def locate(where: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        for weights in ('model*.safetensors*', 'pytorch_model*.bin'):
+        for weights in ('model*.safetensors*', 'pytorch_model*.bin', *WEIGHTS_FILES[-2:]):
             wanted = ['*config.json', 'README.md', weights]  # the model card states the licence
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
             if any(folder.glob(weights)):
@@ -96,7 +99,7 @@ def locate(where: str, revision: str | None = None) -> Path:
         raise UserError(f'{where} is not a local path, and the hub cannot be reached: {first_line(error)}') from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f'{where} is not a local path, and the hub does not provide it: {first_line(error)}') from error
-    raise UserError(f'{hub_id} on the hub has neither safetensors files nor pytorch_model.bin')
+    raise UserError(f'{hub_id} on the hub has neither safetensors files nor a pytorch_model.bin')
 
 
 def read_folder(folder: Path) -> Tensors:

@@ -271,9 +271,9 @@ def stored_processor(path: Path, config: dict) -> ImageProcessor | None:
     Raises:
         UserError: as for `ImageProcessor.from_pretrained`.
     """
-    if path.is_dir() and ((path / 'preprocessor_config.json').is_file() or 'pretrained_cfg' in config):
+    if path.is_dir() and (path / 'preprocessor_config.json').is_file():
         return ImageProcessor.from_pretrained(str(path))
-    return None
+    return ImageProcessor.from_timm(config['pretrained_cfg']) if 'pretrained_cfg' in config else None
 
 
 def processor_for(channels: int, given: ImageProcessor | None = None) -> ImageProcessor:

@@ -13,6 +13,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
 from convnext_jax.interop.layouts import BLOCK, dense_from_sparse
+from convnext_jax.interop.open_clip import image_tower, tower_config
 from convnext_jax.interop.upernet import split_heads
 from convnext_jax.models import VARIANTS, Variant, get_variant, variants
 
@@ -99,7 +100,7 @@ class OpenedWeights(NamedTuple):
     Attributes:
         path: the local file or folder.
         tensors: name → tensor, without prefixes of wrappers and with dense convolutions.
-        config: content of the folder's `config.json`, or {}.
+        config: content of the folder's `config.json`, or {}; for OpenCLIP, that of a timm config.
         layout: one of `layouts.LAYOUTS`.
         variant: the architecture.
         in_channels: channels of the images.
@@ -136,11 +137,17 @@ def open_weights(
     tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
-    tensors, prefix = without_wrappers(tensors, where)
+    tower = image_tower(tensors, where)
+    tensors, prefix = (tower[0], '') if tower else without_wrappers(tensors, where)
     tensors, heads = split_heads(tensors)
     tensors, decoder = split_original(tensors)
     tensors = dense_from_sparse(tensors)
-    config = read_json(path / 'config.json') if path.is_dir() and (path / 'config.json').is_file() else {}
+    file = path / ('open_clip_config.json' if tower else 'config.json')
+    config = read_json(file) if path.is_dir() and file.is_file() else {}
+    notes: list[str] = []
+    if tower:
+        config, notes = tower_config(config)
+        notes = [*tower[1], *notes]
     layout = recognize_layout(tensors)
     if layout == 'huggingface':
         tensors = _with_prefix(tensors)
@@ -151,8 +158,8 @@ def open_weights(
         raise UserError(f'config.json: backbone_config must be an object, not {backbone_config}')
     variant = recognize_variant(tensors, backbone_config or {}, name, layout)
     in_channels = _stem_shape(tensors, layout)[1]
-    notes = _prefix_notes(prefix, 'upernet' if heads else layout)
-    return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, notes)
+    notes += _prefix_notes(prefix, 'upernet' if heads else layout)
+    return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, tuple(notes))
 
 
 def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:
@@ -191,13 +198,13 @@ def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:
     return result, ''.join(f'{part}.' for part in parts)
 
 
-def _prefix_notes(prefix: str, layout: str) -> tuple[str, ...]:
-    """A message about a prefix that a wrapper has added; () if there is none, or if it belongs to the layout."""
+def _prefix_notes(prefix: str, layout: str) -> list[str]:
+    """A message about a prefix that a wrapper has added; [] if there is none, or if it belongs to the layout."""
     for own in OWN_PREFIXES.get(layout, ()):
         if f'.{prefix}'.endswith(f'.{own}'):
             prefix = prefix.removesuffix(own)
             break
-    return (f"the prefix '{printable(prefix)}' of the names in the file is ignored",) if prefix else ()
+    return [f"the prefix '{printable(prefix)}' of the names in the file is ignored"] if prefix else []
 
 
 def without_distillation(tensors: Tensors, where: str) -> Tensors:
