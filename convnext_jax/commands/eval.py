@@ -61,8 +61,11 @@ def main(arguments: list[str]) -> None:
     flags.DEFINE_list(
         'splits', [], 'Comma-separated list of NAME@SPLIT, data sets in data.dir to evaluate on.', flag_values=values
     )
-    flags.DEFINE_integer(
-        'resolution', None, 'Height and width of the evaluated images, in pixels.', lower_bound=1, flag_values=values
+    flags.DEFINE_string(
+        'resolution',
+        None,
+        "Side of the evaluated images in pixels, or 'test' for the size and crop of timm's published accuracy.",
+        flag_values=values,
     )
     flags.DEFINE_float(
         'crop_pct', None, 'Side of the centre crop divided by the shorter side of the image.', flag_values=values
@@ -150,7 +153,7 @@ def _probe(values: flags.FlagValues) -> Result:
     unused += ['--neighbours'] if values.neighbours and values.probe != 'knn' else []
     if unused:
         raise UserError(f'--probe={values.probe} does not use {", ".join(unused)}: drop the flag')
-    protocol = ProbeProtocol(values.probe, values.neighbours or NEIGHBOURS, values.resolution, values.crop_pct)
+    protocol = ProbeProtocol(values.probe, values.neighbours or NEIGHBOURS, _pixels(values), values.crop_pct)
     if values.weights is None:
         workdir, config = workdir_path(required(values, 'workdir')), values.config
         result = probe_run(workdir, config, values.params, values.step, protocol)
@@ -164,10 +167,15 @@ def _results(values: flags.FlagValues) -> list[Result]:
     """Evaluates the splits, and shows the results."""
     if values.neighbours is not None:
         raise UserError('--neighbours belongs to --probe=knn: give both, or neither')
-    changes = {'data.image_size': values.resolution, 'data.crop_pct': values.crop_pct, 'eval.flip': values.flip}
+    test_size = values.resolution == 'test'
+    if test_size and values.weights is None:
+        raise UserError('--resolution=test needs --weights with a config of timm')
+    pixels = None if test_size else _pixels(values)
+    changes = {'data.image_size': pixels, 'data.crop_pct': values.crop_pct, 'eval.flip': values.flip}
     protocol = EvaluationProtocol(
         splits=tuple(map(_name_and_split, values.splits)),
         changes={field: value for field, value in changes.items() if value is not None},
+        test_size=test_size,
         table=local_path(values.per_class) if values.per_class else None,
     )
     if values.weights is None:
@@ -185,6 +193,15 @@ def _results(values: flags.FlagValues) -> list[Result]:
             show(_row(result))
     show(to_json({'splits': rows} if several else rows[0]))
     return rows
+
+
+def _pixels(values: flags.FlagValues) -> int | None:
+    """The number in --resolution; None if the flag is not given."""
+    if values.resolution is None:
+        return None
+    if not values.resolution.isdecimal() or int(values.resolution) < 1:
+        raise UserError(f'--resolution={values.resolution} must be a number of pixels, or test without --probe')
+    return int(values.resolution)
 
 
 def _name_and_split(text: str) -> tuple[str, str]:

@@ -60,6 +60,7 @@ class Pretrained(NamedTuple):
         origin: description of the file, folder or run that contains the weights, for messages.
         licence: licence of the weights; None if their folder does not state one.
         decoder: decoder of the original's FCMAE pre-training, for `fcmae.decoder_parameters`; {} for other files.
+        test_processor: the preprocessing with the image size and crop of timm's published accuracy; None if unknown.
     """
 
     model: ConvNeXt
@@ -72,6 +73,7 @@ class Pretrained(NamedTuple):
     origin: str = ''
     licence: Licence | None = None
     decoder: Tensors = {}  # noqa: RUF012 - never modified
+    test_processor: ImageProcessor | None = None
 
     @property
     def has_head(self) -> bool:
@@ -263,6 +265,7 @@ def read_pretrained(
         problem_type,
         licence=licence,
         decoder=opened.decoder,
+        test_processor=None if adaptation else _test_processor(opened),
     )
 
 
@@ -358,3 +361,10 @@ def _missing_parts(
     if has_norm:
         return ['the head is newly initialised: the file has none'], HEAD
     return ['the last norm and the head are newly initialised: the file has none'], AFTER_TRUNK
+
+
+def _test_processor(opened: OpenedWeights) -> ImageProcessor | None:
+    images = opened.config.get('pretrained_cfg')
+    if not isinstance(images, dict) or not (images.get('test_input_size') or images.get('test_crop_pct')):
+        return None
+    return ImageProcessor.from_timm(images, test=True)

@@ -115,14 +115,20 @@ class ImageProcessor:
         )
 
     @classmethod
-    def from_timm(cls, config: dict) -> 'ImageProcessor':
-        """A processor from timm's `pretrained_cfg`; its size is the training size, not the larger `test_input_size`.
+    def from_timm(cls, config: dict, *, test: bool = False) -> 'ImageProcessor':
+        """A processor from timm's `pretrained_cfg`, with the size and crop of the training.
+
+        With `test` the size and crop are `test_input_size` and `test_crop_pct`, if the config has them. They give the
+        accuracy that timm publishes.
 
         If the margin around the crop is odd, timm's crop is one pixel further right and down than ours.
 
         Raises:
             UserError: the config is invalid, or has a resampling filter or crop mode that ConvNeXts do not use.
         """
+        if test and isinstance(config, dict):
+            names = {'input_size': 'test_input_size', 'crop_pct': 'test_crop_pct'}
+            config = config | {name: config[tested] for name, tested in names.items() if config.get(tested)}
         input_size = config.get('input_size') if isinstance(config, dict) else None
         if not (isinstance(input_size, list) and len(input_size) == 3 and input_size[1] == input_size[2]):
             raise UserError(f'config.json of timm: input_size must be [channels, side, side], not {input_size}')

@@ -16,6 +16,7 @@ from convnext_jax.config import check_values
 from convnext_jax.data.dataset import Dataset
 from convnext_jax.data.pipeline import Share, eval_batches, prefetch_to_device
 from convnext_jax.errors import UserError
+from convnext_jax.interop import PretrainedUPerNet
 from convnext_jax.models import Weights, get_weights
 from convnext_jax.monitoring.stalls import StallMonitor
 from convnext_jax.output import say
@@ -36,11 +37,13 @@ class EvaluationProtocol:
     Attributes:
         splits: pairs (data set name, split) in `config.data.dir`; empty: `data.name` and `data.eval_split`.
         changes: config field → value, for example {'data.image_size': 288}.
+        test_size: whether to use `Pretrained.test_processor`; only for `evaluate_weights`.
         table: CSV file for the rows of `Evaluator.table`; None to write none.
     """
 
     splits: tuple[tuple[str, str], ...] = ()
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    test_size: bool = False
     table: Path | None = None
 
 
@@ -115,9 +118,15 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
         The metrics with `weights`, `layout`, `params`, `data`, `split` and `images`.
 
     Raises:
-        UserError: as for `read_weights`, the weights are for another task, or their classes do not fit a split.
+        UserError: as for `read_weights`, the weights are for another task, their classes do not fit a split, or their
+            test size is unknown.
     """
     pretrained = read_weights(where, params)
+    if protocol.test_size:
+        test_processor = None if isinstance(pretrained, PretrainedUPerNet) else pretrained.test_processor
+        if test_processor is None:
+            raise UserError(f'--resolution=test: {where} states no test size; give a number of pixels')
+        pretrained = pretrained._replace(processor=test_processor)
     if pretrained.licence:
         say(pretrained.licence.line)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)

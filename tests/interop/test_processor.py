@@ -121,6 +121,15 @@ def test_an_unsupported_config_is_refused(config, match):
         ImageProcessor.from_huggingface(config)
 
 
+def test_timm_s_test_size_and_crop_are_an_option():
+    """The published accuracy could not be reproduced, or training would use the larger size."""
+    config = {'input_size': [3, 224, 224], 'crop_pct': 0.875, 'interpolation': 'bicubic'}
+    test = {'test_input_size': [3, 288, 288], 'test_crop_pct': 0.95}
+    train, tested = ImageProcessor.from_timm(config | test), ImageProcessor.from_timm(config | test, test=True)
+    assert (train.size, train.crop_pct, tested.size, tested.crop_pct) == (224, 0.875, 288, 0.95)
+    assert ImageProcessor.from_timm(config | dict.fromkeys(test), test=True) == train
+
+
 @pytest.mark.parametrize('side', [224, 256])
 def test_the_processor_of_dinov3_does_not_crop(side):
     """Images for DINOv3 (224) and EUPE (256) would lose their borders."""

@@ -1,5 +1,7 @@
 """Weights from which a run starts, or which are evaluated."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 
 from convnext_jax import create_model, save_pretrained
 from convnext_jax.checkpoints.checkpoint import read_about, restore_parameters
+from convnext_jax.commands.eval import main as evaluate_command
 from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.tasks import make_task
+from convnext_jax.training import standalone_evaluation
 from convnext_jax.training.sharding import make_mesh, parameter_shardings
 from convnext_jax.training.standalone_evaluation import EvaluationProtocol, evaluate_weights
 from convnext_jax.training.weights import load_weights, newest_checkpoint
@@ -60,6 +64,30 @@ def test_rgb_weights_start_a_run_on_greyscale_images(tmp_path):
     rgb = np.asarray(get_parameters(old)['stem.conv.kernel'])
     np.testing.assert_allclose(loaded['stem.conv.kernel'], rgb.sum(2, keepdims=True), atol=1e-7)
     assert 'the stem is adapted from RGB to 1 channel(s): its kernels are summed' in notes
+
+
+def test_resolution_test_uses_the_size_and_crop_of_timm_s_config(tmp_path, monkeypatch):
+    """The accuracy that timm publishes could not be reproduced."""
+    seen = []
+    result = {'data': 'imagenet2012', 'split': 'validation'}
+    monkeypatch.setattr(standalone_evaluation, '_evaluate', lambda config, *_: seen.append(config) or iter([result]))
+    save_pretrained(
+        create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2), tmp_path / 'out', layout='timm'
+    )
+    evaluate = ['eval.py', '--config=configs/imagenet1k.py:tiny', f'--weights={tmp_path / "out"}', '--resolution=test']
+    with pytest.raises(UserError, match='--resolution=test: .*out states no test size; give a number of pixels'):
+        evaluate_command(evaluate)
+    path = tmp_path / 'out' / 'config.json'
+    config = json.loads(path.read_text())
+    config['pretrained_cfg'] |= {'test_input_size': [3, 288, 288], 'test_crop_pct': 0.95}
+    path.write_text(json.dumps(config))
+    evaluate_command(evaluate)
+    evaluate_command([*evaluate, '--crop_pct=1.0'])
+    evaluate_command(evaluate[:-1])
+    assert [(c.data.image_size, c.data.crop_pct) for c in seen] == [(288, 0.95), (288, 1.0), (224, 0.875)]
+    for resolution in ('tests', '0', '-3', '2.5'):
+        with pytest.raises(UserError, match=f'--resolution={resolution} must be a number of pixels'):
+            evaluate_command([*evaluate[:-1], f'--resolution={resolution}'])
 
 
 def test_outputs_of_the_head_follow_their_class_names(tmp_path):
