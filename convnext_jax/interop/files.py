@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.interop.hub import HUB_ID, download
 from convnext_jax.output import to_json
 from convnext_jax.paths import local_path
 
@@ -48,7 +49,6 @@ WEIGHTS_FILES = (
     *('open_clip_model.safetensors', 'open_clip_pytorch_model.bin'),
 )
 """File names of a folder's weights; the first existing file is read."""
-HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 RAW_ENTRIES = ('model', 'state_dict')
 EMA_ENTRIES = ('model_ema', 'state_dict_ema')
 """Names of the entries with the weights (`RAW_ENTRIES`) and with their moving average (`EMA_ENTRIES`) in the PyTorch
@@ -68,14 +68,12 @@ metrics. They are read as `_Inert` and ignored."""
 def locate(where: str, revision: str | None = None) -> Path:
     """The path of a file or folder, or of the local copy of a repository on the Hugging Face hub.
 
-    Cache, token and offline mode of the hub are set by `huggingface_hub` (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
-
     Args:
         where: a path, 'owner/name' or 'hf_hub:owner/name'.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: neither a path nor a repository exists, or the hub cannot be reached.
+        UserError: there is no such path, or as for `hub.download`.
     """
     try:
         path = local_path(where)
@@ -86,20 +84,7 @@ def locate(where: str, revision: str | None = None) -> Path:
     hub_id = re.sub('^hf[_-]hub:', '', where)
     if not HUB_ID.fullmatch(hub_id):
         raise UserError(f'{where} is not a file, a folder or a hub id (owner/name)')
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        for weights in ('model*.safetensors*', 'pytorch_model*.bin', *WEIGHTS_FILES[-2:]):
-            wanted = ['*config.json', 'README.md', weights]  # the model card states the licence
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-            if any(folder.glob(weights)):
-                return folder
-    except LocalEntryNotFoundError as error:
-        raise UserError(f'{where} is not a local path, and the hub cannot be reached: {first_line(error)}') from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f'{where} is not a local path, and the hub does not provide it: {first_line(error)}') from error
-    raise UserError(f'{hub_id} on the hub has neither safetensors files nor a pytorch_model.bin')
+    return download(hub_id, revision)
 
 
 def read_folder(folder: Path) -> Tensors:
