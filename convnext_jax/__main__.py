@@ -15,7 +15,8 @@ predict PHOTO... --weights=WEIGHTS           classify image files, folders of im
 embed PHOTO... --weights=WEIGHTS --output=FILE.npz
                                              write the feature vectors of images, or FILE.parquet
 reconstruct PHOTO... --workdir=WORKDIR       write pictures of images as an fcmae run masks and reconstructs them
-convert SOURCE TARGET --layout=huggingface   write the weights of a run, or of another library, for another library
+convert SOURCE TARGET --layout=huggingface   write the weights of a run, or of another library, for another library;
+                                             --push=ACCOUNT/NAME uploads them to the Hugging Face hub, after a question
 export SOURCE TARGET --format=stablehlo      write a program for CPU, GPU and TPU that runs without this package
 plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs that are not attached (or GPUs, with
                                              --gpu=h100:8), and print its memory, communication and cycles
@@ -39,7 +40,10 @@ from convnext_jax.embedding import check_format, embed, save_embeddings
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
 from convnext_jax.interop import Pretrained, PretrainedModel, PretrainedUPerNet, as_classifier, save_pretrained
+from convnext_jax.interop.card import upload_card
+from convnext_jax.interop.hub import check_hub_id, upload
 from convnext_jax.interop.layouts import LAYOUTS
+from convnext_jax.interop.licence import CARD
 from convnext_jax.interop.published import published_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS
 from convnext_jax.mask_prediction import MODES, mask_files, predict_masks
@@ -140,9 +144,16 @@ def convert(arguments: list[str]) -> None:
     values = flags.FlagValues()
     layouts = list(dict.fromkeys((*LAYOUTS, *UPERNET_LAYOUTS)))
     flags.DEFINE_enum('layout', 'huggingface', layouts, 'Library that loads the folder.', flag_values=values)
+    flags.DEFINE_string(
+        'push', None, 'Upload the folder to this repository of the Hugging Face hub, ACCOUNT/NAME.', flag_values=values
+    )
     _define_weights(values)
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
+    if values.push is not None:
+        check_hub_id(values.push)
     pretrained = read_weights(source, values.params, values.name)
+    if values.push is not None:
+        as_classifier(pretrained)  # the model card describes classifiers and encoders
     is_upernet = isinstance(pretrained, PretrainedUPerNet)
     head = is_upernet or pretrained.has_head
     save_pretrained(
@@ -158,6 +169,25 @@ def convert(arguments: list[str]) -> None:
     _say_licence(pretrained)
     part = '' if head else ', an encoder without a head'
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout{part}')
+    if values.push is not None:
+        _push(as_classifier(pretrained), values.layout, local_path(target), values.push)
+
+
+def _push(pretrained: Pretrained, layout: str, folder: Path, hub_id: str) -> None:
+    """Writes a model card into a saved folder and uploads the folder, if the user agrees."""
+    (folder / CARD).write_bytes(upload_card(pretrained, layout, hub_id))
+    if pretrained.licence is None:
+        say(f'the licence of the weights is unknown: state it in {folder / CARD}', error=True)
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    say(
+        f'upload {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, to the public repository '
+        f'https://huggingface.co/{hub_id}? [y/N]',
+        error=True,
+    )
+    if sys.stdin.readline().strip().lower() not in ('y', 'yes'):
+        show('nothing was uploaded')
+        return
+    show(f'uploaded to {upload(folder, hub_id)}')
 
 
 def export(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from pathlib import Path
+from typing import Any
 
 from convnext_jax.errors import first_line
 from convnext_jax.interop.files import printable
@@ -50,12 +51,20 @@ def read_licence(folder: Path, config: dict) -> Licence | None:
     return None
 
 
-def model_card(licence: Licence) -> bytes:
-    """The content of a model card that states a licence."""
+def model_card(licence: Licence | None, text: str = 'ConvNeXt weights, saved by convnext_jax.', **fields: Any) -> bytes:
+    """The content of a model card.
+
+    Args:
+        licence: the licence that it states; None if it is unknown.
+        text: the card in Markdown.
+        fields: further fields of its metadata, such as `library_name`.
+    """
     from huggingface_hub import ModelCardData
 
-    fields = ModelCardData(license=licence.identifier, license_name=licence.name, license_link=licence.link)
-    return f'---\n{fields.to_yaml()}\n---\nConvNeXt weights, saved by convnext_jax.\n'.encode()
+    stated: dict[str, Any] = {}
+    if licence:
+        stated = {'license': licence.identifier, 'license_name': licence.name, 'license_link': licence.link}
+    return f'---\n{ModelCardData(**stated, **fields).to_yaml()}\n---\n{text}\n'.encode()
 
 
 def _read_card(path: Path) -> dict:

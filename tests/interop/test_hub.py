@@ -1,14 +1,20 @@
 """The Hugging Face hub, imitated by a server on this machine."""
 
+import io
 import json
+import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub import metadata_load
 from random_models import assert_equal, random_model
 
 from convnext_jax import load_pretrained, save_pretrained
+from convnext_jax.__main__ import main
 from convnext_jax.errors import UserError
+from convnext_jax.interop import Licence
 
 COMMIT = '0' * 40
 
@@ -107,6 +113,83 @@ def test_what_the_hub_does_not_provide_is_one_line_with_a_remedy(hub, name, revi
     with pytest.raises(UserError, match=match) as refused:
         load_pretrained(name, revision=revision)
     assert '\n' not in str(refused.value)
+
+
+class Api:
+    """Replaces `HfApi`, and records the calls."""
+
+    calls: list
+
+    def create_repo(self, repo_id, exist_ok):
+        if repo_id.startswith('other/'):
+            raise OSError('403 Forbidden\nYou need write access')
+        self.calls.append(repo_id)
+        return f'https://huggingface.co/{repo_id}'
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.calls.append(sorted(path.name for path in folder_path.iterdir()))
+
+
+@pytest.fixture
+def convert(model, tmp_path, monkeypatch, capsys):
+    """Runs `convert --push` with an answer to its question; returns the uploads and the output."""
+    save_pretrained(model, tmp_path / 'out', class_names=['a', 'b', 'c'], licence=Licence('cc-by-nc-4.0'))
+
+    def run(answer, hub_id='someone/mine'):
+        api = type('RecordingApi', (Api,), {'calls': []})
+        monkeypatch.setattr('huggingface_hub.HfApi', api)
+        monkeypatch.setattr('sys.stdin', io.StringIO(answer))
+        main(
+            [
+                'convnext_jax',
+                'convert',
+                str(tmp_path / 'out'),
+                str(tmp_path / 'timm'),
+                '--layout=timm',
+                f'--push={hub_id}',
+            ]
+        )
+        return api.calls, capsys.readouterr()
+
+    return run
+
+
+def test_a_converted_folder_is_uploaded_with_a_model_card(convert, tmp_path):
+    """Weights could not be shared in one command, or without their licence and how to load them."""
+    calls, shown = convert('y\n')
+    assert calls == ['someone/mine', ['README.md', 'config.json', 'model.safetensors']]
+    assert shown.out.endswith('uploaded to https://huggingface.co/someone/mine\n')
+    card = (tmp_path / 'timm' / 'README.md').read_text()
+    assert metadata_load(tmp_path / 'timm' / 'README.md') == {
+        'license': 'cc-by-nc-4.0',
+        'library_name': 'timm',
+        'pipeline_tag': 'image-classification',
+        'tags': ['convnext'],
+    }
+    assert 'convnextv2_atto with 3.4 million parameters, 3 classes' in card
+    assert "timm.create_model('hf_hub:someone/mine', pretrained=True)" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize('answer', ['n\n', '\n', ''])
+def test_nothing_is_uploaded_without_a_yes(convert, answer):
+    """A private model would become public by mistake, or in a script whose user cannot answer."""
+    calls, shown = convert(answer)
+    assert calls == []
+    assert re.search(
+        r'upload 3 files, 13\.\d MB, to the public repository https://huggingface.co/someone/mine\?', shown.err
+    )
+    assert shown.out.endswith('nothing was uploaded\n')
+
+
+def test_a_refused_upload_is_one_line(convert, tmp_path):
+    """Users would see a traceback, or learn of a wrong name after the conversion."""
+    with pytest.raises(UserError, match='other/mine could not be uploaded: 403 Forbidden; check the name, and log in'):
+        convert('y\n', 'other/mine')
+    shutil.rmtree(tmp_path / 'timm')
+    with pytest.raises(UserError, match='a repository on the hub is called ACCOUNT/NAME, not mine'):
+        convert('y\n', 'mine')
+    assert not (tmp_path / 'timm').exists()
 
 
 def test_the_cache_is_used_offline(hub, model, monkeypatch):
