@@ -115,8 +115,8 @@ LONGEST_FILES = (
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the longest files first, and marks tests that start a command or train as slow, and the judges."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Runs the longest files first, marks slow tests and judges, and skips downloads without `-m hub`."""
     names = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: names.get(item.path.name, len(names)))
     for item in items:
@@ -124,6 +124,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if item.path.parent.name == 'judges':
             item.add_marker(pytest.mark.judge)
+        if item.get_closest_marker('hub') and config.getoption('markexpr') != 'hub':
+            item.add_marker(pytest.mark.skip(reason='needs the Hugging Face hub: pytest -m hub'))
         if MISSING and item.get_closest_marker('judge'):
             item.add_marker(pytest.mark.skip(reason=f'{", ".join(MISSING)} not installed'))
 
