@@ -108,6 +108,8 @@ def check_command(words, monkeypatch):
     match words:
         case ['launch/cpu.sh', *command] | ['python', 'launch/local.py', _, '--', *command]:
             check_command(command if command[0] == 'python' else ['python', *command], monkeypatch)
+        case ['mpirun', '-n', _, '--mca', _, _, *command]:
+            check_command(command, monkeypatch)
         case ['launch/tpu_pod.sh', _, *arguments] | ['sbatch', _, 'launch/slurm.sh', *arguments]:
             check_command(['python', 'train.py', *arguments], monkeypatch)
         case ['python', 'train.py', *arguments]:

@@ -27,8 +27,8 @@ from convnext_jax.runtime.watchdog import exit_now
 def start(coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int) -> bool:
     """Connects the processes of a job with `jax.distributed.initialize`. Call it before any other function of JAX.
 
-    Without arguments, JAX detects Cloud TPU pods, GKE, Slurm and Open MPI. The standard output of all processes except
-    process 0 is discarded.
+    Without arguments, JAX detects Cloud TPU pods, GKE, Slurm and Open MPI 4. The standard output of all processes
+    except process 0 is discarded.
 
     Args:
         coordinator: 'HOST:PORT' on which process 0 listens; None: detected by JAX.
@@ -40,7 +40,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
         Whether there are several processes.
 
     Raises:
-        UserError: the arguments contradict each other, or the processes cannot connect.
+        UserError: the arguments contradict each other or are needed, or the processes cannot connect.
     """
     given = [value is not None for value in (coordinator, process_count, process_id)]
     if process_count == 1 and not coordinator:
@@ -49,6 +49,11 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
         raise UserError('give all three of --coordinator, --process_count and --process_id, or none of them')
     if coordinator is not None and process_count is not None and process_id is not None:
         _check(coordinator, process_count, process_id)
+    elif int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1 and 'OMPI_MCA_orte_hnp_uri' not in os.environ:
+        raise UserError(
+            f'mpirun started {os.environ["OMPI_COMM_WORLD_SIZE"]} processes, but JAX detects only Open MPI 4: give '
+            '--coordinator=HOST:PORT, --process_count=$OMPI_COMM_WORLD_SIZE and --process_id=$OMPI_COMM_WORLD_RANK'
+        )
     timer = threading.Timer(timeout, _exit_after_timeout, (coordinator, process_count, process_id, timeout))
     timer.daemon = True
     timer.start()

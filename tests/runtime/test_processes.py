@@ -197,6 +197,13 @@ def test_inconsistent_flags_are_refused_immediately(flags, problem):
         processes.start(*flags, timeout=60)
 
 
+def test_processes_of_open_mpi_5_are_refused(monkeypatch):
+    """JAX does not detect Open MPI 5: each process would be a job of its own, and all but one would find a lock."""
+    monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '4')
+    with pytest.raises(UserError, match='mpirun started 4 processes, but JAX detects only Open MPI 4'):
+        processes.start(None, None, None, timeout=60)
+
+
 def test_each_process_loads_the_examples_of_its_own_devices():
     """A batch would be in another order on a mesh where the devices of a host are not neighbours."""
     mesh = make_mesh(-1)
