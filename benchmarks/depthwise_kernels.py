@@ -28,14 +28,14 @@ Function = Callable[..., jax.Array]
 
 
 class Outcome(NamedTuple):
-    """A function of the depthwise convolution, computed by a kernel and by XLA on one shape.
+    """The comparison of a kernel with XLA, for one function of the depthwise convolution and one shape.
 
     Attributes:
         shape: (N, H, W, C).
         function: 'forward', 'input gradient' or 'kernel gradient'.
-        error, native_error: largest difference from float32 with full-precision products, divided by its standard
-            deviation.
-        ms, native_ms: median time of a call.
+        error, native_error: largest difference from the result in float32 with full-precision products, divided by
+            the standard deviation of that result.
+        ms, native_ms: median time of a call in milliseconds.
     """
 
     shape: tuple[int, ...]
@@ -46,8 +46,8 @@ class Outcome(NamedTuple):
     native_ms: float
 
     @property
-    def equal(self) -> bool:
-        """Whether the kernel is as exact as XLA. Float32 rounding is always accepted."""
+    def correct(self) -> bool:
+        """Whether the error of the kernel is at most `TOLERANCE` times XLA's error, or as small as float32 rounding."""
         return self.error <= max(TOLERANCE * self.native_error, 1e-5)
 
 
@@ -55,7 +55,7 @@ def main(batch: int, rounds: int) -> bool:
     """Compares the kernels with XLA on the accelerator of this process, and prints a table and a verdict.
 
     Args:
-        batch: images.
+        batch: number of images.
         rounds: measurements of each function.
 
     Returns:
@@ -76,7 +76,7 @@ def main(batch: int, rounds: int) -> bool:
             print(describe(outcome), flush=True)
             outcomes.append(outcome)
     print(verdict(platform, outcomes))
-    return all(outcome.equal for outcome in outcomes)
+    return all(outcome.correct for outcome in outcomes)
 
 
 def compare(conv: Function, shape: tuple[int, ...], rounds: int) -> list[Outcome]:
@@ -129,13 +129,13 @@ def describe(outcome: Outcome) -> str:
     return (
         f'{"×".join(map(str, outcome.shape)):20}{outcome.function:18}{outcome.ms:7.3f} ms{outcome.native_ms:7.3f} ms'
         f'{outcome.native_ms / outcome.ms:8.2f}{outcome.error:10.1e}{outcome.native_error:10.1e}'
-        + ('' if outcome.equal else '  wrong')
+        + ('' if outcome.correct else '  wrong')
     )
 
 
 def verdict(platform: str, outcomes: Sequence[Outcome]) -> str:
     """What to do with the kernels on this platform."""
-    wrong = [outcome for outcome in outcomes if not outcome.equal]
+    wrong = [outcome for outcome in outcomes if not outcome.correct]
     if wrong:
         return f'wrong: {len(wrong)} of {len(outcomes)} results differ from XLA. Do not use the kernels on this device'
     ratio = sum(outcome.native_ms for outcome in outcomes) / sum(outcome.ms for outcome in outcomes)

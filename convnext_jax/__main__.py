@@ -8,7 +8,7 @@ prepare imagenet2012 --manual_dir=TARS --data_dir=DATA
 prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
 prepare masks --manual_dir=DIR --data_dir=DATA --name=NAME
-                                             write DIR/images/SPLIT/ and the masks in DIR/annotations/SPLIT/ likewise
+                                             write DIR/images/SPLIT/* and the masks DIR/annotations/SPLIT/*.png likewise
 models [NAME]                                list the architectures, or the published weights of one
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns; with a UPerNet
                                              and --output=DIR, write masks with the class of each pixel
@@ -221,8 +221,8 @@ def predict_photos(arguments: list[str]) -> None:
         'mode',
         None,
         MODES,
-        "UPerNet: 'slide' windows over the images, or 'squash' the images to a square; by default as the weights or "
-        'the run state.',
+        "UPerNet: 'slide' windows over the images, or 'squash' the images to a square. The default comes from the run "
+        'or from the stored preprocessing.',
         flag_values=values,
     )
     flags.DEFINE_integer(

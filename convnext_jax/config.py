@@ -32,7 +32,7 @@ def default_config(task: str = 'classification') -> ConfigDict:
 
 def _defaults(config: ConfigDict) -> None:
     config.seed = 0
-    # Length of the run. A field in steps overrides the field in epochs, unless it is 0.
+    # Length of the run. Fields in steps override the corresponding fields in epochs, unless they are 0.
     config.epochs = 300.0
     config.steps = 0
     # Images per optimizer step, over all devices. A device computes batch_size / devices / accumulation_steps at once.

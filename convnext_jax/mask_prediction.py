@@ -50,14 +50,15 @@ def predict_masks(
     The prediction for an unreadable file contains the error.
 
     Args:
-        pretrained: the network, its preprocessing and class names. The default names are such as 'class 7'.
+        pretrained: the network, its preprocessing and class names. Without names, classes are called 'class 7', etc.
         photos: the files, which are read one by one.
         mode: 'slide' resizes images as mmsegmentation does, with their aspect ratio, and averages the logits of
             overlapping windows, as for the published results. 'squash' resizes images to a square, as transformers
-            does. The default is 'squash' if the weights are stored with such preprocessing, and the mode of the
-            evaluation for a run; otherwise 'slide'.
-        resolution: side of the windows or of the square in pixels; by default as the weights or the run state, else
-            512. With 'slide', images are resized to fit into (4 · resolution, resolution).
+            does. The default of a run is the mode of its evaluation. The default of other weights is 'squash' if they
+            are stored with a preprocessing, otherwise 'slide'.
+        resolution: side of the windows or of the square in pixels. If it is given with 'slide', images are resized to
+            fit into (4 · resolution, resolution). The default is the size in the run or in the stored preprocessing,
+            otherwise 512.
 
     Raises:
         UserError: the network has more than 255 classes, or the preprocessing does not match the model.

@@ -17,7 +17,7 @@ def indexed_mask(classes: np.ndarray) -> Image.Image:
         classes: (H, W) uint8.
     """
     mask = Image.fromarray(classes)
-    mask.putpalette(class_colours().tobytes())  # all 256 colours, because Pillow uses less than 8 bits for a few
+    mask.putpalette(class_colours().tobytes())  # with fewer than 256 colours, Pillow may write fewer than 8 bits
     return mask
 
 

@@ -263,11 +263,8 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's message for a failed write, if the error contains the errno; else its first line.
-
-    TensorStore appends the specification of the array, and its own source code lines, in brackets.
-    """
-    number = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
-    return (
-        os.strerror(int(number[1])) if number else re.sub(r' \[(tensorstore_spec|source loc).*', '', first_line(error))
-    )
+    """The operating system's message for a failed write, if the error contains the errno; else its first line."""
+    if number := re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error)):
+        return os.strerror(int(number[1]))
+    # TensorStore appends the specification of the array and the lines of its source code, in brackets.
+    return re.sub(r' \[(tensorstore_spec|source loc).*', '', first_line(error))

@@ -59,7 +59,7 @@ def checkpoints_for_orbax(directory: Path) -> epath.Path:
 def locked(workdir: Path) -> Generator[None]:
     """Creates the workdir and locks it against other runs, until the body or the process ends.
 
-    Buckets have no locks: only whether the bucket can be written is checked.
+    Buckets have no locks. For a bucket, it only checks that the workdir can be written.
 
     Raises:
         UserError: a running process holds the lock, or the workdir cannot be written.
@@ -89,11 +89,15 @@ def locked(workdir: Path) -> Generator[None]:
 
 
 def _check_bucket(workdir: Path) -> None:
-    """Writes and deletes a file in a bucket. Errors of gcsfs and google-auth have no common class."""
+    """Writes and deletes a file in a bucket.
+
+    Raises:
+        UserError: the bucket cannot be written.
+    """
     try:
         (workdir / LOCK).write_text('', encoding='utf-8')
         (workdir / LOCK).unlink()
-    except Exception as error:
+    except Exception as error:  # the errors of gcsfs and google-auth have no common class
         raise UserError(f'workdir {workdir} cannot be written: {first_line(error)}') from error
 
 
@@ -159,7 +163,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     if not is_local(path):
         try:
             path.write_bytes(content)  # writes to a bucket are atomic
-        except Exception as error:  # after several tries; gcsfs and aiohttp have no common class
+        except Exception as error:  # gcsfs has retried; its errors and those of aiohttp have no common class
             raise OSError(errno.EIO, first_line(error), str(path)) from error
         return
     scratch = path.with_name(f'.{path.name}.new')

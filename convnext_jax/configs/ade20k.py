@@ -11,7 +11,7 @@ ADEChallengeData2016.zip.
 
 Published mIoU (sliding windows, one scale): 46.0/48.7/49.1 % of T/S/B from ImageNet-1k, and 52.6/53.2/53.6 % of B/L/XL
 from ImageNet-22k. The batch of 16 crops is meant for 8 accelerators. It cannot be accumulated, because BatchNorm
-normalises over the whole batch. For T, `python -m convnext_jax plan` gives 2.0 GiB for 2 crops on a v5e.
+normalises over the whole batch. For T, `python -m convnext_jax plan` estimates 2.0 GiB for the 2 crops of a v5e chip.
 """
 
 from typing import NamedTuple

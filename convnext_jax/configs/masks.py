@@ -1,15 +1,16 @@
-"""Your own images with masks, DIR/images/SPLIT/*.jpg and DIR/annotations/SPLIT/*.png: UPerNet, fine-tuned.
+"""UPerNet on your own images with masks, DIR/images/SPLIT/*.jpg and DIR/annotations/SPLIT/*.png.
 
     python train.py --config=configs/masks.py:tiny --config.data.dir=DIR --workdir=runs/mine \\
         --config.init.weights=timm/convnext_tiny.fb_in22k
 
-The splits are called training and validation; config.data.image_dir and mask_dir name other folders than images and
-annotations. The value of a pixel of a mask is the number of its class, from 0, or 255 for no class. If 0 means no class
-and 1 is the first class, add --config.data.reduce_zero_label=True. DIR/classes.txt has one class name on each line.
+The splits are called training and validation. For other folders than images and annotations, set config.data.image_dir
+and config.data.mask_dir. The value of a pixel of a mask is the number of its class, from 0; 255 means no class. If 0
+means no class and 1 is the first class, add --config.data.reduce_zero_label=True. DIR/classes.txt has one class name on
+each line.
 
 Variants, after the colon: a V1 size such as tiny, or any name listed by `python -m convnext_jax models`. The backbone
-starts from config.init.weights: a hub id, a folder or file of a classifier or of a UPerNet, or a workdir, also of
-configs/fcmae.py. Set config.epochs and config.batch_size according to the size of your data set.
+starts from config.init.weights: a hub id, a folder or file of a classifier or of a UPerNet, or a workdir, for example
+of a run of configs/fcmae.py. Set config.epochs and config.batch_size according to the size of your data set.
 """
 
 from ml_collections import ConfigDict

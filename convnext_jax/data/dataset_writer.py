@@ -33,7 +33,7 @@ Serialize = Callable[[dict], bytes]
 
 
 class Mask(NamedTuple):
-    """The mask of an image: a file and its size."""
+    """The mask of an image: a file and its size in bytes."""
 
     file: Path
     size: int

@@ -52,7 +52,7 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
 
 
 def decode_rgb(image: bytes, name: str) -> np.ndarray:
-    """The pixels of `decode(image, 3, name)`, (H, W, 3) uint8. JPEGs are decoded faster, to equal values.
+    """The pixels of `decode(image, 3, name)`, (H, W, 3) uint8. A JPEG is decoded faster, to the same values.
 
     Raises:
         UserError: as for `decode`.
@@ -65,7 +65,7 @@ def decode_rgb(image: bytes, name: str) -> np.ndarray:
 
 
 def upright_size(image: bytes, name: str) -> tuple[int, int]:
-    """Width and height of the image that `decode` returns; most formats are not decoded for it.
+    """Width and height of the image that `decode` returns. For most formats, only the header is read.
 
     Raises:
         UserError: the header of the file cannot be read.

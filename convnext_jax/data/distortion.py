@@ -8,38 +8,38 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from convnext_jax.data.pillow_arithmetic import clip_and_floor
 
-BRIGHTNESS = 32.0  # the ranges of SSD (arXiv:1512.02325), which mmsegmentation uses by default
-FACTOR = (0.5, 1.5)  # of contrast and of saturation
-HUE = 18  # of the 180 steps of OpenCV's 8-bit hue
-FRACTION_BITS = 12  # of OpenCV's conversion to HSV
+BRIGHTNESS = 32.0  # largest change; the ranges are those of SSD (arXiv:1512.02325), the defaults of mmsegmentation
+FACTOR = (0.5, 1.5)  # range of the factors of contrast and saturation
+HUE = 18  # largest change, in the 180 steps of OpenCV's 8-bit hue
+FRACTION_BITS = 12  # precision of the divisions in OpenCV's conversion to HSV
 
 
 class Distortion(NamedTuple):
-    """The changes of one image, or of each image in a batch.
+    """The changes of one image, or with arrays (N,) of each image in a batch.
 
     Attributes:
         brightness: a number that is added to all values.
         contrast: a factor of all values.
         contrast_first: whether the contrast is changed before saturation and hue, not after them.
         saturation: a factor of the saturation.
-        saturates: whether the saturation is changed.
+        changes_saturation: whether the saturation is changed.
         hue: an integer in (−180, 180) that is added to the hue.
-        shifts: whether the hue is changed.
+        changes_hue: whether the hue is changed.
     """
 
     brightness: Float[Array, '*n']
     contrast: Float[Array, '*n']
     contrast_first: Bool[Array, '*n']
     saturation: Float[Array, '*n']
-    saturates: Bool[Array, '*n']
+    changes_saturation: Bool[Array, '*n']
     hue: Int[Array, '*n']
-    shifts: Bool[Array, '*n']
+    changes_hue: Bool[Array, '*n']
 
 
 def distort(images: UInt8[Array, 'n h w 3'], keys: Key[Array, ' n']) -> UInt8[Array, 'n h w 3']:
     """Random changes of brightness, contrast, saturation and hue, each with probability ½.
 
-    This is `PhotoMetricDistortion` of mmsegmentation, rounded to 8 bits after each step as there.
+    This is `PhotoMetricDistortion` of mmsegmentation, which clips and rounds down to 8 bits after each step.
 
     Args:
         images: (N, H, W, 3) uint8, RGB.
@@ -54,7 +54,7 @@ def distort(images: UInt8[Array, 'n h w 3'], keys: Key[Array, ' n']) -> UInt8[Ar
 def draw_distortion(key: Key[Array, '']) -> Distortion:
     """The random changes of one image."""
     chosen_key, *keys = jax.random.split(key, 5)
-    brightens, contrasts, contrast_first, saturates, shifts = jax.random.bernoulli(chosen_key, shape=(5,))
+    brightens, contrasts, contrast_first, changes_saturation, changes_hue = jax.random.bernoulli(chosen_key, shape=(5,))
     brightness = jax.random.uniform(keys[0], minval=-BRIGHTNESS, maxval=BRIGHTNESS)
     contrast, saturation = (jax.random.uniform(key, minval=FACTOR[0], maxval=FACTOR[1]) for key in keys[1:3])
     return Distortion(
@@ -62,27 +62,26 @@ def draw_distortion(key: Key[Array, '']) -> Distortion:
         contrast=jnp.where(contrasts, contrast, 1.0),
         contrast_first=contrast_first,
         saturation=saturation,
-        saturates=saturates,
-        hue=jax.random.randint(keys[3], (), -HUE, HUE),  # without HUE itself, as in mmsegmentation
-        shifts=shifts,
+        changes_saturation=changes_saturation,
+        hue=jax.random.randint(keys[3], (), -HUE, HUE),  # excludes HUE, as in mmsegmentation
+        changes_hue=changes_hue,
     )
 
 
 def apply_distortion(images: UInt8[Array, 'n h w 3'], distortion: Distortion) -> UInt8[Array, 'n h w 3']:
-    """The images with these changes; arguments as for `distort`."""
+    """Applies given changes; images and result as for `distort`."""
     each = jax.tree.map(lambda x: x[:, None, None], distortion)
-    first, saturates, shifts = (x[..., None] for x in (each.contrast_first, each.saturates, each.shifts))
-    contrast = each.contrast[..., None]
+    first, contrast = each.contrast_first[..., None], each.contrast[..., None]
     images = _to_uint8(images + each.brightness[..., None])
     images = _to_uint8(images * jnp.where(first, contrast, 1.0))
 
     hue, saturation, value = rgb_to_hsv(images)
     saturation = clip_and_floor(saturation * each.saturation)
-    images = jnp.where(saturates, hsv_to_rgb(hue, saturation, value), images)
+    images = jnp.where(each.changes_saturation[..., None], hsv_to_rgb(hue, saturation, value), images)
 
     hue, saturation, value = rgb_to_hsv(images)
     hue = (hue + each.hue) % 180
-    images = jnp.where(shifts, hsv_to_rgb(hue, saturation, value), images)
+    images = jnp.where(each.changes_hue[..., None], hsv_to_rgb(hue, saturation, value), images)
     return _to_uint8(images * jnp.where(first, 1.0, contrast))
 
 
@@ -111,7 +110,7 @@ def rgb_to_hsv(
 
 
 def _ratio(scale: int, x: Int[Array, '*n'], y: Int[Array, '*n']) -> Int[Array, '*n']:
-    """scale · x / y, rounded; the factor scale / y has 12 bits after the point, and is 0 for y = 0."""
+    """scale · x / y, rounded. The factor scale / y is rounded to 12 fractional bits, and is 0 for y = 0."""
     factor = jnp.where(y == 0, 0, ((scale << FRACTION_BITS + 1) + y) // jnp.maximum(2 * y, 1))
     return (x * factor + (1 << FRACTION_BITS - 1)) >> FRACTION_BITS
 
@@ -120,8 +119,8 @@ def hsv_to_rgb(hue: Int[Array, '*n'], saturation: Int[Array, '*n'], value: Int[A
     """OpenCV's conversion of 8-bit colours (`COLOR_HSV2RGB`).
 
     OpenCV rounds down, except the last W mod 32 pixels of a row, which it rounds to the nearest integer. Here all are
-    rounded down. Products that lie just above or below an integer depend on the processor in both libraries: one value
-    in 10,000 may differ by 1.
+    rounded down. In both libraries, the rounding of products close to an integer depends on the processor: one value in
+    10,000 may differ by 1.
     """
     scaled = hue * jnp.float32(6 / 180)
     sector = scaled.astype(jnp.int32)

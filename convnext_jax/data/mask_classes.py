@@ -17,7 +17,7 @@ IGNORED = 255
 """Pixel value, and label, of pixels that have no class."""
 CATEGORIES = 'categories.json'
 FILES = ('objectInfo150.txt', 'classes.txt', CATEGORIES)
-"""The names under which the list of classes is found beside the masks."""
+"""File names of a list of classes, in the order in which they are looked for."""
 PNG = b'\x89PNG\r\n\x1a\n'
 GREY, PALETTE = 0, 3  # colour types of a PNG
 
@@ -99,8 +99,9 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
 
     Args:
         folders: where to look for one of `FILES`.
-        path: the list itself; None to look for it.
-        reduce_zero_label: whether 0 means no class. Classes without ids are then numbered from 1, otherwise from 0.
+        path: the file of the list; None to look for it.
+        reduce_zero_label: whether 0 means no class. The classes of a list without ids then have the values 1, 2, …,
+            otherwise 0, 1, ….
 
     Raises:
         UserError: there is no list, or it cannot be read; or a class has an invalid or repeated id.
@@ -139,7 +140,7 @@ def _categories(content: Any) -> dict[int, str]:
     rows = content['categories'] if isinstance(content, dict) else content
     categories = {int(row['id']): str(row['name']) for row in rows}
     if len(categories) < len(rows):
-        raise ValueError('two classes have one id')
+        raise ValueError('two classes have the same id')
     return categories
 
 

@@ -1,4 +1,4 @@
-"""Sources of semantic segmentation: random access to encoded images and masks, in folders and prepared data sets."""
+"""Random access to encoded images and their masks, in folders or in prepared data sets, for semantic segmentation."""
 
 import os
 import warnings
@@ -60,13 +60,13 @@ def open_masks(
 
     Args:
         name: 'masks' for two folders, or the name of a data set that `prepare_masks` wrote.
-        directory: the folder of the data set; of a prepared one, the TFDS data directory.
+        directory: the folder of the data set, or the TFDS data directory of a prepared data set.
         split: name of the split, or a part of it, such as 'training[:90%]'; 'images' for folders without splits.
         image_dir, mask_dir: the folders of the images and masks in `directory`, with a folder for each split. A
             prepared data set has none.
-        classes: the file with the list of classes; '' to look for it beside the masks and in `directory`, or for the
-            list of the prepared data set.
-        reduce_zero_label: whether pixels of value 0 have no class. Classes without ids are then numbered from 1.
+        classes: the file with the list of classes. With '', it is looked for in the folder of masks, then in
+            `directory`; a prepared data set contains it.
+        reduce_zero_label: whether pixels of value 0 have no class; see `find_classes`.
 
     Raises:
         UserError: the split or the list of classes is missing, or an image or a mask has no counterpart.
@@ -86,9 +86,9 @@ def open_masks(
 
 
 class MaskFolders:
-    """The images in a folder and the masks in another, with equal paths up to the suffix.
+    """A folder of images and a folder of masks. An image and its mask have the same path except for the suffix.
 
-    `find_images` finds both, also in subfolders. A warning counts the ignored files.
+    `find_images` finds both, also in subfolders. A warning gives the number of ignored files.
 
     Args:
         images, masks: the folders, with a folder for each split.
@@ -103,17 +103,16 @@ class MaskFolders:
     def __init__(self, images: Path, masks: Path, split: str, classes: MaskClasses):
         self.classes = classes
         whole, bracket, _ = split.partition('[')
-        image_files, mask_files = (_find(folder, whole) for folder in (images, masks))
-        for files, others, what, other in (
-            (image_files, mask_files, 'images', 'mask'),
-            (mask_files, image_files, 'masks', 'image'),
+        image_files, mask_files = (_files_of_split(folder, whole) for folder in (images, masks))
+        for files, others, what, other, folder in (
+            (image_files, mask_files, 'images', 'mask', masks),
+            (mask_files, image_files, 'masks', 'image', images),
         ):
             alone = [path for key, path in files.items() if key not in others]
             if alone:
-                folder = masks if other == 'mask' else images
                 raise UserError(
                     f'{len(alone)} of the {len(files)} {what} have no {other} in {folder}, such as {alone[0]}: '
-                    f'each image needs a mask of the same name'
+                    'each image needs a mask of the same name'
                 )
         pairs = [(path, mask_files[key]) for key, path in image_files.items()]
         self.files = [pairs[index] for index in part_of_split(len(pairs), split)] if bracket else pairs
@@ -134,7 +133,7 @@ class PreparedMasks:
 
     Args:
         name, directory, split: as for `open_masks`.
-        classes: the file with the list of classes; None for the list that is stored in the data set.
+        classes: the file with the list of classes; None for the list in the data set.
         reduce_zero_label: as for `open_masks`.
 
     Raises:
@@ -173,8 +172,8 @@ class PreparedMasks:
         return MaskedImage(record['image'], record['mask'], name, f'mask of {name}')
 
 
-def _find(folder: Path, split: str) -> dict[str, str]:
-    """The images of a split: path in its folder without the suffix → path."""
+def _files_of_split(folder: Path, split: str) -> dict[str, str]:
+    """The images of a split: path in the folder of the split, without the suffix → path."""
     root = folder if split == ALL_IMAGES and not (folder / ALL_IMAGES).is_dir() else folder / split
     if not root.is_dir():
         raise UserError(

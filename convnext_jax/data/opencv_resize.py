@@ -1,7 +1,7 @@
-"""OpenCV's bilinear and nearest-neighbour resize of uint8 images (`cv2.resize`), equal to the grey level.
+"""OpenCV's bilinear and nearest-neighbour resize of uint8 images (`cv2.resize`), bit for bit.
 
 mmsegmentation, and therefore the published weights of segmentation networks, resize with OpenCV, which does not
-antialias. A part of the result is computed without the rest.
+antialias. A part of the result can be computed alone.
 """
 
 import numpy as np
@@ -30,20 +30,20 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int], *, rows: slice = A
     source = image[used]
     left, right = (source.take(at.clip(0, image.shape[1] - 1), 1).reshape(len(used), -1) for at in (x, x + 1))
 
-    # OpenCV's rounding: of 11 fractional bits, the sums along the rows keep 7. Products with the weights of the columns
-    # have 18, and keep 2, which are rounded after the addition.
-    wide = np.empty(left.shape, np.int32)
-    for first in range(0, len(wide), BLOCK):
+    # OpenCV rounds three times. Horizontal sums have 11 fractional bits, of which 7 are kept. Their products with the
+    # vertical weights have 18, of which 2 are kept. The sum of two products is rounded to an integer.
+    sums = np.empty(left.shape, np.int32)
+    for first in range(0, len(sums), BLOCK):
         block = slice(first, first + BLOCK)
-        total = np.multiply(left[block], x_weights[0], out=wide[block])
+        total = np.multiply(left[block], x_weights[0], out=sums[block])
         total += right[block] * x_weights[1]
         total >>= 4
 
-    result = np.empty((len(y), wide.shape[1]), np.uint8)
+    result = np.empty((len(y), sums.shape[1]), np.uint8)
     for first in range(0, len(result), BLOCK):
         block = slice(first, first + BLOCK)
         above, below = (
-            wide[at[block]] * weight[block, None] for at, weight in zip((top, bottom), y_weights, strict=True)
+            sums[at[block]] * weight[block, None] for at, weight in zip((top, bottom), y_weights, strict=True)
         )
         above >>= 16
         below >>= 16
@@ -77,7 +77,11 @@ def _step(old: int, new: int) -> float:
 
 
 def _taps(old: int, new: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
-    """The source pixels along one axis: index of the first, (n,) int, and weights of it and the next, (2, n) int32."""
+    """The two source pixels of each result pixel along one axis.
+
+    Returns:
+        Index of the first one, (n,) int, and the weights of both, (2, n) int32.
+    """
     position = np.float32((np.arange(new)[part] + 0.5) * _step(old, new) - 0.5)
     first = np.floor(position)
     fraction = position - first

@@ -105,8 +105,8 @@ def prepare_masks(
 ) -> None:
     """Writes images and masks in folders as the TFDS data set `name`, version 1.0.0.
 
-    The splits are the folders that are in `image_dir` and in `mask_dir`. The bytes of the masks are unchanged, so that
-    training needs the same `reduce_zero_label`.
+    Each folder that is both in `image_dir` and in `mask_dir` is a split. The masks are stored unchanged, so training
+    needs the same `reduce_zero_label`.
 
     Args:
         manual_dir: the folder of the data set.

@@ -1,4 +1,4 @@
-"""Data sets of images with masks, in mmsegmentation's preprocessing: random crops for training, whole images."""
+"""Images with masks, preprocessed as in mmsegmentation: random crops for training, whole images for evaluation."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +13,7 @@ from convnext_jax.data.masks import MaskedImage, MaskSource
 from convnext_jax.data.opencv_resize import resize_bilinear, resize_nearest
 from convnext_jax.errors import UserError
 
-CROPS = 10  # draws of a crop whose commonest class must not be too large
+RETRIES = 10  # number of times that a crop is drawn again if one class is too large
 READERS = 16  # threads that read the headers of all images
 
 
@@ -55,7 +55,7 @@ class TrainMasks(MaskedImages):
     """Training examples: the images at a random scale, random crops of them, and random flips.
 
     An image is enlarged or reduced to fit into `resize` times a factor that is uniform in `scale`. A crop is drawn
-    again, at most ten times, while it has less than two classes, or the commonest has at least `max_class_share` of the
+    again, at most ten times, while it has fewer than two classes, or one class has at least `max_class_share` of the
     labelled pixels. An image smaller than the crop is padded at the right and at the bottom.
 
     An example has `image`, (crop, crop, 3) uint8, `label`, (crop, crop) uint8, and `size`, (2,) int32: the height and
@@ -66,7 +66,7 @@ class TrainMasks(MaskedImages):
         crop: side of the crops in pixels.
         resize: limits of the longer and the shorter side for the scale 1.
         scale: smallest and largest factor of `resize`.
-        max_class_share: limit of the share of the commonest class; 1 accepts every crop.
+        max_class_share: limit of the share of the most frequent class; 1 accepts every crop.
         flip: whether half of the crops are mirrored.
 
     Raises:
@@ -117,7 +117,7 @@ class TrainMasks(MaskedImages):
         self, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[slice, slice, np.ndarray]:
         """The rows and columns of a random crop of the resized image, and its labels."""
-        for _ in range(CROPS + 1):
+        for _ in range(1 + RETRIES):
             top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in size)
             rows, columns = slice(top, top + self.crop), slice(left, left + self.crop)
             label = resize_nearest(labels, size, rows=rows, columns=columns)
@@ -129,16 +129,15 @@ class TrainMasks(MaskedImages):
 class EvalMasks(MaskedImages):
     """Evaluation examples: whole images, resized and padded to one size, and their masks, padded but not resized.
 
-    An example has `image`, (H, W, 3) uint8, and `label`, (h, w) uint8, where H, W, h and w are the largest sides in the
-    split; and `image_size` and `label_size`, (2,) int32, the height and width of the part that is not padding. Padding
-    is at the right and at the bottom; it is 0 in images, and `IGNORED` in labels. All files of the split are read once
-    at the beginning, for the sizes in their headers.
+    An example has `image`, (H, W, 3) uint8, and `label`, (h, w) uint8, of the largest height and width in the split.
+    Padding is at the right and at the bottom; it is 0 in images and `IGNORED` in labels. `image_size` and `label_size`,
+    (2,) int32, are the height and width without padding. The constructor reads the sizes from the headers of all files.
 
     Args:
         source: the encoded images and masks.
-        resize: limits of the longer and the shorter side; images are enlarged or reduced to fit, as OpenCV does it.
-        squash: side of a square to which images are resized instead, without keeping their aspect ratio, by Pillow's
-            bilinear filter, as Hugging Face's `SegformerImageProcessor` does it; 0 for `resize`.
+        resize: limits of the longer and the shorter side, to which OpenCV's bilinear filter fits the images.
+        squash: 0, or the side of a square. Then Pillow's bilinear filter resizes the images to this square, without
+            keeping their aspect ratio, as in Hugging Face's `SegformerImageProcessor`.
 
     Raises:
         UserError: `resize` is not valid, an image or a mask cannot be read, or they differ in size.
@@ -150,8 +149,8 @@ class EvalMasks(MaskedImages):
         self.resize, self.squash = resize, squash
         with ThreadPoolExecutor(READERS) as pool:
             sizes = list(pool.map(self._size, range(len(source))))
-        self.label_canvas = _largest(sizes)
-        self.image_canvas = _largest([self._resized(size) for size in sizes])
+        self.label_canvas = _largest_sides(sizes)
+        self.image_canvas = _largest_sides([self._resized(size) for size in sizes])
         self.features = {
             'image': jax.ShapeDtypeStruct((*self.image_canvas, 3), np.uint8),
             'image_size': jax.ShapeDtypeStruct((2,), np.int32),
@@ -186,11 +185,11 @@ class EvalMasks(MaskedImages):
 
 
 def fit_size(size: tuple[int, ...], limits: tuple[int, int]) -> tuple[int, int]:
-    """The size of an image enlarged or reduced to fit into the limits of its longer and shorter side (mmcv's rule).
+    """Height and width after a resize that fits an image into limits and keeps its aspect ratio, as in mmcv.
 
     Args:
         size: height and width in pixels.
-        limits: limits of the two sides, in any order.
+        limits: limits of the longer and the shorter side, in any order.
     """
     factor = min(max(limits) / max(size), min(limits) / min(size))
     height, width = (max(int(side * factor + 0.5), 1) for side in size)
@@ -205,12 +204,13 @@ def pad(array: np.ndarray, size: tuple[int, int], value: int = 0) -> np.ndarray:
 
 
 def _largest_share(label: np.ndarray) -> float:
-    """The share of the commonest class in the labelled pixels; 1 if there are less than two classes."""
+    """The share of the most frequent class in the labelled pixels; 1 if there are fewer than two classes."""
     counts = [count for count in Image.fromarray(label).histogram()[:IGNORED] if count]  # faster than NumPy
     return max(counts) / sum(counts) if len(counts) > 1 else 1.0
 
 
-def _largest(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+def _largest_sides(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The largest height and the largest width."""
     heights, widths = zip(*sizes, strict=True)
     return max(heights), max(widths)
 

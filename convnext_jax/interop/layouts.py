@@ -65,7 +65,7 @@ TRUNK = {
     'norm': ('layernorm', 'head.norm', 'norm', 'layer_norm', 'classifier.0'),
     'head': ('classifier', 'head.fc', 'head', 'classifier', 'classifier.2'),
 }
-# Our module name → name in timm, for the other stems of timm, with or without an activation between the convolutions.
+# Our module name → name in timm, for the overlapping stems. In timm, the activation is a module, stem.1.
 OVERLAP = {'stem.first_conv': 'stem.0', 'stem.second_conv': 'stem.1', 'stem.norm': 'stem.2'}
 OVERLAP_ACT = {'stem.first_conv': 'stem.0', 'stem.second_conv': 'stem.2', 'stem.norm': 'stem.3'}
 TIMM_STEMS = {'patch': {}, 'overlap': OVERLAP, 'overlap_tiered': OVERLAP, 'overlap_act': OVERLAP_ACT}
@@ -220,7 +220,7 @@ def from_layout(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant
 
 
 def check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], variant: Variant, layout: str) -> None:
-    """Checks that the tensors are all tensors of a model, with their shapes; arguments as for `from_layout`.
+    """Checks that tensors have exactly the names and shapes of a model; arguments as for `from_layout`.
 
     Raises:
         UserError: tensors are missing, unexpected or of another shape; the message lists up to 50 of them.
@@ -327,7 +327,7 @@ def _with_stage(theirs: str, stage: str) -> str:
 
 
 def _timm_module(module: str, variant: Variant) -> str | None:
-    """The name in timm of a module that is missing in the other layouts or moved in timm; None for other modules."""
+    """The name in timm of a module whose name is not in `TRUNK`, or is another one there; None for other modules."""
     if module == 'norm' and variant.head_norm_first:
         return 'norm_pre'
     return 'head.pre_logits.fc' if module == 'hidden' else TIMM_STEMS[variant.stem].get(module)

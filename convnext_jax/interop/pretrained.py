@@ -119,7 +119,7 @@ def read_model(
 ) -> PretrainedModel:
     """The classifier or UPerNet in a file or folder, for inference or for a new run.
 
-    `read_pretrained` describes the arguments and errors. The newly initialised head of a file without a head has a
+    `read_pretrained` describes the arguments and errors. If the file has no head, a head is newly initialised with a
     fixed random key. `in_channels` applies to classifiers only.
     """
     opened = open_weights(where, name=name, entry=entry, revision=None)

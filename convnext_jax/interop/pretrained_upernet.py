@@ -21,7 +21,7 @@ class WindowProtocol(NamedTuple):
     """How windows slide over images; the defaults are those of the published results at 512 pixels.
 
     Attributes:
-        resize: limits of the longer and the shorter side, to which images are enlarged or reduced before.
+        resize: limits of the longer and the shorter side, to which images are enlarged or reduced first.
         crop: side of the windows in pixels.
         stride: distance between neighbouring windows in pixels.
     """
@@ -44,7 +44,7 @@ class PretrainedUPerNet(NamedTuple):
         notes: messages for the user about newly initialised parameters, or about other weights of the run.
         origin: description of the file, folder or run that contains the weights, for messages.
         licence: licence of the weights; None if their folder does not state one.
-        windows: the windows in the evaluation of a run; None if it squashes images, and for other weights.
+        windows: the windows in the evaluation of a run; None if it squashes images, or if the weights are not of a run.
     """
 
     model: UPerNet

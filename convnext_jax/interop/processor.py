@@ -306,7 +306,7 @@ def segmentation_processor(channels: int, given: ImageProcessor | None = None) -
     """The given processor, or the processor of the published UPerNets, which resizes to 512 × 512 pixels.
 
     Raises:
-        UserError: as for `processor_for`, or the given processor crops images, so that a mask would lack their borders.
+        UserError: as for `processor_for`, or the given processor crops images: masks would not cover whole images.
     """
     processor = processor_for(channels, given)
     if given is None:

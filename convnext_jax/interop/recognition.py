@@ -51,7 +51,7 @@ TIMM_SUPPORTED = {
     'features_only': (False,),
     'pruned': (False,),
 }
-"""Argument of timm's ConvNeXt → the values with which we have an equal model. Other values are refused."""
+"""Argument of timm's ConvNeXt → the values that our models support. Other values are refused."""
 TIMM_FIELDS = {
     'depths': 'depths',
     'dims': 'widths',
@@ -210,7 +210,7 @@ def _prefix_notes(prefix: str, layout: str) -> list[str]:
 def without_distillation(tensors: Tensors, where: str) -> Tensors:
     """The tensors of a DINOv3 or EUPE file without `norms.3.*`, a copy of the last norm, and without `projectors.*`.
 
-    There is a warning if projectors are dropped.
+    It warns if it drops projectors.
 
     Args:
         tensors: name → tensor, in the original layout.
@@ -274,7 +274,7 @@ def recognize_variant(tensors: Tensors, config: dict, name: str | None, layout: 
 
 
 class Traits(NamedTuple):
-    """What the names and shapes of tensors say about an architecture; no two architectures of the table are equal."""
+    """What the names and shapes of tensors tell about an architecture; no two of `VARIANTS` have equal traits."""
 
     depths: tuple[int, ...]
     width: int  # of the first stage

@@ -1,13 +1,13 @@
-"""Our architectures among timm's models: the name in timm, and whether its linear layers are 1×1 convolutions."""
+"""The names of our architectures in timm, and which models of timm have 1×1 convolutions as linear layers."""
 
 import dataclasses
 
 from convnext_jax.models import VARIANTS, Variant
 
 CONV_MLP = ('atto', 'femto', 'nano', 'pico', 'tiny_hnf', 'zepto')
-"""Beginnings of the sizes whose models have conv_mlp=True: the kernels of linear layers are (out, in, 1, 1)."""
+"""Prefixes of the sizes whose models have conv_mlp=True: the kernels of linear layers are (out, in, 1, 1)."""
 ONLY_IN_TIMM = ('stem', 'norm', 'norm_eps', 'activation', 'kernel_size', 'head_norm_first', 'head_hidden')
-"""Fields of a variant that have their default in the models of the other libraries."""
+"""Fields of a variant that have their default values in all models of the other libraries."""
 
 
 def special_fields(variant: Variant, stored: tuple[str, ...] = ()) -> list[str]:

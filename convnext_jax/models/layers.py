@@ -38,10 +38,10 @@ def fusion_barrier_on_cpu(tree: Tree) -> Tree:
 
 
 def conv_layout(x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
-    """x itself. On TPU it is stored in the order H, W, N, C, in which the compiler computes depthwise convolutions.
+    """x unchanged. On TPU it is stored in the order H, W, N, C, in which the compiler computes depthwise convolutions.
 
-    Otherwise the compiler stores the inputs and results of matrix products in the order N, H, W, C, and transposes
-    them before and after each convolution.
+    Without this constraint, the compiler stores the inputs and results of matrix products in the order N, H, W, C, and
+    transposes them before and after each convolution.
     """
     if not all(isinstance(size, int) for size in x.shape):
         return x  # an exported program may have a symbolic batch size
@@ -263,7 +263,7 @@ def _statistics(
     mean = x.mean(-1, keepdims=True, dtype=jnp.float32)
     wide = jnp.asarray(x, jnp.float32)
     if x.dtype.itemsize < 4:
-        # One pass over x. The error, a few mean² · 2⁻²⁴, is at most that of rounding x to 16 bits.
+        # One pass over x. The error of the variance, a few mean² · 2⁻²⁴, is below the error from rounding x to 16 bits.
         variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0)
     else:
         variance = jnp.square(wide - mean).mean(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The norms of the architectures: LayerNorm in most of them, RMSNorm and SimpleNorm in some of timm."""
+"""The norms of the architectures: LayerNorm in most of them, RMSNorm or SimpleNorm in some models of timm."""
 
 import jax
 import jax.numpy as jnp
@@ -52,5 +52,5 @@ NORM_CLASSES: dict[str, type[Norm]] = {'layernorm': LayerNorm, 'rmsnorm': RMSNor
 
 
 def create_norm(variant: Variant, channels: int, *, epsilon: float | None = None) -> Norm:
-    """A newly initialised norm of the architecture; `epsilon` is by default the variant's."""
+    """A newly initialised norm of the architecture. The default of `epsilon` is `variant.norm_eps`."""
     return NORM_CLASSES[variant.norm](channels, epsilon=variant.norm_eps if epsilon is None else epsilon)

@@ -1,4 +1,4 @@
-"""The stems: the layers from the image to the first stage, with a stride of 4 pixels or the size of a patch."""
+"""The stems: the layers from the image to the first stage. Their stride is the patch size, or 4 pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class HalvingConv(nnx.Module):
 class OverlapStem(nnx.Module):
     """Two 3×3 convolutions of stride 2, and a norm: (N, H, W, in) → (N, ⌈H / 4⌉, ⌈W / 4⌉, C).
 
-    With `variant.stem` 'overlap_act' an activation is between them.
+    If `variant.stem` is 'overlap_act', an activation follows the first convolution.
     """
 
     def __init__(self, in_channels: int, *, variant: Variant, execution: Execution, key: Key[Array, '']):

@@ -51,7 +51,7 @@ class Depthwise(nnx.Module):
 class Block(nnx.Module):
     """Depthwise 7×7 → LayerNorm → Linear C→4C → GELU → [GRN] → Linear 4C→C → [layer scale] → drop path → + input.
 
-    `variant` decides whether the parts in brackets exist, and may have another norm or activation; `kernel_size` and
+    `variant` decides whether the parts in brackets exist, and may choose another norm or activation; `kernel_size` and
     `dilation` apply to the depthwise convolution.
     """
 

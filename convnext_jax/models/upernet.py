@@ -252,16 +252,17 @@ class UPerNet(nnx.Module):
 
     def multiply_adds(self, image_size: int) -> int:
         """Multiply-adds of the convolutions and linear layers in the forward pass of a square image, with all heads."""
-        maps = [image_size // stride for stride in self.variant.strides]
-        sides = {'bottleneck': maps[-1], 'fpn_bottleneck': maps[0], 'classifier': maps[0]}
+        map_sides = [image_size // stride for stride in self.variant.strides]
+        sides = {'bottleneck': map_sides[-1], 'fpn_bottleneck': map_sides[0], 'classifier': map_sides[0]}
         sides |= {f'pooling.{i}': scale for i, scale in enumerate(self.decode_head.pool_scales)}
-        sides |= {f'{convs}.{i}': side for convs in ('lateral_convs', 'fpn_convs') for i, side in enumerate(maps[:-1])}
-        auxiliary = dict.fromkeys(('conv', 'classifier'), maps[AUXILIARY_STAGE])
+        for i, side in enumerate(map_sides[:-1]):
+            sides |= {f'lateral_convs.{i}': side, f'fpn_convs.{i}': side}
+        auxiliary_sides = dict.fromkeys(('conv', 'classifier'), map_sides[AUXILIARY_STAGE])
         total = self.variant.multiply_adds(image_size, 0, self.in_channels)
-        for head, of_layer in ((self.decode_head, sides), (self.auxiliary_head, auxiliary)):
+        for head, output_sides in ((self.decode_head, sides), (self.auxiliary_head, auxiliary_sides)):
             for name, x in get_parameters(head).items() if head else ():
                 if name.endswith('.kernel'):
-                    total += x.size * of_layer[name.removesuffix('.kernel')] ** 2
+                    total += x.size * output_sides[name.removesuffix('.kernel')] ** 2
         return total
 
     def __call__(

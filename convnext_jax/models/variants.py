@@ -22,14 +22,14 @@ class Variant:
     Attributes:
         depths: number of blocks in each stage.
         widths: number of channels in each stage.
-        patch_size: kernel size and stride of a patch stem, in pixels; 4, the stride, for the other stems.
+        patch_size: stride of the stem in pixels, and kernel size of a patch stem; 4 for the other stems.
         grn: whether the blocks have global response normalisation (V2).
         layer_scale_init: initial value of the layer scale; 0 if the blocks have no layer scale.
         stem_norm: whether a norm follows the stem's convolutions.
         stem: 'patch': one convolution whose stride is its kernel size. 'overlap': two 3×3 convolutions of stride 2.
-            'overlap_act': the same with an activation between them. 'overlap_tiered': the first one has half the
-            channels.
-        norm: the norm of all layers: 'layernorm', 'rmsnorm', or 'simplenorm' of timm (see `models.norms`).
+            'overlap_act': also an activation between these two. 'overlap_tiered': the first of these two has half of
+            the channels.
+        norm: the kind of all norms: 'layernorm', 'rmsnorm', or timm's 'simplenorm' (see `models.norms`).
         norm_eps: epsilon of all norms.
         activation: the activation of the blocks and of the stem: 'gelu', its approximation 'gelu_tanh', or 'silu'.
         kernel_size: side of the depthwise kernels; a tuple has one side for each stage.

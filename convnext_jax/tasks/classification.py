@@ -1,6 +1,5 @@
 """The task of image classification: its config fields, and cross-entropy with label smoothing, mixup and cutmix."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from convnext_jax.models import AFTER_TRUNK, ConvNeXt, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.accuracy import Accuracy
 from convnext_jax.tasks.classes import matched_outputs, set_num_classes
-from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
+from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task, warn_on_main_process
 
 HEAD = ('head.kernel', 'head.bias')
 SQUASH = {'auto': None, 'crop': False, 'squash': True}
@@ -115,7 +114,7 @@ class Classification(Task):
         train, evaluation, missing = open_labelled_splits(data.name, data.dir, data.train_split, data.eval_split)
         classes = len(train.class_names)
         if missing:
-            _warn(f'{missing} of {classes} classes are missing in split {data.eval_split}')
+            warn_on_main_process(f'{missing} of {classes} classes are missing in split {data.eval_split}')
         set_num_classes(self.config, classes)
         images = TrainImages(train, data.image_size, self.channels, crop_scale=data.crop_scale, exact=data.exact)
         return images, self._eval_images(evaluation)
@@ -135,7 +134,7 @@ class Classification(Task):
         except UserError as error:
             raise UserError(f'{name} {split}: {error}') from error
         if note:
-            _warn(f'{name} {split}: {note}')
+            warn_on_main_process(f'{name} {split}: {note}')
         return self._eval_images(source)
 
     def _eval_images(self, source: Source) -> EvalImages:
@@ -193,7 +192,7 @@ class Classification(Task):
         head, or neither head nor final norm, these are newly initialised as well.
 
         Raises:
-            UserError: the loaded head was not trained with a softmax over classes, or the weights are of a UPerNet.
+            UserError: the loaded head was not trained with a softmax over classes, or the weights belong to a UPerNet.
         """
         pretrained = trained.as_classifier()
         loaded, decoder = split_decoder(trained.weights)
@@ -287,9 +286,3 @@ def _describe_head(pretrained: Pretrained, where: str) -> str:
         f'the head of {where} is for {kind}, with {outputs} output(s), but training and evaluation need a softmax over '
         'several classes'
     )
-
-
-def _warn(line: str) -> None:
-    """Warns on process 0 only."""
-    if jax.process_index() == 0:
-        warnings.warn(line, stacklevel=3)

@@ -20,7 +20,7 @@ class MeanIoU(Evaluator):
 
     Attributes:
         windows: predicts the classes.
-        class_names: names of the first classes.
+        class_names: names of the first classes of the network; the others are called 'class 7', for example.
     """
 
     windows: SlidingWindows
@@ -97,7 +97,7 @@ def confusion_matrix(
 ) -> Int[Array, '{classes} {classes}']:
     """The number of pixels of each label (row) and predicted class (column), int32.
 
-    Pixels without a label, and predictions that are not finite, do not count: their index is beyond the matrix.
+    Pixels without a label and pixels whose prediction is `NOT_FINITE` do not count: their index is out of bounds.
     """
     known = (labels < classes) & (predicted < classes)
     pairs = jnp.where(known, labels.astype(jnp.int32) * classes + predicted, classes**2)

@@ -1,6 +1,5 @@
 """Semantic segmentation with UPerNet: the class of each pixel of an image, in mmsegmentation's recipe for ADE20K."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ from convnext_jax.tasks.mean_iou import MeanIoU
 from convnext_jax.tasks.palette import class_colours
 from convnext_jax.tasks.segmentation_loss import AUXILIARY_WEIGHT, segmentation_loss
 from convnext_jax.tasks.sliding_windows import SlidingWindows
-from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task
+from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task, warn_on_main_process
 
 HEADS = ('decode_head.', 'auxiliary_head.')
 NORM_AND_HEAD = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
@@ -40,7 +39,7 @@ FIGURE_IMAGES, FIGURE_SIDE = 4, 256
 
 def _defaults(config: ConfigDict) -> None:
     config.model.num_classes = 0  # 0: the number of classes of the data set
-    config.init.head = 'match'  # 'match': copy the outputs of a UPerNet for classes with the same name; 'new': random
+    config.init.head = 'match'  # 'match': copy a UPerNet's outputs for classes with the same name; 'new': copy none
     config.data.name = 'masks'  # images and masks in two folders
     config.data.image_dir = 'images'  # folder in data.dir with a folder of images for each split
     config.data.mask_dir = 'annotations'  # folder in data.dir with a folder of masks (PNG) for each split
@@ -49,14 +48,14 @@ def _defaults(config: ConfigDict) -> None:
     config.data.image_size = 512  # side of the crops in training, and of the windows in evaluation
     config.data.resize = (2048, 512)  # images are resized to fit into these limits of the longer and the shorter side
     config.data.scale = (0.5, 2.0)  # training: range of a random factor on data.resize
-    config.data.max_class_share = 0.75  # training: crops are drawn again if a class has more of the labelled pixels
+    config.data.max_class_share = 0.75  # training: crops are drawn again if a class has at least this share
 
     config.augment = ConfigDict()
     config.augment.flip = True  # horizontally, with probability ½
     config.augment.photometric = True  # random brightness, contrast, saturation and hue, on the device
 
     config.eval = ConfigDict()
-    config.eval.mode = 'slide'  # 'slide': windows over images of data.resize; 'squash' images to a square
+    config.eval.mode = 'slide'  # 'slide': windows over images in data.resize; 'squash': images resized to a square
     config.eval.stride = 0  # distance between windows in pixels; 0: two thirds of data.image_size
     config.eval.flip = False  # average the softmax of each image and its mirror image
 
@@ -65,8 +64,8 @@ def _defaults(config: ConfigDict) -> None:
     config.segmentation.auxiliary_channels = 256  # channels of the auxiliary head; 0: no auxiliary head
     config.segmentation.auxiliary_weight = AUXILIARY_WEIGHT  # factor on the loss of the auxiliary head
     config.segmentation.dropout_rate = 0.1  # rate at which channels are dropped before the classifiers
-    # The loss is a mean over 'all' pixels, of which those without a class count as 0, as in the published training; or
-    # over the 'labelled' pixels.
+    # 'all': the loss is the mean over all pixels, 0 for pixels without a class, as in the published training.
+    # 'labelled': the loss is the mean over the pixels with a class.
     config.segmentation.average = 'all'
 
 
@@ -157,7 +156,7 @@ class Segmentation(Task):
         set_num_classes(self.config, len(names))
         for label, (ours, theirs) in enumerate(zip(names, known, strict=False)):
             if not same_names([ours], [theirs]):
-                _warn(
+                warn_on_main_process(
                     f'{name} {split}: classes are matched by position, but class {label} is {ours} in the data and '
                     f'{theirs} in the weights'
                 )
@@ -186,7 +185,7 @@ class Segmentation(Task):
 
     @property
     def windows(self) -> SlidingWindows:
-        """Predicts the classes of whole images as `config.eval` says."""
+        """Predicts the classes of whole images, with the options in `config.eval`."""
         data, evaluation = self.config.data, self.config.eval
         stride = evaluation.stride or max(data.image_size * 2 // 3, 1)
         return SlidingWindows(tuple(data.mean), tuple(data.std), data.image_size, stride, evaluation.flip)
@@ -227,7 +226,7 @@ class Segmentation(Task):
     ) -> tuple[Weights, list[str]]:
         """Takes the trunk of a classifier or of an FCMAE encoder, or a whole UPerNet.
 
-        The outputs of a UPerNet are matched by class name, like those of a classifier.
+        The outputs of a UPerNet are matched by class name, as in classification.
         """
         if any(name.startswith('backbone.') for name in trained.weights):
             return self._from_upernet(initial, trained, facts)
@@ -241,11 +240,11 @@ class Segmentation(Task):
     ) -> tuple[Weights, list[str]]:
         loaded, notes = dict(trained.weights), []
         names, rule = trained.facts.get('class names'), self.config.init.head
-        of_auxiliary = [weights.keys() & {'auxiliary_head.classifier.bias'} for weights in (loaded, initial)]
-        if of_auxiliary[0] != of_auxiliary[1]:
+        had_auxiliary, has_auxiliary = ('auxiliary_head.classifier.bias' in weights for weights in (loaded, initial))
+        if had_auxiliary != has_auxiliary:
             loaded = {name: x for name, x in loaded.items() if not name.startswith('auxiliary_head.')}
             loaded |= {name: x for name, x in initial.items() if name.startswith('auxiliary_head.')}
-            notes.append(f'the auxiliary head is {"newly initialised" if of_auxiliary[1] else "dropped"}')
+            notes.append(f'the auxiliary head is {"newly initialised" if has_auxiliary else "dropped"}')
         for prefix in HEADS:
             head = (f'{prefix}classifier.kernel', f'{prefix}classifier.bias')
             if head[1] in initial:
@@ -265,7 +264,7 @@ class Segmentation(Task):
 
     @property
     def processor(self) -> ImageProcessor:
-        """The preprocessing of Hugging Face's UPerNet: it squashes images to a square of the size of the crops."""
+        """The preprocessing of Hugging Face's UPerNet: it resizes images to a square with the side of the crops."""
         data = self.config.data
         bilinear = int(Image.Resampling.BILINEAR)
         return ImageProcessor(
@@ -275,8 +274,8 @@ class Segmentation(Task):
     def config_for(self, pretrained: PretrainedModel, where: str) -> ConfigDict:
         """The config for an evaluation of weights of another library, with their number of classes, mean and std.
 
-        The size of the images and windows is that of the config: the published folders store a size that does not give
-        the published mIoU.
+        The size of the images and windows comes from the config, because the size that is stored in published folders
+        does not give the published mIoU.
 
         Raises:
             UserError: the weights are not a UPerNet.
@@ -310,7 +309,7 @@ class Segmentation(Task):
         )
 
     def figures(self, model: UPerNet, batch: Batch) -> dict[str, UInt8[Array, 'h w 3']]:
-        """A row for each of the first images: the image, its labels, and the predicted classes; black has no class."""
+        """A row for each of the first images: the image, its labels, the predicted classes. Black means no class."""
         colours = jnp.asarray(class_colours())
 
         def row(example: Batch) -> UInt8[Array, '_ _ 3']:
@@ -330,20 +329,14 @@ class Segmentation(Task):
 def _thumbnail(
     pixels: UInt8[Array, 'h w *c'], size: Int[Array, '2'], outside: int = 255
 ) -> UInt8[Array, 'side side *c']:
-    """The image reduced to a square of `FIGURE_SIDE` pixels by its nearest pixels, with its aspect ratio.
+    """The image, resized by nearest neighbour to fit into a square with the side `FIGURE_SIDE`.
 
     Args:
         pixels: the image, padded at the bottom and at the right.
         size: (2,) int32, height and width without padding.
-        outside: value of the pixels of the square that the image does not cover.
+        outside: value of the other pixels of the square.
     """
     positions = ((jnp.arange(FIGURE_SIDE) + 0.5) * (size.max() / FIGURE_SIDE)).astype(jnp.int32)
     inside = (positions[:, None] < size[0]) & (positions < size[1])
     sampled = pixels[positions[:, None], positions]
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (pixels.ndim - 2)), sampled, outside).astype(jnp.uint8)
-
-
-def _warn(line: str) -> None:
-    """Warns on process 0 only."""
-    if jax.process_index() == 0:
-        warnings.warn(line, stacklevel=3)

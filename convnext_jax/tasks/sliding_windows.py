@@ -1,4 +1,4 @@
-"""The classes of all pixels of whole images, predicted in overlapping windows, as mmsegmentation does it."""
+"""The classes of all pixels of whole images, predicted in overlapping windows, as in mmsegmentation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,17 +24,18 @@ class SlidingWindows:
     The network computes the logits of square windows that cover the resized image. The last window of each row and
     column is moved back so that it ends at the border. Where windows overlap, their logits are averaged. The logits are
     then enlarged or reduced to the size of the original image (bilinear), and each pixel gets the class with the
-    largest logit. With `flip`, the softmax of the logits of the image and of its mirror image are added before.
+    largest logit. With `flip`, it gets the class with the largest sum of two softmax values: of the image, and of its
+    mirror image.
 
-    An image that is smaller than a window is padded with zeros after the normalisation; mmsegmentation gives the
-    network the smaller image instead. The logits of a whole image take 4 · height · width · classes bytes on the
+    An image that is smaller than a window is normalised and then padded with zeros. In mmsegmentation, the network gets
+    the image without padding. The logits of a whole image take 4 · height · width · classes bytes on the
     device, and twice as many with `flip`.
 
     Attributes:
         mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
         crop: side of the windows in pixels.
         stride: distance between neighbouring windows in pixels, at most `crop`.
-        flip: whether to average over the image and its mirror image.
+        flip: whether to predict the mirror image as well.
     """
 
     mean: Sequence[float]
@@ -89,7 +90,7 @@ class SlidingWindows:
     def _logits(
         self, model: UPerNet, image: Float[Array, 'h w c'], size: Int[Array, '2']
     ) -> Float[Array, 'h w classes']:
-        """The logits of each pixel, averaged over all windows that contain it; 0 for padding outside the windows."""
+        """The logits of each pixel, averaged over all windows that contain it; 0 outside all windows."""
         last = jnp.maximum(size - self.crop, 0)  # position of the last window
         grid = (last + self.stride - 1) // self.stride + 1
         windows = jnp.where((size > 0).all(), grid.prod(), 0)

@@ -1,6 +1,7 @@
 """Task, the interface between a task and the training code. Everything that runs on the device is a pure function."""
 
 import abc
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,10 +51,10 @@ class LoadedWeights(NamedTuple):
     pretrained: PretrainedModel | None = None
 
     def as_classifier(self) -> Pretrained | None:
-        """`pretrained`, if the weights are those of a classifier or an encoder.
+        """`pretrained`, if the weights belong to a classifier or an encoder.
 
         Raises:
-            UserError: they are those of a UPerNet.
+            UserError: they belong to a UPerNet.
         """
         if any(name.startswith('backbone.') for name in self.weights):
             raise UserError(f'{self.where} has the weights of a UPerNet: only the task segmentation can start from it')
@@ -359,3 +360,9 @@ class Task(abc.ABC):
             batch: this device's part of the result of `mix`.
             keys: (N,) random keys for the network, one for each example.
         """
+
+
+def warn_on_main_process(line: str) -> None:
+    """Warns on process 0 only, at the line that called the caller."""
+    if jax.process_index() == 0:
+        warnings.warn(line, stacklevel=3)

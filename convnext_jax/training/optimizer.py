@@ -20,7 +20,7 @@ def layer_factors(names: list[str], depths: tuple[int, ...], rule: str, decay: f
     """The factor on the learning rate of each parameter: `decay` to the power of its distance from the head in layers.
 
     Args:
-        names: names of all parameters. The stem and the stages may have the prefix `backbone.`.
+        names: names of all parameters. Names of the stem and the stages may begin with `backbone.`.
         depths: number of blocks in each stage.
         rule: 'single': each block is a layer. 'group': every three blocks of the third stage are a layer, and each
             other stage is one layer. Both are from `optim_factory.py` of the original repositories. 'stage': each stage
@@ -72,7 +72,7 @@ def _group_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]],
 
 
 def _stage_layers(depths: tuple[int, ...]) -> tuple[list[tuple[int, list[int]]], int]:
-    """Like `_group_layers`, with the same layer of the head. Stage i is layer i + 1, its downsampling layer 0."""
+    """Stage i is layer i + 1, its downsampling is layer 0. The head has the number that `_group_layers` gives it."""
     return [(0, [stage + 1] * depth) for stage, depth in enumerate(depths)], _group_layers(depths)[1]
 
 

@@ -143,7 +143,9 @@ def _changed(config: ConfigDict, protocol: EvaluationProtocol) -> ConfigDict:
         try:
             config.update_from_flattened_dict({field: value})
         except KeyError as error:  # --flip, say, of a task that has no such field
-            raise UserError(f'the task {config.task} cannot be evaluated so: it has no config field {field}') from error
+            raise UserError(
+                f'the task {config.task} cannot be evaluated like this: it has no config field {field}'
+            ) from error
     check_values(config)
     return config
 

@@ -32,7 +32,7 @@ def test_correct_kernels_are_accepted():
     """Otherwise nobody can turn on a kernel that works."""
     outcomes = compare(gpu_kernels, SHAPE, rounds=1)
     assert [outcome.function for outcome in outcomes] == ['forward', 'input gradient', 'kernel gradient']
-    assert all(outcome.equal for outcome in outcomes), outcomes
+    assert all(outcome.correct for outcome in outcomes), outcomes
 
 
 def test_a_wrong_kernel_is_reported():
@@ -42,7 +42,7 @@ def test_a_wrong_kernel_is_reported():
         return gpu_kernels(x.at[:, -1].set(0), kernel)
 
     outcomes = compare(dropped, SHAPE, rounds=1)
-    assert not any(outcome.equal for outcome in outcomes)
+    assert not any(outcome.correct for outcome in outcomes)
     assert verdict('tpu', outcomes).startswith('wrong: 3 of 3 results differ')
 
 

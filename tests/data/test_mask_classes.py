@@ -110,7 +110,7 @@ def test_lists_of_classes(tmp_path):
     [
         ('a.txt', 'sky\n\nroad', 'line 2 is empty'),
         ('a.json', '[{"id": 1}]', 'cannot be read as a list of classes'),
-        ('a.json', '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', 'two classes have one id'),
+        ('a.json', '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', 'two classes have the same id'),
         ('a.json', '[{"id": 0, "name": "a"}]', 'ids from 1 to 254, because data.reduce_zero_label is set'),
         ('a.txt', '\n'.join(map(str, range(255))), 'the 255 classes must have ids from 1 to 254'),
         ('b.txt', None, 'cannot be read as a list of classes'),

@@ -115,7 +115,9 @@ def test_an_evaluation_masks_each_image_as_every_other_evaluation_does(run, one_
     evaluation.main(['eval.py', f'--workdir={run}', '--config.batch_size=7'])  # the run evaluated batches of 16
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     recorded = losses(run)[STEPS, 'test[:20]', 'loss']
-    with pytest.raises(UserError, match=r'the task fcmae cannot be evaluated so: it has no config field eval\.flip'):
+    with pytest.raises(
+        UserError, match=r'the task fcmae cannot be evaluated like this: it has no config field eval\.flip'
+    ):
         evaluation.main(['eval.py', f'--workdir={run}', '--flip'])
     assert result['images'] == 20
     assert result['loss'] == pytest.approx(recorded, rel=1e-5)
