@@ -48,7 +48,7 @@ def photos(tmp_path):
 
 
 def assert_equal_where_clear(classes, logits):
-    """Compares the classes except where the two largest logits are closer than rounding."""
+    """Compares the classes of pixels whose two largest logits differ by more than rounding errors."""
     second, largest = np.sort(logits, -1)[..., -2:].transpose(2, 0, 1)
     clear = largest - second > 1e-4 * logits.std()
     assert clear.mean() > 0.99
@@ -65,7 +65,7 @@ def upernet_logits():
 
 @pytest.mark.slow
 def test_masks_have_the_size_of_the_upright_photographs(weights, photos):
-    """Masks would be shifted or turned against the photographs, or be those of other pixels."""
+    """Masks would be shifted or rotated, or would be predicted from other pixels."""
     logits = upernet_logits()
     found = list(predict_masks(read_upernet(weights), sorted(photos.iterdir())))
     for mask, size in zip(found[:2], ((45, 60), (56, 40)), strict=True):
@@ -98,7 +98,7 @@ def test_windows_slide_over_photographs_that_keep_their_aspect_ratio(weights, tm
 
 
 def test_the_weights_determine_how_photographs_are_resized():
-    """A run, a folder and a .pth file would be used in another way than they were evaluated."""
+    """The masks of a run, a folder or a .pth file would be worse than their mIoU."""
 
     def chosen(mode=None, resolution=None, *, processor=None, windows=None):
         pretrained = PretrainedUPerNet(None, '', None, processor, (), [], windows=windows)

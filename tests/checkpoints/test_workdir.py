@@ -216,8 +216,8 @@ def test_a_bucket_that_cannot_be_written_is_refused(tmp_path):
         pass
 
 
-def test_the_records_of_a_bucket_that_was_not_reachable_are_written_later(tmp_path, monkeypatch):
-    """The records of an outage are missing for ever, or an error of a library that is no OSError ends the run."""
+def test_records_are_written_later_if_a_bucket_was_not_reachable(tmp_path, monkeypatch):
+    """The records of an outage are lost, or an error that is not an OSError ends the run."""
 
     class Unreachable(Exception):
         pass

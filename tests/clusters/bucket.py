@@ -1,4 +1,4 @@
-"""A Google Cloud Storage server on this machine, whose answers can be made to fail.
+"""A Google Cloud Storage server on this machine that can simulate failures.
 
 The server is `gcp-storage-emulator`, with three additions: several requests at a time, the header `x-goog-generation`
 and the precondition `ifGenerationMatch`, which TensorStore needs.
@@ -22,7 +22,7 @@ Fault = Callable[['Handler'], bool]
 
 
 class Handler(emulator.RequestHandler):
-    """Answers one request. `fault` may answer in its place and then returns True."""
+    """Answers one request, unless `Bucket.fault` has answered it and returned True."""
 
     def __init__(self, bucket: 'Bucket', *arguments: object):
         self._bucket, self._generation = bucket, '0'
@@ -75,9 +75,9 @@ class Bucket:
     """The running server with one bucket, `bucket`. Use as a context manager.
 
     Attributes:
-        fault: called with each request, or None.
+        fault: a function that is called with each request before it is answered, or None.
         requests: number of requests so far.
-        environment: the variables that lead gcsfs, google-cloud-storage and TensorStore to the server.
+        environment: the variables with which gcsfs, google-cloud-storage and TensorStore find the server.
     """
 
     def __init__(self):

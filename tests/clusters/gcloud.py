@@ -1,7 +1,7 @@
-"""A stand-in for gcloud: plays a queued resource whose host is a folder of this machine.
+"""A simulated gcloud with one queued resource, whose host is a folder on this machine.
 
-The folder in $STAND_IN has the file `scenario.json`: "states" is what `describe` prints, one after the other, and
-"lost" is the number of the `ssh` call whose connection is lost once. The calls are recorded in the file `calls`.
+The folder $STAND_IN contains the file `scenario.json`. Its "states" are printed by the calls of `describe`, one by one.
+Its "lost" is the number of the `ssh` call that loses its connection once. The calls are recorded in the file `calls`.
 """
 
 import json

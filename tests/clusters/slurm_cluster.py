@@ -111,7 +111,7 @@ class Slurm:
     def __exit__(self, *_: object) -> None:
         try:
             if len(self._daemons) > 1:
-                # A stopped slurmd would leave the job steps behind.
+                # Job steps would continue to run after slurmd has stopped.
                 subprocess.run(['scancel', f'--user={getpass.getuser()}'], env=self.environment, check=False)
                 wait_for(lambda: not self('squeue', '--noheader').strip(), 120)
         finally:

@@ -1,4 +1,4 @@
-"""A folder that looks like a clone, whose train.py trains a small model that the tests can interrupt."""
+"""A folder like a clone of the repository. Its train.py trains a small model, slowly enough to be interrupted."""
 
 import sys
 from pathlib import Path
@@ -22,9 +22,9 @@ runpy.run_path({str(ROOT / 'tests/small.py')!r}, run_name='__main__')
 
 
 def make_small_clone(folder: Path) -> Path:
-    """Makes a virtual environment, the recipes and a train.py in a folder, and returns the folder.
+    """Links a virtual environment and the recipes in a folder, writes a train.py, and returns the folder.
 
-    A step of this train.py takes STEP_SECONDS longer, on all processes or on SLOW_PROCESS only.
+    Each step of this train.py waits for STEP_SECONDS, on the process SLOW_PROCESS or by default on all processes.
     """
     (folder / '.venv').symlink_to(sys.prefix)
     (folder / 'configs').symlink_to(ROOT / 'configs')

@@ -101,7 +101,7 @@ def test_one_process_resumes_in_a_bucket_what_two_processes_saved(bucket):
 
 
 @pytest.mark.parametrize('fault', [unavailable, slow, broken], ids=['unavailable', 'slow', 'broken'])
-def test_nothing_is_lost_if_the_storage_fails_now_and_then(bucket, small_run, fault):
+def test_nothing_is_lost_if_some_requests_fail(bucket, small_run, fault):
     """A busy storage service would end the run, or leave out checkpoints or records."""
     bucket.fault = every(40, fault)
     run(bucket, *SMALL_TRAIN, '--workdir=gs://bucket/run')

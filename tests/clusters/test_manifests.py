@@ -14,7 +14,7 @@ from conftest import ONE_DEVICE, ROOT, SMALL_RUN
 
 MANIFEST = yaml.safe_load((ROOT / 'launch' / 'gke.yaml').read_text(encoding='utf-8'))
 DOCKERFILE = (ROOT / 'Dockerfile').read_text(encoding='utf-8')
-# The fields of a JobSet and its parts, and the actions, in the custom resource definition of JobSet 0.13.
+# The fields and actions that the custom resource definition of JobSet 0.13 contains.
 FIELDS = {
     'spec': {
         'coordinator', 'failurePolicy', 'managedBy', 'network', 'replicatedJobs', 'startupPolicy', 'successPolicy',

@@ -39,7 +39,7 @@ class Jobs:
         """Submits a run of the workdir folder/name, and returns the id of its job."""
         script = str(ROOT / 'launch' / 'slurm.sh')
         files = (f'--job-name={name}', f'--output={self.folder}/%x.log', f'--chdir={self._clone}')
-        # The newest value of a flag counts.
+        # If a flag is given twice, its last value counts.
         run = (*SMALL_RUN, f'--config.steps={STEPS}', '--config.log_every_steps=1', f'--workdir={self.folder / name}')
         self.slurm.environment |= ONE_DEVICE | {'STEP_SECONDS': '0', 'SLOW_PROCESS': ''} | variables
         return self.slurm('sbatch', '--parsable', *files, *options, script, *run, *arguments).strip()
@@ -154,7 +154,7 @@ INTERRUPTIONS = {
 """What interrupts a job → whether the run saves before it stops."""
 
 
-def test_an_interrupted_job_is_requeued_and_ends_as_if_it_had_not_been(jobs, unbroken):
+def test_an_interrupted_job_is_requeued_and_its_result_does_not_change(jobs, unbroken):
     """Hours of training would be lost, or the job would stay out of the queue until somebody noticed."""
     workdir = jobs.folder / 'interrupted'
     job = jobs.submit('interrupted', STEP_SECONDS='1')
@@ -219,7 +219,7 @@ def test_an_array_trains_several_runs(jobs):
 def test_each_process_gets_the_cpus_of_the_job(jobs):
     """The images would be decoded on one CPU of each process.
 
-    With SLURM_EXACT, a step gets only the CPUs that srun asks for, and not all of the job.
+    With SLURM_EXACT, a step gets the CPUs that srun requests, not all CPUs of the job.
     """
     job = jobs.submit('cpus', options=(*ONE_PROCESS, '--export=ALL,SLURM_EXACT=1'), STEP_SECONDS='60')
     jobs.slurm.wait_for_state(job, 'RUNNING')

@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh with a stand-in for gcloud, which plays the states of a queued resource."""
+"""launch/tpu_pod.sh with a simulated gcloud, which prints given states of a queued resource."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-# Stands for the python3 of a host. It makes a virtual environment whose python records its arguments.
+# The python3 of a host. It makes a virtual environment whose python records its arguments.
 PYTHON3 = """#!/bin/sh
 case "$*" in
 *'uv venv'*)
@@ -98,7 +98,7 @@ def test_a_pod_that_cannot_be_created_ends_the_launcher(pod):
 
 
 def test_a_lost_connection_does_not_start_the_run_a_second_time(pod):
-    """A second train.py on a host whose first one still trains would fail, and end the run of all hosts."""
+    """A second train.py on a host where the first one still runs would fail, and end the run on all hosts."""
     done, _ = pod(['ACTIVE', 'ACTIVE'], 0, lost=2, TRAINING_SECONDS='2')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('training\n') == 2  # both connections show it
@@ -113,7 +113,7 @@ def test_a_failed_setup_ends_the_launcher_and_deletes_the_pod(pod):
 
 
 def test_a_pod_of_several_slices(pod, tmp_path):
-    """A multi-slice pod needs other arguments, and gcloud would refuse those of one slice."""
+    """gcloud would refuse to create the pod: several slices need other arguments than one slice."""
     assert pod(['ACTIVE', 'ACTIVE'], 0, SLICES='2')[0].returncode == 0
     created = (tmp_path / 'calls').read_text().splitlines()[0]
     assert (

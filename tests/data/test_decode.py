@@ -163,7 +163,7 @@ def test_photographs_are_upright(form, orientation):
 
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
 @pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0}, {'quality': 30}], ids=str)
-def test_rgb_pixels_of_a_jpeg_equal_pillow_s(mode, options):
+def test_rgb_pixels_of_a_jpeg_are_equal_to_pillow(mode, options):
     """Crops for segmentation would differ from those of mmsegmentation, or fail for some files."""
     for orientation in (1, 6):
         exif = Image.Exif()

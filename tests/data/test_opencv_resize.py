@@ -9,7 +9,7 @@ from tests.reference import cases
 
 
 @pytest.mark.parametrize(('old', 'new'), cases.RESIZED)
-def test_resized_pixels_equal_opencv_s(old, new):
+def test_resized_pixels_are_equal_to_opencv(old, new):
     """Published segmentation networks would see other pixels than in their training."""
     stored = reference.arrays('opencv')
     image = cases.resizable(old)

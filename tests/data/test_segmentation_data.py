@@ -95,7 +95,7 @@ def test_padding_is_right_and_below_and_ignored():
 
 def test_crops_with_one_large_class_are_drawn_again():
     """Large crops of sky or wall would make up most of the training."""
-    mask = np.where(np.arange(64) < 54, 1, 2) * np.ones((16, 1), int)  # 12 % of the crops have more than a quarter of 2
+    mask = np.where(np.arange(64) < 54, 1, 2) * np.ones((16, 1), int)  # 12 % of the crops have over 25 % of class 2
 
     def accepted(max_class_share):
         options = {'resize': (64, 16), 'scale': (1, 1), 'max_class_share': max_class_share}
@@ -107,8 +107,8 @@ def test_crops_with_one_large_class_are_drawn_again():
 
 
 def test_the_eleventh_crop_is_final():
-    """An image of one class would never end, or the recipe would choose other crops."""
-    mask = np.where(np.arange(64) % 4 < 3, 1, 2) * np.ones((16, 1), int)  # each crop has exactly 75 % of 1
+    """An image of one class would be cropped without end, or the recipe would choose other crops."""
+    mask = np.where(np.arange(64) % 4 < 3, 1, 2) * np.ones((16, 1), int)  # class 1 has exactly 75 % of each crop
     data = TrainMasks(Pictures(mask), 16, resize=(64, 16), scale=(1, 1), flip=False)
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def test_an_image_without_labels_works():
     assert (EvalMasks(source).load(0)['label'] == IGNORED).all()
 
 
-def test_the_draw_decides_everything(sample):
+def test_the_draw_determines_the_example(sample):
     """A resumed run would get other crops."""
     data = pickle.loads(pickle.dumps(TrainMasks(sample, 64)))
     first, again, other = (data.load(0, draw) for draw in ((3, 0, 0, 0), (3, 0, 0, 0), (3, 1, 0, 0)))
@@ -154,7 +154,7 @@ def test_evaluation_pads_all_images_to_the_largest():
 
 
 def test_squash_resizes_as_hugging_face(sample):
-    """Weights of Hugging Face would be evaluated on other pixels than its own code gives them."""
+    """Weights of Hugging Face would be evaluated on other pixels than in transformers."""
     example = EvalMasks(sample, squash=64).load(0)
     with Image.open(sample.name(0)) as image:
         expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR))
@@ -215,7 +215,7 @@ def test_batches_of_training_crops(sample):
 
 
 @pytest.mark.parametrize(('draw', 'crop'), cases.MASK_CROPS)
-def test_crops_equal_mmsegmentation_s(sample, draw, crop):
+def test_crops_are_equal_to_mmsegmentation(sample, draw, crop):
     """The published recipe would be trained with other crops, or pixels that are shifted or rounded differently."""
     stored = reference.arrays('opencv')
     for name, array in TrainMasks(sample, crop).load(0, (draw,)).items():

@@ -44,7 +44,7 @@ def test_random_images():
 
 @pytest.mark.parametrize('path', PHOTOS, ids=lambda path: path.stem)
 def test_photographs(path):
-    """Rounding errors that random pixels hide would show in smooth areas."""
+    """Smooth areas, which random pixels do not have, would be rounded differently."""
     image = np.asarray(Image.open(path))
     for factor in (0.3, 0.5, 0.77, 1.28, 2):
         height, width = (int(side * factor + 0.5) for side in image.shape[:2])
@@ -88,12 +88,12 @@ def test_distorted_photographs(path):
     for number in range(len(keys)):
         theirs = record.distorted(image, tuple(x[number] for x in drawn))
         difference = ours[number].astype(int) - theirs
-        assert np.abs(difference).max() <= 3  # a difference of 1 before the next steps
+        assert np.abs(difference).max() <= 3  # the later steps enlarge a difference of 1
         assert np.mean(difference != 0) < 1e-3
 
 
 def test_training_crops():
-    """The stored crops are few."""
+    """Only a few crops are stored."""
     source = open_masks('masks', str(SAMPLE), 'validation', reduce_zero_label=True)
     paths = source[0][2:]
     for draw in range(60):
@@ -111,7 +111,7 @@ def test_evaluation_image():
 
 
 def test_opencv_rotates_images_as_their_exif_orientation_says(tmp_path):
-    """Masks that fit mmsegmentation would not fit here."""
+    """Images would be rotated against masks that were made for mmsegmentation."""
     path = tmp_path / 'rotated.jpg'
     with Image.open(PHOTOS[0]) as image:
         for orientation in range(1, 9):

@@ -28,7 +28,7 @@ def slide(module, image, size):
     return interpolate(sums / counts, size=size, mode='bilinear', align_corners=False)
 
 
-def test_the_confusion_matrix_equals_mmsegmentation_s():
+def test_the_confusion_matrix_is_equal_to_mmsegmentation():
     """The mIoU of published weights would differ from the published mIoU."""
     batch = {
         'image': np.zeros((3, 101, 150, 3), np.uint8),

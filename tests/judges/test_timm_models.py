@@ -100,7 +100,7 @@ def test_other_channels_are_those_of_timm(tmp_path, name, channels):
 
 
 @pytest.mark.parametrize('name', NEW)
-def test_timm_and_we_load_each_other_s_folders(tmp_path, name):
+def test_timm_loads_our_folders_and_we_load_folders_of_timm(tmp_path, name):
     """A fine-tuned model could not be used with timm, or the other way round."""
     model = random_model(name)
     save_pretrained(model, tmp_path / 'ours', layout='timm', class_names=cases.NAMES)

@@ -30,7 +30,7 @@ def test_values_equal_float64(kind, dtype, tolerance):
 
 @pytest.mark.parametrize('kind', [RMSNorm, SimpleNorm])
 def test_gradients_are_finite_for_constant_channels(kind):
-    """The loss of a training would become NaN at a uniform image region."""
+    """The loss would become NaN for an image with a uniform region."""
     gradient = jax.grad(lambda x: kind(8)(x).sum())(jnp.full((2, 8), 3.0))
     assert jnp.isfinite(gradient).all()
 

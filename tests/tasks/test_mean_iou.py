@@ -67,7 +67,7 @@ def plain_logits(image):
             bottom, right = min(i * STRIDE + CROP, height), min(j * STRIDE + CROP, width)
             top, left = max(bottom - CROP, 0), max(right - CROP, 0)
             window = image[top:bottom, left:right]
-            missing = [(0, CROP - side) for side in window.shape[:2]]  # our difference: windows are padded
+            missing = [(0, CROP - side) for side in window.shape[:2]]  # windows are padded here, not in mmsegmentation
             logits = np.asarray(Network()(jnp.asarray(np.pad(window, [*missing, (0, 0)])[None], jnp.float32)))[0]
             sums[top:bottom, left:right] += logits[: window.shape[0], : window.shape[1]]
             counts[top:bottom, left:right] += 1
@@ -129,7 +129,7 @@ def test_every_pixel_counts_once_on_any_number_of_devices(devices, size):
     np.testing.assert_array_equal(measured[''].sums['confusion'], plain_confusion(False))
 
 
-def test_the_metrics_are_those_of_ten_lines_of_numpy():
+def test_the_metrics_are_equal_to_a_direct_computation():
     """A class that occurs neither in the labels nor in the predictions would count as an IoU of 0."""
     confusion = np.zeros((CLASSES, CLASSES))
     confusion[:4, :4] = draw_bytes('confusion', (4, 4), 100)
@@ -154,7 +154,7 @@ def test_the_metrics_are_those_of_ten_lines_of_numpy():
     assert table[4] == {'label': 4, 'class': 'class 4', 'iou': None, 'accuracy': None, 'pixels': 0}
 
 
-def test_a_split_without_labelled_pixels_is_not_a_number():
+def test_the_metrics_of_a_split_without_labelled_pixels_are_nan():
     """0 % would look like a bad network, and a division by zero would end the run."""
     sums = {'confusion': np.zeros((CLASSES, CLASSES)), 'padded_images': np.float64(2), 'not_finite': np.float64(0)}
     measured = Measured(sums)
@@ -163,8 +163,8 @@ def test_a_split_without_labelled_pixels_is_not_a_number():
     assert metrics['padded_images'] == 2
 
 
-def test_logits_that_are_not_finite_are_no_class():
-    """A network whose weights are NaN would look like a bad network: the largest of the NaN is class 0."""
+def test_pixels_whose_logits_are_not_finite_have_no_class():
+    """A network whose weights are NaN would look like a bad network: the argmax of NaN is class 0."""
 
     @jax.tree_util.register_static
     class Broken(Network):

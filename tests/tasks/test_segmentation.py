@@ -1,4 +1,4 @@
-"""Segmentation as a task: the real loop on made-up shapes, evaluation, weights to start from, refusals."""
+"""Segmentation as a task: training on generated images, evaluation, initial weights, error messages."""
 
 import csv
 import json
@@ -120,7 +120,7 @@ def results(workdir):
 def test_it_learns_and_a_run_that_is_killed_resumes_to_the_bit(
     run, shapes, one_device, tmp_path, monkeypatch, small_config
 ):
-    """Masks would be those of the commonest class, or a preempted run would end with other weights."""
+    """All pixels would get the most frequent class, or a preempted run would end with other weights."""
     summary, signals = MeanIoU.summary, iter([signal.SIGTERM])
 
     def stopped(*arguments):
@@ -137,7 +137,7 @@ def test_it_learns_and_a_run_that_is_killed_resumes_to_the_bit(
     assert fingerprints(tmp_path, STEPS) == fingerprints(run, STEPS)
     assert results(tmp_path) == results(run)
     ground = ground_share(shapes)
-    assert results(run)[STEPS, 'miou'] > 1.5 * 100 * ground / 3, 'a network that only knows the ground is as good'
+    assert results(run)[STEPS, 'miou'] > 1.5 * 100 * ground / 3, 'not better than a network that predicts only ground'
     assert results(run)[STEPS, 'aacc'] > 100 * ground + 5
     assert 'auxiliary_loss' in next(record for record in read_records(run) if record['split'] == 'train')
     figure = np.asarray(Image.open(run / 'figures' / 'masks.png'))
@@ -147,7 +147,7 @@ def test_it_learns_and_a_run_that_is_killed_resumes_to_the_bit(
 
 
 def ground_share(shapes):
-    """The share of the commonest class in the labelled pixels of the evaluation split."""
+    """The share of the most frequent class in the labelled pixels of the evaluation split."""
     masks = [np.asarray(Image.open(path)) for path in (shapes / 'annotations' / 'validation').iterdir()]
     pixels = np.concatenate([mask[mask != 255] for mask in masks])
     return (pixels == 0).mean()
@@ -242,7 +242,7 @@ def test_a_run_starts_from_an_fcmae_encoder(small_config, tmp_path):
 def test_a_run_starts_from_a_upernet_and_keeps_the_outputs_of_known_classes(
     run, small_config, shapes, tmp_path, capsys
 ):
-    """Outputs of other classes would be kept in the wrong places, or all outputs would be lost."""
+    """Outputs would belong to other classes than before, or all outputs would be lost."""
     names = ('disc', 'ring', 'ground', 'box')
     more = shutil.copytree(shapes, tmp_path / 'more')
     (more / 'classes.txt').write_text('\n'.join(names))
@@ -290,7 +290,7 @@ def test_weights_of_other_libraries_are_evaluated(run, one_device, small_config,
 
 @pytest.mark.slow
 def test_masks_of_photographs_are_those_that_were_evaluated(run, shapes, tmp_path, capsys):
-    """A run would predict other masks than its mIoU is for."""
+    """The mIoU of a run would not be the mIoU of the masks that it predicts."""
     photos, labels = (shapes / kind / 'validation' for kind in ('images', 'annotations'))
     arguments = ['', 'predict', str(photos), f'--weights={run}', '--json']
     package_command.main([*arguments, f'--output={tmp_path / "slide"}'])
@@ -338,7 +338,7 @@ def test_other_tasks_and_commands_refuse_a_upernet_in_one_line(run, shapes, tmp_
     ],
 )
 def test_invalid_values_are_refused(small_config, changes, message):
-    """In one line, before any data is opened."""
+    """The run would fail after its data is opened, or with a traceback."""
     with pytest.raises(UserError, match=message) as refusal:
         check_values(small_config(**changes))
     assert '\n' not in str(refusal.value)
