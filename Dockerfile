@@ -1,4 +1,4 @@
-# An image with this commit, for NVIDIA GPUs and for TPUs on GKE:
+# Makes an image of this checkout, for NVIDIA GPUs and for TPUs on GKE:
 #   docker build --tag=convnext .
 #   docker run --gpus=all --volume=/data:/data convnext python train.py --config=configs/imagenet1k.py:tiny …
 #   docker build --build-arg=ACCELERATOR=tpu --tag=IMAGE . && docker push IMAGE    # for launch/gke.yaml

@@ -3,7 +3,8 @@
 # make test: all tests that need no torch.
 # make test-judges: installs torch, timm, transformers and OpenCV, and compares with them.
 # make test-large-judges: the comparisons with timm that take minutes and 10 GB of memory.
-# make test-clusters: the launchers on Slurm, Open MPI and a bucket; skips what is not installed (docs/clusters.md).
+# make test-clusters: launch/slurm.sh on Slurm, workdirs in a bucket, launch/gke.yaml and the Dockerfile; skips the tests
+# of Slurm if it is not installed.
 # make docs: the documentation as HTML in build/docs, without warnings.
 PYTHON ?= python3
 VENV = .venv

@@ -3,8 +3,8 @@
     python -m benchmarks.masks DIR [--images=images --masks=annotations --split=training --crop=512 --rounds=7]
 
 DIR holds the images and masks as for `config.data.name=masks`. One thread decodes and crops all images of the split in
-each round. CPU time is compared, not elapsed time, so that other programs hardly matter. OpenCV is left out if it is
-not installed.
+each round. CPU time is compared, not elapsed time, so that other programs have little influence. Without OpenCV, only
+our times are printed.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def opencv_crop(source: MaskSource, crop: int) -> Callable[[int], object]:
 
 
 def milliseconds(load: Callable[[int], object], images: int) -> float:
-    """CPU time of this thread for an image."""
+    """The mean CPU time of this thread for an image."""
     began = time.thread_time()
     for index in range(images):
         load(index)
@@ -66,7 +66,7 @@ def main() -> None:
     folders = {'image_dir': options.images, 'mask_dir': options.masks}
     source = open_masks('masks', options.directory, options.split, reduce_zero_label=True, **folders)
     data = TrainMasks(source, options.crop)
-    loaders = {'a training crop': lambda index: data.load(index, (index,)), 'its part for decoding': data.decode}
+    loaders = {'a training crop': lambda index: data.load(index, (index,)), 'decoding, included above': data.decode}
     try:
         loaders["mmsegmentation's transforms in OpenCV"] = opencv_crop(source, options.crop)
     except ImportError as error:

@@ -84,7 +84,7 @@ PUBLISHED_ARCHITECTURES = {
     'Top-1 (%)': '{top1:.1f}',
     'COCO box AP': '{coco:.1f}',
     'ADE20K mIoU (%)': '{ade20k:g}',
-    'Different from the method': '{different}',
+    'Differences from the method': '{different}',
     'Sources': '{sources}',
 }
 RECIPES = {

@@ -16,7 +16,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 #SBATCH --output=%x-%j.log
-MAX_RESTARTS=10 # after a failure; a saved run is always requeued
+MAX_RESTARTS=10 # a job that fails after this number of restarts is not requeued; a job that was saved is always requeued
 
 set -- "${@//%a/${SLURM_ARRAY_TASK_ID-%a}}"
 # After an error of one process, all of them exit with its status. If a process was killed, --wait ends the others.

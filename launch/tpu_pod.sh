@@ -9,7 +9,7 @@
 # All hosts must share /mnt/data and /mnt/runs (Filestore); SETUP='COMMAND' runs on every host first, for example to
 # mount them. The workdir can also be gs://BUCKET/RUN. SLICES=2 creates a multi-slice pod. At the end, the script deletes
 # the pod and exits with the exit status of train.py. If the script itself is stopped, the pod stays and costs money.
-# tests/clusters/test_tpu_pod.py runs this script with a stand-in for gcloud; it has not been run on a pod.
+# tests/clusters/test_tpu_pod.py runs this script with a simulated gcloud; it has not been run on a pod.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 NAME=$1
@@ -18,7 +18,7 @@ shift
 pod() { gcloud compute tpus queued-resources "$@" --zone="$ZONE"; }
 state() { pod describe "$NAME" --format='value(state.state)' || echo UNKNOWN; }
 # Runs a shell command on all hosts of all slices. When gcloud loses a connection, it runs the command again, up to nine
-# times; then the exit status is 255. The commands below allow that.
+# times; then the exit status is 255. Therefore the commands below can be run more than once.
 everywhere() { pod ssh "$NAME" --node=all --worker=all --command="$1"; }
 archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
