@@ -21,7 +21,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.fields import Fields
 from convnext_jax.interop import ImageProcessor, PretrainedModel, PretrainedUPerNet
 from convnext_jax.interop.pretrained_upernet import WindowProtocol
-from convnext_jax.models import UPerNet, Weights
+from convnext_jax.models import AFTER_TRUNK, UPerNet, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.classes import matched_outputs, set_num_classes
 from convnext_jax.tasks.mean_iou import MeanIoU
@@ -31,8 +31,6 @@ from convnext_jax.tasks.sliding_windows import SlidingWindows
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task, warn_on_main_process
 
 HEADS = ('decode_head.', 'auxiliary_head.')
-NORM_AND_HEAD = ('norm.scale', 'norm.bias', 'head.kernel', 'head.bias')
-"""Parameters of a classifier that a UPerNet does not have."""
 FIGURE_IMAGES, FIGURE_SIDE = 4, 256
 """Number of images in a figure, and the longer side of an image there in pixels."""
 
@@ -231,7 +229,7 @@ class Segmentation(Task):
         if any(name.startswith('backbone.') for name in trained.weights):
             return self._from_upernet(initial, trained, facts)
         trunk = split_decoder(trained.weights)[0]
-        loaded = {f'backbone.{name}': x for name, x in trunk.items() if name not in NORM_AND_HEAD}
+        loaded = {f'backbone.{name}': x for name, x in trunk.items() if name not in AFTER_TRUNK}
         new = {name: x for name, x in initial.items() if name.startswith(('backbone.norms.', *HEADS))}
         return loaded | new, ['newly initialised: the heads, and the norms of the feature maps']
 

@@ -1,6 +1,7 @@
 """Segmentation as a task: training on generated images, evaluation, initial weights, error messages."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import signal
@@ -220,6 +221,15 @@ def test_a_run_starts_from_any_classifier(small_config, tmp_path):
             if name.startswith(('stem.', 'stages.')):
                 np.testing.assert_array_equal(weights[f'backbone.{name}'], x, err_msg=name)
         np.testing.assert_array_equal(weights['decode_head.classifier.kernel'], new['decode_head.classifier.kernel'])
+
+
+def test_a_run_starts_from_a_classifier_with_a_hidden_layer_before_the_head(small_config):
+    """timm's convnext_large_mlp would be refused because of unexpected parameters."""
+    variant = dataclasses.replace(get_variant('convnext_atto'), patch_size=2, head_hidden=4)
+    classifier = ConvNeXt(variant, key=jax.random.key(1), num_classes=5)
+    task, new, facts = initial(small_config())
+    weights, _ = task.initial_weights(new, LoadedWeights(get_weights(classifier), {}, 'convnext_large_mlp'), facts)
+    assert weights.keys() == new.keys()
 
 
 def test_a_run_starts_from_an_fcmae_encoder(small_config, tmp_path):
