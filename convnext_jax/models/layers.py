@@ -5,6 +5,7 @@ the dtype of their input.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -55,11 +56,14 @@ INPUT_AXIS = -2
 """The kernel axis along which `matmul` gathers shards: the input features. It is never the axis of a scan over stacked
 blocks, and shards along it fill whole rows of an accelerator's tiles."""
 
+MIN_CONV_CHANNELS = 16
+"""Channels from which TPUs compute `patch_matmul` as a convolution: the compiler pads the channels to 128."""
+
 STATISTICS = 'norm statistics'
 """Name of the norms' means and inverse standard deviations in policies of `jax.checkpoint`."""
 
 
-def matmul(x: Float[Array, '*batch k'], kernel: Float[AnyArray, '... out']) -> Float[Array, '*batch out']:
+def matmul(x: Float[Array, '*batch k'], kernel: Float[AnyArray, '_ out']) -> Float[Array, '*batch out']:
     """The matrix product x · kernel in x's dtype, with reverse-mode derivatives only.
 
     A kernel with fewer input features than x is this device's shard along `FSDP_AXIS`. It is all-gathered in the
@@ -68,8 +72,7 @@ def matmul(x: Float[Array, '*batch k'], kernel: Float[AnyArray, '... out']) -> F
 
     Args:
         x: (..., K) float.
-        kernel: (..., in, out) float, where the product of all axes except `out` is K; or a shard of this array along
-            `in`.
+        kernel: (K, out) float, or a shard of this array along K.
 
     Returns:
         (..., out) of x's dtype.
@@ -80,37 +83,38 @@ def matmul(x: Float[Array, '*batch k'], kernel: Float[AnyArray, '... out']) -> F
 
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ _gathered(x, kernel)
+    return x @ _gathered(kernel, x.shape[-1], x.dtype)
 
 
-def _gathered(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The unsharded kernel, (K, out) in x's dtype."""
-    kernel = kernel.astype(x.dtype)
-    if _is_sharded(x, kernel):
-        kernel = jax.lax.all_gather(kernel, FSDP_AXIS, axis=kernel.ndim - 2, tiled=True)
-    return kernel.reshape(-1, kernel.shape[-1])
+def _gathered(kernel: AnyArray, features: int, dtype: DTypeLike) -> jax.Array:
+    """The unsharded kernel with `features` input features, (features, out) of `dtype`."""
+    full = jnp.asarray(kernel, dtype)
+    if _is_sharded(kernel, features):
+        full = jax.lax.all_gather(full, FSDP_AXIS, axis=full.ndim - 2, tiled=True)
+    return full.reshape(-1, full.shape[-1])
 
 
-def _is_sharded(x: jax.Array, kernel: jax.Array) -> bool:
-    return kernel[..., 0].size < x.shape[-1]
+def _is_sharded(kernel: AnyArray, features: int) -> bool:
+    return kernel[..., 0].size < features
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(x, kernel), (x, kernel)
+def _scattered(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+    """This device's shard of the gradient of an unsharded kernel, (features, out), in the shape of `kernel`."""
+    *sides, _, out = kernel.shape
+    shaped = gradient.reshape(*sides, -1, out)
+    if _is_sharded(kernel, len(gradient)):
+        shaped = jax.lax.psum_scatter(shaped, FSDP_AXIS, scatter_dimension=kernel.ndim - 2, tiled=True)
+    return shaped
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     native, on_cpu = (functools.partial(f, dtype=kernel.dtype) for f in (_sum_of_outer, _sum_of_outer_on_cpu))
     gradient = jax.lax.platform_dependent(x, cotangent, cpu=on_cpu, default=native)
-    *sides, _, out = kernel.shape
-    gradient = gradient.reshape(*sides, -1, out)
-    if _is_sharded(x, kernel):
-        gradient = jax.lax.psum_scatter(gradient, FSDP_AXIS, scatter_dimension=kernel.ndim - 2, tiled=True)
-    return cotangent @ _gathered(x, kernel).T, gradient
+    return cotangent @ _gathered(kernel, x.shape[-1], x.dtype).T, _scattered(gradient, kernel)
 
 
-_matmul.defvjp(_forward, _backward)
+_matmul.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _backward)
 
 
 def _sum_of_outer(
@@ -140,6 +144,91 @@ def _sum_of_outer_on_cpu(
     return jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype).sum(0)
 
 
+@jax.custom_vjp
+def patch_matmul(x: Float[Array, 'n h w in'], kernel: Float[AnyArray, 'size size _ out']) -> Float[Array, 'n r c out']:
+    """The matrix product of each patch, flattened, with the kernel: a convolution whose stride equals its kernel size.
+
+    Kernels are sharded and gradients have dtypes as in `matmul`. TPUs compute it as a convolution, because there the
+    rearrangement of x to patches takes more time than the product.
+
+    Args:
+        x: (N, H, W, in) float; H and W are multiples of `size`.
+        kernel: (size, size, in, out) float, or a shard along `in`.
+
+    Returns:
+        (N, H // size, W // size, out) of x's dtype.
+    """
+    native, conv = (functools.partial(f, size=len(kernel)) for f in (_patch_product, _patch_conv))
+    tpu = conv if x.shape[-1] >= MIN_CONV_CHANNELS else native
+    return jax.lax.platform_dependent(x, _gathered_for_patches(kernel, x), tpu=tpu, default=native)
+
+
+def _gathered_for_patches(kernel: AnyArray, x: jax.Array) -> jax.Array:
+    return _gathered(kernel, len(kernel) ** 2 * x.shape[-1], x.dtype)
+
+
+def _patch_matmul_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    options = {'size': len(kernel), 'dtype': kernel.dtype}
+    native, cpu = (
+        functools.partial(_patch_product_gradients, sum_of_outer=f, **options)
+        for f in (_sum_of_outer, _sum_of_outer_on_cpu)
+    )
+    tpu = functools.partial(_patch_conv_gradients, **options) if x.shape[-1] >= MIN_CONV_CHANNELS else native
+    arguments = x, _gathered_for_patches(kernel, x), cotangent
+    x_gradient, gradient = jax.lax.platform_dependent(*arguments, tpu=tpu, cpu=cpu, default=native)
+    return x_gradient, _scattered(gradient, kernel)
+
+
+patch_matmul.defvjp(lambda x, kernel: (patch_matmul(x, kernel), (x, kernel)), _patch_matmul_backward)
+
+
+def _patches(x: Float[Array, 'n h w in'], *, size: int) -> Float[Array, 'n r c k']:
+    n, height, width, channels = x.shape
+    # With the barrier, the copy is contiguous in each row of a patch. Fused, it would compute an index per element.
+    lines = fusion_barrier_on_cpu(x.reshape(n, height // size, size, width // size, size * channels))
+    return fusion_barrier_on_cpu(rearrange(lines, 'n rows y columns line -> n rows columns (y line)'))
+
+
+def _patch_product(
+    x: Float[Array, 'n h w in'], kernel: Float[Array, 'k out'], *, size: int
+) -> Float[Array, 'n r c out']:
+    return _patches(x, size=size) @ kernel
+
+
+def _patch_product_gradients(
+    x: Float[Array, 'n h w in'],
+    kernel: Float[Array, 'k out'],
+    cotangent: Float[Array, 'n r c out'],
+    *,
+    size: int,
+    dtype: DTypeLike,
+    sum_of_outer: Callable,
+) -> tuple[Float[Array, 'n h w in'], Float[Array, 'k out']]:
+    patches, to_image = jax.vjp(functools.partial(_patches, size=size), x)
+    (x_gradient,) = to_image(cotangent @ kernel.T)
+    return x_gradient, sum_of_outer(patches, cotangent, dtype=dtype)
+
+
+def _patch_conv(x: Float[Array, 'n h w in'], kernel: Float[Array, 'k out'], *, size: int) -> Float[Array, 'n r c out']:
+    kernel = kernel.reshape(size, size, x.shape[-1], -1)
+    return jax.lax.conv_general_dilated(x, kernel, (size, size), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def _patch_conv_gradients(
+    x: Float[Array, 'n h w in'],
+    kernel: Float[Array, 'k out'],
+    cotangent: Float[Array, 'n r c out'],
+    *,
+    size: int,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, 'n h w in'], Float[Array, 'k out']]:
+    (x_gradient,) = jax.linear_transpose(lambda x: _patch_conv(x, kernel, size=size), x)(cotangent)
+    patches = rearrange(x, 'n (r y) (c x) i -> n r y c x i', y=size, x=size)
+    gradient = jnp.einsum('nrycxi,nrco->yxio', patches, cotangent, preferred_element_type=dtype)
+    return x_gradient, gradient.reshape(kernel.shape)
+
+
 class Linear(nnx.Module):
     """A linear layer over the last axis: (..., in_features) → (..., out_features) of `dtype`."""
 
@@ -167,8 +256,7 @@ class Linear(nnx.Module):
 class PatchConv(nnx.Module):
     """A convolution whose stride equals its kernel size: (N, H, W, in) → (N, H // size, W // size, out).
 
-    It is computed as a rearrangement and a matrix product, which is fast on every platform. Rows and columns after the
-    last complete patch are ignored, as in a convolution without padding.
+    Rows and columns after the last complete patch are ignored, as in a convolution without padding.
     """
 
     def __init__(
@@ -180,14 +268,9 @@ class PatchConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns out']:
-        size = self.kernel.shape[0]
-        n, height, width, in_channels = x.shape
-        rows, columns = height // size, width // size
-        x = x[:, : rows * size, : columns * size].astype(self.dtype)
-        # With the barrier, the copy is contiguous in each row of a patch. Fused, it would compute an index per element.
-        lines = fusion_barrier_on_cpu(x.reshape(n, rows, size, columns, size * in_channels))
-        patches = rearrange(lines, 'n rows y columns line -> n rows columns (y line)')
-        return (matmul(patches, self.kernel[...]) + self.bias).astype(self.dtype)
+        height, width = (side - side % len(self.kernel) for side in x.shape[1:3])
+        x = x[:, :height, :width].astype(self.dtype)
+        return (patch_matmul(x, self.kernel[...]) + self.bias).astype(self.dtype)
 
 
 class SameConv(nnx.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from convnext_jax.models import Execution
+from convnext_jax.models import Execution, layers
 from convnext_jax.models.layers import (
     GRN,
     LayerNorm,
@@ -20,6 +20,7 @@ from convnext_jax.models.layers import (
     drop_path,
     matmul,
     normal,
+    patch_matmul,
 )
 from convnext_jax.models.trunk import Depthwise
 
@@ -222,6 +223,32 @@ def test_patch_conv_equals_the_convolution(height, width, size):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), ours, theirs)
 
 
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 2**-7)])
+def test_patches_on_tpu_equal_those_on_other_platforms(dtype, tolerance):
+    """TPUs compute the downsampling as a convolution: a transposed kernel would give another network there."""
+    x, kernel = jnp.asarray(random(2, 6, 8, 5), dtype), jnp.asarray(random(20, 7, seed=1), dtype)
+    cotangent = jnp.asarray(random(2, 3, 4, 7, seed=2), dtype)
+    np.testing.assert_allclose(
+        *(np.asarray(f(x, kernel, size=2), np.float32) for f in (layers._patch_conv, layers._patch_product)),
+        rtol=tolerance,
+        atol=tolerance,
+    )
+    arguments = {'size': 2, 'dtype': jnp.float32}
+    ours = layers._patch_conv_gradients(x, kernel, cotangent, **arguments)
+    theirs = layers._patch_product_gradients(x, kernel, cotangent, **arguments, sum_of_outer=layers._sum_of_outer)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(*(np.asarray(c, np.float32) for c in (a, b)), rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize(('platform', 'channels', 'count'), [('tpu', 16, 1), ('tpu', 3, 0), ('cuda', 16, 0)])
+def test_only_tpus_compute_patches_as_a_convolution(platform, channels, count):
+    """The compiler for TPUs transposes patches; for 3 channels, its convolution is slower than the transpose."""
+    x, conv = jax.ShapeDtypeStruct((2, 8, 8, channels), jnp.float32), PatchConv(channels, 6, 2, key=jax.random.key(0))
+    program = jax.jit(conv.__call__).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count('stablehlo.convolution') == count
+
+
 @pytest.mark.parametrize(('platform', 'count'), [('tpu', 2), ('cpu', 0), ('cuda', 0)])
 def test_the_layout_of_convolutions_is_fixed_on_tpu_only(platform, count):
     """Without it a training step on TPU takes several percent more cycles; elsewhere it would cost transposes."""
@@ -300,17 +327,21 @@ def test_the_gradients_of_a_product_equal_numpy(shape, out):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('sides', [(), (2, 2)], ids=['linear', 'patches'])
-def test_a_sharded_kernel_gives_the_product_and_gradients_of_the_unsharded_one(sides, dtype):
+@pytest.mark.parametrize(
+    ('product', 'shape', 'sides'),
+    [(matmul, (8, 8), ()), (patch_matmul, (8, 2, 4, 8), (2, 2))],
+    ids=['linear', 'patches'],
+)
+def test_a_sharded_kernel_gives_the_product_and_gradients_of_the_unsharded_one(product, shape, sides, dtype):
     """Shards gathered in another order would make training depend on the number of devices."""
     mesh = Mesh(np.asarray(jax.devices()[:4]), ('fsdp',))
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((8, 8 * math.prod(sides))), dtype)
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
     kernel = jnp.asarray(rng.standard_normal((*sides, 8, 6)), jnp.float32)
-    cotangent = jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)
+    cotangent = jnp.asarray(rng.standard_normal(jax.eval_shape(product, x, kernel).shape), jnp.float32)
 
     def value_and_gradients(x, kernel, cotangent):
-        y, pullback = jax.vjp(matmul, x, kernel)
+        y, pullback = jax.vjp(product, x, kernel)
         return (y, *pullback(cotangent.astype(y.dtype)))
 
     batch, shard = PartitionSpec('fsdp'), PartitionSpec(*[None] * len(sides), 'fsdp', None)
