@@ -36,8 +36,8 @@ class Execution:
             products and convolutions and the statistics of norms (half the memory of 'none'). 'full': whole blocks (a
             third of the memory, a third more computation).
         unroll: compile each block separately instead of a loop over one compiled block per stage. Compilation takes
-            about twice as long. Training is 1 to 3 % faster on CPU (evaluation is slower), and takes a quarter less
-            memory on TPU.
+            two to three times as long. Training is 1 to 3 % faster on CPU (evaluation is slower), and takes an eighth
+            fewer cycles on TPU, because a loop copies the arrays that the backward pass needs.
         pallas: use the kernel of `depthwise_tpu.py` instead of the compiler's depthwise convolution on TPU v5e, v5p and
             v6e, for the shapes that it supports; no effect on CPU and GPU. On several devices the network must then be
             called inside `jax.shard_map`. The kernel has not run on a TPU.
