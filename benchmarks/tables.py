@@ -130,6 +130,8 @@ TABLES = {
             'Memory of the step (GiB)': '{memory_gib:.1f}',
             'Time without collectives (ms)': '{ms}',
             'Compilation (s)': '{compile_seconds}',
+            'libtpu': '{libtpu}',
+            'Commit': '{commit}',
         },
     ),
     'demo': Table('demo', VALUE),
