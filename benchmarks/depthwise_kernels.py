@@ -80,7 +80,7 @@ def main(batch: int, rounds: int) -> bool:
 
 
 def compare(conv: Function, shape: tuple[int, ...], rounds: int) -> list[Outcome]:
-    """Compares a depthwise convolution and its derivatives with those of XLA, in bfloat16.
+    """Compares a depthwise convolution and its derivatives with XLA's, in bfloat16.
 
     Args:
         conv: x (N, H, W, C) and kernel (K, K, C) → (N, H, W, C).

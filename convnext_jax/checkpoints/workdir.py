@@ -163,7 +163,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     if not is_local(path):
         try:
             path.write_bytes(content)  # writes to a bucket are atomic
-        except Exception as error:  # gcsfs has retried; its errors and those of aiohttp have no common class
+        except Exception as error:  # gcsfs has retried; errors of gcsfs and aiohttp have no common class
             raise OSError(errno.EIO, first_line(error), str(path)) from error
         return
     scratch = path.with_name(f'.{path.name}.new')

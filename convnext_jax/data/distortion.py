@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from convnext_jax.data.pillow_arithmetic import clip_and_floor
 
-BRIGHTNESS = 32.0  # largest change; the ranges are those of SSD (arXiv:1512.02325), the defaults of mmsegmentation
+BRIGHTNESS = 32.0  # largest change; all ranges are from SSD (arXiv:1512.02325), and mmsegmentation's defaults
 FACTOR = (0.5, 1.5)  # range of the factors of contrast and saturation
 HUE = 18  # largest change, in the 180 steps of OpenCV's 8-bit hue
 FRACTION_BITS = 12  # precision of the divisions in OpenCV's conversion to HSV

@@ -145,7 +145,7 @@ def _categories(content: Any) -> dict[int, str]:
 
 
 def _names(text: str, path: Path) -> list[str]:
-    """The lines, or the first of the synonyms in each row of ADE20K's `objectInfo150.txt`."""
+    """The class names: the lines of a text, or the first synonym in each row of ADE20K's `objectInfo150.txt`."""
     lines = text.rstrip('\n').split('\n')
     if lines[0].split() == ['Idx', 'Ratio', 'Train', 'Val', 'Name']:
         lines = [line.split('\t')[-1].split(',')[0] for line in lines[1:]]

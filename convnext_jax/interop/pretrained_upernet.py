@@ -18,7 +18,7 @@ CLASSIFIERS = tuple(f'{head}classifier.{parameter}' for head in HEADS for parame
 
 
 class WindowProtocol(NamedTuple):
-    """How windows slide over images; the defaults are those of the published results at 512 pixels.
+    """How windows slide over images. The defaults are from mmsegmentation's configs for crops of 512 pixels.
 
     Attributes:
         resize: limits of the longer and the shorter side, to which images are enlarged or reduced first.

@@ -287,7 +287,11 @@ class Traits(NamedTuple):
 
 
 def _variant_of_tensors(tensors: Tensors, layout: str) -> Variant:
-    """The architecture of `list_models()` with these traits."""
+    """The architecture of `list_models()` with the traits of the tensors.
+
+    Raises:
+        UserError: there is none.
+    """
     blocks: dict[int, set[str]] = {}
     kernels: dict[int, int] = {}
     norm_bias = False

@@ -11,7 +11,7 @@ ONLY_IN_TIMM = ('stem', 'norm', 'norm_eps', 'activation', 'kernel_size', 'head_n
 
 
 def special_fields(variant: Variant, stored: tuple[str, ...] = ()) -> list[str]:
-    """The fields in which the architecture differs from those of the other libraries, such as 'norm=rmsnorm'.
+    """The fields in which the architecture differs from all models of the other libraries, such as 'norm=rmsnorm'.
 
     `stored` lists fields that may differ, because the other library stores them.
     """
@@ -23,7 +23,7 @@ def special_fields(variant: Variant, stored: tuple[str, ...] = ()) -> list[str]:
 
 
 def timm_name(variant: Variant) -> str | None:
-    """The name of the architecture in timm, for any patch size and any initial layer scale; None if it has none."""
+    """The name of the architecture in timm, or None. Patch size and initial value of the layer scale are ignored."""
     if len(variant.depths) == 1:
         return None
     return next((name for name, other in VARIANTS.items() if _key(other) == _key(variant)), None)

@@ -107,7 +107,7 @@ def linear_schedule(peak: float, minimum: float, warmup_steps: int, total_steps:
 
     It equals mmsegmentation's policy 'poly' of power 1: the decline begins at the first step, and in the warm-up its
     value is multiplied by a factor that rises linearly from `WARMUP_START` at the first step to 1 after the last one.
-    The arguments are those of `cosine_schedule`.
+    Arguments as for `cosine_schedule`.
     """
     decline = optax.linear_schedule(peak, minimum, total_steps)
     if warmup_steps == 0:

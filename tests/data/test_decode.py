@@ -164,7 +164,7 @@ def test_photographs_are_upright(form, orientation):
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
 @pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0}, {'quality': 30}], ids=str)
 def test_rgb_pixels_of_a_jpeg_are_equal_to_pillow(mode, options):
-    """Crops for segmentation would differ from those of mmsegmentation, or fail for some files."""
+    """Crops for segmentation would differ from mmsegmentation's crops, or fail for some files."""
     for orientation in (1, 6):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation

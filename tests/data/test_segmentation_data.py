@@ -198,7 +198,7 @@ def test_fit_size_follows_mmcv():
     assert fit_size((512, 683), (2048, 512)) == (512, 683)
     assert fit_size((364, 500), (2048, 512)) == (512, 703)
     assert fit_size((5, 10), (5, 3)) == (3, 5)  # 2.5 is rounded up
-    assert fit_size((100, 1000), (512, 2048)) == (205, 2048)  # the longer side limits, 204.8 is rounded
+    assert fit_size((100, 1000), (512, 2048)) == (205, 2048)  # the longer side is the limit, 204.8 is rounded
     assert fit_size((1, 5000), (1024, 256)) == (1, 1024)  # a side is never 0
 
 

@@ -472,7 +472,7 @@ def opencv_scaled(image: np.ndarray, limits: tuple[int, int], interpolation: int
 def mmsegmentation_crop(image: Path, mask: Path, crop: int, draw: int) -> dict[str, np.ndarray]:
     """The training pipeline of mmsegmentation for ADE20K, up to the flip, and the padding.
 
-    Its transforms are applied one after the other to the whole image. The random numbers are those of our pipeline.
+    Its transforms are applied one after the other to the whole image. It draws the random numbers of our pipeline.
     """
     rng = np.random.default_rng(draw)
     pixels = cv2.imread(str(image))[:, :, ::-1]

@@ -26,7 +26,7 @@ NEW = [name for name in NAMES if 'ols' in name or 'rms' in name or 'test' in nam
 
 
 def with_marks(names: list[str]) -> list:
-    """The parameters of a test, those of large models with the mark `large`."""
+    """The parameters of a test. Large models have the mark `large`."""
     return [pytest.param(name, marks=[pytest.mark.large] if LARGE.search(name) else []) for name in names]
 
 
