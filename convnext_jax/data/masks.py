@@ -69,7 +69,7 @@ def open_masks(
         reduce_zero_label: whether pixels of value 0 have no class; see `find_classes`.
 
     Raises:
-        UserError: the split or the list of classes is missing, or an image or a mask has no counterpart.
+        UserError: a folder, the split or the list of classes is missing, or an image or a mask has no counterpart.
     """
     if name == 'scene_parse150':
         raise UserError(
@@ -80,9 +80,11 @@ def open_masks(
     if name != 'masks':
         return PreparedMasks(name, directory, split, path, reduce_zero_label=reduce_zero_label)
     root = local_path(directory)
-    masks = root / local_path(mask_dir)
+    images, masks = root / local_path(image_dir), root / local_path(mask_dir)
+    for folder in (images, masks):
+        _check_folder(folder)
     found = find_classes([masks, root], path, reduce_zero_label=reduce_zero_label)
-    return MaskFolders(root / local_path(image_dir), masks, split, found)
+    return MaskFolders(images, masks, split, found)
 
 
 class MaskFolders:
@@ -175,11 +177,7 @@ class PreparedMasks:
 def _files_of_split(folder: Path, split: str) -> dict[str, str]:
     """The images of a split: path in the folder of the split, without the suffix → path."""
     root = folder if split == ALL_IMAGES and not (folder / ALL_IMAGES).is_dir() else folder / split
-    if not root.is_dir():
-        raise UserError(
-            f'{root} is not a folder: set --config.data.dir=DIR, and --config.data.image_dir and '
-            '--config.data.mask_dir to the folders in it that contain a folder for each split'
-        )
+    _check_folder(root)
     found = find_images(root)
     if not found.paths:
         raise UserError(f'{root} contains no images')
@@ -192,6 +190,14 @@ def _files_of_split(folder: Path, split: str) -> dict[str, str]:
             raise UserError(f'{files[key]} and {path} differ in their suffix only: remove one of them')
         files[key] = path
     return files
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f'{folder} is not a folder: set --config.data.dir=DIR, and --config.data.image_dir and '
+            '--config.data.mask_dir to the folders in it that contain a folder for each split'
+        )
 
 
 def _read(path: str) -> bytes:
