@@ -131,16 +131,22 @@ COMMON = Fields(
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks that a config has all fields of its task, with valid values.
+    """Checks that a config has the fields of its task and no others, with valid values.
 
     Raises:
-        UserError: the task is unknown, fields are missing, or values are invalid. The message lists all of them.
+        UserError: the task is unknown, fields are missing or unknown, or values are invalid. The message lists all of
+            them.
     """
     values, fields = _flatten(as_dict(config)), _flatten(as_dict(default_config(config.task)))
     if missing := fields.keys() - values.keys():
         raise UserError(
             f'the config has no {", ".join(sorted(missing))}, which the task {config.task} needs: choose a config file '
             'for this task'
+        )
+    if unknown := values.keys() - fields.keys():
+        raise UserError(
+            f'the task {config.task} has no config field {", ".join(sorted(unknown))}: correct its name, or remove it '
+            'from the config'
         )
     problems = COMMON.problems(values) + task_class(config.task).fields.problems(values) + make_task(config).problems()
     problems += [

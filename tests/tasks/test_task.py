@@ -197,9 +197,13 @@ def test_other_data_are_refused_when_a_run_of_any_task_resumes(mean_colour, tmp_
 
 
 def test_a_config_belongs_to_its_task(mean_colour):
-    """With the name of another task, a run trains with fields that nobody has set."""
+    """A run trains with fields that nobody has set, or ignores a misspelt field and cannot resume."""
     assert 'mix' not in mean_colour
     assert from_dict(as_dict(mean_colour)) == mean_colour
+    mean_colour.data.worker = 2
+    with pytest.raises(UserError, match=r'the task mean_colour has no config field data\.worker: correct its name'):
+        check_values(mean_colour)
+    del mean_colour.data.worker
     mean_colour.task = 'classification'
     with pytest.raises(UserError, match='the config has no augment.color_jitter, .*choose a config file for this task'):
         check_values(mean_colour)
