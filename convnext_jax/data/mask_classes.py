@@ -118,7 +118,7 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
         text = path.read_text(encoding='utf-8-sig')
         content = json.loads(text) if path.suffix == '.json' else None
         categories = _categories(content) if path.suffix == '.json' else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f'{path} cannot be read as a list of classes: {first_line(error)}') from error
     stored = content.get('reduce_zero_label') if isinstance(content, dict) else None
     if stored not in (None, reduce_zero_label):
@@ -127,7 +127,7 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
     if categories is None:
         categories = {start + number: name for number, name in enumerate(_names(text, path))}
     values = sorted(categories)
-    if not values or values[0] < start or values[-1] >= IGNORED:
+    if values[0] < start or values[-1] >= IGNORED:
         raise UserError(
             f'{path}: the {len(values)} classes must have ids from {start} to {IGNORED - 1}'
             + (', because data.reduce_zero_label is set' if reduce_zero_label else '')
@@ -137,8 +137,13 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
 
 def _categories(content: Any) -> dict[int, str]:
     """Id → name, from a list of {id, name} as in COCO's JSON files, or an object whose `categories` is this list."""
-    rows = content['categories'] if isinstance(content, dict) else content
-    categories = {int(row['id']): str(row['name']) for row in rows}
+    try:
+        rows = content['categories'] if isinstance(content, dict) else content
+        categories = {int(row['id']): str(row['name']) for row in rows}
+    except (KeyError, TypeError) as error:
+        raise ValueError('it must be a list of {"id": 1, "name": "person"}') from error
+    if not categories:
+        raise ValueError('it has no classes')
     if len(categories) < len(rows):
         raise ValueError('two classes have the same id')
     return categories

@@ -109,7 +109,11 @@ def test_lists_of_classes(tmp_path):
     ('name', 'text', 'message'),
     [
         ('a.txt', 'sky\n\nroad', 'line 2 is empty'),
-        ('a.json', '[{"id": 1}]', 'cannot be read as a list of classes'),
+        ('a.json', '[{"id": 1}]', 'it must be a list of {"id": 1, "name": "person"}'),
+        ('a.json', '["sky", "road"]', 'it must be a list of'),
+        ('a.json', '{"images": []}', 'it must be a list of'),
+        ('a.json', '3', 'it must be a list of'),
+        ('a.json', '[]', 'it has no classes'),
         ('a.json', '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', 'two classes have the same id'),
         ('a.json', '[{"id": 0, "name": "a"}]', 'ids from 1 to 254, because data.reduce_zero_label is set'),
         ('a.txt', '\n'.join(map(str, range(255))), 'the 255 classes must have ids from 1 to 254'),
