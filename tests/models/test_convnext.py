@@ -267,8 +267,9 @@ def test_a_hidden_layer_before_the_head(images):
     np.testing.assert_allclose(call(model, images), model.head(hidden), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['convnext_zepto_rms_ols', 'convnext_atto_rms', 'test_convnext3'])
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+@pytest.mark.parametrize(
+    ('name', 'remat'), [('convnext_zepto_rms_ols', 'dots'), ('convnext_atto_rms', 'full'), ('test_convnext3', 'none')]
+)
 def test_models_of_timm_train_in_bfloat16(name, remat):
     """Their gradients would be wrong or missing. bfloat16 and remat must only round differently."""
     images = some_images()[:2].repeat(2, axis=1).repeat(2, axis=2)
@@ -279,4 +280,4 @@ def test_models_of_timm_train_in_bfloat16(name, remat):
 
     exact, ours = gradient(), gradient(dtype='bfloat16', remat=remat)
     for parameter, x in exact.items():
-        assert np.abs(ours[parameter] - x).max() < 0.1 * np.abs(x).max(), parameter
+        assert np.linalg.norm(ours[parameter] - x) < 0.1 * np.linalg.norm(x), parameter
