@@ -11,7 +11,7 @@ def with_channels(opened: OpenedWeights, in_channels: int | None) -> tuple[Opene
 
     Args:
         opened: the weights.
-        in_channels: number of channels; None for that of the weights.
+        in_channels: number of channels; None for as many as the weights have.
 
     Raises:
         UserError: the weights are not for RGB images, or `in_channels` is below 1.

@@ -166,7 +166,7 @@ class ImageProcessor:
     def to_dinov3(self) -> dict:
         """The content of the `preprocessor_config.json` of Hugging Face's DINOv3.
 
-        For a processor that crops it is that of Hugging Face's other ConvNeXts, because DINOv3's does not crop.
+        DINOv3's processor does not crop. If this one does, the content is for Hugging Face's other ConvNeXts.
         """
         if not self.squashes:
             return self.to_huggingface()

@@ -100,7 +100,8 @@ class OpenedWeights(NamedTuple):
     Attributes:
         path: the local file or folder.
         tensors: name → tensor, without prefixes of wrappers and with dense convolutions.
-        config: content of the folder's `config.json`, or {}; for OpenCLIP, that of a timm config.
+        config: content of the folder's `config.json`, or {}. The config of an OpenCLIP model is
+            translated to the form of timm's configs.
         layout: one of `layouts.LAYOUTS`.
         variant: the architecture.
         in_channels: channels of the images.

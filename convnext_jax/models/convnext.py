@@ -35,7 +35,7 @@ class ConvNeXt(Trunk):
     """The classifier: trunk, global average pooling, LayerNorm and a linear head.
 
     `variant` may move the norm before the pooling, or add a hidden layer before the head. With `num_classes=0` there
-    is no head, and the outputs are the input that the head would have.
+    is no head, and the model returns the feature vector that a head would get.
 
     The arguments have the meaning that they have in `create_model`, except that `variant` and `execution` are objects.
 

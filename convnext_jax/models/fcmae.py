@@ -148,6 +148,6 @@ def reconstruct(
 
 
 def split_decoder(weights: dict[str, Leaf]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Splits weights, or their shapes, into those of the encoder and of the decoder; {} if there is no decoder."""
+    """Splits weights, or their shapes, into two parts: encoder and decoder. The second is {} without a decoder."""
     decoder = {name: x for name, x in weights.items() if name.startswith(DECODER)}
     return {name: x for name, x in weights.items() if name not in decoder}, decoder
