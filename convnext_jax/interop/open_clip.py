@@ -30,7 +30,7 @@ SIZE = 256
 def image_embedding(model: ConvNeXt, images: Float[AnyArray, 'n h w c']) -> Float[Array, 'n channels']:
     """The embeddings of images, of length 1, from an image tower: (N, channels) float32.
 
-    They are those of OpenCLIP's `encode_image(images, normalize=True)`.
+    They are equal to OpenCLIP's `encode_image(images, normalize=True)`.
     """
     x = model(images)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
