@@ -23,6 +23,7 @@ plan --config=CONFIG --topology=v5e:4x4      compile a training step for TPUs th
 """
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -404,7 +405,10 @@ def plan_step(arguments: list[str]) -> None:
     if (values.topology is None) == (values.gpu is None):
         raise UserError('give either --topology, for example v5e:4x4, or --gpu, for example h100:8')
     jax.config.update('jax_platforms', 'cpu')  # do not occupy the accelerators of this machine
-    plan(config, gpu_target(values.gpu) if values.topology is None else tpu_target(values.topology), values.batch)
+    with tempfile.TemporaryDirectory() as listings:
+        folder = Path(listings) if config.model.pallas else None
+        target = tpu_target(values.topology, folder) if values.topology else gpu_target(values.gpu)
+        plan(config, target, values.batch)
 
 
 COMMANDS = {

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import first_line
+from convnext_jax.plan.kernels import kernel_cycles
 from convnext_jax.plan.targets import Target
 from convnext_jax.tasks import make_task
 from convnext_jax.training.durations import make_durations
@@ -49,12 +50,14 @@ class Compiled:
         seconds: duration of the compilation.
         memory: memory that the program needs.
         text: the program in HLO.
+        kernel_cycles: name of a Pallas kernel → its cycles, if the target has a folder for listings.
     """
 
     images: int
     seconds: float
     memory: Memory
     text: str
+    kernel_cycles: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,9 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled | 
     make_task(config).assume_data()
     mesh = make_mesh(**config.mesh, devices=target.devices)
     program = Program(config, make_durations(config, IMAGENET_IMAGES), mesh)
+    if target.listings:
+        for path in target.listings.iterdir():  # of a program that was compiled before
+            path.unlink()
     began = time.perf_counter()
     try:
         # Pallas kernels read the GPU model from the surrounding mesh, because no GPU is attached.
@@ -103,4 +109,6 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled | 
         temporaries=stats.temp_size_in_bytes,
         program=stats.generated_code_size_in_bytes,
     )
-    return Compiled(images, time.perf_counter() - began, memory, compiled.as_text() or '')
+    seconds, text = time.perf_counter() - began, compiled.as_text() or ''
+    cycles = kernel_cycles(text, target.listings) if target.listings else {}
+    return Compiled(images, seconds, memory, text, cycles)

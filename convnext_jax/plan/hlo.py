@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(')
@@ -72,7 +73,7 @@ Found = dict[tuple[str, str, int], Collectives]
 """Collectives by kind, element type and group size."""
 
 
-def read_program(text: str) -> list[Instruction]:
+def read_program(text: str, kernel_cycles: Mapping[str, int] = MappingProxyType({})) -> list[Instruction]:
     """Reads all instructions that the program runs, also in loops, calls and conditionals.
 
     The trip count of a loop is read from its annotation, or else it is the only constant in the loop's condition. A
@@ -80,6 +81,7 @@ def read_program(text: str) -> list[Instruction]:
 
     Args:
         text: the program in HLO.
+        kernel_cycles: name of a Pallas kernel → its cycles, for which the program has no estimate.
     """
     computations: Computations = {}
     entry = ''
@@ -89,7 +91,8 @@ def read_program(text: str) -> list[Instruction]:
             entry = header['name'] if header['entry'] else entry
         elif instruction := INSTRUCTION.match(line):
             instructions.append(instruction)
-    return list(_run(computations, entry, 1))
+    program = _run(computations, entry, 1)
+    return [dataclasses.replace(i, cycles=kernel_cycles.get(i.name, i.cycles)) for i in program]
 
 
 def _run(computations: Computations, name: str, runs: int) -> Iterator[Instruction]:

@@ -1,6 +1,7 @@
 """plan(config, target, images): compiles a training step and prints the compiler's figures."""
 
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from ml_collections import ConfigDict
@@ -96,11 +97,12 @@ def largest_batch(smaller: Compiled, larger: Compiled, capacity: float) -> int:
 
 def describe(compiled: Compiled, target: Target) -> list[str]:
     """The lines to print about a compiled program: memory, collectives, cycles, communication."""
-    program = read_program(compiled.text)
+    program = read_program(compiled.text, compiled.kernel_cycles)
     found = collectives(program, len(target.devices))
     return [
         *_memory_lines(compiled.memory, target.chip.memory),
         *_collective_lines(found),
+        *_kernel_lines(program, compiled.kernel_cycles),
         *_cycle_lines(program, found, target),
     ]
 
@@ -152,6 +154,18 @@ def _cycle_lines(program: list[Instruction], found: Found, target: Target) -> li
         f'recomputed by the compiler to save memory: {recomputed / total:.1%}',
         f'communication: at least {1000 * communication:.2f} ms over links of {chip.link:g} GB/s, '
         f'{communication / (communication + seconds):.1%} of the step if it is not overlapped with computation\n',
+    ]
+
+
+def _kernel_lines(program: list[Instruction], kernel_cycles: Mapping[str, int]) -> list[str]:
+    kernels = [i for i in program if i.opcode == 'custom-call' and 'pallas_call' in i.operation]
+    if not kernels:
+        return []
+    cycles = sum(i.runs * i.cycles for i in kernels)
+    missing = sum(i.name not in kernel_cycles for i in kernels)
+    return [
+        f'\nPallas kernels: {len(kernels)} with {cycles:,} cycles, counted from their instructions'
+        + (f'; {missing} are not counted' if missing else '')
     ]
 
 

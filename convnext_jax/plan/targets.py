@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from convnext_jax.errors import UserError, first_line
+from convnext_jax.plan.kernels import listing_flags
 from convnext_jax.runtime.chips import CHIPS, Chip
 
 H100 = Path(__file__).with_name('h100.txtpb')
@@ -26,6 +27,7 @@ class Target:
         devices: descriptions of the devices.
         compiler: package and version of the compiler.
         options: compiler options.
+        listings: folder into which the compiler writes the instructions of each program, or None.
     """
 
     name: str
@@ -33,13 +35,16 @@ class Target:
     devices: list[jax.Device]
     compiler: str
     options: dict[str, str | bool] = dataclasses.field(default_factory=dict)
+    listings: Path | None = None
 
 
-def tpu_target(name: str) -> Target:
+def tpu_target(name: str, listings: Path | None = None) -> Target:
     """The target for a TPU slice.
 
     Args:
         name: KIND:SHAPE, such as 'v5e:16x16'.
+        listings: empty folder for the instructions of the programs, from which `kernel_cycles` counts the cycles of
+            Pallas kernels. libtpu reads it once per process.
 
     Raises:
         UserError: there is no such slice, or libtpu is not installed.
@@ -62,11 +67,14 @@ def tpu_target(name: str) -> Target:
         'TPU_WORKER_HOSTNAMES': 'localhost',
     }.items():
         os.environ.setdefault(variable, value)
+    if listings:
+        os.environ['LIBTPU_INIT_ARGS'] = f'{os.environ.get("LIBTPU_INIT_ARGS", "")} {listing_flags(listings)}'
     try:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f'--topology={name}: {first_line(error)}') from error
-    return Target(name, CHIPS[kind], devices, f'libtpu {importlib.metadata.version("libtpu")}')
+    compiler = f'libtpu {importlib.metadata.version("libtpu")}'
+    return Target(name, CHIPS[kind], devices, compiler, listings=listings)
 
 
 def gpu_target(name: str) -> Target:

@@ -161,11 +161,12 @@ def test_a_batch_that_does_not_divide_is_refused(here):
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu, the compiler for TPUs, is not installed')
 def test_plan_for_a_tpu_slice(commands):
     """The command does not work with the installed libtpu."""
-    small = ('--config=configs/fashion_mnist.py', '--topology=v5e:2x2', '--batch=2')
-    out = commands.run('-m', 'convnext_jax', 'plan', *small).stdout
+    small = ('--config=configs/fashion_mnist.py', '--topology=v5e:2x2', '--batch=8')
+    out = commands.run('-m', 'convnext_jax', 'plan', *small, '--config.model.pallas=True').stdout
     assert 'on v5e:2x2: 4 chips' in out
     assert re.search(r'of 16: fits', out)
     assert re.search(r'all-reduce +f32', out)
+    assert re.search(r'Pallas kernels: \d+ with [\d,]{5,} cycles, counted from their instructions$', out, re.M)
     assert re.search(r'estimated cycles without collectives: [\d,]{7,}', out)
     refused = commands.run('-m', 'convnext_jax', 'plan', small[0], '--topology=v5e:5x5', status=2).stderr
     assert 'error: --topology=v5e:5x5: INVALID_ARGUMENT' in refused.splitlines()[-1]
