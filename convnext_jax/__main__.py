@@ -9,6 +9,7 @@ prepare folder --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/SPLIT/CLASS/*.jpg as a data set of a few large files
 prepare masks --manual_dir=DIR --data_dir=DATA --name=NAME
                                              write DIR/images/SPLIT/* and the masks DIR/annotations/SPLIT/*.png likewise
+measure --config=CONFIG [--channels=N]       print mean and std of each channel over the training split, as flags
 models [NAME]                                list the architectures, or the published weights of one
 predict PHOTO... --weights=WEIGHTS           classify image files, folders of images, or glob patterns; with a UPerNet
                                              and --output=DIR, write masks with the class of each pixel
@@ -36,7 +37,9 @@ from tqdm import tqdm
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.commands.eval import main as evaluate
 from convnext_jax.commands.train import main as train
+from convnext_jax.data.measure import mean_and_std
 from convnext_jax.data.prepare import prepare_folder, prepare_imagenet2012, prepare_masks
+from convnext_jax.data.unlabelled_images import open_images
 from convnext_jax.embedding import check_format, embed, save_embeddings
 from convnext_jax.errors import UserError
 from convnext_jax.export import export_stablehlo
@@ -97,6 +100,21 @@ def prepare(arguments: list[str]) -> None:
         )
     else:
         prepare_imagenet2012(manual_dir, data_dir)
+
+
+def measure(arguments: list[str]) -> None:
+    """Prints the mean and standard deviation of each channel over the training split, as flags for training."""
+    values = flags.FlagValues()
+    define_config(values, arguments)
+    flags.DEFINE_integer(
+        'channels', None, 'Number of channels; by default that of data.mean.', lower_bound=1, flag_values=values
+    )
+    parse(values, arguments, usage=__doc__)
+    data = required_config(values).data
+    source = open_images(data.name, data.dir, data.train_split)
+    say(f'measuring {len(source):,} images of the split {data.train_split}', error=True)
+    for name, numbers in zip(('mean', 'std'), mean_and_std(source, values.channels or len(data.mean)), strict=True):
+        show(f"--config.data.{name}='({', '.join(f'{x:.6g}' for x in numbers)},)'")
 
 
 def models(arguments: list[str]) -> None:
@@ -415,6 +433,7 @@ COMMANDS = {
     'train': train,
     'eval': evaluate,
     'prepare': prepare,
+    'measure': measure,
     'models': models,
     'predict': predict_photos,
     'embed': embed_photos,

@@ -63,7 +63,9 @@ def _defaults(config: ConfigDict) -> None:
     config.data.workers = -1  # processes that decode training images; 0: threads instead; −1: chosen by CPU cores
     config.data.on_error = 'replace'  # unreadable training images: 'replace' (at most 1 in 1,000) or 'raise'
     config.data.patience_seconds = 300.0  # time without a batch until the run reports what it is waiting for
-    config.data.mean = (0.485, 0.456, 0.406)  # mean of each channel, for pixels in [0, 1]
+    # Mean and standard deviation of each channel, for integer pixels divided by the largest value of their type. The
+    # number of values is the number of channels; `python -m convnext_jax measure` computes them.
+    config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optimizer = ConfigDict()  # AdamW
@@ -155,9 +157,9 @@ def check_values(config: ConfigDict) -> None:
         if isinstance(value, float) and not math.isfinite(value)
     ]
     mean, std = values['data.mean'], values['data.std']
-    if len(mean) not in (1, 3) or len(std) != len(mean) or not all(value > 0 for value in std):
+    if not mean or len(std) != len(mean) or not all(value > 0 for value in std):
         problems.append(
-            f'data.mean and data.std must have one value (grey) or three (RGB), with std above 0, not {mean} and {std}'
+            f'data.mean and data.std must have one value for each channel, with std above 0, not {mean} and {std}'
         )
     if values['data.workers'] < -1:
         problems.append(f'data.workers must be −1 or a number of processes, not {values["data.workers"]}')

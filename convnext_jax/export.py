@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.export import export, symbolic_shape
 from PIL import Image
 
+from convnext_jax.data.arrays import pixel_dtype
 from convnext_jax.data.augment import normalize
 from convnext_jax.interop import PretrainedModel, PretrainedUPerNet
 from convnext_jax.interop.configs import check_class_names
@@ -20,6 +20,8 @@ from convnext_jax.paths import local_path
 
 DECODING = 'turned upright by the EXIF orientation; transparency dropped; 16-bit grey scaled by 255 / 65535'
 """Text of `model.json` that says how `data.decode.decode` decodes images, for users of other decoders."""
+ARRAY_DECODING = 'float32; integers divided by the largest value of their type, floats unchanged'
+"""The same for images with other numbers of channels than 1 and 3, as `data.arrays.decode_array` decodes them."""
 MASKS = 'resize the logits to the size of the image (bilinear); each pixel has the class with the largest logit'
 """Text of `model.json` of a UPerNet, for the code that runs the program."""
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -33,10 +35,11 @@ def export_stablehlo(pretrained: PretrainedModel, folder: str | Path) -> None:
         logits = jax.jit(program.call)(weights, images)
 
     `images` are (N, size, size, C) uint8, decoded, resized and cropped as described in `model.json`; the program
-    normalises them. The logits are (N, classes) float32, or (N, size, size, classes) for a UPerNet. `activation` in
-    `model.json` is the function from logits to probabilities: "softmax", "sigmoid" (multi-label, or one output), or
-    null for a regression, which has no probabilities. The weights are arguments of the program. As constants they would
-    be limited to 2 GB, and ConvNeXt-L would take ten times longer to start.
+    normalises them. They are float32 if C is neither 1 nor 3. The logits are (N, classes) float32, or (N, size, size,
+    classes) for a UPerNet. `activation` in `model.json` is the function from logits to probabilities: "softmax",
+    "sigmoid" (multi-label, or one output), or null for a regression, which has no probabilities. The weights are
+    arguments of the program. As constants they would be limited to 2 GB, and ConvNeXt-L would take ten times longer to
+    start.
 
     Args:
         pretrained: model, preprocessing (by default ImageNet's at 224 pixels, or for a UPerNet at 512) and class names.
@@ -61,13 +64,14 @@ def export_stablehlo(pretrained: PretrainedModel, folder: str | Path) -> None:
         return with_parameters(model, weights)(normalize(images, mean, std))
 
     weights = get_weights(model)
+    dtype = pixel_dtype(model.in_channels)
     (batch,) = symbolic_shape('batch')
-    images = jax.ShapeDtypeStruct((batch, processor.size, processor.size, model.in_channels), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, processor.size, processor.size, model.in_channels), dtype)
     program = export(jax.jit(logits), platforms=PLATFORMS)(weights, images)
     preprocessing = dataclasses.asdict(processor) | {
         'squash': processor.squashes,
         'resample': Image.Resampling(processor.resample).name.lower(),
-        'decoding': DECODING,
+        'decoding': DECODING if dtype == np.uint8 else ARRAY_DECODING,
     }
     description = {'preprocessing': preprocessing, 'class_names': pretrained.class_names} | output
     files: dict[str, dict | bytes] = {'model.stablehlo': bytes(program.serialize()), 'model.json': description}

@@ -192,7 +192,7 @@ def test_eval_refuses_what_it_cannot_do(finished_run, arguments, line):
             ('--config=configs/fashion_mnist.py', '--config.log_every_steps=0', '--config.ema.decay=1.5'),
             'log_every_steps must be above 0, not 0; ema.decay must be in [0, 1), not 1.5',
         ),
-        (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'must have one value (grey) or three'),
+        (('--config=configs/fashion_mnist.py', '--config.data.std=(0.1, 0.2)'), 'must have one value for each channel'),
         (('--config=configs/fashion_mnist.py', '--config.optimizer.learning_rate=inf'), 'must be finite, not inf'),
         (('--config=configs/fashion_mnist.py', "--config.data.crop_scale=('a', 1)"), 'data.crop_scale must be two'),
         (
@@ -482,8 +482,8 @@ def test_eval_takes_a_run_or_weights_and_not_both(finished_run):
 
 def test_an_unknown_command_lists_the_commands():
     """Users would have to look up the name of the command that they misspelt."""
-    commands = '{train | eval | prepare | models | predict | embed | reconstruct | convert | export | plan}'
-    with pytest.raises(UserError, match=re.escape(commands)):
+    commands = 'train | eval | prepare | measure | models | predict | embed | reconstruct | convert | export | plan'
+    with pytest.raises(UserError, match=re.escape(f'{{{commands}}}')):
         package_command.main(['convnext_jax', 'modles'])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TIMEOUT
 from safetensors.numpy import load_file
+from small import small_variants
 
 from convnext_jax import ImageProcessor, create_model, save_pretrained
 from convnext_jax.__main__ import main
@@ -121,7 +122,13 @@ def test_grey_models_and_odd_ones(tmp_path):
     grey = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2, in_channels=1)
     export_stablehlo(Pretrained(grey, 'timm', None, None, (), []), tmp_path / 'grey')
     assert len(json.loads((tmp_path / 'grey' / 'model.json').read_text())['preprocessing']['mean']) == 1
-    four = create_model('convnextv2_atto', key=jax.random.key(0), num_classes=2, in_channels=4)
+    four = create_model(small_variants()['convnext_atto'], key=jax.random.key(0), num_classes=2, in_channels=4)
+    processor = ImageProcessor(size=8, mean=(0.5,) * 4, std=(0.5,) * 4)
+    export_stablehlo(Pretrained(four, 'timm', None, processor, (), []), tmp_path / 'floats')
+    program = jax.export.deserialize(bytearray((tmp_path / 'floats' / 'model.stablehlo').read_bytes()))
+    assert [x.dtype for x in program.in_avals][-1] == np.float32
+    about = json.loads((tmp_path / 'floats' / 'model.json').read_text())['preprocessing']
+    assert about['decoding'].startswith('float32')
     with pytest.raises(UserError, match='there is no image processor for 4 channels'):
         export_stablehlo(Pretrained(four, 'timm', None, None, (), []), tmp_path / 'four')
     with pytest.raises(UserError, match='3 class names for 2 classes'):

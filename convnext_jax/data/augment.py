@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, Num, UInt8
+from jaxtyping import Array, Bool, Float, Key, Num
 
 from convnext_jax.data.color import jitter_colors, three_augment
 from convnext_jax.data.randaugment import parse_randaugment, rand_augment
@@ -20,7 +20,7 @@ ERASING_TRIES = 10
 
 
 def augment(
-    images: UInt8[Array, 'n h w c'],
+    images: Num[Array, 'n h w c'],
     keys: Key[Array, ' n'],
     *,
     flip: bool,
@@ -35,7 +35,7 @@ def augment(
     """Augmented and normalised training images.
 
     Args:
-        images: (N, H, W, C) uint8.
+        images: (N, H, W, C), as for `normalize`. Only uint8 images can have a `policy` or `color_jitter`.
         keys: (N,) random keys, one for each image.
         flip, crop_padding, policy, color_jitter, erasing, erasing_mode: the fields of the config's `augment` section.
         mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
@@ -67,17 +67,18 @@ def augment(
 
 
 def normalize(images: Num[Array, 'n h w c'], mean: Sequence[float], std: Sequence[float]) -> Float[Array, 'n h w c']:
-    """(images / 255 − mean) / std, with the mean and std of each channel: (N, H, W, C) uint8 → float32."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    """(images − mean) / std as float32, with mean and std of each channel; uint8 images are divided by 255 before."""
+    scale = 255 if images.dtype == jnp.uint8 else 1
+    return (images.astype(jnp.float32) / scale - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def random_flip(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n']) -> UInt8[Array, 'n h w c']:
+def random_flip(images: Num[Array, 'n h w c'], keys: Key[Array, ' n']) -> Num[Array, 'n h w c']:
     """The images, (N, H, W, C), each mirrored left to right with probability ½; `keys` are (N,) random keys."""
     mirrored = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def random_crop(images: UInt8[Array, 'n h w c'], keys: Key[Array, ' n'], padding: int) -> UInt8[Array, 'n h w c']:
+def random_crop(images: Num[Array, 'n h w c'], keys: Key[Array, ' n'], padding: int) -> Num[Array, 'n h w c']:
     """A random crop of each image after zero padding: (N, H, W, C) → (N, H, W, C).
 
     Args:

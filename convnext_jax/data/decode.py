@@ -1,4 +1,4 @@
-"""Image decoding: encoded bytes → uint8 pixels, with the training crop and the evaluation resize."""
+"""Image decoding: encoded bytes → pixels, with the training crop and the evaluation resize."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
+from convnext_jax.data.arrays import NPY, PILLOW_CHANNELS, ArrayImage, decode_array, read_npy, to_image
 from convnext_jax.errors import UserError, first_line
 
 try:
@@ -33,13 +34,15 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
     The image is rotated according to its EXIF orientation. Only the first of several frames is decoded.
 
     Args:
-        image: the bytes of the file, in one of `FORMATS`.
+        image: the bytes of the file, in one of `FORMATS`, or a .npy file.
         channels: 1 (greyscale, mode 'L') or 3 (mode 'RGB').
         name: the file, for error messages.
 
     Raises:
         UserError: the bytes are not a complete image, or its pixel values have an unknown range (see `convert_mode`).
     """
+    if image.startswith(NPY):
+        return convert_mode(_eight_bits(read_npy(image, name), channels, name), channels)
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as file:
             converted = convert_mode(file, channels)
@@ -49,6 +52,21 @@ def decode(image: bytes, channels: int, name: str) -> Image.Image:
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise UserError(f'{name} cannot be decoded as an image: {first_line(error)}') from error
     return converted if orientation == 1 else Image.fromarray(_upright(np.asarray(converted), orientation))
+
+
+def decode_channels(image: bytes, channels: int, name: str) -> Image.Image | ArrayImage:
+    """The image of `decode` for 1 or 3 channels, or of `decode_array` for any other number of channels."""
+    return decode(image, channels, name) if channels in PILLOW_CHANNELS else decode_array(image, channels, name)
+
+
+def _eight_bits(pixels: np.ndarray, channels: int, name: str) -> Image.Image:
+    """An array (H, W), (H, W, 1) or (H, W, channels) as an 8-bit image."""
+    is_grey = pixels.ndim == 2 or pixels.shape[2:] == (1,)
+    values = np.asarray(to_image(pixels, 1 if is_grey else channels, name))
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise UserError(f'{name} has float pixel values outside [0, 1]: scale them to [0, 1]')
+    scaled = np.round(values * 255).astype(np.uint8)
+    return Image.fromarray(scaled[:, :, 0] if scaled.shape[2] == 1 else scaled)
 
 
 def decode_rgb(image: bytes, name: str) -> np.ndarray:
@@ -70,6 +88,9 @@ def upright_size(image: bytes, name: str) -> tuple[int, int]:
     Raises:
         UserError: the header of the file cannot be read.
     """
+    if image.startswith(NPY):
+        height, width = read_npy(image, name).shape[:2]
+        return width, height
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as file:
             orientation = _orientation(file)
@@ -153,8 +174,8 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def resize(image: Image.Image, size: int, *, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
-    """The whole image resized to a square, without keeping the aspect ratio: (size, size, C) uint8."""
+def resize(image: Image.Image | ArrayImage, size: int, *, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
+    """The whole image resized to a square, without keeping the aspect ratio: (size, size, C)."""
     return _pixels(image.resize((size, size), resample))
 
 
@@ -168,7 +189,7 @@ def train_crop(
     exact: bool = False,
     name: str = 'the image',
 ) -> np.ndarray:
-    """A random resized crop of an encoded image, upright: (size, size, C) uint8.
+    """A random resized crop of an encoded image, upright: (size, size, C) with the dtype of `pixel_dtype`.
 
     The crop of arXiv:1409.4842, as in torchvision: the fraction of the image's area is uniform in `scale`, and the
     aspect ratio is log-uniform in [3/4, 4/3]. After ten draws that do not fit into the image, the result is the largest
@@ -177,7 +198,7 @@ def train_crop(
     Args:
         image: the bytes of the file.
         size: side of the result in pixels.
-        channels: 1 (greyscale) or 3 (RGB).
+        channels: 1 (greyscale), 3 (RGB), or any other number for a .npy or TIFF file.
         scale: smallest and largest fraction of the image's area.
         seed: non-negative integers that seed the random crop.
         exact: use Pillow's decoder and bicubic filter. Otherwise JPEGs are decoded at the smallest sufficient
@@ -186,12 +207,12 @@ def train_crop(
         name: the file, for error messages.
 
     Raises:
-        UserError: as for `decode`.
+        UserError: as for `decode_channels`.
     """
-    if not exact and image.startswith(JPEG):
+    if not exact and image.startswith(JPEG) and channels in PILLOW_CHANNELS:
         with contextlib.suppress(ValueError):  # CMYK or damaged: Pillow decodes it or reports the error
             return _fast_crop(image, size, channels, scale, seed)
-    whole = decode(image, channels, name)
+    whole = decode_channels(image, channels, name)
     box = _random_box(whole.width, whole.height, scale, seed)
     return _pixels(whole.crop(box).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -251,7 +272,7 @@ def _filter(pixels: np.ndarray, size: int, box: tuple[float, float, float, float
 
 
 def eval_resize(
-    image: Image.Image,
+    image: Image.Image | ArrayImage,
     size: int,
     crop_pct: float,
     *,
@@ -259,7 +280,7 @@ def eval_resize(
     resample: int = Image.Resampling.BICUBIC,
     name: str = 'the image',
 ) -> np.ndarray:
-    """The evaluation resize and centre crop of Hugging Face's ConvNeXt processor: (size, size, C) uint8.
+    """The evaluation resize and centre crop of Hugging Face's ConvNeXt processor: (size, size, C).
 
     The shorter side is resized to int(size / crop_pct), and the centre is cropped. With `squash` the whole image is
     resized to a square instead.
@@ -319,6 +340,6 @@ def _random_box(width: int, height: int, scale: tuple[float, float], seed: Seque
     return left, top, left + w, top + h
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: Image.Image | ArrayImage) -> np.ndarray:
     pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

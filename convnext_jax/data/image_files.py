@@ -16,7 +16,7 @@ IMAGE_SUFFIXES = {
     *('.tif', '.tiff', '.bmp', '.dib', '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.pfm'),
     *('.jp2', '.j2k', '.jpc', '.jpf', '.jpx', '.j2c'),
 }
-"""The file name suffixes of the formats that `decode` reads."""
+"""The file name suffixes of the formats that `decode` reads, except .npy."""
 
 
 class FoundImages(NamedTuple):
@@ -37,7 +37,8 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
     A file is an image if it has a suffix in `IMAGE_SUFFIXES`, or if its content is an image. Files with TIFF content
     and an unknown suffix are not images, because they may be camera raw files. Hidden files and folders are ignored.
     Links to folders are followed, but no folder is read twice. A broken link with an image suffix counts as an image,
-    so that the attempt to read it reports the problem.
+    so that the attempt to read it reports the problem. Files with the suffix .npy are images only if all others are
+    TIFF files: beside photographs, they may hold features.
 
     Args:
         folder: the folder to search.
@@ -48,6 +49,7 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
         UserError: a folder cannot be read.
     """
     paths: list[str] = []
+    arrays: list[str] = []
     left_out: Counter[str] = Counter()
     seen = set()
     folders = [str(folder)]
@@ -71,6 +73,8 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
                 kind = _kind_of_file(entry)
                 if kind == 'image':
                     paths.append(entry.path)
+                elif kind == '.npy files':
+                    arrays.append(entry.path)
                 else:
                     left_out[kind] += 1
             elif not entry.is_symlink():
@@ -79,6 +83,10 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
                 left_out['links to folders of other classes'] += 1
             else:
                 links.append(entry.path)
+    if all(path.lower().endswith(('.tif', '.tiff')) for path in paths):
+        paths += arrays
+    elif arrays:
+        left_out['.npy files beside photographs'] = len(arrays)
     return FoundImages(sorted(paths, key=lambda path: normalize(path).split(os.sep)), left_out)
 
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from convnext_jax.data.arrays import PILLOW_CHANNELS, pixel_dtype
 from convnext_jax.data.dataset import Dataset, Example, Features
-from convnext_jax.data.decode import JPEG, decode, eval_resize, eval_sides, resize, train_crop
+from convnext_jax.data.decode import JPEG, decode_channels, eval_resize, eval_sides, resize, train_crop
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
@@ -17,9 +18,9 @@ MAX_LABELS = 32  # labels of one image; ImageNet-ReaL has up to a dozen
 
 
 def image_features(size: int, channels: int) -> Features:
-    """`image` (size, size, channels) uint8 and `label` () int32."""
+    """`image` (size, size, channels) with the dtype of `pixel_dtype`, and `label` () int32."""
     return {
-        'image': jax.ShapeDtypeStruct((size, size, channels), np.uint8),
+        'image': jax.ShapeDtypeStruct((size, size, channels), pixel_dtype(channels)),
         'label': jax.ShapeDtypeStruct((), np.int32),
     }
 
@@ -30,7 +31,7 @@ class LabelledImages(Dataset):
     Args:
         source: the encoded images and their labels.
         size: side of the decoded images in pixels.
-        channels: 1 (greyscale) or 3 (RGB).
+        channels: 1 (greyscale), 3 (RGB), or any other number for .npy and TIFF files.
     """
 
     def __init__(self, source: Source, size: int, channels: int):
@@ -47,7 +48,7 @@ class LabelledImages(Dataset):
 
     def check(self, index: int) -> None:
         example = self.source[index]
-        decode(example.image, self.channels, example.name)
+        decode_channels(example.image, self.channels, example.name)
 
 
 class TrainImages(LabelledImages):
@@ -90,7 +91,7 @@ class TrainImages(LabelledImages):
                 name=example.name,
             )
         else:
-            pixels = resize(decode(example.image, self.channels, example.name), self.size)
+            pixels = resize(decode_channels(example.image, self.channels, example.name), self.size)
         return {
             'image': pixels,
             'label': np.int32(cast(int, example.label)),
@@ -127,7 +128,7 @@ class EvalImages(LabelledImages):
     def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
         del draw
         example = self.source[index]
-        image = decode(example.image, self.channels, example.name)
+        image = decode_channels(example.image, self.channels, example.name)
         pixels = eval_resize(
             image, self.size, self.crop_pct, squash=self.squash, resample=self.resample, name=example.name
         )
@@ -183,9 +184,9 @@ def _check(image: bytes, channels: int, name: str) -> tuple[int, int]:
     """Checks that an image is complete, by decoding it as cheaply as possible; returns its width and height.
 
     Raises:
-        UserError: as for `decode`.
+        UserError: as for `decode_channels`.
     """
-    if image.startswith(JPEG):
+    if image.startswith(JPEG) and channels in PILLOW_CHANNELS:
         with contextlib.suppress(
             OSError, SyntaxError, ValueError, Image.DecompressionBombError
         ):  # `decode` reports the error
@@ -194,4 +195,4 @@ def _check(image: bytes, channels: int, name: str) -> tuple[int, int]:
             opened.draft('L' if channels == 1 else 'RGB', (1, 1))  # decodes all bytes, at 1/8 of each side
             opened.load()
             return sides
-    return decode(image, channels, name).size
+    return decode_channels(image, channels, name).size

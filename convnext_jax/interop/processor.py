@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convnext_jax.data.decode import convert_mode, decode, eval_resize
+from convnext_jax.data.arrays import PILLOW_CHANNELS, ArrayImage, to_image
+from convnext_jax.data.decode import convert_mode, decode, decode_channels, eval_resize
 from convnext_jax.errors import UserError
 from convnext_jax.interop.files import locate, read_json
 from convnext_jax.output import to_json
@@ -31,7 +32,8 @@ class ImageProcessor:
         squash: whether to resize to a square, without a crop and ignoring the aspect ratio; None means True for sizes
             of 384 and above, else False.
         rescale_factor: factor by which pixel values from 0 to 255 are multiplied.
-        mean, std: mean and standard deviation of each channel after rescaling; one value for greyscale, three for RGB.
+        mean, std: mean and standard deviation of each channel after rescaling; one value for greyscale, three for RGB,
+            and any other number for images with more channels, which are float32 in .npy and TIFF files.
 
     Raises:
         UserError: a value is out of its range.
@@ -55,8 +57,8 @@ class ImageProcessor:
             raise UserError(f'crop_pct must be in [0.1, 1], not {self.crop_pct}')
         if not isinstance(self.resample, int) or self.resample not in list(Image.Resampling):
             raise UserError(f"resample must be one of Pillow's filters, 0 to 5, not {self.resample}")
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or not all(std > 0 for std in self.std):
-            raise UserError(f'mean and std need one value or three, std above 0: {self.mean}, {self.std}')
+        if not self.mean or len(self.std) != len(self.mean) or not all(std > 0 for std in self.std):
+            raise UserError(f'mean and std need one value for each channel, std above 0: {self.mean}, {self.std}')
 
     @classmethod
     def from_pretrained(cls, where: str, *, revision: str | None = None) -> 'ImageProcessor':
@@ -240,8 +242,9 @@ class ImageProcessor:
 
         Args:
             images: one image or a sequence. An image is a Pillow image of any mode; an array (H, W) or (H, W, C), uint8
-                from 0 to 255 or float from 0 to 1; or a path. Files are decoded as in training and evaluation
-                (`data.decode.decode`) and rotated by their EXIF orientation. Pillow images are not rotated.
+                from 0 to 255 or float from 0 to 1; or a path. An array with another number of channels than 1 or 3 is
+                read like a .npy file. Files are decoded as in training and evaluation (`data.decode.decode_channels`)
+                and rotated by their EXIF orientation. Pillow images are not rotated.
 
         Raises:
             UserError: an image cannot be read, or an array has another shape, dtype or range.
@@ -256,14 +259,16 @@ class ImageProcessor:
         opened = (_open(image, channels, f'image {number}') for number, image in enumerate(images))
         return np.stack([self.normalize(self.resize(image)) for image in opened])
 
-    def resize(self, image: Image.Image) -> np.ndarray:
-        """The image resized and cropped: (size, size, C) uint8."""
-        image = convert_mode(image, len(self.mean))
+    def resize(self, image: Image.Image | ArrayImage) -> np.ndarray:
+        """The image resized and cropped: (size, size, C) uint8, or float32 for an `ArrayImage`."""
+        if isinstance(image, Image.Image):
+            image = convert_mode(image, len(self.mean))
         return eval_resize(image, self.size, self.crop_pct, squash=self.squash, resample=self.resample)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """(…, C) uint8 → float32, rounded in the order of Hugging Face's processor."""
-        rescaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        """(…, C) uint8, or float32 from an `ArrayImage` → float32, rounded in the order of Hugging Face's processor."""
+        factor = self.rescale_factor if pixels.dtype == np.uint8 else 255 * self.rescale_factor
+        rescaled = (pixels.astype(np.float64) * factor).astype(np.float32)
         return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
@@ -294,8 +299,8 @@ def processor_for(channels: int, given: ImageProcessor | None = None) -> ImagePr
     Raises:
         UserError: the processor has another number of channels, or there is no default for this number.
     """
-    if given is None and channels not in (1, 3):
-        raise UserError(f'there is no image processor for {channels} channels, only for 1 (greyscale) and 3 (RGB)')
+    if given is None and channels not in PILLOW_CHANNELS:
+        raise UserError(f'there is no image processor for {channels} channels: store mean and std with the weights')
     processor = given or (ImageProcessor(mean=(0.5,), std=(0.5,)) if channels == 1 else ImageProcessor())
     if len(processor.mean) != channels:
         raise UserError(f'the processor is for {len(processor.mean)} channels, the model for {channels}')
@@ -322,21 +327,26 @@ def open_image(path: str | Path, channels: int) -> Image.Image:
     Raises:
         UserError: the file cannot be read, or as for `decode`.
     """
+    return decode(_read(path), channels, str(path))
+
+
+def _read(path: str | Path) -> bytes:
     try:
-        content = local_path(path).read_bytes()
+        return local_path(path).read_bytes()
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
-    return decode(content, channels, str(path))
 
 
-def _open(image: Picture, channels: int, name: str) -> Image.Image:
+def _open(image: Picture, channels: int, name: str) -> Image.Image | ArrayImage:
     if isinstance(image, Image.Image):
+        if channels not in PILLOW_CHANNELS:
+            raise UserError(f'{name} is a Pillow image, but images of {channels} channels must be arrays or files')
         return image
     if isinstance(image, np.ndarray):
-        return _from_array(image, name)
+        return _from_array(image, name) if channels in PILLOW_CHANNELS else to_image(image, channels, name)
     if not isinstance(image, str | Path):
         raise UserError(f'{name} is a {type(image).__name__}, not an image, an array or a path')
-    return open_image(image, channels)
+    return decode_channels(_read(image), channels, str(image))
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

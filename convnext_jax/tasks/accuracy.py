@@ -40,7 +40,8 @@ class Accuracy(Evaluator):
 
         Args:
             model: a classifier.
-            batch: `image` (N, H, W, C) uint8; `label` (N,) or (N, labels) int32, padded with −1; `weight` (N,).
+            batch: `image` (N, H, W, C), as for `normalize`; `label` (N,) or (N, labels) int32, padded with −1; `weight`
+                (N,).
 
         Returns:
             Float32 sums over the examples with weight above 0. Scalars: `loss`, `top1`, `top5`, `count`. One value for

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from PIL import Image
 
+from convnext_jax.data.arrays import PILLOW_CHANNELS
 from convnext_jax.data.augment import augment
 from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages, image_features
@@ -61,8 +62,8 @@ def _defaults(config: ConfigDict) -> None:
 class Classification(Task):
     """Classification of images with one label each.
 
-    A batch has `image` (N, H, W, C) uint8 and `label` (N,) int32. After `augment`, it has `image` (N, H, W, C) float32,
-    normalised, and `target` (N, classes) float32.
+    A batch has `image` (N, H, W, C), uint8 for 1 or 3 channels and else float32, and `label` (N,) int32. After
+    `augment`, it has `image` (N, H, W, C) float32, normalised, and `target` (N, classes) float32.
     """
 
     headline = Headline('top1', 'top-1', ' %')
@@ -88,10 +89,15 @@ class Classification(Task):
     )
 
     def problems(self) -> list[str]:
-        scale = self.config.data.crop_scale
+        scale, augmentation, lines = self.config.data.crop_scale, self.config.augment, []
         if scale and not (len(scale) == 2 and all(isinstance(value, int | float) for value in scale)):
-            return [f'data.crop_scale must be two numbers with 0 < minimum ≤ maximum ≤ 1, or (), not {scale}']
-        return []
+            lines.append(f'data.crop_scale must be two numbers with 0 < minimum ≤ maximum ≤ 1, or (), not {scale}')
+        if self.channels not in PILLOW_CHANNELS and (augmentation.policy or augmentation.color_jitter):
+            lines.append(
+                f'augment.policy and augment.color_jitter change colours, but data.mean has {self.channels} values, so '
+                "the images are not RGB: set --config.augment.policy='' --config.augment.color_jitter=0.0"
+            )
+        return lines
 
     @property
     def channels(self) -> int:

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
+from convnext_jax.data.arrays import PILLOW_CHANNELS
 from convnext_jax.data.augment import normalize, random_flip
 from convnext_jax.data.dataset import Features
 from convnext_jax.data.labelled_images import EvalImages, TrainImages
@@ -93,6 +94,8 @@ class FCMAE(Task):
     def problems(self) -> list[str]:
         size, name, fcmae = self.config.data.image_size, self.config.model.name, self.config.fcmae
         lines, stride = [], self.variant().total_stride
+        if self.channels not in PILLOW_CHANNELS:
+            lines.append(f'fcmae needs images of 1 or 3 channels, but data.mean has {self.channels} values')
         if stride != PATCH_SIZE:
             lines.append(f'FCMAE needs a backbone with a total stride of {PATCH_SIZE}, but {name} has {stride}')
         if not 0 < fcmae.mask_ratio < 1:

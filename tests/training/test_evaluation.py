@@ -42,7 +42,8 @@ def examples(num_classes):
 def batches(images, labels, batch_size):
     """Batches of float images; the padding of the last batch has NaN pixels and impossible labels."""
     padding = -(-len(images) // batch_size) * batch_size - len(images)
-    images = np.concatenate([images.astype(np.float32), np.full((padding, *images.shape[1:]), np.nan, np.float32)])
+    nan = np.full((padding, *images.shape[1:]), np.nan, np.float32)
+    images = np.concatenate([images.astype(np.float32) / 255, nan])
     labels = np.concatenate([labels, np.full(padding, 10**6, np.int32)])
     weights = np.concatenate([np.ones(len(images) - padding, np.float32), np.zeros(padding, np.float32)])
     for first in range(0, len(images), batch_size):
