@@ -185,7 +185,7 @@ def convert(arguments: list[str]) -> None:
         licence=pretrained.licence,
         head=head,
     )
-    _say_licence(pretrained)
+    _say_what_was_read(pretrained)
     part = '' if head else ', an encoder without a head'
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout{part}')
     if values.push is not None:
@@ -217,7 +217,7 @@ def export(arguments: list[str]) -> None:
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
     pretrained = read_weights(source, values.params, values.name)
     export_stablehlo(pretrained, target)
-    _say_licence(pretrained)
+    _say_what_was_read(pretrained)
     show(f'{target} holds model.stablehlo, model.safetensors ({pretrained.origin}) and model.json (classes and images)')
 
 
@@ -335,7 +335,7 @@ def embed_photos(arguments: list[str]) -> None:
     weights = required(values, 'weights') if values.workdir is None else values.workdir
     pretrained = as_classifier(read_weights(weights, values.params, values.name))
     say(f'embedding with {pretrained.origin}', error=True)
-    _say_licence(pretrained)
+    _say_what_was_read(pretrained)
     files, vectors = [], []
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
         for embedding in embed(pretrained, photos, batch_size=values.batch):
@@ -358,6 +358,13 @@ def _define_weights(values: flags.FlagValues) -> None:
         'params', 'raw', "Weights to use: 'raw', or 'ema' for their moving average.", flag_values=values
     )
     flags.DEFINE_string('name', None, 'Name of the architecture, if the file does not contain it.', flag_values=values)
+
+
+def _say_what_was_read(pretrained: PretrainedModel) -> None:
+    """Prints what was changed or dropped in the file of the weights, and their licence."""
+    for note in pretrained.file_notes:
+        say(note, error=True)
+    _say_licence(pretrained)
 
 
 def _say_licence(pretrained: PretrainedModel) -> None:

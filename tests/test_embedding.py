@@ -132,3 +132,19 @@ def test_a_name_that_is_not_utf_8_is_refused_by_parquet_and_stored_by_npz(tmp_pa
     assert read(tmp_path / 'x.npz')[0] == [name]
     with pytest.raises(UserError, match='the name of an image is not UTF-8'):
         save_embeddings(tmp_path / 'x.parquet', [name], vectors)
+
+
+def test_commands_name_the_prefix_that_they_ignored(model, photos, tmp_path, capsys):
+    """Users would not notice that they have chosen one of several wrapped models."""
+    save_pretrained(model, tmp_path / 'out', processor=PROCESSOR)
+    file = tmp_path / 'out' / 'model.safetensors'
+    save_file({f'module.{name}': x for name, x in load_file(file).items()}, file)
+    source, photo = str(tmp_path / 'out'), str(photos / 'b.png')
+    for arguments in (
+        ('embed', photo, f'--weights={source}', f'--output={tmp_path / "x.npz"}'),
+        ('convert', source, str(tmp_path / 'timm'), '--layout=timm'),
+        ('export', source, str(tmp_path / 'program')),
+    ):
+        package_command.main(['convnext_jax', *arguments])
+        said = capsys.readouterr().err.splitlines()
+        assert said.count("the prefix 'module.' of the names in the file is ignored") == 1

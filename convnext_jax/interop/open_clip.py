@@ -40,22 +40,21 @@ def image_tower(tensors: Tensors, where: str) -> tuple[Tensors, list[str]] | Non
     """The image tower in timm's layout, and messages for the user; None for tensors of another model.
 
     Args:
-        tensors: name → tensor of a file, which may contain the text tower; it is dropped.
+        tensors: name → tensor, without prefixes of wrappers. The text tower is dropped.
         where: the file, for error messages.
 
     Raises:
         UserError: the image tower is not a ConvNeXt with one of the two projections.
     """
-    names = {stored: stored.removeprefix('module.') for stored in tensors}
-    if not any(name.startswith(TRUNK) for name in names.values()):
+    if not any(name.startswith(TRUNK) for name in tensors):
         return None
     tower: dict[str, Any] = {}
     text = []
-    for stored, name in names.items():
+    for name, x in tensors.items():
         if name.startswith(TRUNK):
-            tower[name.removeprefix(TRUNK)] = tensors[stored]
+            tower[name.removeprefix(TRUNK)] = x
         elif name in PROJECTION:
-            tower[PROJECTION[name]] = tensors[stored]
+            tower[PROJECTION[name]] = x
         elif name.startswith(TOWER):
             raise UserError(f'{where}: {printable(name)} is not part of a linear or MLP projection')
         else:

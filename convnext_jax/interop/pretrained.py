@@ -61,6 +61,7 @@ class Pretrained(NamedTuple):
         licence: licence of the weights; None if their folder does not state one.
         decoder: decoder of the original's FCMAE pre-training, for `fcmae.decoder_parameters`; {} for other files.
         test_processor: the preprocessing with the image size and crop of timm's published accuracy; None if unknown.
+        file_notes: the part of `notes` about names and tensors of the file that were changed or dropped.
     """
 
     model: ConvNeXt
@@ -74,6 +75,7 @@ class Pretrained(NamedTuple):
     licence: Licence | None = None
     decoder: Tensors = {}  # noqa: RUF012 - never modified
     test_processor: ImageProcessor | None = None
+    file_notes: tuple[str, ...] = ()
 
     @property
     def has_head(self) -> bool:
@@ -251,7 +253,15 @@ def read_pretrained(
     licence = read_licence(folder, opened.config)
     if newly_initialised or num_classes == 0:  # names and problem type in the config describe another head
         return Pretrained(
-            model, layout, None, processor, newly_initialised, notes, licence=licence, decoder=opened.decoder
+            model,
+            layout,
+            None,
+            processor,
+            newly_initialised,
+            notes,
+            licence=licence,
+            decoder=opened.decoder,
+            file_notes=opened.notes,
         )
     class_names, problem_type = class_names_in(opened.config, num_classes), opened.config.get('problem_type')
     check_problem_type(problem_type)
@@ -266,6 +276,7 @@ def read_pretrained(
         licence=licence,
         decoder=opened.decoder,
         test_processor=None if adaptation else _test_processor(opened),
+        file_notes=opened.notes,
     )
 
 

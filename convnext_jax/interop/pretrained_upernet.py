@@ -44,6 +44,7 @@ class PretrainedUPerNet(NamedTuple):
         notes: messages for the user about newly initialised parameters, or about other weights of the run.
         origin: description of the file, folder or run that contains the weights, for messages.
         licence: licence of the weights; None if their folder does not state one.
+        file_notes: the part of `notes` about names and tensors of the file that were changed or dropped.
         windows: the windows in the evaluation of a run; None if it squashes images, or if the weights are not of a run.
     """
 
@@ -56,6 +57,7 @@ class PretrainedUPerNet(NamedTuple):
     origin: str = ''
     licence: Licence | None = None
     windows: WindowProtocol | None = None
+    file_notes: tuple[str, ...] = ()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -148,6 +150,7 @@ def read_upernet(
         new,
         notes,
         licence=read_licence(folder, opened.config),
+        file_notes=opened.notes,
     )
 
 

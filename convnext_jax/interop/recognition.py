@@ -13,7 +13,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
 from convnext_jax.interop.layouts import BLOCK, dense_from_sparse
-from convnext_jax.interop.open_clip import image_tower, tower_config
+from convnext_jax.interop.open_clip import TRUNK, image_tower, tower_config
 from convnext_jax.interop.upernet import split_heads
 from convnext_jax.models import VARIANTS, Variant, get_variant, variants
 
@@ -138,8 +138,9 @@ def open_weights(
     tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
+    tensors, prefix = without_wrappers(tensors, where)
     tower = image_tower(tensors, where)
-    tensors, prefix = (tower[0], '') if tower else without_wrappers(tensors, where)
+    tensors = tower[0] if tower else tensors
     tensors, heads = split_heads(tensors)
     tensors, decoder = split_original(tensors)
     tensors = dense_from_sparse(tensors)
@@ -168,8 +169,9 @@ def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:
 
     Also returns the prefix, such as 'module.'; '' if there is none.
 
-    The prefix is the part before the name of the stem's kernel. Other names lose the leading components that they share
-    with it: if the prefix is `model.convnext.`, then `model.classifier.weight` becomes `classifier.weight`.
+    The prefix is the part before the name of the stem's kernel, or before `visual.trunk.` in an OpenCLIP model. Other
+    names lose the leading components that they share with it: if the prefix is `model.convnext.`, then
+    `model.classifier.weight` becomes `classifier.weight`.
 
     Args:
         tensors: name in the file → tensor.
@@ -184,7 +186,7 @@ def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:
     if len(wrappers) > 1:
         listed = ', '.join(sorted(f"'{printable(wrapper)}'" for wrapper in wrappers))
         raise UserError(f'{where} contains several models with the prefixes {listed}: save only one of them')
-    parts = wrappers.pop().split('.')[:-1] if wrappers else []
+    parts = wrappers.pop().removesuffix(TRUNK).split('.')[:-1] if wrappers else []
     result = {}
     for name, x in tensors.items():
         for part in parts:

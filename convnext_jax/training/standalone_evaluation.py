@@ -127,6 +127,8 @@ def evaluate_weights(config: ConfigDict, where: str, params: str, protocol: Eval
         if test_processor is None:
             raise UserError(f'--resolution=test: {where} states no test size; give a number of pixels')
         pretrained = pretrained._replace(processor=test_processor)
+    for note in pretrained.file_notes:
+        say(note)
     if pretrained.licence:
         say(pretrained.licence.line)
     config = _changed(make_task(config).config_for(pretrained, where), protocol)

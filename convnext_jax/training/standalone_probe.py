@@ -70,6 +70,8 @@ def probe_weights(config: ConfigDict, where: str, params: str, protocol: ProbePr
     """
     check_values(config)
     pretrained = read_weights(where, params)
+    for note in pretrained.file_notes:
+        say(note)
     if pretrained.licence:
         say(pretrained.licence.line)
     return {'weights': where, 'layout': pretrained.layout, 'params': params} | _probe(config, pretrained, protocol)
