@@ -1,7 +1,7 @@
 # make demo: train and evaluate a small model on CPU, and draw its curves.
 # make check: lint, types and the quick tests.
 # make test: all tests that need no torch.
-# make test-judges: installs torch, timm, transformers and OpenCV, and compares with them.
+# make test-judges: installs torch, timm, transformers, OpenCLIP and OpenCV, and compares with them.
 # make test-large-judges: the comparisons with timm that take minutes and 10 GB of memory.
 # make test-clusters: launch/slurm.sh on Slurm, workdirs in a bucket, launch/gke.yaml and the Dockerfile; skips the tests
 # of Slurm if it is not installed.

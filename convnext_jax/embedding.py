@@ -13,6 +13,7 @@ import numpy as np
 
 from convnext_jax.errors import UserError, first_line
 from convnext_jax.interop import Pretrained
+from convnext_jax.interop.open_clip import image_embedding
 from convnext_jax.interop.processor import processor_for
 from convnext_jax.prediction import read_batches
 from convnext_jax.probing.features import pooled_features
@@ -40,7 +41,8 @@ def embed(pretrained: Pretrained, photos: Iterable[Path], *, batch_size: int = 1
 
     Args:
         pretrained: the model and its preprocessing; without the latter, the default of `predict` is used. The features
-            are the input of the head, or, if no norm was trained, the average of the last feature map.
+            are the input of the head, or, if no norm was trained, the average of the last feature map. Those of an
+            OpenCLIP image tower are its embeddings, projected and of length 1.
         photos: the files, which are read batch by batch.
         batch_size: number of images in a batch.
 
@@ -48,7 +50,8 @@ def embed(pretrained: Pretrained, photos: Iterable[Path], *, batch_size: int = 1
         UserError: the processor does not match the model.
     """
     processor = processor_for(pretrained.model.in_channels, pretrained.processor)
-    features = jax.jit(functools.partial(pooled_features, norm=pretrained.has_norm))
+    pooled = functools.partial(pooled_features, norm=pretrained.has_norm)
+    features = jax.jit(image_embedding if pretrained.is_image_tower else pooled)
     for batch, images, errors in read_batches(photos, processor, batch_size):
         vectors = np.asarray(features(pretrained.model, jnp.asarray(images)))
         for i, path in enumerate(batch):

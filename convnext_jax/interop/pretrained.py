@@ -62,6 +62,7 @@ class Pretrained(NamedTuple):
         decoder: decoder of the original's FCMAE pre-training, for `fcmae.decoder_parameters`; {} for other files.
         test_processor: the preprocessing with the image size and crop of timm's published accuracy; None if unknown.
         file_notes: the part of `notes` about names and tensors of the file that were changed or dropped.
+        is_image_tower: whether the model is an OpenCLIP image tower, whose head is the projection to the embedding.
     """
 
     model: ConvNeXt
@@ -76,6 +77,7 @@ class Pretrained(NamedTuple):
     decoder: Tensors = {}  # noqa: RUF012 - never modified
     test_processor: ImageProcessor | None = None
     file_notes: tuple[str, ...] = ()
+    is_image_tower: bool = False
 
     @property
     def has_head(self) -> bool:
@@ -277,6 +279,7 @@ def read_pretrained(
         decoder=opened.decoder,
         test_processor=None if adaptation else _test_processor(opened),
         file_notes=opened.notes,
+        is_image_tower=opened.is_image_tower,
     )
 
 

@@ -108,6 +108,7 @@ class OpenedWeights(NamedTuple):
         decoder: name → tensor of the decoder of an FCMAE pre-training, in the original layout; {} for other files.
         heads: name → tensor of the heads of a UPerNet; {} for other files.
         notes: messages for the user about names and tensors that were changed or dropped.
+        is_image_tower: whether the weights are those of an OpenCLIP image tower, whose head is the projection.
     """
 
     path: Path
@@ -119,6 +120,7 @@ class OpenedWeights(NamedTuple):
     decoder: Tensors
     heads: Tensors
     notes: tuple[str, ...]
+    is_image_tower: bool = False
 
 
 def open_weights(
@@ -161,7 +163,8 @@ def open_weights(
     variant = recognize_variant(tensors, backbone_config or {}, name, layout)
     in_channels = _stem_shape(tensors, layout)[1]
     notes += _prefix_notes(prefix, 'upernet' if heads else layout)
-    return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, tuple(notes))
+    is_tower = tower is not None
+    return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, tuple(notes), is_tower)
 
 
 def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:

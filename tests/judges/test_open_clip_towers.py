@@ -1,4 +1,4 @@
-"""The image tower of OpenCLIP, built from timm and torch as in open_clip/timm_model.py."""
+"""The image tower of OpenCLIP: its own, and one built from timm and torch as in open_clip/timm_model.py."""
 
 import jax
 import numpy as np
@@ -7,8 +7,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from convnext_jax.interop import read_pretrained
+from convnext_jax.embedding import embed
+from convnext_jax.interop import ImageProcessor, read_pretrained
 from convnext_jax.interop.open_clip import image_embedding
+from convnext_jax.models import VARIANTS, get_variant
 from tests.judges import record
 from tests.reference import cases
 
@@ -41,3 +43,26 @@ def test_embeddings_equal_those_of_the_tower(tmp_path, name):
         theirs = tower(record.nchw(x)).numpy()
     ours = jax.jit(image_embedding)(read_pretrained(tmp_path / 'open_clip_model.safetensors').model, x)
     assert np.abs(ours - theirs).max() / theirs.std() < BOUND
+
+
+@pytest.mark.parametrize('projection', ['linear', 'mlp'])
+def test_embed_equals_encode_image(tmp_path, monkeypatch, projection):
+    """A search by text would not find the images: `embed` would write other vectors than OpenCLIP computes."""
+    open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
+    vision = {'timm_model_name': 'convnext_atto', 'timm_proj': projection, 'timm_pool': '', 'image_size': 64}
+    text = {'context_length': 4, 'vocab_size': 8, 'width': 16, 'heads': 2, 'layers': 1}
+    if projection == 'mlp':  # convnext_large_mlp, the only published one, is too large for a test
+        monkeypatch.setitem(VARIANTS, 'convnext_atto_mlp', get_variant('convnext_atto').replace(head_hidden=48))
+    model = open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name.startswith('visual.')}
+    tensors = {name: torch.from_numpy(cases.foreign_tensor(name, shape)) for name, shape in shapes.items()}
+    model.load_state_dict(tensors, strict=False)
+    save_file(model.state_dict(), tmp_path / 'open_clip_model.safetensors')
+    pixels = np.uint8(np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
+    np.save(tmp_path / 'a.npy', pixels)
+    processor = ImageProcessor(size=64, crop_pct=1.0)
+    with torch.no_grad():
+        theirs = model.encode_image(record.nchw(processor(pixels)), normalize=True).numpy()[0]
+    loaded = read_pretrained(tmp_path / 'open_clip_model.safetensors')._replace(processor=processor)
+    (ours,) = embed(loaded, [tmp_path / 'a.npy'])
+    assert np.abs(ours.vector - theirs).max() / theirs.std() < BOUND
