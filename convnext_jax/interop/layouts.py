@@ -233,7 +233,7 @@ def check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], varia
         shape = shapes[ours] if block is None else shapes[ours][1:]
         expected = _to_their_shape(np.broadcast_to(0, shape), ours, variant, layout).shape  # takes no memory
         allowed = {expected}
-        if layout == 'timm' and '.pointwise' in ours and ours.endswith('.kernel'):  # its option conv_mlp
+        if '.pointwise' in ours and ours.endswith('.kernel'):  # linear layers, or 1×1 convolutions
             allowed = {expected[:2], (*expected[:2], 1, 1)}
         if theirs in tensors and tensors[theirs].shape not in allowed:
             problems.append(f'{theirs} is {tensors[theirs].shape}, not {expected}')

@@ -23,7 +23,7 @@ from convnext_jax.interop.configs import (
     upernet_config,
 )
 from convnext_jax.interop.files import Tensors, write_folder
-from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, to_layout
+from convnext_jax.interop.layouts import HEADS, LAST_NORMS, from_layout, normed_feature, to_layout
 from convnext_jax.interop.licence import CARD, Licence, model_card, read_licence
 from convnext_jax.interop.pretrained_upernet import PretrainedUPerNet, read_upernet
 from convnext_jax.interop.processor import ImageProcessor, processor_for, segmentation_processor, stored_processor
@@ -206,6 +206,8 @@ def read_pretrained(
     opened = open_weights(where, name=name, entry=entry, revision=revision)
     if opened.heads:
         raise UserError(f'{opened.path} is a UPerNet, not a classifier: load_pretrained and read_upernet read it')
+    if any(map(normed_feature, opened.tensors)):
+        raise UserError(f'{opened.path} is a backbone that has a norm for each feature map: create_backbone reads it')
     opened, adaptation = with_channels(opened, in_channels)
     notes = [*opened.notes, *adaptation]
     processor = None if adaptation else stored_processor(opened.path, opened.config)

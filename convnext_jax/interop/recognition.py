@@ -14,6 +14,7 @@ from convnext_jax.interop.fcmae import split_original
 from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
 from convnext_jax.interop.layouts import BLOCK, dense_from_sparse
 from convnext_jax.interop.open_clip import TRUNK, image_tower, tower_config
+from convnext_jax.interop.openmmlab import with_original_names, without_detector
 from convnext_jax.interop.upernet import split_heads
 from convnext_jax.models import VARIANTS, Variant, get_variant, variants
 
@@ -37,7 +38,7 @@ OWN_PREFIXES = {
     'huggingface': ('convnext.', 'convnextv2.'),
     'original': ('encoder.',),  # of a pre-training
     'dinov3': ('model.',),
-    'upernet': ('backbone.',),
+    'openmmlab': ('backbone.',),
 }
 """Layout → prefixes of the stem's name that belong to the layout, and not to a wrapper."""
 TIMM_SUPPORTED = {
@@ -142,13 +143,14 @@ def open_weights(
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
     tensors, prefix = without_wrappers(tensors, where)
     tower = image_tower(tensors, where)
-    tensors = tower[0] if tower else tensors
+    tensors = with_original_names(tower[0] if tower else tensors)
+    tensors, dropped = without_detector(tensors)
     tensors, heads = split_heads(tensors)
     tensors, decoder = split_original(tensors)
     tensors = dense_from_sparse(tensors)
     file = path / ('open_clip_config.json' if tower else 'config.json')
     config = read_json(file) if path.is_dir() and file.is_file() else {}
-    notes: list[str] = []
+    notes = dropped
     if tower:
         config, notes = tower_config(config)
         notes = [*tower[1], *notes]
@@ -162,7 +164,7 @@ def open_weights(
         raise UserError(f'config.json: backbone_config must be an object, not {backbone_config}')
     variant = recognize_variant(tensors, backbone_config or {}, name, layout)
     in_channels = _stem_shape(tensors, layout)[1]
-    notes += _prefix_notes(prefix, 'upernet' if heads else layout)
+    notes += _prefix_notes(prefix, 'openmmlab' if heads or dropped else layout)
     is_tower = tower is not None
     return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, tuple(notes), is_tower)
 

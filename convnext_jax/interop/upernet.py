@@ -9,6 +9,7 @@ from einops import rearrange
 
 from convnext_jax.interop.files import Tensors, printable
 from convnext_jax.interop.layouts import check_match, from_layout, to_layout
+from convnext_jax.interop.openmmlab import BLOCK
 from convnext_jax.models import Variant, Weights
 
 UPERNET_LAYOUTS = ('huggingface', 'mmsegmentation', 'original')
@@ -16,8 +17,6 @@ UPERNET_LAYOUTS = ('huggingface', 'mmsegmentation', 'original')
 
 HEADS = ('decode_head.', 'auxiliary_head.')
 BACKBONE = 'backbone.'
-BLOCK = {'depthwise_conv': 'dwconv', 'pointwise_conv1': 'pwconv1', 'pointwise_conv2': 'pwconv2'}
-"""Name of a layer of a block in mmsegmentation → its name in the original repository."""
 PARAMETERS = {
     'kernel': 'weight',
     'scale': 'weight',
@@ -35,18 +34,10 @@ def split_heads(tensors: Tensors) -> tuple[Tensors, Tensors]:
         tensors: name → tensor; the names of the backbone's tensors have no prefix.
 
     Returns:
-        The backbone, in the original repository's spelling if the file has mmsegmentation's; and the heads.
+        The backbone, and the heads.
     """
     heads = {name: x for name, x in tensors.items() if name.startswith(HEADS)}
-    if not heads:
-        return tensors, {}
-    backbone = {name: x for name, x in tensors.items() if name not in heads}
-    if any('.depthwise_conv.' in name for name in backbone):
-        backbone = {
-            _renamed(name, BLOCK): np.asarray(x).reshape(1, 1, 1, -1) if '.grn.' in name else x
-            for name, x in backbone.items()
-        }
-    return backbone, heads
+    return {name: x for name, x in tensors.items() if name not in heads}, heads
 
 
 def head_name(ours: str, layout: str) -> str:

@@ -1,0 +1,48 @@
+"""Files of mmpretrain, mmdetection and mmsegmentation: their names in the spelling of the original repository."""
+
+import collections
+import re
+
+import numpy as np
+
+from convnext_jax.interop.files import Tensors, printable
+
+BLOCK = {'depthwise_conv': 'dwconv', 'pointwise_conv1': 'pwconv1', 'pointwise_conv2': 'pwconv2'}
+"""Name of a layer of a block in OpenMMLab's libraries → its name in the original repository."""
+DETECTOR = re.compile(r'(neck|(?!decode_|auxiliary_)\w+_head)\.')
+"""Beginning of the names of the parts of a detector beside its backbone. A UPerNet's heads have other names."""
+
+
+def with_original_names(tensors: Tensors) -> Tensors:
+    """The tensors in the spelling of the original repository, if they are in OpenMMLab's; else unchanged.
+
+    A classifier of mmpretrain has the last norm `norm3.*` and the head `head.fc.*`. If there are norms of other
+    stages, they are those of a backbone, and `norm3.*` keeps its name.
+
+    Args:
+        tensors: name → tensor, without the prefix `backbone.`.
+    """
+    if not any(re.match(r'stages\.\d+\.\d+\.depthwise_conv\.', name) for name in tensors):
+        return tensors
+    is_classifier = not any(re.match(r'(norm[0-2]|decode_head)\.', name) or DETECTOR.match(name) for name in tensors)
+    renamed = {}
+    for name, x in tensors.items():
+        name = '.'.join(BLOCK.get(part, part) for part in name.split('.'))
+        if is_classifier:
+            name = re.sub(r'^norm3\.', 'norm.', re.sub(r'^head\.fc\.', 'head.', name))
+        renamed[name] = np.asarray(x).reshape(1, 1, 1, -1) if '.grn.' in name else x
+    return renamed
+
+
+def without_detector(tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """The backbone of a detector, and a message that names the dropped parts; [] for other files.
+
+    Args:
+        tensors: name → tensor; the names of the backbone's tensors have no prefix.
+    """
+    parts = collections.Counter(match[1] for name in tensors if (match := DETECTOR.match(name)))
+    if not parts:
+        return tensors, []
+    listed = ', '.join(f'{printable(part)} ({count} tensors)' for part, count in sorted(parts.items()))
+    kept = {name: x for name, x in tensors.items() if not DETECTOR.match(name)}
+    return kept, [f'the parts beside the backbone are dropped: {listed}']
