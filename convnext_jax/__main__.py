@@ -197,6 +197,8 @@ def _push(pretrained: Pretrained, layout: str, folder: Path, hub_id: str) -> Non
     (folder / CARD).write_bytes(upload_card(pretrained, layout, hub_id))
     if pretrained.licence is None:
         say(f'the licence of the weights is unknown: state it in {folder / CARD}', error=True)
+    elif pretrained.licence.is_special:
+        say(f'this licence may require that you add its text as {folder / "LICENSE"}', error=True)
     sizes = [path.stat().st_size for path in folder.iterdir()]
     say(
         f'upload {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, to the public repository '

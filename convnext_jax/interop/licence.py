@@ -1,6 +1,7 @@
 """The licence of weights: read from the other files in their folder, and written into a model card."""
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ CARD = 'README.md'
 """File name of a model card on the Hugging Face hub: a block of YAML between two lines `---`, and then Markdown."""
 
 
+DINOV3 = 'dinov3-license'
+EUPE = 'fair-noncommercial-research-license'
+LINKS = {DINOV3: 'https://ai.meta.com/resources/models-and-libraries/dinov3-license'}
+"""Licences of published weights that the hub does not list → address of the text. A card states them as 'other'."""
+PUBLISHED_FILES = {r'dinov3_convnext_\w+_pretrain_\w+-[0-9a-f]{8}\.pth': DINOV3, r'(?i)eupe[-_]convnext[-_].*': EUPE}
+"""Pattern of the names of files that are published without a model card → their licence."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Licence:
     """The licence of weights, with the fields of a model card.
@@ -20,7 +29,7 @@ class Licence:
         identifier: the card's `license`, such as 'apache-2.0', or 'other'.
         name: the card's `license_name`, such as 'dinov3-license' if the identifier is 'other'.
         link: the card's `license_link`, the address of the text of the licence.
-        source: the file that states the licence, for messages.
+        source: where the licence is stated, for messages.
     """
 
     identifier: str
@@ -29,25 +38,33 @@ class Licence:
     source: str = ''
 
     @property
+    def is_special(self) -> bool:
+        """Whether it is written for certain weights, and not one of the common licences."""
+        return self.identifier in ('other', DINOV3, EUPE)
+
+    @property
     def line(self) -> str:
         """One line for the user, such as 'licence of the weights: cc-by-nc-4.0 (README.md)'."""
         text = f'licence of the weights: {printable(self.name or self.identifier)}'
         return f'{text} ({printable(self.source)})' if self.source else text
 
 
-def read_licence(folder: Path, config: dict) -> Licence | None:
-    """The licence in a folder's model card or, if the card has none, in its config. None if neither has one.
+def read_licence(path: Path, config: dict) -> Licence | None:
+    """The licence in a folder's model card, else in its config, else that of a published file; None if none is known.
 
     Args:
-        folder: a folder of weights, or the folder that contains a file of weights.
+        path: a folder or file of weights.
         config: content of the folder's `config.json`, or {}. timm stores the licence in the entry `pretrained_cfg`.
     """
-    card = _read_card(folder / CARD)
+    card = _read_card((path if path.is_dir() else path.parent) / CARD)
     if licence := _text(card.get('license')):
         return Licence(licence, _text(card.get('license_name')), _text(card.get('license_link')), CARD)
     for part in (config.get('pretrained_cfg'), config):
         if isinstance(part, dict) and (licence := _text(part.get('license'))):
             return Licence(licence, source='config.json')
+    for pattern, name in PUBLISHED_FILES.items():
+        if re.fullmatch(pattern, path.name):
+            return Licence(name, source='file name')
     return None
 
 
@@ -62,6 +79,8 @@ def model_card(licence: Licence | None, text: str = 'ConvNeXt weights, saved by 
     from huggingface_hub import ModelCardData
 
     stated: dict[str, Any] = {}
+    if licence and licence.identifier in LINKS:
+        licence = Licence('other', licence.identifier, LINKS[licence.identifier])
     if licence:
         stated = {'license': licence.identifier, 'license_name': licence.name, 'license_link': licence.link}
     return f'---\n{ModelCardData(**stated, **fields).to_yaml()}\n---\n{text}\n'.encode()

@@ -253,8 +253,7 @@ def read_pretrained(
         drawn = jax.jit(lambda key: {name: get_parameters(build(key))[name] for name in newly_initialised})(key)
         parameters |= drawn
     model = with_parameters(model, parameters)
-    folder = opened.path if opened.path.is_dir() else opened.path.parent
-    licence = read_licence(folder, opened.config)
+    licence = read_licence(opened.path, opened.config)
     if newly_initialised or num_classes == 0:  # names and problem type in the config describe another head
         return Pretrained(
             model,

@@ -136,7 +136,6 @@ def read_upernet(
     weights = weights_of(opened.tensors, heads, wanted, opened.variant, opened.layout)
     if key is not None and new:
         weights |= jax.jit(lambda key: {ours: get_weights(build(key))[ours] for ours in new})(key)
-    folder = opened.path if opened.path.is_dir() else opened.path.parent
     try:
         processor = stored_processor(opened.path, opened.config)
     except UserError as error:
@@ -149,7 +148,7 @@ def read_upernet(
         processor,
         new,
         notes,
-        licence=read_licence(folder, opened.config),
+        licence=read_licence(opened.path, opened.config),
         file_notes=opened.notes,
     )
 

@@ -171,6 +171,15 @@ def test_a_converted_folder_is_uploaded_with_a_model_card(convert, tmp_path):
     assert str(tmp_path) not in card
 
 
+def test_the_text_of_a_special_licence_is_asked_for(convert, tmp_path):
+    """The licence of DINOv3 must accompany weights that are made from DINOv3's."""
+    card = '---\nlicense: other\nlicense_name: dinov3-license\n---\n'
+    (tmp_path / 'out' / 'README.md').write_text(card)
+    _, shown = convert('n\n')
+    assert f'this licence may require that you add its text as {tmp_path / "timm" / "LICENSE"}\n' in shown.err
+    assert metadata_load(tmp_path / 'timm' / 'README.md')['license_name'] == 'dinov3-license'
+
+
 @pytest.mark.parametrize('answer', ['n\n', '\n', ''])
 def test_nothing_is_uploaded_without_a_yes(convert, answer):
     """A private model would become public by mistake, or in a script whose user cannot answer."""

@@ -9,6 +9,7 @@ from random_models import random_model
 
 from convnext_jax import create_backbone, save_pretrained
 from convnext_jax.interop import Licence, read_pretrained
+from convnext_jax.interop.licence import read_licence
 
 DINO = '---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model\n'
 CARDS = {
@@ -72,6 +73,37 @@ def test_the_config_of_timm_states_the_licence_where_the_card_does_not(folder):
     assert read_pretrained(folder).licence == Licence('cc-by-nc-4.0', source='config.json')
     (folder / 'README.md').write_text('---\nlicense: apache-2.0\n---\n')
     assert read_pretrained(folder).licence == Licence('apache-2.0', source='README.md')
+
+
+def test_a_licence_that_the_hub_does_not_list_is_stated_as_other(tmp_path, folder):
+    """The hub would refuse the model card of weights that start from timm's copies of DINOv3."""
+    pretrained_cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    set_config(folder, pretrained_cfg=pretrained_cfg | {'license': 'dinov3-license'})
+    licence = read_pretrained(folder).licence
+    assert licence.line == 'licence of the weights: dinov3-license (config.json)'
+    save_pretrained(random_model(), tmp_path / 'out', licence=licence)
+    assert metadata_load(tmp_path / 'out' / 'README.md') == {
+        'license': 'other',
+        'license_name': 'dinov3-license',
+        'license_link': 'https://ai.meta.com/resources/models-and-libraries/dinov3-license',
+    }
+
+
+@pytest.mark.parametrize(
+    ('name', 'licence'),
+    [
+        ('dinov3_convnext_tiny_pretrain_lvd1689m-21b726bb.pth', 'dinov3-license'),
+        ('EUPE-ConvNeXt-T.pt', 'fair-noncommercial-research-license'),
+        ('eupe_convnext_tiny.pth', 'fair-noncommercial-research-license'),
+        ('dinov3_convnext_tiny_of_mine.pth', None),
+        ('convnext_tiny_1k_224_ema.pth', None),
+    ],
+)
+def test_published_files_without_a_card_have_their_licence(tmp_path, name, licence):
+    """Users who fine-tune the original files and upload the result would break their licence."""
+    found = read_licence(tmp_path / name, {})
+    assert (found and found.identifier) == licence
+    assert found is None or found.source == 'file name'
 
 
 def test_a_new_head_does_not_change_the_licence(folder):
