@@ -12,6 +12,7 @@ from convnext_jax.interop import read_pretrained
 from convnext_jax.models import Variant
 from tests.interop.random_models import assert_equal, random_model
 from tests.judges import record
+from tests.published_files import dinov3_pixels
 from tests.reference import cases
 
 BOUND = 1e-5  # in standard deviations of the reference, for float32
@@ -70,6 +71,10 @@ def test_the_processor_is_that_of_transformers(tmp_path):
         levels = (ours(picture) - theirs) * ours.std * 255
         assert np.abs(levels).max() < 1.01, size
         assert np.abs(levels).mean() < 0.35, size
+
+    picture = cases.picture(*cases.PICTURES[0])  # with the preprocessing of `pytest -m hub`, for the published values
+    theirs = processor(picture, return_tensors='pt')['pixel_values'].numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(dinov3_pixels(picture, 64), theirs, atol=1e-5)
 
     save_pretrained(random_model(SMALL, num_classes=0), tmp_path / 'ours', layout='dinov3', processor=ours)
     prepared = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'ours')
