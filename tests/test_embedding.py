@@ -78,14 +78,15 @@ def test_vectors_are_the_input_of_the_head_in_the_order_of_the_files(model, phot
     assert [path.name for path in tmp_path.iterdir() if 'partial' in path.name] == []
 
 
-def test_an_encoder_without_a_norm_gives_the_average(model, photos, tmp_path):
+def test_an_encoder_without_a_norm_gives_the_average(model, photos, tmp_path, capsys):
     """The vectors of a pre-trained encoder would go through a norm that was not trained."""
     save_pretrained(model, tmp_path / 'out', layout='timm', processor=PROCESSOR, head=False)
     encoder = tmp_path / 'out' / 'model.safetensors'
     tensors = load_file(encoder)
-    save_file({name: x for name, x in tensors.items() if not name.startswith(LAST_NORMS['timm'])}, encoder)
+    save_file({f'module.{name}': x for name, x in tensors.items() if not name.startswith(LAST_NORMS['timm'])}, encoder)
     output, names = tmp_path / 'vectors.npz', [str(photos / 'deep' / 'er' / 'c.png'), str(photos / 'b.png')]
     package_command.main(['convnext_jax', 'embed', *names, f'--workdir={tmp_path / "out"}', f'--output={output}'])
+    assert capsys.readouterr().err.splitlines()[1:] == ["the prefix 'module.' of the names in the file is ignored"]
     paths, features = read(output)
     assert paths == names
     np.testing.assert_allclose(features, features_of(model, names, norm=False), rtol=1e-4, atol=1e-4)
@@ -132,19 +133,3 @@ def test_a_name_that_is_not_utf_8_is_refused_by_parquet_and_stored_by_npz(tmp_pa
     assert read(tmp_path / 'x.npz')[0] == [name]
     with pytest.raises(UserError, match='the name of an image is not UTF-8'):
         save_embeddings(tmp_path / 'x.parquet', [name], vectors)
-
-
-def test_commands_name_the_prefix_that_they_ignored(model, photos, tmp_path, capsys):
-    """Users would not notice that they have chosen one of several wrapped models."""
-    save_pretrained(model, tmp_path / 'out', processor=PROCESSOR)
-    file = tmp_path / 'out' / 'model.safetensors'
-    save_file({f'module.{name}': x for name, x in load_file(file).items()}, file)
-    source, photo = str(tmp_path / 'out'), str(photos / 'b.png')
-    for arguments in (
-        ('embed', photo, f'--weights={source}', f'--output={tmp_path / "x.npz"}'),
-        ('convert', source, str(tmp_path / 'timm'), '--layout=timm'),
-        ('export', source, str(tmp_path / 'program')),
-    ):
-        package_command.main(['convnext_jax', *arguments])
-        said = capsys.readouterr().err.splitlines()
-        assert said.count("the prefix 'module.' of the names in the file is ignored") == 1

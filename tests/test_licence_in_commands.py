@@ -8,6 +8,7 @@ import pytest
 from conftest import FINE_TUNING, ROOT
 from huggingface_hub import metadata_load
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import eval as eval_command
 from convnext_jax import __main__ as package_command
@@ -18,6 +19,7 @@ from convnext_jax.training.weights import read_weights
 from tests.reference import draw_parameters
 
 LINE = 'licence of the weights: cc-by-nc-4.0'
+PREFIX = "the prefix 'module.' of the names in the file is ignored"
 CARD = {'license': 'cc-by-nc-4.0'}
 
 
@@ -35,11 +37,13 @@ def weights(small_models, tmp_path):
 
 
 @pytest.mark.slow
-def test_convert_export_and_predict_say_the_licence_and_keep_it(weights, tmp_path, capsys):
-    """A colleague who gets the folder would not know the licence."""
+def test_convert_export_and_predict_say_the_licence_and_what_they_ignored(weights, tmp_path, capsys):
+    """A colleague who gets the folder would not know the licence, and nobody that a part of the names was ignored."""
+    file = weights / 'model.safetensors'
+    save_file({f'module.{name}': x for name, x in load_file(file).items()}, file)
     for command in ('convert', 'export'):
         package_command.main(['convnext_jax', command, str(weights), str(tmp_path / command)])
-        assert capsys.readouterr().err == f'{LINE} (README.md)\n'
+        assert capsys.readouterr().err == f'{PREFIX}\n{LINE} (README.md)\n'
         assert metadata_load(tmp_path / command / 'README.md') == CARD
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / 'photo.png')
     package_command.main(['convnext_jax', 'predict', str(tmp_path / 'photo.png'), f'--weights={weights}', '--json'])

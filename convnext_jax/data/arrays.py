@@ -91,8 +91,8 @@ def to_image(pixels: np.ndarray, channels: int, name: str) -> ArrayImage:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] != channels:
         raise UserError(
-            f'{name} has the shape {pixels.shape}, not (height, width, {channels}): data.mean and data.std must have '
-            'one value for each channel'
+            f'{name} has the shape {pixels.shape}, not (height, width, {channels}): the number of channels is the '
+            'number of values in data.mean, or the flag --channels of `measure`'
         )
     kind, bits = pixels.dtype.kind, 8 * pixels.dtype.itemsize
     if kind == 'u' and bits <= 16:

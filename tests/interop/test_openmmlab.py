@@ -39,8 +39,7 @@ def openmmlab(tensors, *, convolutions=False):
     return result
 
 
-@pytest.mark.parametrize('convolutions', [False, True])
-@pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
+@pytest.mark.parametrize(('name', 'convolutions'), [('convnext_atto', True), ('convnextv2_atto', False)])
 def test_a_classifier_of_mmpretrain_loads(tmp_path, name, convolutions):
     """Its weights could not be used, although the network is the same."""
     model = random_model(name)
