@@ -2,7 +2,7 @@
 
 import io
 import math
-import struct
+from tokenize import TokenError
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -14,6 +14,8 @@ TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 """The first bytes of TIFF files; the last two belong to BigTIFF."""
 PILLOW_CHANNELS = (1, 3)
 """Images with these numbers of channels are Pillow images with 8 bits. All others are `ArrayImage`."""
+NPY_ERRORS = (ValueError, TypeError, LookupError, SyntaxError, TokenError, RecursionError, MemoryError)
+"""The errors that numpy raises for damaged headers."""
 ONE_CHANNEL = ('L', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
 """Pillow's modes of TIFF pages with one channel of 8 or 16 bits or of floats."""
 
@@ -116,7 +118,7 @@ def read_npy(content: bytes, name: str) -> np.ndarray:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, is_fortran, dtype = readers[np.lib.format.read_magic(file)](file)
-    except (ValueError, LookupError, TypeError) as error:
+    except NPY_ERRORS as error:
         raise UserError(f'{name} is not a complete .npy file: {first_line(error)}') from error
     if dtype.kind not in 'uif':
         raise UserError(f'{name} contains {dtype}, not numbers')
@@ -132,10 +134,8 @@ def _read_tiff(content: bytes, name: str) -> np.ndarray:
         return _tiff_samples(content, name) if pages is None else np.stack(pages, axis=2)
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, MemoryError, struct.error) as error:
+    except Exception as error:  # Pillow and tifffile pass on the errors of many decoders
         raise UserError(f'{name} cannot be decoded as a TIFF image: {first_line(error)}') from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f'{name} is too large: {first_line(error)}') from error
 
 
 def _tiff_pages(content: bytes) -> list[np.ndarray] | None:

@@ -89,8 +89,7 @@ def upright_size(image: bytes, name: str) -> tuple[int, int]:
         UserError: the header of the file cannot be read.
     """
     if image.startswith(NPY):
-        height, width = read_npy(image, name).shape[:2]
-        return width, height
+        return decode(image, 3, name).size
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as file:
             orientation = _orientation(file)

@@ -88,6 +88,7 @@ def test_tifffile_reads_pages_with_several_channels(planar, compression):
         (npy(draw(np.uint8))[:-1], r'its size does not fit its shape \(9, 12, 5\)'),
         (NPY + b'\x01\x00\x08\x00garbage\n', 'a is not a complete .npy file'),
         (NPY + b'\x09\x00', 'a is not a complete .npy file'),
+        (NPY + b'\x01\x00\x02\x00{\n', 'a is not a complete .npy file'),
         (tiff(np.moveaxis(draw(np.uint8), 2, 0))[:200], 'a cannot be decoded as a TIFF image'),
         (tiff([np.zeros((4, 4), np.uint8), np.zeros((4, 3), np.uint8)]), 'a cannot be decoded as a TIFF image'),
         (b'\xff\xd8\xff', 'a is neither a .npy nor a TIFF file, which images of 5 channels need'),
