@@ -34,6 +34,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from convnext_jax.checkpoints.workdir import CURVES
 from convnext_jax.command_line import define_config, parse, required, required_config, run
 from convnext_jax.commands.eval import main as evaluate
 from convnext_jax.commands.train import main as train
@@ -52,13 +53,14 @@ from convnext_jax.interop.published import published_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS
 from convnext_jax.mask_prediction import MODES, mask_files, predict_masks
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
+from convnext_jax.monitoring.run_card import run_section
 from convnext_jax.output import say, show, to_json
 from convnext_jax.paths import local_path
 from convnext_jax.pictures import indexed_mask, overlay, save_picture
 from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.reconstruction import reconstruct_photos
-from convnext_jax.training.weights import read_weights
+from convnext_jax.training.weights import read_weights, run_folder
 
 MASK_FLAGS = ('output', 'mode', 'resolution')
 """Flags of `predict` for a UPerNet only."""
@@ -189,12 +191,23 @@ def convert(arguments: list[str]) -> None:
     part = '' if head else ', an encoder without a head'
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout{part}')
     if values.push is not None:
-        _push(as_classifier(pretrained), values.layout, local_path(target), values.push)
+        _push(as_classifier(pretrained), values.layout, local_path(target), values.push, run_folder(source))
 
 
-def _push(pretrained: Pretrained, layout: str, folder: Path, hub_id: str) -> None:
-    """Writes a model card into a saved folder and uploads the folder, if the user agrees."""
-    (folder / CARD).write_bytes(upload_card(pretrained, layout, hub_id))
+def _push(pretrained: Pretrained, layout: str, folder: Path, hub_id: str, workdir: Path | None) -> None:
+    """Writes a model card into a saved folder and uploads the folder, if the user agrees.
+
+    Args:
+        pretrained: the saved model.
+        layout: the layout of the folder.
+        folder: the saved folder.
+        hub_id: the repository, 'ACCOUNT/NAME'.
+        workdir: the run that trained the model; the card describes it. None for other weights.
+    """
+    training = run_section(workdir) if workdir else ''
+    if workdir and (workdir / CURVES).exists():
+        (folder / CURVES).write_bytes((workdir / CURVES).read_bytes())
+    (folder / CARD).write_bytes(upload_card(pretrained, layout, hub_id, training))
     if pretrained.licence is None:
         say(f'the licence of the weights is unknown: state it in {folder / CARD}', error=True)
     elif pretrained.licence.is_special:

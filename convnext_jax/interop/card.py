@@ -5,33 +5,31 @@ from convnext_jax.interop.pretrained import Pretrained
 from convnext_jax.interop.timm_models import timm_name
 from convnext_jax.models import get_parameters
 
-USE = {
-    'huggingface': "import transformers\nmodel = transformers.{model}.from_pretrained('{hub_id}')",
-    'dinov3': "import transformers\nmodel = transformers.AutoModel.from_pretrained('{hub_id}')",
-    'timm': "import timm\nmodel = timm.create_model('hf_hub:{hub_id}', pretrained=True)",
-}
-"""Layout → how its library loads the weights."""
+TRANSFORMERS = "import transformers\nmodel = transformers.{model}.from_pretrained('{hub_id}')"
+TIMM = "import timm\nmodel = timm.create_model('hf_hub:{hub_id}', pretrained=True)"
+USES = {'huggingface': (TRANSFORMERS,), 'dinov3': (TRANSFORMERS,), 'timm': (TIMM, TRANSFORMERS)}
+"""Layout → how other libraries load the weights. transformers loads the timm layout with timm."""
 LIBRARIES = {'huggingface': 'transformers', 'dinov3': 'transformers', 'timm': 'timm'}
 """Layout → name of the library in a model card."""
 
 
-def upload_card(pretrained: Pretrained, layout: str, hub_id: str) -> bytes:
+def upload_card(pretrained: Pretrained, layout: str, hub_id: str, training: str = '') -> bytes:
     """The content of the model card, `README.md`, of an uploaded folder.
 
     Args:
         pretrained: the uploaded model.
         layout: the layout of the folder.
         hub_id: the repository, 'ACCOUNT/NAME'.
+        training: a section about the training, in Markdown.
     """
     model = pretrained.model
     parameters = sum(x.size for x in get_parameters(model).values())
     facts = [f'{timm_name(model.variant) or "ConvNeXt"} with {parameters / 1e6:.1f} million parameters']
     facts += [f'{model.num_classes} classes'] if pretrained.has_head else ['no head']
     facts += [f'images of {pretrained.processor.size} pixels'] if pretrained.processor else []
-    kind = 'AutoModelForImageClassification' if pretrained.has_head else 'AutoModel'
+    kind = 'AutoModelForImageClassification' if pretrained.has_head and layout != 'dinov3' else 'AutoModel'
     uses = [f"import convnext_jax as cx\nmodel = cx.load_pretrained('{hub_id}')"]
-    if layout in USE:
-        uses.append(USE[layout].format(model=kind, hub_id=hub_id))
+    uses += [use.format(model=kind, hub_id=hub_id) for use in USES.get(layout, ())]
     examples = '\n\n'.join(f'```python\n{use}\n```' for use in uses)
     fields: dict[str, str | list[str]] = {
         'pipeline_tag': 'image-classification' if pretrained.has_head else 'image-feature-extraction',
@@ -40,4 +38,5 @@ def upload_card(pretrained: Pretrained, layout: str, hub_id: str) -> bytes:
     if layout in LIBRARIES:
         fields['library_name'] = LIBRARIES[layout]
     name = hub_id.split('/')[1]
-    return model_card(pretrained.licence, f'# {name}\n\n{", ".join(facts)}.\n\n{examples}', **fields)
+    text = f'# {name}\n\n{", ".join(facts)}.\n\n{examples}\n\n{training}'.rstrip()
+    return model_card(pretrained.licence, text, **fields)

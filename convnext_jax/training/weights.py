@@ -35,10 +35,10 @@ def read_weights(where: str, params: str, name: str | None = None) -> Pretrained
         UserError: the weights do not exist or cannot be read.
     """
     field = weights_field(params)
-    if not _is_run(where):
+    workdir = run_folder(where)
+    if workdir is None:
         pretrained = read_model(where, name=name, entry=_entry(params), new_classes=1)
         return pretrained._replace(origin=f'the {params} weights of {where} ({pretrained.layout} layout)')
-    workdir = _folder(where)
     config = read_config(workdir / CONFIG)
     step, weights = _newest_weights(workdir, field)
     model = with_parameters(abstract_model(config), weights)
@@ -71,8 +71,8 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
             differences.
     """
     where, params = task.config.init.weights, task.config.init.params
-    if _is_run(where):
-        trained, note, licence = _run_weights(where, params)
+    if workdir := run_folder(where):
+        trained, note, licence = _run_weights(workdir, where, params)
     else:
         stems = [x.shape[-2] for name, x in initial.items() if name in ('stem.conv.kernel', 'stem.first_conv.kernel')]
         trained, note, licence = _other_weights(where, params, in_channels=stems[0] if stems else None)
@@ -89,9 +89,8 @@ def load_weights(task: Task, initial: Weights, facts: Mapping[str, Any]) -> tupl
     return {name: _with_sharding(loaded[name], x.sharding) for name, x in initial.items()}, [note, *more], licence
 
 
-def _run_weights(where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
+def _run_weights(workdir: Path, where: str, params: str) -> tuple[LoadedWeights, str, Licence | None]:
     """The weights of the newest checkpoint of a run, a message for the user, and the licence of the weights."""
-    workdir = _folder(where)
     step, weights = _newest_weights(workdir, weights_field(params))
     about = read_about(workdir / CHECKPOINTS, step)
     note = f'starts from the {params} weights of {where}, step {step}'
@@ -118,6 +117,15 @@ def _with_sharding(value: jax.Array | np.ndarray, sharding: jax.sharding.Shardin
     if isinstance(value, jax.Array) and value.sharding == sharding:
         return value
     return make_global_array(value, sharding)
+
+
+def run_folder(where: str) -> Path | None:
+    """The workdir of the run that `where` names; None for other weights."""
+    try:
+        workdir = workdir_path(where)
+        return workdir if (workdir / CHECKPOINTS).is_dir() else None
+    except OSError:  # the name is too long for a path
+        return None
 
 
 def _newest_weights(workdir: Path, field: str) -> tuple[int, Weights]:
@@ -150,17 +158,6 @@ def weights_field(params: str) -> str:
     if params not in STATE_FIELDS:
         raise UserError(f"weights are 'raw' or 'ema', not '{params}'")
     return STATE_FIELDS[params]
-
-
-def _is_run(where: str) -> bool:
-    try:
-        return (_folder(where) / CHECKPOINTS).is_dir()
-    except OSError:  # the name is too long for a path
-        return False
-
-
-def _folder(where: str) -> Path:
-    return workdir_path(where)
 
 
 def _entry(params: str) -> str | None:

@@ -168,6 +168,7 @@ def test_a_converted_folder_is_uploaded_with_a_model_card(convert, tmp_path):
     }
     assert 'convnextv2_atto with 3.4 million parameters, 3 classes' in card
     assert "timm.create_model('hf_hub:someone/mine', pretrained=True)" in card
+    assert "transformers.AutoModelForImageClassification.from_pretrained('someone/mine')" in card
     assert str(tmp_path) not in card
 
 
