@@ -28,6 +28,7 @@ os.environ |= {
     'XLA_FLAGS': f'{XLA_FLAGS}8',
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0',  # a program compiles faster without the Python lines of its operations
 }
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # pytest-xdist workers inherit this variable
     cache = tempfile.TemporaryDirectory(prefix='compiled')
