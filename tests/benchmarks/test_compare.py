@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.compare import __main__ as compare_command
 from benchmarks.compare import process, timm_models
-from benchmarks.compare.baselines import plain_flax
+from benchmarks.compare.baselines import ours, plain_flax
 from benchmarks.compare.baselines.on_jax import jax_device
 from benchmarks.compare.baselines.run import time_steps
 from benchmarks.compare.baselines.workload import Baseline, Device
@@ -121,9 +121,9 @@ def test_the_table_the_json_file_and_the_chart(stand_in, capfd, tmp_path, mode, 
         assert chart.convert('L').getextrema()[0] < 128  # not blank
 
 
-@pytest.mark.slow
+@pytest.mark.judge
 def test_convnext_jax_and_flax_are_measured(small_models, monkeypatch, capfd, tmp_path):
-    """An error in a real implementation is found only after hours on a rented accelerator."""
+    """An error in the process of a real implementation is found only after hours on a rented accelerator."""
     monkeypatch.setattr(process, 'ROUND_SECONDS', 0.0)
     monkeypatch.setattr(process, 'RUN', (sys.executable, 'tests/small.py', *RUN[1:]))
     monkeypatch.setenv('XLA_FLAGS', ONE_DEVICE['XLA_FLAGS'])
@@ -137,6 +137,17 @@ def test_convnext_jax_and_flax_are_measured(small_models, monkeypatch, capfd, tm
         assert result['compile_seconds'] > 0
         assert (result['device'], result['mode'], result['batch']) == ('cpu', 'train', 2)
     assert capfd.readouterr().out.count('| convnextv2_atto') == 2
+
+
+@pytest.mark.parametrize('implementation', [ours, plain_flax])
+def test_convnext_jax_and_flax_train(small_models, implementation):
+    """An error in a real implementation is found only after hours on a rented accelerator."""
+    (case,) = make_cases(['convnextv2_atto'], ['train'], batch=2, size=32, dtype='float32')
+    baseline = implementation.build(case.workload('any'))
+    assert baseline.parameters == case.parameters
+    results = jax.tree.leaves(jax.device_get(baseline.step()))
+    assert results
+    assert all(np.isfinite(x).all() for x in results)
 
 
 def test_the_forward_pass_of_flax_gives_logits(small_models):

@@ -1,5 +1,6 @@
 """Models with random weights, and their tensors, for the tests of files."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -8,14 +9,19 @@ from safetensors.numpy import save_file
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.layouts import LAYOUTS, entries, to_layout
-from convnext_jax.models import ConvNeXt, Variant, create_model, get_parameters, with_parameters
+from convnext_jax.models import ConvNeXt, Variant, create_model, get_parameters, get_variant, with_parameters
 from tests.reference import draw_parameters
 
 
+@functools.cache
+def abstract_model(variant: Variant, **arguments) -> ConvNeXt:
+    """A model with shapes instead of arrays, which is traced once for all tests."""
+    return jax.eval_shape(lambda key: create_model(variant, key=key, **arguments), jax.random.key(0))
+
+
 def random_model(name: str | Variant = 'convnextv2_atto', num_classes: int = 3, **arguments) -> ConvNeXt:
-    model = jax.eval_shape(
-        lambda key: create_model(name, key=key, num_classes=num_classes, **arguments), jax.random.key(0)
-    )
+    variant = get_variant(name) if isinstance(name, str) else name
+    model = abstract_model(variant, num_classes=num_classes, **arguments)
     drawn = draw_parameters({name: x.shape for name, x in get_parameters(model).items()})
     return with_parameters(model, jax.tree.map(jax.numpy.asarray, drawn))
 

@@ -143,9 +143,10 @@ def test_an_evaluation_masks_each_image_as_every_other_evaluation_does(run, one_
 
 
 @pytest.mark.slow
-def test_norms_over_the_batch_are_those_of_all_devices():
+def test_norms_over_the_batch_are_those_of_all_devices(monkeypatch):
     """With those of each device alone the result would depend on how many there are."""
-    config = small_config(**{'fcmae.grn': 'batch'})
+    shrink_models(monkeypatch, depths=(1,), widths=(16,))
+    config = small_config(**{'fcmae.grn': 'batch', 'model.patch_size': 32})
     task = make_task(config)
     model = jax.jit(task.build)(jax.random.key(0))
     parameters = {name: x + 0.5 if 'grn' in name else x for name, x in get_parameters(model).items()}
