@@ -86,6 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # of the first three files needed the finished run.
 LONGEST_FILES = (
     'test_processes.py',
+    'test_segmentation.py',
     'test_sharding.py',
     'test_loading.py',
     'test_loop.py',
@@ -93,7 +94,6 @@ LONGEST_FILES = (
     'test_commands.py',
     'test_stop.py',
     'test_task.py',
-    'test_segmentation.py',
     'test_fcmae.py',
     'test_statistics.py',
     'test_compare.py',

@@ -139,6 +139,7 @@ def test_convnext_jax_and_flax_are_measured(small_models, monkeypatch, capfd, tm
     assert capfd.readouterr().out.count('| convnextv2_atto') == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', [ours, plain_flax])
 def test_convnext_jax_and_flax_train(small_models, implementation):
     """An error in a real implementation is found only after hours on a rented accelerator."""

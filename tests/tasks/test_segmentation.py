@@ -19,11 +19,12 @@ from convnext_jax.checkpoints.checkpoint import restore_parameters, saved_steps
 from convnext_jax.config import check_values, default_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import read_upernet, save_pretrained
-from convnext_jax.models import ConvNeXt, get_parameters, get_variant, get_weights
+from convnext_jax.models import ConvNeXt, get_parameters, get_variant, get_weights, with_parameters
 from convnext_jax.monitoring.records import read_records
 from convnext_jax.runtime.stop import Stopped
-from convnext_jax.tasks import LoadedWeights, make_task
+from convnext_jax.tasks import LoadedWeights, Task, make_task
 from convnext_jax.tasks.mean_iou import MeanIoU
+from convnext_jax.tasks.segmentation import Segmentation
 from convnext_jax.training import sharding
 from convnext_jax.training.loop import train
 from convnext_jax.training.standalone_evaluation import EvaluationProtocol, evaluate_weights
@@ -180,7 +181,8 @@ def test_the_loss_and_the_metrics_do_not_depend_on_the_devices(run, monkeypatch,
     """Another number of devices would train another network, or count some pixels twice."""
     devices = jax.devices()[:4]
     monkeypatch.setattr(jax, 'devices', lambda *_: devices)
-    monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 256)
+    monkeypatch.setattr(sharding, 'MIN_SHARDED_SIZE', 1024)
+    monkeypatch.setattr(Segmentation, 'figures', Task.figures)  # none: on a mesh, they have a test of their own
     shutil.copytree(run, tmp_path / 'run')
     for step in saved_steps(tmp_path / 'run' / 'checkpoints')[1:]:
         shutil.rmtree(tmp_path / 'run' / 'checkpoints' / str(step))
@@ -199,17 +201,28 @@ def test_the_loss_and_the_metrics_do_not_depend_on_the_devices(run, monkeypatch,
     assert results(tmp_path / 'run')[STEPS, 'aacc'] == pytest.approx(results(run)[STEPS, 'aacc'], abs=1.5)
 
 
+def make_classifier(variant):
+    """A classifier with random parameters, which needs no compilation."""
+    model = jax.eval_shape(lambda key: ConvNeXt(variant, key=key, num_classes=5), jax.random.key(0))
+    rng = np.random.default_rng(1)
+    shapes = {name: x.shape for name, x in get_parameters(model).items()}
+    return with_parameters(
+        model, {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    )
+
+
 def initial(config):
     """The task of a run, weights that are all 0.5 instead of newly initialised, and the facts of its data."""
     task = make_task(config)
     facts = task.open()[0].facts
     shapes = get_weights(jax.eval_shape(task.build, jax.random.key(0)))
-    return task, {name: jnp.full(x.shape, 0.5) for name, x in shapes.items()}, facts
+    new = jax.jit(lambda: {name: jnp.full(x.shape, 0.5) for name, x in shapes.items()})()
+    return task, new, facts
 
 
 def test_a_run_starts_from_any_classifier(small_config, tmp_path):
     """Users could not fine-tune their classifiers, or published ones."""
-    classifier = ConvNeXt(get_variant('convnext_atto'), key=jax.random.key(1), num_classes=5)
+    classifier = make_classifier(get_variant('convnext_atto'))
     for layout in ('huggingface', 'timm'):
         save_pretrained(classifier, tmp_path / layout, layout=layout)
         task, new, facts = initial(small_config(**{'init.weights': str(tmp_path / layout), 'model.patch_size': 0}))
@@ -224,7 +237,7 @@ def test_a_run_starts_from_any_classifier(small_config, tmp_path):
 def test_a_run_starts_from_a_classifier_with_a_hidden_layer_before_the_head(small_config):
     """timm's convnext_large_mlp would be refused because of unexpected parameters."""
     variant = dataclasses.replace(get_variant('convnext_atto'), patch_size=2, head_hidden=4)
-    classifier = ConvNeXt(variant, key=jax.random.key(1), num_classes=5)
+    classifier = make_classifier(variant)
     task, new, facts = initial(small_config())
     weights, _ = task.initial_weights(new, LoadedWeights(get_weights(classifier), {}, 'convnext_large_mlp'), facts)
     assert weights.keys() == new.keys()
@@ -289,7 +302,7 @@ def test_weights_of_other_libraries_are_evaluated(run, one_device, small_config,
     package_command.main(['', 'convert', str(run), str(tmp_path / 'theirs')])
     result = next(evaluate_weights(small_config(), str(tmp_path / 'theirs'), 'raw', EvaluationProtocol()))
     assert result['miou'] == pytest.approx(results(run)[STEPS, 'miou'], abs=0.1)
-    classifier = ConvNeXt(get_variant('convnext_atto'), key=jax.random.key(1), num_classes=5)
+    classifier = make_classifier(get_variant('convnext_atto'))
     save_pretrained(classifier, tmp_path / 'classifier')
     with pytest.raises(UserError, match='is a classifier, but segmentation needs a UPerNet'):
         next(evaluate_weights(small_config(), str(tmp_path / 'classifier'), 'raw', EvaluationProtocol()))
@@ -362,7 +375,7 @@ def test_padding_is_zero_after_the_normalisation(small_config):
     }
     keys = jax.random.split(jax.random.key(0), 2)
     plain, distorted = (
-        np.asarray(make_task(small_config(**{'augment.photometric': on})).augment(batch, keys)['image'])
+        np.asarray(jax.jit(make_task(small_config(**{'augment.photometric': on})).augment)(batch, keys)['image'])
         for on in (False, True)
     )
     assert (plain[0] > 1).all()
