@@ -25,10 +25,10 @@ def run_section(workdir: Path) -> str:
     start = config['init']['weights']
     weights = f'the weights {start}' if _is_public(start) else 'other weights' if start else 'random weights'
     steps = max((record['step'] for record in records), default=0)
+    images = f'{steps:,} steps with {config["batch_size"]:,} images'
     lines = [
         '## Training\n',
-        f'Trained with convnext_jax on `{config["data"]["name"]}`: {steps:,} steps with {config["batch_size"]:,} images,'
-        f' starting from {weights}.\n',
+        f'Trained with convnext_jax on `{config["data"]["name"]}`: {images}, starting from {weights}.\n',
     ]
     newest = {record['split']: record for record in records if record['split'] != 'train'}
     if newest:
