@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.execution import Execution
+from convnext_jax.models.extent import Extent
 from convnext_jax.models.layers import LayerNorm
 from convnext_jax.models.parameters import AnyArray
 from convnext_jax.models.trunk import Trunk
@@ -58,8 +59,21 @@ class Backbone(Trunk):
         self.norms = nnx.Dict({name: LayerNorm(self.channels[name]) for name in self.out_features})
 
     def __call__(
-        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self,
+        images: Float[AnyArray, 'n h w c'],
+        *,
+        key: Key[Array, '*n'] | None = None,
+        extent: Extent | None = None,
     ) -> dict[str, Float[Array, 'n rows columns channels']]:
-        """Name → normalised feature map, (N, H // stride, W // stride, C); arguments and errors as for `features`."""
-        maps = self.features(images, key=key)
+        """Name → normalised feature map, (N, H // stride, W // stride, C).
+
+        Args:
+            images, key: as for `features`.
+            extent: the part of each image that is not padding; outside `extents` of it, the maps are arbitrary. None
+                for images without padding.
+
+        Raises:
+            UserError: as for `features`.
+        """
+        maps = self.features(images, key=key, visible=extent)
         return {name: self.norms[name](maps[name]) for name in self.out_features}

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from convnext_jax.models.activation import gelu
+from convnext_jax.models.extent import Extent
 from convnext_jax.models.layers import device_axes
 from convnext_jax.models.normal import widened
 from convnext_jax.models.parameters import AnyArray
@@ -124,14 +125,14 @@ def masked_gelu_and_response_norm(
     bias: Float[AnyArray, ' c'],
     gamma: Float[AnyArray, ' c'],
     beta: Float[AnyArray, ' c'],
-    visible: Visible,
+    visible: Visible | Extent,
 ) -> Float[Array, 'n h w c']:
     """`activation.gelu_and_response_norm` with norms over the visible positions only.
 
     Args:
         x: (N, H, W, C).
         bias, gamma, beta: (C,) float32.
-        visible: the visible patches of x.
+        visible: the visible patches of x, or the part of x that is not padding.
 
     Returns:
         (N, H, W, C) of x's dtype; the values at invisible positions are undefined.

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Key
 
 from convnext_jax.models.activation import ACTIVATION_FUNCTIONS
 from convnext_jax.models.execution import Execution
+from convnext_jax.models.extent import Extent
 from convnext_jax.models.layers import PatchConv, normal
 from convnext_jax.models.norms import create_norm
 from convnext_jax.models.variants import Variant
@@ -21,9 +22,14 @@ class PatchStem(nnx.Module):
         self.conv = PatchConv(in_channels, channels, variant.patch_size, dtype=execution.dtype, key=key)
         self.norm = create_norm(variant, channels) if variant.stem_norm else None
 
-    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns c']:
+    def __call__(self, x: Float[Array, 'n h w in'], extent: Extent | None = None) -> Float[Array, 'n rows columns c']:
+        """The output. `extent` is the part of x that is not padding; no position of it reads padding."""
         x = self.conv(x)
         return x if self.norm is None else self.norm(x)
+
+    def extent(self, extent: Extent) -> Extent:
+        """The part of the output that is not padding, from the same part of the input."""
+        return extent.divided(len(self.conv.kernel))
 
 
 class HalvingConv(nnx.Module):
@@ -62,12 +68,19 @@ class OverlapStem(nnx.Module):
         self.norm = create_norm(variant, variant.widths[0])
         self.activation = variant.activation if variant.stem == 'overlap_act' else None
 
-    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns c']:
+    def __call__(self, x: Float[Array, 'n h w in'], extent: Extent | None = None) -> Float[Array, 'n rows columns c']:
+        """The output. `extent` is the part of x that is not padding, None for all of it; the padding of x is 0."""
         if self.activation is None:
             x = self.first_conv(x)
         else:
             x = ACTIVATION_FUNCTIONS[self.activation](self.first_conv.product(x), self.first_conv.bias[...])
+        if extent is not None:
+            x = extent.halved_up().keep(x)
         return self.norm(self.second_conv(x))
+
+    def extent(self, extent: Extent) -> Extent:
+        """The part of the output that is not padding, from the same part of the input."""
+        return extent.halved_up().halved_up()
 
 
 def create_stem(

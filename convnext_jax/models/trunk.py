@@ -14,6 +14,7 @@ from convnext_jax.errors import UserError
 from convnext_jax.models.activation import ACTIVATION_FUNCTIONS, gelu_and_response_norm
 from convnext_jax.models.depthwise import depthwise_conv
 from convnext_jax.models.execution import Execution
+from convnext_jax.models.extent import Extent
 from convnext_jax.models.layers import (
     GRN,
     STATISTICS,
@@ -83,7 +84,7 @@ class Block(nnx.Module):
         x: Float[Array, 'n h w c'],
         drop_rate: Float[Array, ''],
         keys: Key[Array, ' n'] | None,
-        visible: Visible | None = None,
+        visible: Visible | Extent | None = None,
     ) -> Float[Array, 'n h w c']:
         """The output, (N, H, W, C).
 
@@ -91,7 +92,8 @@ class Block(nnx.Module):
             x: (N, H, W, C) float; with `visible`, 0 at the invisible positions.
             drop_rate: probability in [0, 1) with which an image's branch is dropped.
             keys: (N,) random keys, one for each image, or None to drop nothing.
-            visible: the visible patches; the output is 0 at the other positions. None for all.
+            visible: the visible patches, or the part that is not padding; the output is 0 at the other positions. None
+                for all.
         """
         run = self._checkpoint(Block.run) if self.execution.remat == 'full' else Block.run
         return run(self, x, drop_rate, keys, visible)
@@ -101,7 +103,7 @@ class Block(nnx.Module):
         x: Float[Array, 'n h w c'],
         drop_rate: Float[Array, ''],
         keys: Key[Array, ' n'] | None,
-        visible: Visible | None = None,
+        visible: Visible | Extent | None = None,
     ) -> Float[Array, 'n h w c']:
         """The computation of the block, which remat='full' wraps in `jax.checkpoint`."""
         expand, contract = Block.expand, Block.contract
@@ -114,6 +116,8 @@ class Block(nnx.Module):
         branch = self.depthwise(x)
         if visible is None:
             branch = contract(self, expand(self, branch))
+        elif isinstance(visible, Extent):
+            branch = visible.keep(contract(self, expand(self, branch), visible))
         else:
             branch = contract(self, expand(self, pack(branch, visible)), visible.packed)
             branch = unpack(branch, visible)
@@ -130,7 +134,9 @@ class Block(nnx.Module):
         """Norm and first linear layer without its bias: (N, H, W, C) → (N, H, W, 4C)."""
         return conv_layout(self.pointwise1.product(self.norm(x)))
 
-    def contract(self, x: Float[Array, 'n h w hidden'], visible: Visible | None = None) -> Float[Array, 'n h w c']:
+    def contract(
+        self, x: Float[Array, 'n h w hidden'], visible: Visible | Extent | None = None
+    ) -> Float[Array, 'n h w c']:
         """Bias, activation, second linear layer and layer scale: (N, H, W, 4C) → (N, H, W, C)."""
         bias = self.pointwise1.bias[...]
         if self.grn is None:
@@ -166,8 +172,14 @@ class Downsample(nnx.Module):
             # As in timm: the dilation of the previous stage, but at most 2.
             self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)
 
-    def __call__(self, x: Float[Array, 'n h w in']) -> Float[Array, 'n rows columns out']:
-        return self.conv(self.norm(x))
+    def __call__(self, x: Float[Array, 'n h w in'], extent: Extent | None = None) -> Float[Array, 'n rows columns out']:
+        """The output. `extent` is the part of x that is not padding, None for all of it."""
+        x = self.norm(x)
+        return self.conv(x if extent is None else extent.keep(x))
+
+    def extent(self, extent: Extent) -> Extent:
+        """The part of the output that is not padding, from the same part of the input."""
+        return extent.divided(2) if isinstance(self.conv, PatchConv) else extent
 
 
 class Stage(nnx.Module):
@@ -217,17 +229,22 @@ class Stage(nnx.Module):
         self.first_block = first_block
 
     def __call__(
-        self, x: Float[Array, 'n h w in'], keys: Key[Array, ' n'] | None, visible: Visible | None = None
+        self, x: Float[Array, 'n h w in'], keys: Key[Array, ' n'] | None, visible: Visible | Extent | None = None
     ) -> Float[Array, 'n rows columns c']:
         """The output, (N, H', W', C).
 
         Args:
             x: (N, H, W, in) float; with `visible`, 0 at the invisible positions.
             keys: (N,) random keys, one for each image, or None.
-            visible: the visible patches; the output is 0 at the other positions. None for all.
+            visible: the visible patches, or the part of x that is not padding; the output is 0 at the other positions.
+                None for all.
         """
         if self.downsample is not None:
-            x = self.downsample(x)
+            if isinstance(visible, Extent):
+                x = self.downsample(x, visible)
+                visible = self.downsample.extent(visible)
+            else:
+                x = self.downsample(x)
             if visible is not None:
                 x = visible.keep(x)
 
@@ -318,7 +335,7 @@ class Trunk(nnx.Module):
         images: Float[AnyArray, 'n h w c'],
         *,
         key: Key[Array, '*n'] | None = None,
-        visible: Visible | None = None,
+        visible: Visible | Extent | None = None,
     ) -> dict[str, Float[Array, 'n rows columns channels']]:
         """Name → feature map, (N, H // stride, W // stride, C) of `execution.dtype`: 'stem', 'stage1', …
 
@@ -326,8 +343,8 @@ class Trunk(nnx.Module):
             images: (N, H, W, in_channels) float, normalised.
             key: in training, one random key, or (N,) keys, one for each image; the blocks that are dropped for an image
                 depend on its key only. None for inference, which drops nothing.
-            visible: the visible patches; the maps are 0 at the other patches, whose pixels have no effect. None for
-                all.
+            visible: the visible patches, or the part of each image that is not padding (see `extents`); the maps are 0
+                elsewhere, and pixels elsewhere have no effect. None for all.
 
         Raises:
             UserError: the images have another rank or number of channels, or a side below the largest stride; `key` is
@@ -336,8 +353,9 @@ class Trunk(nnx.Module):
         """
         self._check(images)
         images = jnp.asarray(images)
-        if visible is not None:
+        if isinstance(visible, Visible):
             self._check_patches(images, visible)
+        if visible is not None:
             images = visible.keep(images)
         if key is not None:
             check_key(key, ((), images.shape[:1]))
@@ -345,11 +363,28 @@ class Trunk(nnx.Module):
             key = None
         if key is not None and key.ndim == 0:
             key = jax.random.split(key, images.shape[0])
-        stem = self.stem(images)
-        maps = [stem if visible is None else visible.keep(stem)]
-        for stage in self.stages:
-            maps.append(stage(maps[-1], key, visible))
+        if isinstance(visible, Extent):
+            stem, extents = self.stem(images, visible), self.extents(visible)
+            maps = [extents['stem'].keep(stem)]
+            inputs = list(extents.values())[:-1]
+        else:
+            stem = self.stem(images)
+            maps = [stem if visible is None else visible.keep(stem)]
+            inputs = [visible] * len(self.stages)
+        for stage, part in zip(self.stages, inputs, strict=True):
+            maps.append(stage(maps[-1], key, part))
         return self._by_name(maps)
+
+    def extents(self, images: Extent) -> dict[str, Extent]:
+        """Name → the part of each feature map that is not padding.
+
+        Args:
+            images: the part of each image that is not padding, at least as large as the largest stride.
+        """
+        extents = [self.stem.extent(images)]
+        for stage in self.stages:
+            extents.append(extents[-1] if stage.downsample is None else stage.downsample.extent(extents[-1]))
+        return self._by_name(extents)
 
     def pooled(
         self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from convnext_jax.errors import UserError
 from convnext_jax.models.backbone import Backbone
 from convnext_jax.models.batch_norm import BatchNorm
 from convnext_jax.models.execution import Execution
+from convnext_jax.models.extent import Extent, bin_weights, resize_part
 from convnext_jax.models.layers import Linear
 from convnext_jax.models.parameters import AnyArray, get_parameters
 from convnext_jax.models.trunk import check_key
@@ -101,30 +102,44 @@ class DecodeHead(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(
-        self, maps: Sequence[Float[Array, 'n _ _ _']], keys: Key[Array, ' n'] | None
+        self,
+        maps: Sequence[Float[Array, 'n _ _ _']],
+        keys: Key[Array, ' n'] | None,
+        extents: Sequence[Extent] | None = None,
     ) -> Float[Array, 'n rows columns classes']:
         """The logits at the resolution of the first map, float32.
 
         Args:
             maps: feature maps in the order of decreasing resolution.
             keys: in training, (N,) random keys, one for each image; None for inference.
+            extents: the part of each map that is not padding; None for maps without padding.
         """
         training = keys is not None
+        parts: Sequence[Extent | None] = [None] * len(maps) if extents is None else extents
         laterals = [conv(x, training=training) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
-        laterals.append(self._pyramid_pooling(maps[-1], training=training))
+        laterals.append(self._pyramid_pooling(maps[-1], parts[-1], training=training))
         for level in reversed(range(len(laterals) - 1)):
-            laterals[level] += resize(laterals[level + 1], laterals[level].shape[1:3])
-        levels = [conv(x, training=training) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
+            size = laterals[level].shape[1:3]
+            laterals[level] += _resize_within(laterals[level + 1], size, parts[level + 1], parts[level])
+        levels = [
+            conv(_keep(x, part), training=training)
+            for conv, x, part in zip(self.fpn_convs, laterals[:-1], parts[:-1], strict=True)
+        ]
         levels.append(laterals[-1])
         size = levels[0].shape[1:3]
-        fused = self.fpn_bottleneck(jnp.concatenate([resize(x, size) for x in levels], -1), training=training)
+        resized = [_resize_within(x, size, part, parts[0]) for x, part in zip(levels, parts, strict=True)]
+        fused = self.fpn_bottleneck(_keep(jnp.concatenate(resized, -1), parts[0]), training=training)
         return self.classifier(_drop_channels(fused, self.dropout_rate, keys))
 
-    def _pyramid_pooling(self, x: Float[Array, 'n h w c'], *, training: bool) -> Float[Array, 'n h w channels']:
+    def _pyramid_pooling(
+        self, x: Float[Array, 'n h w c'], extent: Extent | None, *, training: bool
+    ) -> Float[Array, 'n h w channels']:
         parts = [x]
         for scale, conv in zip(self.pool_scales, self.pooling, strict=True):
-            parts.append(resize(conv(adaptive_average_pool(x, scale), training=training), x.shape[1:3]))
-        return self.bottleneck(jnp.concatenate(parts, -1), training=training)
+            pooled = conv(adaptive_average_pool(x, scale, extent), training=training)
+            bins = None if extent is None else Extent(jnp.full_like(extent.sizes, scale))
+            parts.append(_resize_within(pooled, x.shape[1:3], bins, extent))
+        return self.bottleneck(_keep(jnp.concatenate(parts, -1), extent), training=training)
 
 
 class AuxiliaryHead(nnx.Module):
@@ -266,10 +281,50 @@ class UPerNet(nnx.Module):
         return total
 
     def __call__(
-        self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None
+        self,
+        images: Float[AnyArray, 'n h w c'],
+        *,
+        key: Key[Array, '*n'] | None = None,
+        sizes: Int[Array, 'n 2'] | None = None,
     ) -> Float[Array, 'n h w classes']:
-        """The logits of each pixel, (N, H, W, num_classes) float32; arguments and errors as for `head_logits`."""
-        return resize(self.head_logits(images, key=key).main, images.shape[1:3])
+        """The logits of each pixel, (N, H, W, num_classes) float32.
+
+        Args:
+            images, key: as for `head_logits`.
+            sizes: for inference with padded images, as for `logits_within`; None for images without padding.
+
+        Raises:
+            UserError: as for `head_logits`.
+        """
+        if sizes is None:
+            return resize(self.head_logits(images, key=key).main, images.shape[1:3])
+        logits, extent = self.logits_within(images, sizes)
+        return resize_part(logits, extent, Extent(sizes), images.shape[1:3])
+
+    def logits_within(
+        self, images: Float[AnyArray, 'n h w c'], sizes: Int[Array, 'n 2']
+    ) -> tuple[Float[Array, 'n rows columns classes'], Extent]:
+        """The logits of the main head for padded images, at the resolution at which they are computed.
+
+        They are equal to the logits of the images without padding. An image that is smaller than the largest stride is
+        enlarged to it with zeros.
+
+        Args:
+            images: (N, H, W, in_channels) float, normalised, padded at the bottom and at the right.
+            sizes: (N, 2) int32, height and width without padding.
+
+        Returns:
+            (N, rows, columns, num_classes) float32, and the part of it that is not padding.
+
+        Raises:
+            UserError: as for `Backbone.features`.
+        """
+        images = Extent(sizes).keep(jnp.asarray(images))
+        extent = Extent(jnp.maximum(sizes, self.backbone.output_stride))
+        maps = self.backbone(images, extent=extent)
+        extents = self.backbone.extents(extent)
+        logits = self.decode_head(list(maps.values()), None, [extents[name] for name in maps])
+        return logits, extents[STAGES[0]]
 
     def head_logits(self, images: Float[AnyArray, 'n h w c'], *, key: Key[Array, '*n'] | None = None) -> HeadLogits:
         """The logits of both heads at the resolution at which they are computed.
@@ -313,7 +368,20 @@ def resize(x: Float[Array, 'n h w c'], size: tuple[int, ...]) -> Float[Array, 'n
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), 'linear', antialias=False)
 
 
-def adaptive_average_pool(x: Float[Array, 'n h w c'], bins: int) -> Float[Array, 'n bins bins c']:
+def _resize_within(
+    x: Float[Array, 'n h w c'], size: tuple[int, ...], old: Extent | None, new: Extent | None
+) -> Float[Array, 'n rows columns c']:
+    """`resize`, or `resize_part` if the parts that are not padding are given."""
+    return resize(x, size) if old is None or new is None else resize_part(x, old, new, size)
+
+
+def _keep(x: Float[Array, 'n h w c'], extent: Extent | None) -> Float[Array, 'n h w c']:
+    return x if extent is None else extent.keep(x)
+
+
+def adaptive_average_pool(
+    x: Float[Array, 'n h w c'], bins: int, extent: Extent | None = None
+) -> Float[Array, 'n bins bins c']:
     """The mean over each of `bins` × `bins` parts of the map, as `AdaptiveAvgPool2d` in PyTorch.
 
     Bin i of an axis of length n covers the positions from ⌊i · n / bins⌋ to ⌈(i + 1) · n / bins⌉, so the bins overlap
@@ -322,12 +390,16 @@ def adaptive_average_pool(x: Float[Array, 'n h w c'], bins: int) -> Float[Array,
     Args:
         x: (N, H, W, C) float.
         bins: number of bins along each axis.
+        extent: the part of each map that is pooled; None for the whole map.
 
     Returns:
         (N, bins, bins, C) of x's dtype; the means are computed in float32.
     """
-    rows, columns = (_bin_weights(length, bins) for length in x.shape[1:3])
     wide, precision = x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    if extent is not None:
+        rows, columns = (bin_weights(extent.sizes[:, axis], bins, x.shape[1 + axis]) for axis in (0, 1))
+        return jnp.einsum('nih,njw,nhwc->nijc', rows, columns, wide, precision=precision).astype(x.dtype)
+    rows, columns = (_bin_weights(length, bins) for length in x.shape[1:3])
     return jnp.einsum('ih,jw,nhwc->nijc', rows, columns, wide, precision=precision).astype(x.dtype)
 
 
