@@ -255,8 +255,8 @@ def predict_photos(arguments: list[str]) -> None:
         'mode',
         None,
         MODES,
-        "UPerNet: 'slide' windows over the images, or 'squash' the images to a square. The default comes from the run "
-        'or from the stored preprocessing.',
+        "UPerNet: 'slide' windows over the images, predict 'whole' images, or 'squash' the images to a square. The "
+        'default comes from the run or from the stored preprocessing.',
         flag_values=values,
     )
     flags.DEFINE_integer(

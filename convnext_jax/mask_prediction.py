@@ -1,11 +1,13 @@
 """The class of each pixel of image files."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -15,9 +17,10 @@ from convnext_jax.errors import UserError
 from convnext_jax.interop import PretrainedUPerNet
 from convnext_jax.interop.pretrained_upernet import WindowProtocol
 from convnext_jax.interop.processor import open_image, processor_for, segmentation_processor
-from convnext_jax.tasks.sliding_windows import NOT_FINITE, SlidingWindows
+from convnext_jax.models import UPerNet
+from convnext_jax.tasks.pixel_classes import NOT_FINITE, PixelClasses, View
 
-MODES = ('slide', 'squash')
+MODES = ('slide', 'whole', 'squash')
 MAX_CLASSES = NOT_FINITE
 """Maximum number of classes: a mask has 8 bits, and one value is for pixels without a class."""
 
@@ -53,12 +56,13 @@ def predict_masks(
         pretrained: the network, its preprocessing and class names. Without names, classes are called 'class 7', etc.
         photos: the files, which are read one by one.
         mode: 'slide' resizes images as mmsegmentation does, with their aspect ratio, and averages the logits of
-            overlapping windows, as for the published results. 'squash' resizes images to a square, as transformers
-            does. The default of a run is the mode of its evaluation. The default of other weights is 'squash' if they
-            are stored with a preprocessing, otherwise 'slide'.
-        resolution: side of the windows or of the square in pixels. If it is given with 'slide', images are resized to
-            fit into (4 · resolution, resolution). The default is the size in the run or in the stored preprocessing,
-            otherwise 512.
+            overlapping windows, as for the published results. 'whole' resizes them likewise, and the network gets the
+            whole image. 'squash' resizes images to a square, as transformers does. The default of a run is the mode of
+            its evaluation. The default of other weights is 'squash' if they are stored with a preprocessing, otherwise
+            'slide'.
+        resolution: side of the windows or of the square in pixels. If it is given with 'slide' or 'whole', images are
+            resized to fit into (4 · resolution, resolution). The default is the size in the run or in the stored
+            preprocessing, otherwise 512.
 
     Raises:
         UserError: the network has more than 255 classes, or the preprocessing does not match the model.
@@ -77,9 +81,15 @@ def predict_masks(
         crop = stride = processor.size
     else:
         processor = processor_for(model.in_channels, pretrained.processor)
-        crop, stride = protocol.crop, protocol.stride
-    windows = SlidingWindows(*processor.mean_and_std_of_255(), crop, stride)
-    predict = jax.jit(windows.classes, static_argnames='shape')
+        crop, stride = (0, 0) if protocol.whole else (protocol.crop, protocol.stride)
+    mean, std = processor.mean_and_std_of_255()
+
+    @functools.partial(jax.jit, static_argnames=('may_be_small', 'shape'))
+    def predict(
+        model: UPerNet, view: View, original: jax.Array, *, may_be_small: bool, shape: tuple[int, int]
+    ) -> jax.Array:
+        return PixelClasses(mean, std, crop, stride, may_be_small=may_be_small)(model, [view], original, shape)
+
     for path in photos:
         try:
             photo = open_image(path, model.in_channels)
@@ -88,7 +98,9 @@ def predict_masks(
             continue
         pixels = processor.resize(photo) if protocol is None else _resized(photo, protocol.resize)
         size, original = np.array(pixels.shape[:2]), np.array((photo.height, photo.width))
-        classes = predict(model, pad(pixels, _rounded_up(size)), size, original, shape=_rounded_up(original))
+        view = View(jnp.asarray(pad(pixels, _rounded_up(size))), jnp.asarray(size))
+        small = bool(size.min() < crop)
+        classes = predict(model, view, jnp.asarray(original), may_be_small=small, shape=_rounded_up(original))
         classes = np.asarray(classes)[: photo.height, : photo.width]
         finite = (classes != NOT_FINITE).all()
         yield PredictedMask(path, photo, classes, _areas(classes, names) if finite else ())
@@ -128,12 +140,14 @@ def mask_files(photos: Sequence[Path], folder: Path) -> list[MaskFiles]:
 
 
 def choose_windows(pretrained: PretrainedUPerNet, mode: str | None, resolution: int | None) -> WindowProtocol | None:
-    """The windows that slide over images, None if images are squashed; arguments as for `predict_masks`."""
+    """How images are resized and windows slide over them, None if images are squashed; as for `predict_masks`."""
     if mode == 'squash' or (mode is None and pretrained.windows is None and pretrained.processor is not None):
         return None
+    protocol = pretrained.windows or WindowProtocol()
     if resolution is not None:
-        return WindowProtocol((4 * resolution, resolution), resolution, max(resolution * 2 // 3, 1))
-    return pretrained.windows or WindowProtocol()
+        resize, stride = (4 * resolution, resolution), max(resolution * 2 // 3, 1)
+        protocol = WindowProtocol(resize, resolution, stride, protocol.whole)
+    return protocol if mode is None else protocol._replace(whole=mode == 'whole')
 
 
 def _resized(photo: Image.Image, limits: tuple[int, int]) -> np.ndarray:

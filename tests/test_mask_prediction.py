@@ -111,6 +111,10 @@ def test_the_weights_determine_how_photographs_are_resized():
     assert chosen('slide', processor=PROCESSOR) == published
     assert chosen('squash', windows=of_run) is None
     assert chosen('slide', 640, windows=of_run) == WindowProtocol((2560, 640), 640, 426)
+    whole = of_run._replace(whole=True)
+    assert chosen('whole', windows=of_run) == chosen(windows=whole) == whole
+    assert chosen('slide', windows=whole) == of_run
+    assert chosen(resolution=640, windows=whole) == WindowProtocol((2560, 640), 640, 426, whole=True)
 
 
 @pytest.mark.slow

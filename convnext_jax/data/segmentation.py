@@ -1,6 +1,7 @@
 """Images with masks, preprocessed as in mmsegmentation: random crops for training, whole images for evaluation."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -131,47 +132,67 @@ class EvalMasks(MaskedImages):
 
     An example has `image`, (H, W, 3) uint8, and `label`, (h, w) uint8, of the largest height and width in the split.
     Padding is at the right and at the bottom; it is 0 in images and `IGNORED` in labels. `image_size` and `label_size`,
-    (2,) int32, are the height and width without padding. The constructor reads the sizes from the headers of all files.
+    (2,) int32, are the height and width without padding. With several scales, `view_features` gives the names of the
+    image at each scale. The constructor reads the sizes from the headers of all files.
 
     Args:
         source: the encoded images and masks.
         resize: limits of the longer and the shorter side, to which OpenCV's bilinear filter fits the images.
+        scales: factors on `resize`; the network sees an image at each of them.
         squash: 0, or the side of a square. Then Pillow's bilinear filter resizes the images to this square, without
             keeping their aspect ratio, as in Hugging Face's `SegformerImageProcessor`.
 
+    Attributes:
+        smallest_side: the smallest height or width of all resized images.
+
     Raises:
-        UserError: `resize` is not valid, an image or a mask cannot be read, or they differ in size.
+        UserError: `resize` or `scales` is not valid, an image or a mask cannot be read, or they differ in size.
     """
 
-    def __init__(self, source: MaskSource, *, resize: tuple[int, int] = (2048, 512), squash: int = 0):
+    def __init__(
+        self,
+        source: MaskSource,
+        *,
+        resize: tuple[int, int] = (2048, 512),
+        scales: tuple[float, ...] = (1.0,),
+        squash: int = 0,
+    ):
         super().__init__(source)
         _check_limits(resize)
-        self.resize, self.squash = resize, squash
+        if not scales or min(scales) <= 0:
+            raise UserError(f'eval.scales must be one or more factors above 0, not {scales}')
+        self.resize, self.scales, self.squash = resize, scales, squash
         with ThreadPoolExecutor(READERS) as pool:
             sizes = list(pool.map(self._size, range(len(source))))
         self.label_canvas = _largest_sides(sizes)
-        self.image_canvas = _largest_sides([self._resized(size) for size in sizes])
+        resized = [[self._resized(size, scale) for size in sizes] for scale in scales]
+        self.image_canvases = [_largest_sides(at_scale) for at_scale in resized]
+        self.smallest_side = min(side for at_scale in resized for size in at_scale for side in size)
         self.features = {
-            'image': jax.ShapeDtypeStruct((*self.image_canvas, 3), np.uint8),
-            'image_size': jax.ShapeDtypeStruct((2,), np.int32),
             'label': jax.ShapeDtypeStruct(self.label_canvas, np.uint8),
             'label_size': jax.ShapeDtypeStruct((2,), np.int32),
         }
+        for view, canvas in enumerate(self.image_canvases):
+            image, image_size = view_features(view)
+            self.features[image] = jax.ShapeDtypeStruct((*canvas, 3), np.uint8)
+            self.features[image_size] = jax.ShapeDtypeStruct((2,), np.int32)
 
     def load(self, index: int, draw: tuple[int, ...] = ()) -> Example:
         del draw
         image, label = self.decode(index)
-        size = self._resized(label.shape)
-        if self.squash:
-            pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        else:
-            pixels = resize_bilinear(image, size)
-        return {
-            'image': pad(pixels, self.image_canvas),
-            'image_size': np.array(size, np.int32),
+        example = {
             'label': pad(label, self.label_canvas, IGNORED),
             'label_size': np.array(label.shape, np.int32),
         }
+        for view, (scale, canvas) in enumerate(zip(self.scales, self.image_canvases, strict=True)):
+            size = self._resized(label.shape, scale)
+            if self.squash:
+                pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+            else:
+                pixels = resize_bilinear(image, size)
+            names = view_features(view)
+            example |= {names.image: pad(pixels, canvas), names.size: np.array(size, np.int32)}
+        return example
 
     def _size(self, index: int) -> tuple[int, int]:
         """Height and width of an image, from the headers of the image and of its mask."""
@@ -180,8 +201,23 @@ class EvalMasks(MaskedImages):
         _check_sizes(example, size, mask_size(example.mask, example.mask_name)[::-1])
         return size
 
-    def _resized(self, size: tuple[int, ...]) -> tuple[int, int]:
-        return (self.squash, self.squash) if self.squash else fit_size(size, self.resize)
+    def _resized(self, size: tuple[int, ...], scale: float) -> tuple[int, int]:
+        if self.squash:
+            return self.squash, self.squash
+        return fit_size(size, (int(self.resize[0] * scale), int(self.resize[1] * scale)))
+
+
+class ViewFeatures(NamedTuple):
+    """The names of the features of an evaluation example that hold an image at one scale, and its size."""
+
+    image: str
+    size: str
+
+
+def view_features(view: int) -> ViewFeatures:
+    """'image' and 'image_size' for the first scale, then 'image_1' and 'image_size_1', and so on."""
+    suffix = f'_{view}' if view else ''
+    return ViewFeatures(f'image{suffix}', f'image_size{suffix}')
 
 
 def fit_size(size: tuple[int, ...], limits: tuple[int, int]) -> tuple[int, int]:

@@ -18,17 +18,19 @@ CLASSIFIERS = tuple(f'{head}classifier.{parameter}' for head in HEADS for parame
 
 
 class WindowProtocol(NamedTuple):
-    """How windows slide over images. The defaults are from mmsegmentation's configs for crops of 512 pixels.
+    """How images are resized, and how windows slide over them, by default as in mmsegmentation for crops of 512 pixels.
 
     Attributes:
         resize: limits of the longer and the shorter side, to which images are enlarged or reduced first.
         crop: side of the windows in pixels.
         stride: distance between neighbouring windows in pixels.
+        whole: whether the network gets whole images instead of windows.
     """
 
     resize: tuple[int, int] = (2048, 512)
     crop: int = 512
     stride: int = 341
+    whole: bool = False
 
 
 class PretrainedUPerNet(NamedTuple):

@@ -319,8 +319,11 @@ class UPerNet(nnx.Module):
         Raises:
             UserError: as for `Backbone.features`.
         """
+        smallest = self.backbone.output_stride
         images = Extent(sizes).keep(jnp.asarray(images))
-        extent = Extent(jnp.maximum(sizes, self.backbone.output_stride))
+        below, right = (max(smallest - side, 0) for side in images.shape[1:3])
+        images = jnp.pad(images, ((0, 0), (0, below), (0, right), (0, 0)))
+        extent = Extent(jnp.maximum(sizes, smallest))
         maps = self.backbone(images, extent=extent)
         extents = self.backbone.extents(extent)
         logits = self.decode_head(list(maps.values()), None, [extents[name] for name in maps])

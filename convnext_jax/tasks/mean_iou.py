@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from convnext_jax.data.mask_classes import IGNORED
+from convnext_jax.data.segmentation import view_features
 from convnext_jax.models import UPerNet
-from convnext_jax.tasks.sliding_windows import NOT_FINITE, SlidingWindows
+from convnext_jax.tasks.pixel_classes import NOT_FINITE, PixelClasses, View
 from convnext_jax.tasks.task import Batch, Evaluator, Measured
 
 
@@ -19,12 +20,14 @@ class MeanIoU(Evaluator):
     """Compares the predicted class of each labelled pixel of whole images with its label, at the original size.
 
     Attributes:
-        windows: predicts the classes.
+        predict: predicts the classes.
         class_names: names of the first classes of the network; the others are called 'class 7', for example.
+        views: number of sizes at which the network sees each image.
     """
 
-    windows: SlidingWindows
+    predict: PixelClasses
     class_names: Sequence[str] = ()
+    views: int = 1
 
     def measure(self, model: UPerNet, batch: Batch) -> Measured:
         """Measures a batch, image by image.
@@ -35,46 +38,41 @@ class MeanIoU(Evaluator):
 
         Returns:
             Sums over the examples with weight above 0: `confusion`, (classes, classes) int32, the number of pixels of
-            each label (row) and predicted class (column), without ignored pixels; `padded_images`, the number of images
-            that are smaller than a window in height or width; and `not_finite`, the number of labelled pixels whose
-            logits are NaN or infinite.
+            each label (row) and predicted class (column), without ignored pixels; and `not_finite`, the number of
+            labelled pixels whose logits are NaN or infinite.
         """
 
-        def of_image(example: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-            counted = example['weight'] > 0
-            size, label_size = (jnp.where(counted, example[name], 0) for name in ('image_size', 'label_size'))
-            label = example['label']
-            predicted = self.windows.classes(model, example['image'], size, label_size, label.shape)
+        def of_image(example: Batch) -> tuple[jax.Array, jax.Array]:
+            counted, label = example['weight'] > 0, example['label']
+            label_size = jnp.where(counted, example['label_size'], 0)
+            views = [View(image, jnp.where(counted, size, 0)) for image, size in views_of(example, self.views)]
+            predicted = self.predict(model, views, label_size, label.shape)
             rows, columns = (jnp.arange(side) for side in label.shape)
             label = jnp.where((rows[:, None] < label_size[0]) & (columns < label_size[1]), label, IGNORED)
-            padded = counted & (size < self.windows.crop).any()
             not_finite = ((label != IGNORED) & (predicted == NOT_FINITE)).sum()
-            return confusion_matrix(label, predicted, model.num_classes), padded, not_finite
+            return confusion_matrix(label, predicted, model.num_classes), not_finite
 
-        names = ('image', 'image_size', 'label', 'label_size', 'weight')
-        confusions, padded, not_finite = jax.lax.map(of_image, {name: batch[name] for name in names})
-        return Measured({'confusion': confusions.sum(0), 'padded_images': padded.sum(), 'not_finite': not_finite.sum()})
+        names = ['label', 'label_size', 'weight', *(name for view in range(self.views) for name in view_features(view))]
+        confusions, not_finite = jax.lax.map(of_image, {name: batch[name] for name in names})
+        return Measured({'confusion': confusions.sum(0), 'not_finite': not_finite.sum()})
 
     def summary(self, measured: Measured) -> dict[str, float]:
         """The metrics of a split in percent.
 
         `miou` is the mean IoU over the classes that occur among the labels or the predictions, `macc` the mean accuracy
         over the classes that occur among the labels, and `aacc` the accuracy over all labelled pixels. All are NaN if
-        no pixel has a label, or if logits are NaN or infinite. `padded_images` is the number of images that are smaller
-        than a window, if any.
+        no pixel has a label, or if logits are NaN or infinite.
         """
         confusion = np.asarray(measured.sums['confusion'])
         if measured.sums['not_finite']:
             confusion = np.full(confusion.shape, np.nan)
         iou, accuracy, labelled = class_scores(confusion)
         with np.errstate(invalid='ignore'):
-            values = {
+            return {
                 'miou': mean_of_known(iou),
                 'macc': mean_of_known(accuracy),
                 'aacc': 100 * float(np.trace(confusion) / labelled.sum()),
             }
-        padded = float(measured.sums['padded_images'])
-        return values | ({'padded_images': padded} if padded else {})
 
     def table(self, measured: Measured) -> list[dict[str, object]]:
         """IoU, accuracy in percent and number of labelled pixels of each class; None for a value that is undefined."""
@@ -90,6 +88,11 @@ class MeanIoU(Evaluator):
             }
             for label, (iou, accuracy, pixels) in enumerate(zip(*scores, strict=True))
         ]
+
+
+def views_of(example: Batch, count: int) -> list[View]:
+    """The views of an example of `EvalMasks`."""
+    return [View(*(example[name] for name in view_features(view))) for view in range(count)]
 
 
 def confusion_matrix(

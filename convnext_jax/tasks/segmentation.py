@@ -24,10 +24,10 @@ from convnext_jax.interop.pretrained_upernet import WindowProtocol
 from convnext_jax.models import AFTER_TRUNK, UPerNet, Weights
 from convnext_jax.models.fcmae import split_decoder
 from convnext_jax.tasks.classes import matched_outputs, set_num_classes
-from convnext_jax.tasks.mean_iou import MeanIoU
+from convnext_jax.tasks.mean_iou import MeanIoU, views_of
 from convnext_jax.tasks.palette import class_colours
+from convnext_jax.tasks.pixel_classes import PixelClasses
 from convnext_jax.tasks.segmentation_loss import AUXILIARY_WEIGHT, segmentation_loss
-from convnext_jax.tasks.sliding_windows import SlidingWindows
 from convnext_jax.tasks.task import Batch, Headline, LoadedWeights, Loss, Task, warn_on_main_process
 
 HEADS = ('decode_head.', 'auxiliary_head.')
@@ -53,9 +53,12 @@ def _defaults(config: ConfigDict) -> None:
     config.augment.photometric = True  # random brightness, contrast, saturation and hue, on the device
 
     config.eval = ConfigDict()
-    config.eval.mode = 'slide'  # 'slide': windows over images in data.resize; 'squash': images resized to a square
+    # 'slide': windows over images in data.resize. 'whole': these images in one pass. 'squash': images resized to a
+    # square, without keeping their aspect ratio.
+    config.eval.mode = 'slide'
     config.eval.stride = 0  # distance between windows in pixels; 0: two thirds of data.image_size
     config.eval.flip = False  # average the softmax of each image and its mirror image
+    config.eval.scales = (1.0,)  # average the softmax of each image at these factors on data.resize
 
     config.segmentation = ConfigDict()
     config.segmentation.channels = 512  # channels of the layers of the head
@@ -86,14 +89,14 @@ class Segmentation(Task):
         below_one=('segmentation.dropout_rate',),
         choices={
             'init.head': ('match', 'new'),
-            'eval.mode': ('slide', 'squash'),
+            'eval.mode': ('slide', 'whole', 'squash'),
             'segmentation.average': ('all', 'labelled'),
         },
         fixed=('augment', 'segmentation'),
         paths=('data.classes',),
         evaluation=(
             *('data.image_dir', 'data.mask_dir', 'data.classes', 'data.reduce_zero_label', 'data.resize'),
-            *('eval.mode', 'eval.stride', 'eval.flip'),
+            *('eval.mode', 'eval.stride', 'eval.flip', 'eval.scales'),
         ),
     )
 
@@ -113,6 +116,8 @@ class Segmentation(Task):
                 f'eval.stride={config.eval.stride} must be at most data.image_size={config.data.image_size}: windows '
                 'must not leave gaps'
             )
+        if config.eval.mode == 'squash' and tuple(config.eval.scales) != (1.0,):
+            lines.append('eval.mode=squash has one scale: drop eval.scales, or set eval.mode to whole or slide')
         return lines
 
     @property
@@ -176,17 +181,25 @@ class Segmentation(Task):
     def _eval_masks(self, source: MaskSource) -> EvalMasks:
         data = self.config.data
         squash = data.image_size if self.config.eval.mode == 'squash' else 0
-        return EvalMasks(source, resize=tuple(data.resize), squash=squash)
+        return EvalMasks(source, resize=tuple(data.resize), scales=tuple(self.config.eval.scales), squash=squash)
 
     def evaluator(self, dataset: EvalMasks) -> MeanIoU:
-        return MeanIoU(self.windows, dataset.classes.names)
+        predict = self.pixel_classes(may_be_small=dataset.smallest_side < self.config.data.image_size)
+        return MeanIoU(predict, dataset.classes.names, len(dataset.scales))
 
     @property
-    def windows(self) -> SlidingWindows:
-        """Predicts the classes of whole images, with the options in `config.eval`."""
+    def windows(self) -> WindowProtocol:
+        """The size of the images, and how windows slide over them, in `config.eval`."""
         data, evaluation = self.config.data, self.config.eval
         stride = evaluation.stride or max(data.image_size * 2 // 3, 1)
-        return SlidingWindows(tuple(data.mean), tuple(data.std), data.image_size, stride, evaluation.flip)
+        return WindowProtocol(tuple(data.resize), data.image_size, stride, whole=evaluation.mode == 'whole')
+
+    def pixel_classes(self, *, may_be_small: bool) -> PixelClasses:
+        """The prediction with the options in `config.eval`; `may_be_small` as for `PixelClasses`."""
+        data, windows = self.config.data, self.windows
+        crop, stride = (0, 0) if windows.whole else (windows.crop, windows.stride)
+        flip = self.config.eval.flip
+        return PixelClasses(tuple(data.mean), tuple(data.std), crop, stride, flip, may_be_small)
 
     def assume_data(self) -> None:
         """Sets `model.num_classes` to 150 (ADE20K) if it is 0."""
@@ -254,9 +267,7 @@ class Segmentation(Task):
     def pretrained(self, model: UPerNet, facts: Mapping[str, Any]) -> PretrainedUPerNet:
         names = facts['class names']
         unnamed = (f'class {label}' for label in range(len(names), model.num_classes))
-        windows = None
-        if self.config.eval.mode == 'slide':
-            windows = WindowProtocol(tuple(self.config.data.resize), self.windows.crop, self.windows.stride)
+        windows = None if self.config.eval.mode == 'squash' else self.windows
         classes = (*names, *unnamed)
         return PretrainedUPerNet(model, 'convnext_jax', classes, self.processor, (), [], windows=windows)
 
@@ -309,10 +320,11 @@ class Segmentation(Task):
     def figures(self, model: UPerNet, batch: Batch) -> dict[str, UInt8[Array, 'h w 3']]:
         """A row for each of the first images: the image, its labels, the predicted classes. Black means no class."""
         colours = jnp.asarray(class_colours())
+        predict, views = self.pixel_classes(may_be_small=True), len(self.config.eval.scales)
 
         def row(example: Batch) -> UInt8[Array, '_ _ 3']:
             size, label, label_size = (example[name] for name in ('image_size', 'label', 'label_size'))
-            classes = self.windows.classes(model, example['image'], size, label_size, label.shape)
+            classes = predict(model, views_of(example, views), label_size, label.shape)
             cells = (
                 _thumbnail(example['image'], size),
                 colours[_thumbnail(label, label_size, IGNORED)],

@@ -153,6 +153,22 @@ def test_evaluation_pads_all_images_to_the_largest():
         assert not batch['image'][index, :, width:].any()
 
 
+def test_an_image_is_resized_once_for_each_scale():
+    """mmsegmentation's results with several scales could not be reproduced."""
+    source = Pictures(halves(10, 20), halves(20, 10))
+    data = EvalMasks(source, resize=(45, 15), scales=(1.0, 0.5))
+    assert data.smallest_side == 7
+    example = data.load(0)
+    assert example.keys() == data.features.keys()
+    assert {name: (x.shape, x.dtype) for name, x in example.items()} == {
+        name: (x.shape, x.dtype) for name, x in data.features.items()
+    }
+    image = np.stack([10 * source.masks[0], 0 * source.masks[0], 0 * source.masks[0]], 2).astype(np.uint8)
+    for name, size_name, size in (('image', 'image_size', (15, 30)), ('image_1', 'image_size_1', (7, 14))):
+        np.testing.assert_array_equal(example[size_name], size)
+        np.testing.assert_array_equal(example[name][: size[0], : size[1]], resize_bilinear(image, size))
+
+
 def test_squash_resizes_as_hugging_face(sample):
     """Weights of Hugging Face would be evaluated on other pixels than in transformers."""
     example = EvalMasks(sample, squash=64).load(0)
@@ -184,6 +200,13 @@ def test_an_image_that_cannot_be_read_is_named():
     for broken in (lambda: data.load(0), lambda: data.check(0), lambda: EvalMasks(Damaged(halves(4, 4)))):
         with pytest.raises(UserError, match=r'0\.png cannot be decoded'):
             broken()
+
+
+def test_a_scale_that_is_not_above_0_is_refused(sample):
+    """The resize would fail with an error that does not name the option."""
+    for scales in ((), (1.0, 0.0)):
+        with pytest.raises(UserError, match=r'eval\.scales must be one or more factors above 0, not \('):
+            EvalMasks(sample, scales=scales)
 
 
 @pytest.mark.parametrize('options', [{'scale': (0, 2)}, {'scale': (2, 1)}, {'resize': (0, 5)}])

@@ -162,9 +162,9 @@ def test_eval_gives_the_metrics_of_the_run_and_of_each_class(run, one_device, ca
     rows = list(csv.DictReader(table.open()))
     assert [row['class'] for row in rows] == list(NAMES)
     assert np.mean([float(row['iou']) for row in rows]) == pytest.approx(result['miou'])
-    other = ['--config.eval.mode=squash', '--flip', '--params=ema']
-    evaluation.main(['eval.py', f'--workdir={run}', *other])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 6
+    for other in (['--config.eval.mode=squash'], ['--config.eval.mode=whole', '--config.eval.scales=(0.5, 1.5)']):
+        evaluation.main(['eval.py', f'--workdir={run}', '--flip', '--params=ema', *other])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 6
     with pytest.raises(UserError, match=r'it has no config field data\.crop_pct'):
         evaluation.main(['eval.py', f'--workdir={run}', '--crop_pct=0.9'])
     with pytest.raises(UserError, match='this is a UPerNet for semantic segmentation, but a classifier is needed'):
@@ -315,9 +315,9 @@ def test_masks_of_photographs_are_those_that_were_evaluated(run, shapes, tmp_pat
     )
     accuracy = 100 * np.mean(predicted[label != 255] == label[label != 255])
     assert accuracy == pytest.approx(results(run)[STEPS, 'aacc'], abs=1e-3)
-    package_command.main([*arguments, f'--output={tmp_path / "squash"}', '--mode=squash'])
-    masks = ((tmp_path / mode / '0.png').read_bytes() for mode in ('slide', 'squash'))
-    assert next(masks) != next(masks)
+    for mode in ('squash', 'whole'):
+        package_command.main([*arguments, f'--output={tmp_path / mode}', f'--mode={mode}'])
+    assert len({(tmp_path / mode / '0.png').read_bytes() for mode in ('slide', 'squash', 'whole')}) == 3
 
 
 @pytest.mark.slow
@@ -347,7 +347,8 @@ def test_other_tasks_and_commands_refuse_a_upernet_in_one_line(run, shapes, tmp_
         ({'data.mean': (0.5,), 'data.std': (0.5,)}, 'segmentation needs RGB images'),
         ({'model.num_classes': 256}, 'model.num_classes must be at most 255'),
         ({'segmentation.average': 'some'}, "segmentation.average must be one of all, labelled, not 'some'"),
-        ({'eval.mode': 'whole'}, "eval.mode must be one of slide, squash, not 'whole'"),
+        ({'eval.mode': 'some'}, "eval.mode must be one of slide, whole, squash, not 'some'"),
+        ({'eval.mode': 'squash', 'eval.scales': (0.5, 1.0)}, 'eval.mode=squash has one scale: drop eval.scales'),
     ],
 )
 def test_invalid_values_are_refused(small_config, changes, message):
