@@ -88,6 +88,8 @@ def main(arguments: list[str]) -> None:
     if stored is not None:
         _check_overrides(stored, values.config, probe=values.probe is not None)
     with all_processes(values):
+        if stored is not None:
+            make_task(stored).warn_of_overrides(values.config)
         _evaluate(values)
 
 
@@ -142,8 +144,8 @@ def _evaluate(values: flags.FlagValues) -> None:
     not_finite = [problem for result in rows for problem in _not_finite(result)]
     if not_finite:
         raise UserError(
-            f'not finite: {", ".join(not_finite)}; the weights contain NaN or infinity, or the outputs overflow: '
-            'evaluate other weights, or an earlier step of the run'
+            f'not finite: {", ".join(not_finite)}; unless a warning gives another reason, the weights contain NaN or '
+            'infinity, or the outputs overflow: evaluate other weights, or an earlier step of the run'
         )
 
 

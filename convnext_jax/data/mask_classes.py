@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,13 @@ class MaskClasses:
         allowed = {*self.values, *self._ignored()}
         unknown = [value for value, count in enumerate(counts) if count and value not in allowed]
         if unknown:
-            hint = '' if unknown[0] else '. If 0 means no class, set --config.data.reduce_zero_label=True'
+            causes = ['add its name to the list of classes'] if unknown[0] > self.values[-1] else []
+            if not self.reduce_zero_label and unknown[0] in (0, self.values[-1] + 1):
+                causes.append('if 0 means no class, set --config.data.reduce_zero_label=True')
             raise UserError(
                 f'{name} has pixels of value {unknown[0]}, which is none of the {len(self.names)} classes '
-                f'({self.values[0]} to {self.values[-1]}) and not the ignored value {IGNORED}{hint}'
+                f'({self.values[0]} to {self.values[-1]}) and not the ignored value {IGNORED}: '
+                f'{", or ".join(causes) or "correct the mask"}'
             )
         return labels
 
@@ -104,7 +108,7 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
             otherwise 0, 1, ….
 
     Raises:
-        UserError: there is no list, or it cannot be read; or a class has an invalid or repeated id.
+        UserError: there is no list, or it cannot be read; or a class has an invalid or repeated id or a repeated name.
     """
     if path is None:
         found = (folder / name for folder in folders for name in FILES if (folder / name).is_file())
@@ -126,6 +130,9 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
     start = int(reduce_zero_label)
     if categories is None:
         categories = {start + number: name for number, name in enumerate(_names(text, path))}
+    repeated = [name for name, count in Counter(categories.values()).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: several classes are called '{repeated[0]}': give each class its own name")
     values = sorted(categories)
     if values[0] < start or values[-1] >= IGNORED:
         raise UserError(
@@ -139,9 +146,13 @@ def _categories(content: Any) -> dict[int, str]:
     """Id → name, from a list of {id, name} as in COCO's JSON files, or an object whose `categories` is this list."""
     try:
         rows = content['categories'] if isinstance(content, dict) else content
-        categories = {int(row['id']): str(row['name']) for row in rows}
+        ids, names = [row['id'] for row in rows], [str(row['name']) for row in rows]
     except (KeyError, TypeError) as error:
         raise ValueError('it must be a list of {"id": 1, "name": "person"}') from error
+    for value in ids:
+        if not str(value).removesuffix('.0').isdecimal():
+            raise ValueError(f'the id of a class must be a whole number, not {value!r}')
+    categories = {int(float(value)): name for value, name in zip(ids, names, strict=True)}
     if not categories:
         raise ValueError('it has no classes')
     if len(categories) < len(rows):

@@ -12,7 +12,7 @@ from convnext_jax.data.mask_classes import IGNORED
 from convnext_jax.data.segmentation import view_features
 from convnext_jax.models import UPerNet
 from convnext_jax.tasks.pixel_classes import NOT_FINITE, PixelClasses, View
-from convnext_jax.tasks.task import Batch, Evaluator, Measured
+from convnext_jax.tasks.task import Batch, Evaluator, Measured, warn_on_main_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,16 @@ class MeanIoU(Evaluator):
 
         `miou` is the mean IoU over the classes that occur among the labels or the predictions, `macc` the mean accuracy
         over the classes that occur among the labels, and `aacc` the accuracy over all labelled pixels. All are NaN if
-        no pixel has a label, or if logits are NaN or infinite.
+        no pixel has a label, which is a warning, or if logits are NaN or infinite.
         """
         confusion = np.asarray(measured.sums['confusion'])
         if measured.sums['not_finite']:
             confusion = np.full(confusion.shape, np.nan)
+        elif not confusion.any():
+            warn_on_main_process(
+                'no pixel of the evaluated masks has a class, so there is no mIoU: evaluate other masks, or correct '
+                'data.reduce_zero_label'
+            )
         iou, accuracy, labelled = class_scores(confusion)
         with np.errstate(invalid='ignore'):
             return {

@@ -166,6 +166,14 @@ class Segmentation(Task):
                 break
         return self._eval_masks(source)
 
+    def warn_of_overrides(self, changed: ConfigDict) -> None:
+        ours, theirs = (config.data.reduce_zero_label for config in (self.config, changed))
+        if ours != theirs:
+            warn_on_main_process(
+                f'the run was trained with data.reduce_zero_label={ours}: with {theirs}, the labels of the same masks '
+                'are shifted by one class'
+            )
+
     def _source(self, name: str, split: str) -> MaskSource:
         data = self.config.data
         return open_masks(

@@ -210,6 +210,13 @@ class Task(abc.ABC):
             UserError: the split does not exist, or does not fit the network.
         """
 
+    def warn_of_overrides(self, changed: ConfigDict) -> None:  # noqa: B027 - few tasks need it
+        """Warns of changes that give the labels another meaning than in training.
+
+        Args:
+            changed: the config of an evaluation of the run with this config.
+        """
+
     def open_evaluations(self) -> Sequence[Evaluation]:
         """Opens the data sets that a run evaluates in addition to its evaluation split, at the same steps.
 

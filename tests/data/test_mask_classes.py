@@ -68,9 +68,14 @@ def test_a_palette_png_holds_labels_as_indices():
         (png([[0, 1]], 'LA'), 'colour or transparent PNG'),
         (b'\xff\xd8\xff' + bytes(30), 'not a PNG'),
         (png(np.arange(256).reshape(16, 16) % 3)[:-30], 'cannot be decoded'),
-        (png([[0, 3]]), 'value 3, which is none of the 3 classes (0 to 2)'),
+        (
+            png([[0, 3]]),
+            'value 3, which is none of the 3 classes (0 to 2) and not the ignored value 255: add its name to the list '
+            'of classes, or if 0 means no class, set --config.data.reduce_zero_label=True',
+        ),
+        (png([[0, 9]]), 'ignored value 255: add its name to the list of classes'),
     ],
-    ids=['16 bits', '4 bits', 'RGB', 'LA', 'JPEG', 'truncated', 'unknown value'],
+    ids=['16 bits', '4 bits', 'RGB', 'LA', 'JPEG', 'truncated', 'next value', 'unknown value'],
 )
 def test_other_masks_are_refused_with_their_name(mask, message):
     """The user would not find the file among thousands, or the network would learn wrong classes."""
@@ -115,6 +120,10 @@ def test_lists_of_classes(tmp_path):
         ('a.json', '3', 'it must be a list of'),
         ('a.json', '[]', 'it has no classes'),
         ('a.json', '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', 'two classes have the same id'),
+        ('a.json', '[{"id": "b", "name": "a"}]', "the id of a class must be a whole number, not 'b'"),
+        ('a.json', '[{"id": 1.5, "name": "a"}]', 'the id of a class must be a whole number, not 1.5'),
+        ('a.json', '[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]', "several classes are called 'a': give each"),
+        ('a.txt', 'sky\nroad\nsky', "several classes are called 'sky': give each class its own name"),
         ('a.json', '[{"id": 0, "name": "a"}]', 'ids from 1 to 254, because data.reduce_zero_label is set'),
         ('a.txt', '\n'.join(map(str, range(255))), 'the 255 classes must have ids from 1 to 254'),
         ('b.txt', None, 'cannot be read as a list of classes'),
