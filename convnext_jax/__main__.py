@@ -297,7 +297,9 @@ def _show_classes(pretrained: Pretrained, photos: Sequence[Path], values: flags.
 
 
 def _write_masks(pretrained: PretrainedUPerNet, photos: Sequence[Path], values: flags.FlagValues) -> None:
-    files = mask_files(photos, local_path(required(values, 'output')))
+    if values.output is None:
+        raise UserError('--output is missing: a UPerNet predicts a mask for each photograph, so give --output=FOLDER')
+    files = mask_files(photos, local_path(values.output))
     unread, not_finite = 0, []
     predictions = predict_masks(pretrained, photos, mode=values.mode, resolution=values.resolution)
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:

@@ -68,7 +68,10 @@ def export_stablehlo(pretrained: PretrainedModel, folder: str | Path) -> None:
     (batch,) = symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, processor.size, processor.size, model.in_channels), dtype)
     program = export(jax.jit(logits), platforms=PLATFORMS)(weights, images)
-    preprocessing = dataclasses.asdict(processor) | {
+    fields = dataclasses.asdict(processor)
+    if isinstance(pretrained, PretrainedUPerNet):
+        del fields['crop_pct']  # it squashes images, so there is no crop
+    preprocessing = fields | {
         'squash': processor.squashes,
         'resample': Image.Resampling(processor.resample).name.lower(),
         'decoding': DECODING if dtype == np.uint8 else ARRAY_DECODING,

@@ -65,13 +65,19 @@ def predict_masks(
             preprocessing, otherwise 512.
 
     Raises:
-        UserError: the network has more than 255 classes, or the preprocessing does not match the model.
+        UserError: the network has more than 255 classes, `resolution` is below its total stride, or the preprocessing
+            does not match the model.
     """
     model = pretrained.model
     if model.num_classes > MAX_CLASSES:
         raise UserError(
             f'masks are written as indexed PNG files of at most {MAX_CLASSES} classes, but the network has '
             f'{model.num_classes}'
+        )
+    stride = model.backbone.output_stride
+    if resolution is not None and resolution < stride:
+        raise UserError(
+            f'--resolution={resolution} is below the total stride of the network, {stride} pixels: raise it'
         )
     names = pretrained.class_names or [f'class {label}' for label in range(model.num_classes)]
     protocol = choose_windows(pretrained, mode, resolution)

@@ -157,3 +157,4 @@ def test_a_upernet_is_exported_with_its_preprocessing(tmp_path):
     assert about['masks'].startswith('resize the logits to the size of the image')
     expected = {'size': 64, 'squash': True, 'resample': 'bilinear'}
     assert {name: about['preprocessing'][name] for name in expected} == expected
+    assert 'crop_pct' not in about['preprocessing'], 'images are squashed, not cropped'

@@ -151,7 +151,8 @@ def test_the_command_writes_masks_and_pictures(weights, photos, tmp_path, capsys
 @pytest.mark.parametrize(
     ('arguments', 'line'),
     [
-        (('--weights={upernet}',), '--output is missing'),
+        (('--weights={upernet}',), '--output is missing: a UPerNet predicts a mask for each photograph'),
+        (('--weights={upernet}', '--output=out', '--resolution=16'), '--resolution=16 is below the total stride'),
         (('--weights={upernet}', '--output=out', '--batch=2'), '--batch cannot be used with the raw weights of'),
         (('--weights={classifier}', '--output=out'), '--output cannot be used with the raw weights of'),
         (('--weights={classifier}', '--mode=slide', '--resolution=48'), '--mode, --resolution cannot be used with'),

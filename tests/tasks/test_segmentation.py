@@ -6,11 +6,13 @@ import json
 import shutil
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import fingerprints, shrink_models
 from PIL import Image
+from safetensors.numpy import load_file
 
 import eval as evaluation
 from convnext_jax import __main__ as package_command
@@ -25,7 +27,7 @@ from convnext_jax.tasks.segmentation import Segmentation
 from convnext_jax.training import sharding
 from convnext_jax.training.loop import train
 from convnext_jax.training.standalone_evaluation import EvaluationProtocol, evaluate_weights
-from convnext_jax.training.weights import load_weights
+from convnext_jax.training.weights import load_weights, read_weights
 
 STEPS = 40
 NAMES = ('ground', 'box', 'disc')
@@ -151,7 +153,7 @@ def ground_share(shapes):
 
 
 @pytest.mark.slow
-def test_eval_gives_the_metrics_of_the_run_and_of_each_class(run, one_device, capsys, tmp_path):
+def test_eval_gives_the_metrics_of_the_run_and_of_each_class(run, one_device, capsys, tmp_path, small_config):
     """A finished run could not be evaluated again, or padding of the last batch would count."""
     table = tmp_path / 'classes.csv'
     evaluation.main(['eval.py', f'--workdir={run}', '--config.batch_size=4', f'--per_class={table}'])
@@ -165,6 +167,10 @@ def test_eval_gives_the_metrics_of_the_run_and_of_each_class(run, one_device, ca
     for other in (['--config.eval.mode=squash'], ['--config.eval.mode=whole', '--config.eval.scales=(0.5, 1.5)']):
         evaluation.main(['eval.py', f'--workdir={run}', '--flip', '--params=ema', *other])
         assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 6
+    with pytest.warns(
+        UserWarning, match='trained with data.reduce_zero_label=False: with True, the labels of the same'
+    ):
+        make_task(small_config()).warn_of_overrides(small_config(**{'data.reduce_zero_label': True}))
     with pytest.raises(UserError, match=r'it has no config field data\.crop_pct'):
         evaluation.main(['eval.py', f'--workdir={run}', '--crop_pct=0.9'])
     with pytest.raises(UserError, match='this is a UPerNet for semantic segmentation, but a classifier is needed'):
@@ -318,6 +324,21 @@ def test_masks_of_photographs_are_those_that_were_evaluated(run, shapes, tmp_pat
     for mode in ('squash', 'whole'):
         package_command.main([*arguments, f'--output={tmp_path / mode}', f'--mode={mode}'])
     assert len({(tmp_path / mode / '0.png').read_bytes() for mode in ('slide', 'squash', 'whole')}) == 3
+
+
+@pytest.mark.slow
+def test_a_run_is_exported(run, tmp_path):
+    """The network that a user trained could not be deployed."""
+    package_command.main(['', 'export', str(run), str(tmp_path / 'out')])
+    program = jax.export.deserialize(bytearray((tmp_path / 'out' / 'model.stablehlo').read_bytes()))
+    about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+    size = about['preprocessing']['size']
+    assert (size, about['class_names']) == (32, list(NAMES))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    logits = jax.jit(program.call)(load_file(tmp_path / 'out' / 'model.safetensors'), pixels)
+    pretrained = read_weights(str(run), 'raw', None)
+    expected = jax.jit(lambda model, images: model(images))(pretrained.model, pretrained.processor.normalize(pixels))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 @pytest.mark.slow
