@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -40,6 +40,19 @@ class StoredTensor:
 
 Tensors = Mapping[str, np.ndarray | StoredTensor]
 """Name → tensor with a dtype in `FLOATS`. Both types have `shape`, and `np.asarray` gives the values."""
+
+
+class FileContent(NamedTuple):
+    """The content of a weights file.
+
+    Attributes:
+        tensors: name → tensor.
+        class_names: the names of the classes that mmsegmentation stores in its PyTorch files; None if there are none.
+    """
+
+    tensors: Tensors
+    class_names: tuple[str, ...] | None = None
+
 
 FLOATS = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'F64': 'float64'}
 """Dtypes of weights by their names in safetensors; float64 is read only if float32 represents the values exactly."""
@@ -87,8 +100,8 @@ def locate(where: str, revision: str | None = None) -> Path:
     return download(hub_id, revision)
 
 
-def read_folder(folder: Path) -> Tensors:
-    """The tensors of a folder, from one file or from several files with an index.
+def read_folder(folder: Path) -> FileContent:
+    """The content of a folder's weights, from one file or from several files with an index.
 
     Raises:
         UserError: the folder has no weights, or they cannot be read.
@@ -97,7 +110,7 @@ def read_folder(folder: Path) -> Tensors:
     if path is None:
         raise UserError(f'{folder} contains none of {", ".join(WEIGHTS_FILES)}: give the path of the weights file')
     if path.suffix != '.json':
-        return read_tensors(path)
+        return read_file(path)
     weight_map = read_json(path).get('weight_map')
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f'{path} has no weight_map from tensors to files')
@@ -108,14 +121,14 @@ def read_folder(folder: Path) -> Tensors:
     tensors: dict[str, np.ndarray | StoredTensor] = {}
     found: dict[str, str] = {}
     for name in files:
-        shard = read_tensors(folder / name)
+        shard = read_file(folder / name).tensors
         tensors |= shard
         found |= {tensor: name if tensor not in found else 'two files' for tensor in shard}
     if found != weight_map:
         names = found.keys() | weight_map
         differ = [printable(name) for name in names if found.get(name) != weight_map.get(name)]
         raise UserError(f'{path} and its files differ in {", ".join(sorted(differ)[:3])}')
-    return tensors
+    return FileContent(tensors)
 
 
 def printable(name: str) -> str:
@@ -123,8 +136,8 @@ def printable(name: str) -> str:
     return (name if name.isprintable() else repr(name))[:200]
 
 
-def read_tensors(path: Path, entry: str | None = None) -> Tensors:
-    """The floating-point tensors of a safetensors or PyTorch file.
+def read_file(path: Path, entry: str | None = None) -> FileContent:
+    """The floating-point tensors of a safetensors or PyTorch file, and the class names in it.
 
     Integer scalars, such as BatchNorm's `num_batches_tracked`, are counters and are ignored.
 
@@ -146,7 +159,7 @@ def read_tensors(path: Path, entry: str | None = None) -> Tensors:
     if start[8:] == b'{' or path.suffix == '.safetensors':  # 8 bytes for the length of the JSON header, then the header
         if entry:
             raise UserError(f"{path} contains only one set of weights, and no entry '{entry}'")
-        return _read_safetensors(path)
+        return FileContent(_read_safetensors(path))
     if start.startswith((b'PK', b'\x80')):  # a zip file; or a pickle, torch's format before 1.6
         return _read_torch(path, entry)
     raise UserError(f'{path} is neither a safetensors file nor a PyTorch file')
@@ -195,7 +208,7 @@ class _Inert:
         pass
 
 
-def _read_torch(path: Path, entry: str | None) -> Tensors:
+def _read_torch(path: Path, entry: str | None) -> FileContent:
     try:
         import torch
     except ImportError as error:
@@ -217,10 +230,23 @@ def _read_torch(path: Path, entry: str | None) -> Tensors:
     ]
     if odd:
         raise UserError(f'{path} contains tensors that are not plain float weights: {", ".join(odd[:3])}')
-    return {
+    tensors = {
         name: _exact_float32(x.numpy(), name, path) if x.dtype == torch.float64 else x.float().numpy()
         for name, x in weights.items()
     }
+    return FileContent(tensors, _class_names(content))
+
+
+def _class_names(content: Mapping) -> tuple[str, ...] | None:
+    """The class names of mmsegmentation: `meta['CLASSES']`, or from version 1 on `meta['dataset_meta']['classes']`."""
+    meta = content.get('meta')
+    if not isinstance(meta, Mapping):
+        return None
+    dataset = meta.get('dataset_meta')
+    names = dataset.get('classes') if isinstance(dataset, Mapping) else meta.get('CLASSES')
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(map(printable, names))
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
@@ -235,7 +261,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def _choose_entry(content: object, entry: str | None, path: Path, tensor: type) -> Mapping:
-    """The selected state dict in the content of a PyTorch file; arguments as for `read_tensors`."""
+    """The selected state dict in the content of a PyTorch file; arguments as for `read_file`."""
     if _is_state_dict(content, tensor):
         if entry:
             raise UserError(f"{path} contains only one set of weights, and no entry '{entry}'")

@@ -13,6 +13,11 @@ DETECTOR = re.compile(r'(neck|(?!decode_|auxiliary_)\w+_head)\.')
 """Beginning of the names of the parts of a detector beside its backbone. A UPerNet's heads have other names."""
 
 
+def has_openmmlab_names(tensors: Tensors) -> bool:
+    """Whether the blocks have the names of OpenMMLab's libraries, and not those of the original repository."""
+    return any(re.match(r'stages\.\d+\.\d+\.depthwise_conv\.', name) for name in tensors)
+
+
 def with_original_names(tensors: Tensors) -> Tensors:
     """The tensors in the spelling of the original repository, if they are in OpenMMLab's; else unchanged.
 
@@ -22,7 +27,7 @@ def with_original_names(tensors: Tensors) -> Tensors:
     Args:
         tensors: name → tensor, without the prefix `backbone.`.
     """
-    if not any(re.match(r'stages\.\d+\.\d+\.depthwise_conv\.', name) for name in tensors):
+    if not has_openmmlab_names(tensors):
         return tensors
     is_classifier = not any(re.match(r'(norm[0-2]|decode_head)\.', name) or DETECTOR.match(name) for name in tensors)
     renamed = {}

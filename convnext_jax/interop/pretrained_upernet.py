@@ -38,7 +38,7 @@ class PretrainedUPerNet(NamedTuple):
 
     Attributes:
         model: the network.
-        layout: the layout of the file: 'huggingface', or 'original' for the original repository and mmsegmentation;
+        layout: the layout of the file: 'huggingface', 'mmsegmentation', or 'original' for the original repository;
             'convnext_jax' for a run.
         class_names: names of the classes; None if unknown.
         processor: the preprocessing of images; None if unknown.
@@ -143,10 +143,14 @@ def read_upernet(
     except UserError as error:
         processor = None
         notes.append(f'the stored preprocessing is not used: {error}')
+    class_names = opened.class_names or class_names_in(opened.config, model.num_classes)
+    if class_names and not new and len(class_names) != model.num_classes:
+        notes.append(f'{len(class_names)} class names for {model.num_classes} classes are ignored')
+        class_names = None
     return PretrainedUPerNet(
         with_parameters(model, weights),
-        opened.layout,
-        None if new else class_names_in(opened.config, model.num_classes),
+        opened.file_layout,
+        None if new else class_names,
         processor,
         new,
         notes,

@@ -11,10 +11,10 @@ import numpy as np
 
 from convnext_jax.errors import UserError
 from convnext_jax.interop.fcmae import split_original
-from convnext_jax.interop.files import Tensors, locate, printable, read_folder, read_json, read_tensors
+from convnext_jax.interop.files import Tensors, locate, printable, read_file, read_folder, read_json
 from convnext_jax.interop.layouts import BLOCK, dense_from_sparse
 from convnext_jax.interop.open_clip import TRUNK, image_tower, tower_config
-from convnext_jax.interop.openmmlab import with_original_names, without_detector
+from convnext_jax.interop.openmmlab import has_openmmlab_names, with_original_names, without_detector
 from convnext_jax.interop.upernet import split_heads
 from convnext_jax.models import VARIANTS, Variant, get_variant, variants
 
@@ -104,6 +104,8 @@ class OpenedWeights(NamedTuple):
         config: content of the folder's `config.json`, or {}. The config of an OpenCLIP model is
             translated to the form of timm's configs.
         layout: one of `layouts.LAYOUTS`.
+        file_layout: the layout for messages: 'mmsegmentation' if the file has its names, otherwise `layout`.
+        class_names: as in `FileContent`.
         variant: the architecture.
         in_channels: channels of the images.
         decoder: name → tensor of the decoder of an FCMAE pre-training, in the original layout; {} for other files.
@@ -116,6 +118,8 @@ class OpenedWeights(NamedTuple):
     tensors: Tensors
     config: dict
     layout: str
+    file_layout: str
+    class_names: tuple[str, ...] | None
     variant: Variant
     in_channels: int
     decoder: Tensors
@@ -138,13 +142,14 @@ def open_weights(
     path = locate(where, revision)
     if path.is_dir() and entry:
         raise UserError(f"there is no entry '{entry}': {where} is a folder, which contains only one set of weights")
-    tensors = read_folder(path) if path.is_dir() else read_tensors(path, entry)
+    tensors, class_names = read_folder(path) if path.is_dir() else read_file(path, entry)
     if len(tensors) > MAX_TENSORS:
         raise UserError(f'{where} contains {len(tensors)} tensors, which is too many for a ConvNeXt')
     tensors, prefix = without_wrappers(tensors, where)
     tower = image_tower(tensors, where)
-    tensors = with_original_names(tower[0] if tower else tensors)
-    tensors, dropped = without_detector(tensors)
+    tensors = tower[0] if tower else tensors
+    in_openmmlab = has_openmmlab_names(tensors)
+    tensors, dropped = without_detector(with_original_names(tensors))
     tensors, heads = split_heads(tensors)
     tensors, decoder = split_original(tensors)
     tensors = dense_from_sparse(tensors)
@@ -165,8 +170,20 @@ def open_weights(
     variant = recognize_variant(tensors, backbone_config or {}, name, layout)
     in_channels = _stem_shape(tensors, layout)[1]
     notes += _prefix_notes(prefix, 'openmmlab' if heads or dropped else layout)
-    is_tower = tower is not None
-    return OpenedWeights(path, tensors, config, layout, variant, in_channels, decoder, heads, tuple(notes), is_tower)
+    return OpenedWeights(
+        path=path,
+        tensors=tensors,
+        config=config,
+        layout=layout,
+        file_layout='mmsegmentation' if heads and in_openmmlab else layout,
+        class_names=class_names,
+        variant=variant,
+        in_channels=in_channels,
+        decoder=decoder,
+        heads=heads,
+        notes=tuple(notes),
+        is_image_tower=tower is not None,
+    )
 
 
 def without_wrappers(tensors: Tensors, where: str) -> tuple[Tensors, str]:

@@ -14,7 +14,7 @@ from convnext_jax.config import default_config
 from convnext_jax.errors import UserError
 from convnext_jax.interop import read_pretrained
 from convnext_jax.interop.fcmae import PARTS
-from convnext_jax.interop.files import read_tensors
+from convnext_jax.interop.files import read_file
 from convnext_jax.models import get_parameters, with_parameters
 from convnext_jax.models.fcmae import MaskedAutoencoder, split_decoder
 from convnext_jax.tasks import abstract_model, make_task
@@ -161,7 +161,7 @@ def test_encoders_go_out_without_a_head_and_come_back(tmp_path, layout, name):
     pretrained = task.pretrained(with_parameters(model, drawn), {})
     assert not pretrained.has_head
     save_pretrained(pretrained.model, tmp_path / 'out', layout=layout, processor=pretrained.processor, head=False)
-    tensors = read_tensors(next((tmp_path / 'out').glob('model.*')))
+    tensors = read_file(next((tmp_path / 'out').glob('model.*'))).tensors
     assert not any('head.fc' in name or 'classifier' in name or name.startswith('head.w') for name in tensors)
     back = read_pretrained(tmp_path / 'out', num_classes=1, key=jax.random.key(0), name=name)
     assert_equal(back.model, pretrained.model, but=('head.kernel', 'head.bias'))

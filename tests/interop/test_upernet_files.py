@@ -83,7 +83,7 @@ def test_names_of_mmsegmentation_and_of_the_original_load(tmp_path, name, wrappe
     loaded = read_upernet(tmp_path / 'model.safetensors')
     assert_equal(loaded.model, network)
     assert loaded.model.variant == network.variant
-    assert (loaded.layout, loaded.class_names) == ('original', None)
+    assert (loaded.layout, loaded.class_names) == (layout, None)
 
 
 def test_a_network_without_auxiliary_head(tmp_path):

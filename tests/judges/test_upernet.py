@@ -214,3 +214,23 @@ def test_convert_writes_files_of_mmsegmentation(tmp_path):
         jax.tree.map(
             np.testing.assert_array_equal, get_weights(load_pretrained(tmp_path / folder)), get_weights(network)
         )
+
+
+@pytest.mark.parametrize('version', [0, 1])
+def test_class_names_of_mmsegmentation_are_read(tmp_path, version):
+    """The classes of published weights would be called 'class 0', 'class 1' and so on."""
+    network, names = cases.random_upernet('convnext_atto'), [f'thing {number}' for number in range(7)]
+    tensors = tensors_of(jax.device_get(get_weights(network)), network.variant, 'mmsegmentation')
+    state_dict = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
+
+    def read(names):
+        meta = {'dataset_meta': {'classes': names}} if version else {'CLASSES': names, 'PALETTE': [[0, 0, 0]]}
+        torch.save({'state_dict': state_dict, 'meta': meta | {'mmseg_version': '1'}}, tmp_path / 'model.pth')
+        return read_upernet(tmp_path / 'model.pth')
+
+    loaded = read(tuple(names))
+    assert (loaded.class_names, loaded.layout, loaded.notes) == (tuple(names), 'mmsegmentation', [])
+    short = read(names[:5])
+    assert (short.class_names, short.notes) == (None, ['5 class names for 7 classes are ignored'])
+    for odd in ([], [1, 2], 'names', {'a': 1}, None):
+        assert read(odd).class_names is None
