@@ -1,4 +1,5 @@
 # make demo: train and evaluate a small model on CPU, and draw its curves.
+# make demo-segmentation: train a small UPerNet on drawings of shapes on CPU, evaluate it, and predict masks.
 # make check: lint, types and the quick tests.
 # make test: all tests that need no torch.
 # make test-judges: installs torch, timm, transformers, OpenCLIP and OpenCV, and compares with them.
@@ -11,10 +12,18 @@ VENV = .venv
 # Three workers on two cores: tests that wait for processes leave a core idle.
 PYTEST = $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-judges test-large-judges test-clusters lint docs
+.PHONY: demo demo-segmentation check test test-judges test-large-judges test-clusters lint docs
 
 demo: $(VENV)/runtime
 	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/fashion_mnist.py --workdir=runs/demo
+
+demo-segmentation: runs/shapes/classes.txt
+	launch/cpu.sh $(VENV)/bin/python train.py --config=configs/shapes.py --workdir=runs/demo_segmentation
+	$(VENV)/bin/python -m convnext_jax predict 'runs/shapes/images/validation/000[0-3].jpg' \
+		--weights=runs/demo_segmentation --output=runs/demo_segmentation/masks
+
+runs/shapes/classes.txt: | $(VENV)/runtime
+	$(VENV)/bin/python examples/shapes.py runs/shapes
 
 check: lint
 	$(PYTEST) --ignore tests/judges -m 'not slow and not judge and not cluster'

@@ -30,6 +30,7 @@ VARIANTS = {
     'fcmae': list(fcmae.VARIANTS),
     'ade20k': list(ade20k.RECIPES),
     'masks': ['tiny', 'convnextv2_atto'],
+    'shapes': [None],
 }
 DEFAULTS = {'default': 'classification', 'default_fcmae': 'fcmae', 'default_segmentation': 'segmentation'}
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
