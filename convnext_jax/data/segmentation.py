@@ -144,6 +144,8 @@ class EvalMasks(MaskedImages):
 
     Attributes:
         smallest_side: the smallest height or width of all resized images.
+        shapes: for each scale, the largest height and width of the images in landscape format, and of the others. An
+            image fits into the shape of its format.
 
     Raises:
         UserError: `resize` or `scales` is not valid, an image or a mask cannot be read, or they differ in size.
@@ -167,6 +169,7 @@ class EvalMasks(MaskedImages):
         self.label_canvas = _largest_sides(sizes)
         resized = [[self._resized(size, scale) for size in sizes] for scale in scales]
         self.image_canvases = [_largest_sides(at_scale) for at_scale in resized]
+        self.shapes = [[_largest_sides(group) for group in _by_format(at_scale) if group] for at_scale in resized]
         self.smallest_side = min(side for at_scale in resized for size in at_scale for side in size)
         self.features = {
             'label': jax.ShapeDtypeStruct(self.label_canvas, np.uint8),
@@ -243,6 +246,11 @@ def _largest_share(label: np.ndarray) -> float:
     """The share of the most frequent class in the labelled pixels; 1 if there are fewer than two classes."""
     counts = [count for count in Image.fromarray(label).histogram()[:IGNORED] if count]  # faster than NumPy
     return max(counts) / sum(counts) if len(counts) > 1 else 1.0
+
+
+def _by_format(sizes: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The sizes of images in landscape format, and the others."""
+    return [size for size in sizes if size[0] < size[1]], [size for size in sizes if size[0] >= size[1]]
 
 
 def _largest_sides(sizes: list[tuple[int, int]]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The classes of all pixels of images, predicted from whole images or overlapping windows, as in mmsegmentation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,10 @@ class PixelClasses:
         stride: distance between neighbouring windows in pixels, at most `crop`.
         flip: whether to predict the mirror images as well.
         may_be_small: whether a side of a view may be smaller than a window. The network then gets its size, so that
-            padding has no effect; otherwise it is a little faster.
+            padding has no effect; otherwise it is faster.
+        shapes: for whole views: for each view, heights and widths of which one contains each image. The network sees
+            this part of the padded image, so that images in landscape and in portrait format do not need a square.
+            Empty for the whole padded image.
     """
 
     mean: Sequence[float]
@@ -62,6 +66,7 @@ class PixelClasses:
     stride: int = 0
     flip: bool = False
     may_be_small: bool = True
+    shapes: Sequence[Sequence[tuple[int, int]]] = ()
 
     def __call__(
         self, model: UPerNet, views: Sequence[View], original_size: Int[Array, '2'], shape: tuple[int, ...]
@@ -77,7 +82,8 @@ class PixelClasses:
         Returns:
             (h, w) uint8.
         """
-        logits = [self._logits(model, view) for view in views]
+        shapes = self.shapes or [()] * len(views)
+        logits = [self._logits(model, view, parts) for view, parts in zip(views, shapes, strict=True)]
         columns = jnp.arange(shape[1])
 
         def add_rows(strip: Int[Array, ''], classes: UInt8[Array, '_ w']) -> UInt8[Array, '_ w']:
@@ -96,7 +102,7 @@ class PixelClasses:
         classes = jnp.zeros((-(-shape[0] // ROWS) * ROWS, shape[1]), jnp.uint8)
         return jax.lax.fori_loop(0, strips, add_rows, classes)[: shape[0]]
 
-    def _logits(self, model: UPerNet, view: View) -> list[Lines]:
+    def _logits(self, model: UPerNet, view: View, shapes: Sequence[tuple[int, int]]) -> list[Lines]:
         """The logits of a view, and with `flip` those of its mirror image, as functions to their rows."""
         image, size = view
         below, right = (max(self.crop - side, 0) for side in image.shape[:2])
@@ -108,12 +114,9 @@ class PixelClasses:
             images = jnp.stack([image, jnp.roll(image[:, ::-1], size[1], axis=1)])
         if self.crop:
             return [logits.__getitem__ for logits in self._logits_of_windows(model, images, size)]
-        logits, extent = model.logits_within(images, jnp.broadcast_to(size, (len(images), 2)))
+        logits, part = _logits_of_whole_images(model, images, size, shapes)
         columns = jnp.arange(images.shape[2])
-        return [
-            lambda rows, x=x, part=part: _resized(x.__getitem__, part, size, rows, columns)
-            for x, part in zip(logits, extent.sizes, strict=True)
-        ]
+        return [lambda rows, x=x: _resized(x.__getitem__, part, size, rows, columns) for x in logits]
 
     def _logits_of_windows(
         self, model: UPerNet, images: Float[Array, 'n h w c'], size: Int[Array, '2']
@@ -149,6 +152,32 @@ class PixelClasses:
         zeros = jnp.zeros((len(images), *sides, model.num_classes)), jnp.zeros((1, *sides, 1))
         logits, counts = jax.lax.fori_loop(0, steps, add_window, zeros)
         return logits / jnp.maximum(counts, 1)
+
+
+def _logits_of_whole_images(
+    model: UPerNet, images: Float[Array, 'n h w c'], size: Int[Array, '2'], shapes: Sequence[tuple[int, int]]
+) -> tuple[Float[Array, 'n rows columns classes'], Int[Array, '2']]:
+    """The logits of padded images, and the height and width of the part of them that is not padding.
+
+    Args:
+        model: the network.
+        images: images with the same size.
+        size: (2,) int32, their height and width without padding.
+        shapes: as for one view in `PixelClasses`.
+    """
+    sizes = jnp.broadcast_to(size, (len(images), 2))
+    if len(shapes) < 2 or FSDP_AXIS in device_axes():  # devices that share shards must run the same branch
+        logits, extent = model.logits_within(images, sizes)
+        return logits, extent.sizes[0]
+    padded = jax.eval_shape(lambda images, sizes: model.logits_within(images, sizes)[0], images, sizes).shape
+
+    def run(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        logits, extent = model.logits_within(images[:, : shape[0], : shape[1]], sizes)
+        widths = [(0, new - old) for old, new in zip(logits.shape, padded, strict=True)]
+        return jnp.pad(logits, widths), extent.sizes[0]
+
+    fitting = jnp.stack([(size <= jnp.asarray(shape)).all() for shape in shapes])
+    return jax.lax.switch(fitting.argmax(), [functools.partial(run, shape) for shape in shapes])
 
 
 def _resized(

@@ -1,5 +1,6 @@
 """Semantic segmentation with UPerNet: the class of each pixel of an image, in mmsegmentation's recipe for ADE20K."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -193,6 +194,7 @@ class Segmentation(Task):
 
     def evaluator(self, dataset: EvalMasks) -> MeanIoU:
         predict = self.pixel_classes(may_be_small=dataset.smallest_side < self.config.data.image_size)
+        predict = dataclasses.replace(predict, shapes=dataset.shapes)
         return MeanIoU(predict, dataset.classes.names, len(dataset.scales))
 
     @property

@@ -158,6 +158,8 @@ def test_an_image_is_resized_once_for_each_scale():
     source = Pictures(halves(10, 20), halves(20, 10))
     data = EvalMasks(source, resize=(45, 15), scales=(1.0, 0.5))
     assert data.smallest_side == 7
+    assert data.shapes == [[(15, 30), (30, 15)], [(7, 14), (14, 7)]]
+    assert data.image_canvases == [(30, 30), (14, 14)]
     example = data.load(0)
     assert example.keys() == data.features.keys()
     assert {name: (x.shape, x.dtype) for name, x in example.items()} == {

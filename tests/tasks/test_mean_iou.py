@@ -121,8 +121,10 @@ def plain_confusion(mode='slide', flip=False, views=1):
 
 
 def evaluator(mode='slide', flip=False, views=1):
-    windows = (CROP, STRIDE) if mode == 'slide' else (0, 0)
-    return MeanIoU(PixelClasses(MEAN, STD, *windows, flip), NAMES, views)
+    if mode == 'slide':
+        return MeanIoU(PixelClasses(MEAN, STD, CROP, STRIDE, flip), NAMES, views)
+    shapes = [[(16 + 5 * view, 40 + 3 * view), (37 + 5 * view, 29 + 3 * view)] for view in range(views)]
+    return MeanIoU(PixelClasses(MEAN, STD, flip=flip, shapes=shapes), NAMES, views)
 
 
 @pytest.mark.parametrize('mode', ['slide', 'whole'])

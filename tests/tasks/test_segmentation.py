@@ -164,7 +164,7 @@ def test_eval_gives_the_metrics_of_the_run_and_of_each_class(run, one_device, ca
     rows = list(csv.DictReader(table.open()))
     assert [row['class'] for row in rows] == list(NAMES)
     assert np.mean([float(row['iou']) for row in rows]) == pytest.approx(result['miou'])
-    for other in (['--config.eval.mode=squash'], ['--config.eval.mode=whole', '--config.eval.scales=(0.5, 1.5)']):
+    for other in (['--config.eval.mode=squash'], ['--config.eval.mode=whole', '--config.eval.scales=(0.5,)']):
         evaluation.main(['eval.py', f'--workdir={run}', '--flip', '--params=ema', *other])
         assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 6
     with pytest.warns(
