@@ -63,7 +63,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
             process_count,
             process_id,
             initialization_timeout=timeout + 60,  # after the timer, because the runtime aborts with a stack trace
-            heartbeat_timeout_seconds=2 * timeout,  # after the watchdog, for the same reason
+            heartbeat_timeout_seconds=4 * timeout,  # JAX aborts after half of this at the earliest: after the watchdog
             shutdown_timeout_seconds=timeout,
         )
         multiprocess = jax.process_count() > 1  # initialises the backend, which waits for the other processes

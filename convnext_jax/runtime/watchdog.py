@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -28,12 +29,13 @@ class Watchdog:
     """Checks in a thread whether all processes are alive, and ends this process if another one failed or disappeared.
 
     Args:
-        timeout: seconds until a missing process is noticed.
+        timeout: seconds that a process may be silent. After up to 1.25 times as long, the others exit.
     """
 
     def __init__(self, timeout: int):
         self._client: Any = global_state.client  # not None, because there are several processes
         self._timeout = timeout
+        self._longest_beat = 1.25 * timeout
         self._process, self._processes = jax.process_index(), jax.process_count()
         self._exiting = threading.Lock()
         self._finished = False
@@ -42,16 +44,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         for beat in range(2**62):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # timeout: no process has failed
-                failure = json.loads(self._client.blocking_key_value_get(FAILURE, 250 * self._timeout))
-                return self._exit_after_failure(failure) if failure else None
-            if self._finished:
-                return None
+            # If the network breaks, calls of the client can take minutes, in spite of their timeouts.
+            timer = _start_timer(self._longest_beat, self._exit_without_coordinator)
             try:
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # timeout: no process has failed
+                    failure = json.loads(self._client.blocking_key_value_get(FAILURE, 100 * self._timeout))
+                    return self._exit_after_failure(failure) if failure else None
+                if self._finished:
+                    return None
                 self._client.key_value_set(f'{HEARTBEAT}/{self._process}', str(beat), allow_overwrite=True)
-                self._client.wait_at_barrier(HEARTBEAT, 500 * self._timeout)
+                self._client.wait_at_barrier(HEARTBEAT, 1000 * self._timeout)
             except jax.errors.JaxRuntimeError as error:
                 return self._exit_after_missed_heartbeat(beat, error)
+            finally:
+                timer.cancel()
+                timer.join()
         return None
 
     def _exit_after_failure(self, failure: dict) -> None:
@@ -59,9 +66,10 @@ class Watchdog:
         if failure['process'] == self._process:
             return
         with self._exiting:
-            text = f'error: process {failure["process"]} failed: {failure["text"]}' if self._process == 0 else None
+            if self._process == 0:
+                say(f'error: process {failure["process"]} failed: {failure["text"]}', error=True)
             self._wait_at_shutdown_barrier()
-            exit_now(text, failure['status'])
+            self._exit_after_the_others(failure['status'])
 
     def _exit_after_missed_heartbeat(self, beat: int, error: Exception) -> None:
         if self._finished:
@@ -72,8 +80,16 @@ class Watchdog:
             problem = f'process {", ".join(map(str, missing))} has not responded for {self._timeout} s'
         except jax.errors.JaxRuntimeError:
             problem = f'process 0 has ended ({first_line(error)})'
+        self._exit_after_loss(problem)
+
+    def _exit_without_coordinator(self) -> None:
+        if not self._finished:
+            self._exit_after_loss(f'process 0 has not responded for {self._timeout} s')
+
+    def _exit_after_loss(self, problem: str) -> NoReturn:
         with self._exiting:
-            exit_now(f'error: {problem}: see its output, and run the same command on all hosts to resume', 1)
+            say(f'error: {problem}: see its output, and run the same command on all hosts to resume', error=True)
+            self._exit_after_the_others(1)
 
     def fail(self, error: BaseException, text: str, status: int) -> NoReturn:
         """Ends all processes after an error of this process.
@@ -84,9 +100,10 @@ class Watchdog:
             status: exit status of all processes.
         """
         if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(self._timeout + 1)  # if another process caused the error, the thread exits first
+            time.sleep(self._longest_beat + 1)  # if another process caused the error, the thread exits first
         with self._exiting:
             say(text, error=True)
+            _start_timer(3 * SHUTDOWN_SECONDS, lambda: exit_now(None, status))  # if the network is broken
             failure = {
                 'process': self._process,
                 'text': text.splitlines()[-1].removeprefix('error: '),
@@ -95,13 +112,16 @@ class Watchdog:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has already reported its failure
                 self._client.key_value_set(FAILURE, json.dumps(failure))
             self._wait_at_shutdown_barrier()
-            exit_now(None, status)
+            self._exit_after_the_others(status)
 
     def _wait_at_shutdown_barrier(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.wait_at_barrier(f'{FAILURE}/shutdown', 1000 * SHUTDOWN_SECONDS)
+
+    def _exit_after_the_others(self, status: int) -> NoReturn:
         if self._process == 0:
-            time.sleep(2)  # the others exit first: the coordination service ends with this process, and JAX aborts them
+            time.sleep(2)  # the coordination service ends with this process, and JAX aborts those that still run
+        exit_now(None, status)
 
     def finish(self) -> None:
         """Waits until all processes have finished, and shuts down JAX's distributed runtime."""
@@ -114,6 +134,13 @@ class Watchdog:
             self._client.key_value_set(FAILURE, json.dumps(None))  # wakes the threads
         self._thread.join(SHUTDOWN_SECONDS)  # Python aborts if a thread returns from JAX while the interpreter exits
         jax.distributed.shutdown()
+
+
+def _start_timer(seconds: float, function: Callable[[], object]) -> threading.Timer:
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def exit_now(text: str | None, status: int) -> NoReturn:
