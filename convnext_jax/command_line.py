@@ -112,6 +112,7 @@ def all_processes(values: flags.FlagValues) -> Generator[None]:
         return
     watchdog = Watchdog(values.process_timeout)
     try:
+        processes.connect_devices()
         yield
     except Stopped:
         watchdog.finish()

@@ -109,6 +109,23 @@ def _exit_after_timeout(
     )
 
 
+def connect_devices() -> None:
+    """Runs a collective. The first one connects CPU devices by gloo, which uses the names of the hosts.
+
+    Raises:
+        UserError: gloo cannot connect.
+    """
+    try:
+        all_gather_objects(None)
+    except jax.errors.JaxRuntimeError as error:
+        if 'Gloo' not in str(error):
+            raise
+        raise UserError(
+            f'the CPU devices of this job cannot connect: {first_line(error)}: on each host, its name '
+            f'(here {socket.gethostname()}) must resolve to an address that the other hosts can reach; see /etc/hosts'
+        ) from error
+
+
 def is_main_process() -> bool:
     """Whether this is the main process, which writes logs and files: process 0, or the only process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
