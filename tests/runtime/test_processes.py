@@ -204,6 +204,17 @@ def test_processes_of_open_mpi_5_are_refused(monkeypatch):
         processes.start(None, None, None, timeout=60)
 
 
+def test_a_host_name_that_the_others_cannot_use_is_explained(monkeypatch):
+    """On Debian, the name of a host resolves to 127.0.1.1; a user would see a traceback from gloo."""
+
+    def fail(_):
+        raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo context initialization failed: Connection refused')
+
+    monkeypatch.setattr(processes, 'all_gather_objects', fail)
+    with pytest.raises(UserError, match='must resolve to an address that the other hosts can reach'):
+        processes.connect_devices()
+
+
 def test_each_process_loads_the_examples_of_its_own_devices():
     """A batch would be in another order on a mesh where the devices of a host are not neighbours."""
     mesh = make_mesh(-1)
