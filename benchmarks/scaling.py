@@ -19,7 +19,7 @@ from convnext_jax.configs.imagenet1k import get_config
 from convnext_jax.models import get_parameters, parameter_roles
 from convnext_jax.output import show, to_json
 from convnext_jax.runtime.chips import CHIPS
-from convnext_jax.tasks import abstract_model
+from convnext_jax.tasks import abstract_model, make_task
 from convnext_jax.training.sharding import parameter_shardings
 
 CHIPS_OF_A_JOB = (8, 16, 32, 64, 128, 256)
@@ -77,7 +77,9 @@ def share(sent: Traffic, chips: int, slices: int, milliseconds: float) -> float:
 
 def sizes(variant: str, fsdp: int) -> tuple[float, float]:
     """Numbers of elements of the parameters that are replicated, and sharded along `fsdp`."""
-    model = abstract_model(get_config(variant))
+    config = get_config(variant)
+    make_task(config).assume_data()  # sets the number of classes
+    model = abstract_model(config)
     mesh = jax.sharding.AbstractMesh((1, fsdp), ('data', 'fsdp'))
     parameters = get_parameters(model)
     shardings = parameter_shardings(mesh, parameter_roles(model), parameters)
