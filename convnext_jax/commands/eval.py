@@ -144,8 +144,8 @@ def _evaluate(values: flags.FlagValues) -> None:
     not_finite = [problem for result in rows for problem in _not_finite(result)]
     if not_finite:
         raise UserError(
-            f'not finite: {", ".join(not_finite)}; unless a warning gives another reason, the weights contain NaN or '
-            'infinity, or the outputs overflow: evaluate other weights, or an earlier step of the run'
+            f'not finite: {", ".join(not_finite)}; the weights contain NaN or infinity, the outputs overflow, or there '
+            'was nothing to evaluate: evaluate other weights or data, or an earlier step of the run'
         )
 
 
