@@ -8,7 +8,7 @@ TFDS data directory with imagenet2012 in ArrayRecord format.
 Published top-1 of T/S/B/L: 82.1/83.1/83.8/84.3 %. No results are published for the other sizes with this recipe.
 
 Hardware: the batch has 4,096 images. 64 chips with 16 GB each are enough for T, B and L: `python -m convnext_jax plan`
-gives 2.5 GiB for T and 64 images on a v5e; earlier versions gave 7.2 GiB for B and 12.6 GiB for L. 16 such chips are
+gives 2.5 GiB for T, 5.5 GiB for B and 9.6 GiB for L with 64 images on a v5e (with model.pallas). 16 such chips are
 enough for T. On fewer chips, raise config.accumulation_steps. The estimates also show that T, B and L do not need
 mesh.fsdp, and that model.remat='dots' is the best choice: for T, 'none' needs about twice the memory and is slower.
 """
