@@ -109,7 +109,11 @@ def measure(arguments: list[str]) -> None:
     values = flags.FlagValues()
     define_config(values, arguments)
     flags.DEFINE_integer(
-        'channels', None, 'Number of channels; by default that of data.mean.', lower_bound=1, flag_values=values
+        'channels',
+        None,
+        'Number of channels; by default the number of values in data.mean.',
+        lower_bound=1,
+        flag_values=values,
     )
     parse(values, arguments, usage=__doc__)
     data = required_config(values).data
@@ -187,7 +191,7 @@ def convert(arguments: list[str]) -> None:
         licence=pretrained.licence,
         head=head,
     )
-    _say_what_was_read(pretrained)
+    _say_notes_and_licence(pretrained)
     part = '' if head else ', an encoder without a head'
     show(f'{target} holds {pretrained.origin}, in the {values.layout} layout{part}')
     if values.push is not None:
@@ -232,7 +236,7 @@ def export(arguments: list[str]) -> None:
     source, target = parse(values, arguments, usage=__doc__, positional=('SOURCE', 'TARGET'))
     pretrained = read_weights(source, values.params, values.name)
     export_stablehlo(pretrained, target)
-    _say_what_was_read(pretrained)
+    _say_notes_and_licence(pretrained)
     show(f'{target} holds model.stablehlo, model.safetensors ({pretrained.origin}) and model.json (classes and images)')
 
 
@@ -352,7 +356,7 @@ def embed_photos(arguments: list[str]) -> None:
     weights = required(values, 'weights') if values.workdir is None else values.workdir
     pretrained = as_classifier(read_weights(weights, values.params, values.name))
     say(f'embedding with {pretrained.origin}', error=True)
-    _say_what_was_read(pretrained)
+    _say_notes_and_licence(pretrained)
     files, vectors = [], []
     with tqdm(total=len(photos), unit='photo', disable=not sys.stderr.isatty()) as bar:
         for embedding in embed(pretrained, photos, batch_size=values.batch):
@@ -377,7 +381,7 @@ def _define_weights(values: flags.FlagValues) -> None:
     flags.DEFINE_string('name', None, 'Name of the architecture, if the file does not contain it.', flag_values=values)
 
 
-def _say_what_was_read(pretrained: PretrainedModel) -> None:
+def _say_notes_and_licence(pretrained: PretrainedModel) -> None:
     """Prints what was changed or dropped in the file of the weights, and their licence."""
     for note in pretrained.file_notes:
         say(note, error=True)

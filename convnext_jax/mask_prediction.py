@@ -74,10 +74,10 @@ def predict_masks(
             f'masks are written as indexed PNG files of at most {MAX_CLASSES} classes, but the network has '
             f'{model.num_classes}'
         )
-    stride = model.backbone.output_stride
-    if resolution is not None and resolution < stride:
+    smallest = model.backbone.output_stride
+    if resolution is not None and resolution < smallest:
         raise UserError(
-            f'--resolution={resolution} is below the total stride of the network, {stride} pixels: raise it'
+            f'--resolution={resolution} is below the total stride of the network: give at least {smallest} pixels'
         )
     names = pretrained.class_names or [f'class {label}' for label in range(model.num_classes)]
     protocol = choose_windows(pretrained, mode, resolution)
@@ -146,7 +146,7 @@ def mask_files(photos: Sequence[Path], folder: Path) -> list[MaskFiles]:
 
 
 def choose_windows(pretrained: PretrainedUPerNet, mode: str | None, resolution: int | None) -> WindowProtocol | None:
-    """How images are resized and windows slide over them, None if images are squashed; as for `predict_masks`."""
+    """How images are resized and windows slide over them, None if they are squashed; arguments of `predict_masks`."""
     if mode == 'squash' or (mode is None and pretrained.windows is None and pretrained.processor is not None):
         return None
     protocol = pretrained.windows or WindowProtocol()

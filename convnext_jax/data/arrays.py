@@ -13,7 +13,7 @@ NPY = b'\x93NUMPY'
 TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 """The first bytes of TIFF files; the last two belong to BigTIFF."""
 PILLOW_CHANNELS = (1, 3)
-"""Images with these numbers of channels are Pillow images with 8 bits. All others are `ArrayImage`."""
+"""Numbers of channels whose images are decoded to 8-bit Pillow images. All others are decoded to `ArrayImage`."""
 NPY_ERRORS = (ValueError, TypeError, LookupError, SyntaxError, TokenError, RecursionError, MemoryError)
 """The errors that numpy raises for damaged headers."""
 ONE_CHANNEL = ('L', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
@@ -21,7 +21,7 @@ ONE_CHANNEL = ('L', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
 
 
 def pixel_dtype(channels: int) -> type[np.generic]:
-    """The dtype of decoded images: uint8 for greyscale and RGB, else float32."""
+    """The dtype of decoded images: uint8 for greyscale and RGB, otherwise float32."""
     return np.uint8 if channels in PILLOW_CHANNELS else np.float32
 
 
@@ -93,8 +93,8 @@ def to_image(pixels: np.ndarray, channels: int, name: str) -> ArrayImage:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] != channels:
         raise UserError(
-            f'{name} has the shape {pixels.shape}, not (height, width, {channels}): the number of channels is the '
-            'number of values in data.mean, or the flag --channels of `measure`'
+            f'{name} has the shape {pixels.shape}, not (height, width, {channels}): data.mean and data.std need one '
+            'value for each channel, and `measure` needs --channels'
         )
     kind, bits = pixels.dtype.kind, 8 * pixels.dtype.itemsize
     if kind == 'u' and bits <= 16:
@@ -134,19 +134,19 @@ def _read_tiff(content: bytes, name: str) -> np.ndarray:
         return _tiff_samples(content, name) if pages is None else np.stack(pages, axis=2)
     except UserError:
         raise
-    except Exception as error:  # Pillow and tifffile pass on the errors of many decoders
+    except Exception as error:  # decoders raise many kinds of errors, which Pillow and tifffile do not catch
         raise UserError(f'{name} cannot be decoded as a TIFF image: {first_line(error)}') from error
 
 
 def _tiff_pages(content: bytes) -> list[np.ndarray] | None:
-    """The pages, (H, W) each; None if a page has several channels."""
+    """The pages, each (H, W); None if a page has several channels, or a format that Pillow does not read."""
     pages = []
     try:
         with Image.open(io.BytesIO(content), formats=('TIFF',)) as file:
             for page in range(getattr(file, 'n_frames', 1)):
                 file.seek(page)
                 samples = getattr(file, 'tag_v2', {}).get(ExifTags.Base.SamplesPerPixel, 1)
-                if file.mode not in ONE_CHANNEL or samples != 1:  # Pillow opens some pages with the mode of one channel
+                if file.mode not in ONE_CHANNEL or samples != 1:  # some pages with several channels have mode 'L'
                     return None
                 pages.append(np.asarray(file))
     except Image.UnidentifiedImageError:  # a page with more than four channels, or with several of 16 bits

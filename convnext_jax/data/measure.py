@@ -13,15 +13,15 @@ from convnext_jax.data.decode import decode_channels
 from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
-CHUNK = 256  # images that are submitted to the threads at once
+CHUNK = 256  # images that are submitted to the threads together
 
 
 def mean_and_std(source: Source, channels: int) -> tuple[list[float], list[float]]:
     """The mean and the standard deviation of each channel over all pixels, in one pass over the images.
 
     Integer pixels are divided by the largest value of their type, as in training. The images are neither resized nor
-    cropped, and all pixels have the same weight. Sums over an image are float64; the sums over all images are exact, so
-    that the result does not depend on the order of the images.
+    cropped, and all pixels have the same weight. The sums over an image are float64. They are added as fractions,
+    without rounding, so that the order of the images has no effect.
 
     Args:
         source: the images.
@@ -49,6 +49,6 @@ def mean_and_std(source: Source, channels: int) -> tuple[list[float], list[float
     variances = [total / count - mean**2 for total, mean in zip(squares, means, strict=True)]
     constant = [str(channel) for channel, variance in enumerate(variances) if variance <= 0]
     if constant:
-        raise UserError(f'channel {", ".join(constant)} has the same value in all pixels: remove it from the images')
+        raise UserError(f'all pixels have the same value in channel {", ".join(constant)}: remove it from the images')
     scale = 255 if pixel_dtype(channels) == np.uint8 else 1
     return [float(mean) / scale for mean in means], [math.sqrt(variance) / scale for variance in variances]

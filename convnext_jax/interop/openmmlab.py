@@ -1,4 +1,4 @@
-"""Files of mmpretrain, mmdetection and mmsegmentation: their names in the spelling of the original repository."""
+"""Files of mmpretrain, mmdetection and mmsegmentation: translates their names to those of the original repository."""
 
 import collections
 import re
@@ -10,7 +10,7 @@ from convnext_jax.interop.files import Tensors, printable
 BLOCK = {'depthwise_conv': 'dwconv', 'pointwise_conv1': 'pwconv1', 'pointwise_conv2': 'pwconv2'}
 """Name of a layer of a block in OpenMMLab's libraries → its name in the original repository."""
 DETECTOR = re.compile(r'(neck|(?!decode_|auxiliary_)\w+_head)\.')
-"""Beginning of the names of the parts of a detector beside its backbone. A UPerNet's heads have other names."""
+"""The start of the names of a detector's neck and heads, but not of a UPerNet's heads."""
 
 
 def has_openmmlab_names(tensors: Tensors) -> bool:
@@ -19,10 +19,10 @@ def has_openmmlab_names(tensors: Tensors) -> bool:
 
 
 def with_original_names(tensors: Tensors) -> Tensors:
-    """The tensors in the spelling of the original repository, if they are in OpenMMLab's; else unchanged.
+    """The tensors with the names of the original repository; unchanged if they do not have OpenMMLab's names.
 
-    A classifier of mmpretrain has the last norm `norm3.*` and the head `head.fc.*`. If there are norms of other
-    stages, they are those of a backbone, and `norm3.*` keeps its name.
+    A classifier of mmpretrain has the last norm `norm3.*` and the head `head.fc.*`. The backbone of another network has
+    norms of several stages, and its `norm3.*` keeps this name.
 
     Args:
         tensors: name → tensor, without the prefix `backbone.`.
@@ -40,7 +40,9 @@ def with_original_names(tensors: Tensors) -> Tensors:
 
 
 def without_detector(tensors: Tensors) -> tuple[Tensors, list[str]]:
-    """The backbone of a detector, and a message that names the dropped parts; [] for other files.
+    """The tensors without the neck and the heads of a detector, and a message that names the dropped parts.
+
+    For other files, all tensors and no message.
 
     Args:
         tensors: name → tensor; the names of the backbone's tensors have no prefix.
@@ -50,4 +52,4 @@ def without_detector(tensors: Tensors) -> tuple[Tensors, list[str]]:
         return tensors, []
     listed = ', '.join(f'{printable(part)} ({count} tensors)' for part, count in sorted(parts.items()))
     kept = {name: x for name, x in tensors.items() if not DETECTOR.match(name)}
-    return kept, [f'the parts beside the backbone are dropped: {listed}']
+    return kept, [f'all parts except the backbone are dropped: {listed}']

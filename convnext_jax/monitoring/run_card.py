@@ -1,4 +1,4 @@
-"""The part of a model card about the run that trained the weights."""
+"""The section of a model card that describes the run that trained the weights."""
 
 import json
 import re
@@ -15,7 +15,8 @@ COUNTERS = ('step', 'epoch', 'split')
 def run_section(workdir: Path) -> str:
     """Data, steps, newest evaluations, curves and config of a run, in Markdown.
 
-    The card is public, so config fields with local paths are left out. The picture `curves.png` must lie beside it.
+    The card is public, so config fields with local paths are left out. If the run has `curves.png`, the section shows
+    it, and the picture must be in the folder of the card.
 
     Args:
         workdir: the workdir of the run.
@@ -25,7 +26,7 @@ def run_section(workdir: Path) -> str:
     start = config['init']['weights']
     weights = f'the weights {start}' if _is_public(start) else 'other weights' if start else 'random weights'
     steps = max((record['step'] for record in records), default=0)
-    images = f'{steps:,} steps with {config["batch_size"]:,} images'
+    images = f'{steps:,} steps of {config["batch_size"]:,} images'
     lines = [
         '## Training\n',
         f'Trained with convnext_jax on `{config["data"]["name"]}`: {images}, starting from {weights}.\n',
@@ -56,5 +57,5 @@ def _without_paths(config: dict) -> dict:
 
 
 def _is_public(name: str) -> bool:
-    """Whether weights are named by a hub id, and not by a local path."""
+    """Whether a name has the form of a hub id, and is not a path on this machine."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()

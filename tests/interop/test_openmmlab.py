@@ -62,7 +62,7 @@ def test_the_backbone_of_a_detector_loads_with_its_norms(tmp_path, spelling):
     tensors = to_layout(jax.device_get(get_parameters(backbone)), backbone.variant, 'original')
     file = tmp_path / 'mask_rcnn.safetensors'
     save(spelling(tensors) | DETECTOR, file)
-    dropped = r'beside the backbone are dropped: neck \(1 tensors\), roi_head \(2 tensors\), rpn_head \(1 tensors\)$'
+    dropped = r'except the backbone are dropped: neck \(1 tensors\), roi_head \(2 tensors\), rpn_head \(1 tensors\)$'
     with pytest.warns(UserWarning, match=dropped):
         loaded = create_backbone(file)
     ours, theirs = get_parameters(loaded), get_parameters(backbone)

@@ -29,7 +29,7 @@ def test_a_card_has_the_data_start_and_newest_metrics_of_the_run(workdir):
     """Others could not judge the weights, or train them again."""
     (workdir / CURVES).write_bytes(b'png')
     section = run_section(workdir)
-    assert 'on `fashion_mnist_mini`: 1,200 steps with 64 images, starting from the weights timm/convnext' in section
+    assert 'on `fashion_mnist_mini`: 1,200 steps of 64 images, starting from the weights timm/convnext' in section
     assert '| test | 1,200 | top1 | 70.1235 |\n| test | 1,200 | images | 40 |' in section
     assert 'top1 | 60' not in section
     assert '![loss and metrics](curves.png)' in section
