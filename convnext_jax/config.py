@@ -63,8 +63,8 @@ def _defaults(config: ConfigDict) -> None:
     config.data.workers = -1  # processes that decode training images; 0: threads instead; −1: chosen by CPU cores
     config.data.on_error = 'replace'  # unreadable training images: 'replace' (at most 1 in 1,000) or 'raise'
     config.data.patience_seconds = 300.0  # time without a batch until the run reports what it is waiting for
-    # Mean and standard deviation of each channel, for integer pixels divided by the largest value of their type. The
-    # number of values is the number of channels; `python -m convnext_jax measure` computes them.
+    # Mean and standard deviation of each channel, after integer pixels are divided by the largest value of their type.
+    # There is one value for each channel; `python -m convnext_jax measure` prints them.
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 

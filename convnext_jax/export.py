@@ -21,7 +21,7 @@ from convnext_jax.paths import local_path
 DECODING = 'turned upright by the EXIF orientation; transparency dropped; 16-bit grey scaled by 255 / 65535'
 """Text of `model.json` that says how `data.decode.decode` decodes images, for users of other decoders."""
 ARRAY_DECODING = 'float32; integers divided by the largest value of their type, floats unchanged'
-"""The same for images with other numbers of channels than 1 and 3, as `data.arrays.decode_array` decodes them."""
+"""The text for images whose number of channels is neither 1 nor 3: how `data.arrays.decode_array` decodes them."""
 MASKS = 'resize the logits to the size of the image (bilinear); each pixel has the class with the largest logit'
 """Text of `model.json` of a UPerNet, for the code that runs the program."""
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -34,8 +34,8 @@ def export_stablehlo(pretrained: PretrainedModel, folder: str | Path) -> None:
         weights = safetensors.numpy.load_file('FOLDER/model.safetensors')
         logits = jax.jit(program.call)(weights, images)
 
-    `images` are (N, size, size, C) uint8, decoded, resized and cropped as described in `model.json`; the program
-    normalises them. They are float32 if C is neither 1 nor 3. The logits are (N, classes) float32, or (N, size, size,
+    `images` are (N, size, size, C), uint8, or float32 if C is neither 1 nor 3. They are decoded, resized and cropped as
+    described in `model.json`; the program normalises them. The logits are (N, classes) float32, or (N, size, size,
     classes) for a UPerNet. `activation` in `model.json` is the function from logits to probabilities: "softmax",
     "sigmoid" (multi-label, or one output), or null for a regression, which has no probabilities. The weights are
     arguments of the program. As constants they would be limited to 2 GB, and ConvNeXt-L would take ten times longer to

@@ -35,10 +35,10 @@ def augment(
     """Augmented and normalised training images.
 
     Args:
-        images: (N, H, W, C), as for `normalize`. Only uint8 images can have a `policy` or `color_jitter`.
+        images: (N, H, W, C), as for `normalize`. `policy` and `color_jitter` need uint8.
         keys: (N,) random keys, one for each image.
         flip, crop_padding, policy, color_jitter, erasing, erasing_mode: the fields of the config's `augment` section.
-        mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
+        mean, std: mean and standard deviation of each channel, as for `normalize`.
 
     Returns:
         (N, H, W, C) float32, normalised.
@@ -67,7 +67,7 @@ def augment(
 
 
 def normalize(images: Num[Array, 'n h w c'], mean: Sequence[float], std: Sequence[float]) -> Float[Array, 'n h w c']:
-    """(images − mean) / std as float32, with mean and std of each channel; uint8 images are divided by 255 before."""
+    """(images − mean) / std as float32, with mean and std of each channel. uint8 images are first divided by 255."""
     scale = 255 if images.dtype == jnp.uint8 else 1
     return (images.astype(jnp.float32) / scale - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 

@@ -37,8 +37,8 @@ def find_images(folder: Path, split: Path | None = None) -> FoundImages:
     A file is an image if it has a suffix in `IMAGE_SUFFIXES`, or if its content is an image. Files with TIFF content
     and an unknown suffix are not images, because they may be camera raw files. Hidden files and folders are ignored.
     Links to folders are followed, but no folder is read twice. A broken link with an image suffix counts as an image,
-    so that the attempt to read it reports the problem. Files with the suffix .npy are images only if all others are
-    TIFF files: beside photographs, they may hold features.
+    so that the attempt to read it reports the problem. Files with the suffix .npy are images only if all other images
+    are TIFF files: beside photographs, they may hold features.
 
     Args:
         folder: the folder to search.

@@ -57,13 +57,13 @@ class MaskClasses:
         allowed = {*self.values, *self._ignored()}
         unknown = [value for value, count in enumerate(counts) if count and value not in allowed]
         if unknown:
-            causes = ['add its name to the list of classes'] if unknown[0] > self.values[-1] else []
+            remedies = ['add its name to the list of classes'] if unknown[0] > self.values[-1] else []
             if not self.reduce_zero_label and unknown[0] in (0, self.values[-1] + 1):
-                causes.append('if 0 means no class, set --config.data.reduce_zero_label=True')
+                remedies.append('if 0 means no class, set --config.data.reduce_zero_label=True')
             raise UserError(
                 f'{name} has pixels of value {unknown[0]}, which is none of the {len(self.names)} classes '
                 f'({self.values[0]} to {self.values[-1]}) and not the ignored value {IGNORED}: '
-                f'{", or ".join(causes) or "correct the mask"}'
+                f'{", or ".join(remedies) or "correct the mask"}'
             )
         return labels
 
@@ -108,7 +108,7 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
             otherwise 0, 1, ….
 
     Raises:
-        UserError: there is no list, or it cannot be read; or a class has an invalid or repeated id or a repeated name.
+        UserError: there is no list, or it cannot be read; or a class has an invalid id, or two have one id or one name.
     """
     if path is None:
         found = (folder / name for folder in folders for name in FILES if (folder / name).is_file())

@@ -132,20 +132,20 @@ class EvalMasks(MaskedImages):
 
     An example has `image`, (H, W, 3) uint8, and `label`, (h, w) uint8, of the largest height and width in the split.
     Padding is at the right and at the bottom; it is 0 in images and `IGNORED` in labels. `image_size` and `label_size`,
-    (2,) int32, are the height and width without padding. With several scales, `view_features` gives the names of the
-    image at each scale. The constructor reads the sizes from the headers of all files.
+    (2,) int32, are the height and width without padding. With several scales, an example has an image for each of them,
+    under the names that `view_features` gives. The constructor reads the sizes from the headers of all files.
 
     Args:
         source: the encoded images and masks.
         resize: limits of the longer and the shorter side, to which OpenCV's bilinear filter fits the images.
-        scales: factors on `resize`; the network sees an image at each of them.
+        scales: factors by which `resize` is multiplied; an example has the image at each of them.
         squash: 0, or the side of a square. Then Pillow's bilinear filter resizes the images to this square, without
             keeping their aspect ratio, as in Hugging Face's `SegformerImageProcessor`.
 
     Attributes:
         smallest_side: the smallest height or width of all resized images.
-        shapes: for each scale, the largest height and width of the images in landscape format, and of the others. An
-            image fits into the shape of its format.
+        shapes: for each scale, (height, width) of the smallest shape that contains all images in landscape format, and
+            of the smallest shape that contains all others. A shape without images is left out.
 
     Raises:
         UserError: `resize` or `scales` is not valid, an image or a mask cannot be read, or they differ in size.
@@ -211,7 +211,7 @@ class EvalMasks(MaskedImages):
 
 
 class ViewFeatures(NamedTuple):
-    """The names of the features of an evaluation example that hold an image at one scale, and its size."""
+    """The names under which an evaluation example holds the image at one scale, and its size without padding."""
 
     image: str
     size: str

@@ -8,7 +8,7 @@ from convnext_jax.models import get_parameters
 TRANSFORMERS = "import transformers\nmodel = transformers.{model}.from_pretrained('{hub_id}')"
 TIMM = "import timm\nmodel = timm.create_model('hf_hub:{hub_id}', pretrained=True)"
 USES = {'huggingface': (TRANSFORMERS,), 'dinov3': (TRANSFORMERS,), 'timm': (TIMM, TRANSFORMERS)}
-"""Layout → how other libraries load the weights. transformers loads the timm layout with timm."""
+"""Layout → code that loads the weights with other libraries. For the timm layout, transformers needs timm."""
 LIBRARIES = {'huggingface': 'transformers', 'dinov3': 'transformers', 'timm': 'timm'}
 """Layout → name of the library in a model card."""
 
@@ -20,7 +20,7 @@ def upload_card(pretrained: Pretrained, layout: str, hub_id: str, training: str 
         pretrained: the uploaded model.
         layout: the layout of the folder.
         hub_id: the repository, 'ACCOUNT/NAME'.
-        training: a section about the training, in Markdown.
+        training: a section about the training, in Markdown; '' for none.
     """
     model = pretrained.model
     parameters = sum(x.size for x in get_parameters(model).values())

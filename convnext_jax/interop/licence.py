@@ -16,9 +16,9 @@ CARD = 'README.md'
 DINOV3 = 'dinov3-license'
 EUPE = 'fair-noncommercial-research-license'
 LINKS = {DINOV3: 'https://ai.meta.com/resources/models-and-libraries/dinov3-license'}
-"""Licences of published weights that the hub does not list → address of the text. A card states them as 'other'."""
+"""Licences that the hub does not list → address of their text. A model card states them as 'other'."""
 PUBLISHED_FILES = {r'dinov3_convnext_\w+_pretrain_\w+-[0-9a-f]{8}\.pth': DINOV3, r'(?i)eupe[-_]convnext[-_].*': EUPE}
-"""Pattern of the names of files that are published without a model card → their licence."""
+"""Regular expression for names of files that are published without a model card → their licence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Licence:
 
     @property
     def is_special(self) -> bool:
-        """Whether it is written for certain weights, and not one of the common licences."""
+        """Whether the licence was written for particular weights, so that it may set unusual conditions."""
         return self.identifier in ('other', DINOV3, EUPE)
 
     @property
@@ -50,7 +50,7 @@ class Licence:
 
 
 def read_licence(path: Path, config: dict) -> Licence | None:
-    """The licence in a folder's model card, else in its config, else that of a published file; None if none is known.
+    """The licence of weights: from the model card, from the config, or known by the file name; None if unknown.
 
     Args:
         path: a folder or file of weights.

@@ -33,7 +33,7 @@ class ImageProcessor:
             of 384 and above, else False.
         rescale_factor: factor by which pixel values from 0 to 255 are multiplied.
         mean, std: mean and standard deviation of each channel after rescaling; one value for greyscale, three for RGB,
-            and any other number for images with more channels, which are float32 in .npy and TIFF files.
+            and any other number for images in .npy and TIFF files.
 
     Raises:
         UserError: a value is out of its range.
@@ -242,7 +242,7 @@ class ImageProcessor:
 
         Args:
             images: one image or a sequence. An image is a Pillow image of any mode; an array (H, W) or (H, W, C), uint8
-                from 0 to 255 or float from 0 to 1; or a path. An array with another number of channels than 1 or 3 is
+                from 0 to 255 or float from 0 to 1; or a path. If the number of channels is neither 1 nor 3, an array is
                 read like a .npy file. Files are decoded as in training and evaluation (`data.decode.decode_channels`)
                 and rotated by their EXIF orientation. Pillow images are not rotated.
 
@@ -266,7 +266,7 @@ class ImageProcessor:
         return eval_resize(image, self.size, self.crop_pct, squash=self.squash, resample=self.resample)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """(…, C) uint8, or float32 from an `ArrayImage` → float32, rounded in the order of Hugging Face's processor."""
+        """The result of `resize`, (…, C), normalised: float32, rounded in the order of Hugging Face's processor."""
         factor = self.rescale_factor if pixels.dtype == np.uint8 else 255 * self.rescale_factor
         rescaled = (pixels.astype(np.float64) * factor).astype(np.float32)
         return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)

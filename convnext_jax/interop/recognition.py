@@ -104,7 +104,7 @@ class OpenedWeights(NamedTuple):
         config: content of the folder's `config.json`, or {}. The config of an OpenCLIP model is
             translated to the form of timm's configs.
         layout: one of `layouts.LAYOUTS`.
-        file_layout: the layout for messages: 'mmsegmentation' if the file has its names, otherwise `layout`.
+        file_layout: the layout for messages: 'mmsegmentation' for a UPerNet with OpenMMLab's names, otherwise `layout`.
         class_names: as in `FileContent`.
         variant: the architecture.
         in_channels: channels of the images.

@@ -69,8 +69,8 @@ class Backbone(Trunk):
 
         Args:
             images, key: as for `features`.
-            extent: the part of each image that is not padding; outside `extents` of it, the maps are arbitrary. None
-                for images without padding.
+            extent: the part of each image that is not padding; the maps are arbitrary outside the parts that `extents`
+                returns for it. None for images without padding.
 
         Raises:
             UserError: as for `features`.

@@ -1,7 +1,7 @@
-"""Padded images: the maps of a network inside the images do not depend on the padding.
+"""Padded images: inside the images, the feature maps of a network do not depend on the padding.
 
-Convolutions read zeros beyond the border of an image. If every map is 0 at the positions of padding, each image of a
-batch gets the values that it would get alone, and images of all sizes need one compiled program.
+Convolutions read zeros beyond the border of an image. If every feature map is set to 0 at the positions of padding,
+each image of a batch gets the values that it would get alone, and one compiled program serves images of all sizes.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ class Extent:
 
     Attributes:
         sizes: (N, 2) int32, height and width of this part, at least 1.
-        statistics: GRN computes its norms over the part of each image, as for `masked.Visible`.
+        statistics: GRN computes its norms over this part of each image; as in `masked.Visible`.
     """
 
     sizes: Int[Array, 'n 2']
     statistics: ClassVar[str] = 'image'
 
     def positions(self, x: Shaped[Array, 'n h w c']) -> Bool[Array, 'n h w 1']:
-        """Whether each position of x is no padding: (N, H, W, C) → (N, H, W, 1) bool."""
+        """Which positions of x are not padding: (N, H, W, C) → (N, H, W, 1) bool."""
         rows, columns = (jnp.arange(side) for side in x.shape[1:3])
         heights, widths = self.sizes[:, :1], self.sizes[:, 1:]
         return ((rows < heights)[:, :, None] & (columns < widths)[:, None, :])[..., None]
 
     def keep(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
-        """Sets x to 0 at the positions of padding: (N, H, W, C) → (N, H, W, C)."""
+        """x with 0 at the positions of padding: (N, H, W, C) → (N, H, W, C)."""
         return jnp.where(self.positions(x), x, 0)
 
     def divided(self, factor: int) -> 'Extent':
@@ -40,7 +40,7 @@ class Extent:
         return Extent(self.sizes // factor)
 
     def halved_up(self) -> 'Extent':
-        """The extent of a map with one position for 2 × 2 positions of this one, incomplete ones included."""
+        """The extent of a map that has one position for 2 × 2 positions of this one, rounded up."""
         return Extent(-(-self.sizes // 2))
 
 

@@ -306,8 +306,8 @@ class UPerNet(nnx.Module):
     ) -> tuple[Float[Array, 'n rows columns classes'], Extent]:
         """The logits of the main head for padded images, at the resolution at which they are computed.
 
-        They are equal to the logits of the images without padding. An image that is smaller than the largest stride is
-        enlarged to it with zeros.
+        They are equal to the logits of the images without padding. An image with a side below the largest stride is
+        extended with zeros to this length; these zeros count as a part of the image.
 
         Args:
             images: (N, H, W, in_channels) float, normalised, padded at the bottom and at the right.

@@ -50,7 +50,7 @@ class Compiled:
         seconds: duration of the compilation.
         memory: memory that the program needs.
         text: the program in HLO.
-        kernel_cycles: name of a Pallas kernel → its cycles, if the target has a folder for listings.
+        kernel_cycles: name of a Pallas kernel → its cycles; {} if the target has no folder for listings.
     """
 
     images: int
@@ -91,7 +91,7 @@ def compile_step(config: ConfigDict, target: Target, images: int) -> Compiled | 
     mesh = make_mesh(**config.mesh, devices=target.devices)
     program = Program(config, make_durations(config, IMAGENET_IMAGES), mesh)
     if target.listings:
-        for path in target.listings.iterdir():  # of a program that was compiled before
+        for path in target.listings.iterdir():  # listings of the previous program
             path.unlink()
     began = time.perf_counter()
     try:

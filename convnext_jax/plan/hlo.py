@@ -81,7 +81,7 @@ def read_program(text: str, kernel_cycles: Mapping[str, int] = MappingProxyType(
 
     Args:
         text: the program in HLO.
-        kernel_cycles: name of a Pallas kernel → its cycles, for which the program has no estimate.
+        kernel_cycles: name of a Pallas kernel → its cycles, because the program contains no estimate of them.
     """
     computations: Computations = {}
     entry = ''

@@ -1,8 +1,8 @@
 """Counts the cycles of Pallas kernels on TPU, for which the HLO has no estimate.
 
-libtpu writes the instructions of each kernel to a file on request. A TPU issues one bundle of instructions per cycle,
-so the cycles of a kernel are its bundles, each multiplied by the trip counts of the loops around it. Waiting for memory
-is not counted: a kernel copies its next block while it computes.
+With the flags of `listing_flags`, libtpu writes the instructions of each kernel to a file, the listing. A TPU issues
+one bundle of instructions per cycle, so the cycles of a kernel are the number of its bundles, each multiplied by the
+trip counts of the loops around it. Waiting for memory is not counted: a kernel copies its next block while it computes.
 """
 
 import re
@@ -27,7 +27,7 @@ def listing_flags(folder: Path) -> str:
 def kernel_cycles(program: str, folder: Path) -> dict[str, int]:
     """Name of a Pallas kernel in the program → its cycles, if its instructions are in the folder.
 
-    The compiler may compile equal kernels once, under the name of one of them.
+    The compiler may compile several equal kernels once, and name the listing after one of them.
 
     Args:
         program: the program in HLO.

@@ -27,7 +27,7 @@ class Target:
         devices: descriptions of the devices.
         compiler: package and version of the compiler.
         options: compiler options.
-        listings: folder into which the compiler writes the instructions of each program, or None.
+        listings: folder into which the compiler writes the instructions of fusions and kernels, or None.
     """
 
     name: str
@@ -43,8 +43,8 @@ def tpu_target(name: str, listings: Path | None = None) -> Target:
 
     Args:
         name: KIND:SHAPE, such as 'v5e:16x16'.
-        listings: empty folder for the instructions of the programs, from which `kernel_cycles` counts the cycles of
-            Pallas kernels. libtpu reads it once per process.
+        listings: empty folder for the instructions, from which `kernel_cycles` counts the cycles of Pallas kernels.
+            libtpu reads the name of the folder once per process, so all targets need the same one.
 
     Raises:
         UserError: there is no such slice, or libtpu is not installed.

@@ -63,7 +63,7 @@ def start(coordinator: str | None, process_count: int | None, process_id: int | 
             process_count,
             process_id,
             initialization_timeout=timeout + 60,  # after the timer, because the runtime aborts with a stack trace
-            heartbeat_timeout_seconds=4 * timeout,  # JAX aborts after half of this at the earliest: after the watchdog
+            heartbeat_timeout_seconds=4 * timeout,  # JAX may abort after half of this: later than the watchdog exits
             shutdown_timeout_seconds=timeout,
         )
         multiprocess = jax.process_count() > 1  # initialises the backend, which waits for the other processes
@@ -110,7 +110,7 @@ def _exit_after_timeout(
 
 
 def connect_devices() -> None:
-    """Runs a collective. The first one connects CPU devices by gloo, which uses the names of the hosts.
+    """Connects the devices of all processes by a first collective. On CPU, gloo connects them by the host names.
 
     Raises:
         UserError: gloo cannot connect.

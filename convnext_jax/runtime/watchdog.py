@@ -29,7 +29,7 @@ class Watchdog:
     """Checks in a thread whether all processes are alive, and ends this process if another one failed or disappeared.
 
     Args:
-        timeout: seconds that a process may be silent. After up to 1.25 times as long, the others exit.
+        timeout: seconds that a process may be silent. The others exit after 1 to 1.25 times this time.
     """
 
     def __init__(self, timeout: int):
@@ -44,7 +44,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         for beat in range(2**62):
-            # If the network breaks, calls of the client can take minutes, in spite of their timeouts.
+            # If the network breaks, calls of the client can take minutes in spite of their timeouts: the timer exits.
             timer = _start_timer(self._longest_beat, self._exit_without_coordinator)
             try:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # timeout: no process has failed
@@ -103,7 +103,7 @@ class Watchdog:
             time.sleep(self._longest_beat + 1)  # if another process caused the error, the thread exits first
         with self._exiting:
             say(text, error=True)
-            _start_timer(3 * SHUTDOWN_SECONDS, lambda: exit_now(None, status))  # if the network is broken
+            _start_timer(3 * SHUTDOWN_SECONDS, lambda: exit_now(None, status))  # exits if the network is broken
             failure = {
                 'process': self._process,
                 'text': text.splitlines()[-1].removeprefix('error: '),
