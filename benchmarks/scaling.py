@@ -6,8 +6,8 @@ It prints one JSON object for each model, mesh and number of slices. The bytes f
 sharding; `python -m convnext_jax plan` reports the same bytes for the compiled step. Nothing here is measured.
 
 The gradient of replicated parameters is all-reduced in float32. With `mesh.fsdp`, kernels are all-gathered in bfloat16
-in the forward and in the backward pass, their gradients are reduce-scattered along `fsdp` and all-reduced along `data`,
-in float32. Between slices, each chip exchanges its share of the sums over its own slice.
+in the forward and in the backward pass, and their gradients are reduce-scattered along `fsdp` and all-reduced along
+`data` in float32. Between two slices, each chip exchanges its shard of the sums over its own slice.
 """
 
 import dataclasses
@@ -26,13 +26,12 @@ CHIPS_OF_A_JOB = (8, 16, 32, 64, 128, 256)
 MILLISECONDS = {'tiny': 65, 'base': 157, 'large': 271}
 """Duration of a step without collectives, for 64 images on each chip: the estimates in docs/planning.md."""
 
-PORTS = 4
 TORUS = 256
-"""A slice of this size is a torus, in which every chip uses all of its ports. In a smaller slice, the chips at the
-corners have half of the ports: this limits an all-reduce."""
+"""Number of chips of a slice that is a torus, in which every chip has all four links. In a smaller slice, the chips at
+the corners have only two links, which limits an all-reduce."""
 
 NETWORK = 6.4e12 / 8 / 256
-"""Bytes per second between slices for each chip: 6.4 Tbit/s per pod of 256 chips."""
+"""Bytes per second that each chip can send to other slices: 6.4 Tbit/s for 256 chips."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _defaults(config: ConfigDict) -> None:
 class Classification(Task):
     """Classification of images with one label each.
 
-    A batch has `image` (N, H, W, C), uint8 for 1 or 3 channels and else float32, and `label` (N,) int32. After
+    A batch has `image` (N, H, W, C), uint8 for 1 or 3 channels and otherwise float32, and `label` (N,) int32. After
     `augment`, it has `image` (N, H, W, C) float32, normalised, and `target` (N, classes) float32.
     """
 

@@ -22,7 +22,7 @@ class MeanIoU(Evaluator):
     Attributes:
         predict: predicts the classes.
         class_names: names of the first classes of the network; the others are called 'class 7', for example.
-        views: number of sizes at which the network sees each image.
+        views: number of views of each image.
     """
 
     predict: PixelClasses
@@ -61,7 +61,7 @@ class MeanIoU(Evaluator):
 
         `miou` is the mean IoU over the classes that occur among the labels or the predictions, `macc` the mean accuracy
         over the classes that occur among the labels, and `aacc` the accuracy over all labelled pixels. All are NaN if
-        no pixel has a label, which is a warning, or if logits are NaN or infinite.
+        logits are NaN or infinite, or if no pixel has a label, which a warning explains.
         """
         confusion = np.asarray(measured.sums['confusion'])
         if measured.sums['not_finite']:

@@ -31,33 +31,33 @@ class View(NamedTuple):
     size: Int[Array, '2']
 
 
-Lines = Callable[[Int[Array, ' r']], Float[Array, 'r w c']]
-"""A function from numbers of rows to these rows of an image."""
+RowReader = Callable[[Int[Array, ' r']], Float[Array, 'r w c']]
+"""A function that returns the rows of an image with the given indices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelClasses:
     """Predicts the class of each pixel of an image of any size.
 
-    The network computes the logits of one or more views of the image, of whole views or of square windows that cover
-    them. The last window of each row and column is moved back so that it ends at the border. Where windows overlap,
-    their logits are averaged. The logits are then enlarged or reduced to the size of the original image (bilinear), and
+    The network computes the logits of one or more views of the image. It gets a view as a whole, or as square windows
+    that cover it. The last window of each row and column is moved back so that it ends at the border. Where windows
+    overlap, their logits are averaged. The logits are then resized to the size of the original image (bilinear), and
     each pixel gets the class with the largest logit. With `flip` or several views, it gets the class with the largest
     sum of softmax values over all views and their mirror images.
 
-    With windows, the logits of all views take 4 · height · width · classes bytes on the device; those of whole views,
-    a sixteenth of it. With `flip`, they take twice as much.
+    With windows, the logits of a view take 4 · height · width · classes bytes on the device; without windows, a
+    sixteenth of this. `flip` doubles it. The logits of all views are in memory at the same time.
 
     Attributes:
         mean, std: mean and standard deviation of each channel, for pixel values in [0, 1].
         crop: side of the windows in pixels; 0 for whole views.
         stride: distance between neighbouring windows in pixels, at most `crop`.
         flip: whether to predict the mirror images as well.
-        may_be_small: whether a side of a view may be smaller than a window. The network then gets its size, so that
-            padding has no effect; otherwise it is faster.
-        shapes: for whole views: for each view, heights and widths of which one contains each image. The network sees
-            this part of the padded image, so that images in landscape and in portrait format do not need a square.
-            Empty for the whole padded image.
+        may_be_small: whether a side of a view may be smaller than a window. The network then also gets the size of the
+            view without padding, so that the padding has no effect. False is faster.
+        shapes: for whole views: for each view, a list of shapes (height, width). The padded image is cropped to the
+            first shape that contains the image without padding, so that landscape and portrait images need no square.
+            Empty to use the whole padded image.
     """
 
     mean: Sequence[float]
@@ -89,11 +89,11 @@ class PixelClasses:
         def add_rows(strip: Int[Array, ''], classes: UInt8[Array, '_ w']) -> UInt8[Array, '_ w']:
             rows = ROWS * strip + jnp.arange(ROWS)
             values = []
-            for view, variants in zip(views, logits, strict=True):
-                values.append(_resized(variants[0], view.size, original_size, rows, columns))
+            for view, readers in zip(views, logits, strict=True):
+                values.append(_resized(readers[0], view.size, original_size, rows, columns))
                 if self.flip:
                     mirrored = original_size[1] - 1 - columns
-                    values.append(_resized(variants[1], view.size, original_size, rows, mirrored))
+                    values.append(_resized(readers[1], view.size, original_size, rows, mirrored))
             scores = values[0] if len(values) == 1 else sum(map(jax.nn.softmax, values[1:]), jax.nn.softmax(values[0]))
             best = jnp.where(jnp.isfinite(scores.max(-1)), scores.argmax(-1), NOT_FINITE).astype(jnp.uint8)
             return jax.lax.dynamic_update_slice(classes, best, (ROWS * strip, 0))
@@ -102,8 +102,8 @@ class PixelClasses:
         classes = jnp.zeros((-(-shape[0] // ROWS) * ROWS, shape[1]), jnp.uint8)
         return jax.lax.fori_loop(0, strips, add_rows, classes)[: shape[0]]
 
-    def _logits(self, model: UPerNet, view: View, shapes: Sequence[tuple[int, int]]) -> list[Lines]:
-        """The logits of a view, and with `flip` those of its mirror image, as functions to their rows."""
+    def _logits(self, model: UPerNet, view: View, shapes: Sequence[tuple[int, int]]) -> list[RowReader]:
+        """Functions that return rows of the logits of a view and, with `flip`, of the logits of its mirror image."""
         image, size = view
         below, right = (max(self.crop - side, 0) for side in image.shape[:2])
         image = jnp.pad(normalize(image[None], self.mean, self.std)[0], ((0, below), (0, right), (0, 0)))
@@ -157,7 +157,7 @@ class PixelClasses:
 def _logits_of_whole_images(
     model: UPerNet, images: Float[Array, 'n h w c'], size: Int[Array, '2'], shapes: Sequence[tuple[int, int]]
 ) -> tuple[Float[Array, 'n rows columns classes'], Int[Array, '2']]:
-    """The logits of padded images, and the height and width of the part of them that is not padding.
+    """The logits of padded images, and the height and width of the logits that are not padding.
 
     Args:
         model: the network.
@@ -181,12 +181,16 @@ def _logits_of_whole_images(
 
 
 def _resized(
-    lines: Lines, size: Int[Array, '2'], new_size: Int[Array, '2'], rows: Int[Array, ' r'], columns: Int[Array, ' s']
+    read_rows: RowReader,
+    size: Int[Array, '2'],
+    new_size: Int[Array, '2'],
+    rows: Int[Array, ' r'],
+    columns: Int[Array, ' s'],
 ) -> Float[Array, 'r s c']:
     """Some rows and columns of the image after a bilinear resize, as `interpolate(…, align_corners=False)` in PyTorch.
 
     Args:
-        lines: the rows of the image, (rows, W, C) float32, padded at the right.
+        read_rows: returns rows of the image, (rows, W, C) float32, padded at the right.
         size: (2,) int32, height and width without padding.
         new_size: (2,) int32, height and width after the resize.
         rows, columns: the rows and columns of the resized image to compute.
@@ -194,14 +198,14 @@ def _resized(
     above, below, down = _neighbours(rows, size[0], new_size[0])
     before, after, across = _neighbours(columns, size[1], new_size[1])
     down, across = down[:, None, None], across[:, None]
-    between = (1 - down) * lines(above) + down * lines(below)
+    between = (1 - down) * read_rows(above) + down * read_rows(below)
     return (1 - across) * between[:, before] + across * between[:, after]
 
 
 def _neighbours(
     positions: Int[Array, ' n'], length: Int[Array, ''], new_length: Int[Array, '']
 ) -> tuple[Int[Array, ' n'], Int[Array, ' n'], Float[Array, ' n']]:
-    """The two neighbours on an axis of `length` of positions on the resized axis, and the weight of the second."""
+    """For positions on a resized axis, their two neighbours on the original axis, and the weight of the second one."""
     scale = length.astype(jnp.float32) / new_length
     source = jnp.clip(scale * (positions + 0.5) - 0.5, 0, length - 1)
     first = jnp.floor(source).astype(jnp.int32)

@@ -58,8 +58,8 @@ def _defaults(config: ConfigDict) -> None:
     # square, without keeping their aspect ratio.
     config.eval.mode = 'slide'
     config.eval.stride = 0  # distance between windows in pixels; 0: two thirds of data.image_size
-    config.eval.flip = False  # average the softmax of each image and its mirror image
-    config.eval.scales = (1.0,)  # average the softmax of each image at these factors on data.resize
+    config.eval.flip = False  # add the softmax values of each image and its mirror image
+    config.eval.scales = (1.0,)  # factors by which data.resize is multiplied; the softmax values are added
 
     config.segmentation = ConfigDict()
     config.segmentation.channels = 512  # channels of the layers of the head
@@ -199,13 +199,13 @@ class Segmentation(Task):
 
     @property
     def windows(self) -> WindowProtocol:
-        """The size of the images, and how windows slide over them, in `config.eval`."""
+        """How evaluation resizes images and slides windows over them."""
         data, evaluation = self.config.data, self.config.eval
         stride = evaluation.stride or max(data.image_size * 2 // 3, 1)
         return WindowProtocol(tuple(data.resize), data.image_size, stride, whole=evaluation.mode == 'whole')
 
     def pixel_classes(self, *, may_be_small: bool) -> PixelClasses:
-        """The prediction with the options in `config.eval`; `may_be_small` as for `PixelClasses`."""
+        """Predicts classes with the options in `config.eval`; `may_be_small` as for `PixelClasses`."""
         data, windows = self.config.data, self.windows
         crop, stride = (0, 0) if windows.whole else (windows.crop, windows.stride)
         flip = self.config.eval.flip

@@ -214,7 +214,7 @@ class Task(abc.ABC):
         """Warns of changes that give the labels another meaning than in training.
 
         Args:
-            changed: the config of an evaluation of the run with this config.
+            changed: the config of the run with the overrides of an evaluation.
         """
 
     def open_evaluations(self) -> Sequence[Evaluation]:
