@@ -38,7 +38,7 @@ def weights(small_models, tmp_path):
 
 @pytest.mark.slow
 def test_convert_export_and_predict_say_the_licence_and_what_they_ignored(weights, tmp_path, capsys):
-    """A colleague who gets the folder would not know the licence, and nobody that a part of the names was ignored."""
+    """A colleague who gets the folder would not know the licence, and the user would not know what was ignored."""
     file = weights / 'model.safetensors'
     save_file({f'module.{name}': x for name, x in load_file(file).items()}, file)
     for command in ('convert', 'export'):

@@ -13,7 +13,7 @@ NAME = 'facebook/dinov3-convnext-tiny-pretrain-lvd1689m'
 
 
 def test_without_a_network_a_test_is_skipped_with_the_reason(tmp_path, monkeypatch):
-    """`pytest -m hub` would fail on a train, as if the weights were wrong."""
+    """Without a network, `pytest -m hub` would fail as if the weights were wrong."""
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     with pytest.raises(pytest.skip.Exception, match=f'{NAME} is not a local path, and the hub cannot be reached'):
@@ -31,7 +31,7 @@ def test_without_a_network_a_test_is_skipped_with_the_reason(tmp_path, monkeypat
     ],
 )
 def test_only_problems_of_access_skip_a_test(monkeypatch, line, outcome):
-    """A repository that was renamed or removed would go unnoticed."""
+    """Nobody would notice that a repository was renamed or removed."""
 
     def refuse(_):
         raise UserError(line)

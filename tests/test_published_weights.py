@@ -1,8 +1,8 @@
 """Weights on the Hugging Face hub: `pytest -m hub` downloads about 1 GB. Gated repositories need a login.
 
-The expected values were published with the weights: in the conversion scripts of transformers
-(`convert_convnextv2_to_pytorch.py`, `convert_dinov3_convnext_to_hf.py`, `convert_convnext_upernet_to_pytorch.py`), and
-for `facebook/convnext-tiny-224` in its `test_modeling_convnext.py`, as long as Pillow resized the image there.
+The expected values are from the conversion scripts of transformers (`convert_convnextv2_to_pytorch.py`,
+`convert_dinov3_convnext_to_hf.py`, `convert_convnext_upernet_to_pytorch.py`). For `facebook/convnext-tiny-224`, they
+are from the versions of its `test_modeling_convnext.py` that resized the image with Pillow.
 """
 
 import jax

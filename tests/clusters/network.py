@@ -1,7 +1,7 @@
-"""Two hosts on this machine, which are network namespaces, and a link that can be slow, lose packets or break.
+"""Two simulated hosts (network namespaces) on this machine, and a link that can be slow, lose packets or break.
 
-Each host has a TUN device, and threads of this process carry packets from one to the other. The usual tool, netem, is a
-part of Linux that many kernels lack.
+Each host has a TUN device, and threads of this process carry packets from one to the other. The usual tool, netem, is
+missing in many Linux kernels.
 """
 
 import collections

@@ -79,7 +79,7 @@ ENDLESS = ('--config.steps=1000000', '--config.eval_every_epochs=100000', '--con
 
 
 def test_a_signal_to_one_process_saves_all_at_one_step(run):
-    """A pod of many hosts would lose the steps since its last checkpoint, or save a mixture of steps."""
+    """A pod of many hosts would lose the steps since its last checkpoint, or its hosts would save different steps."""
     began = time.monotonic()
     processes = start(*SMALL_TRAIN, *ENDLESS, '--config.checkpoint_every_steps=100000', f'--workdir={run}')
     wait_for_step(processes, run, 1)
@@ -111,7 +111,7 @@ def test_many_processes_evaluate_as_one(run, commands):
 
 
 def test_all_processes_end_with_one_line_when_one_is_lost(run):
-    """On all hosts but one, a stack trace of JAX would hide the reason."""
+    """A stack trace of JAX would hide the reason on the other hosts."""
     processes = start(*SMALL_TRAIN, *ENDLESS, f'--workdir={run}')
     before = max(record['step'] for record in read_records(run))
     wait_for_step(processes, run, before + 1)

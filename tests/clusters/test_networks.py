@@ -16,9 +16,9 @@ from convnext_jax.monitoring.records import read_records
 pytestmark = pytest.mark.cluster
 STEPS = 30
 SILENCE = 20
-"""Time that a host may be silent in the tests in which hosts do not come back, in seconds."""
+"""`--process_timeout` in seconds, in the test in which a link or a host is lost for good."""
 GRACE = 5
-"""Time for the exit of a process, in seconds."""
+"""Additional seconds in which the processes must exit."""
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -100,7 +100,7 @@ def expected(runs):
 
 @pytest.mark.parametrize(('delay', 'loss'), [(0.01, 0), (0.001, 0.02)], ids=['slow', 'lossy'])
 def test_a_bad_link_changes_no_bit(runs, expected, delay, loss):
-    """A run in a busy network would end, or train another model."""
+    """On a busy network, a run would end, or train another model."""
     name = f'delay{delay}'
     began = time.monotonic()
     with Network(delay, loss) as network:
@@ -127,7 +127,7 @@ def test_a_run_survives_a_break_of_a_third_of_the_timeout(runs, expected):
 
 
 def test_a_run_ends_on_all_hosts_when_one_is_lost_and_resumes(runs, expected):
-    """The other hosts would wait, and cost money, until somebody noticed, or the run would lose its state."""
+    """The other hosts would wait, and cost money, until somebody notices; or the run could not resume."""
     losses = [
         ('the link breaks', None, [1, 1]),
         ('host 1 vanishes', 1, [1, -signal.SIGKILL]),
@@ -162,7 +162,7 @@ def test_a_run_ends_on_all_hosts_when_one_is_lost_and_resumes(runs, expected):
 
 
 def test_a_hostname_that_means_the_host_itself_is_explained(runs):
-    """On Debian, the name of a host resolves to 127.0.1.1; a user would see a traceback from gloo."""
+    """On Debian, the name of a host resolves to 127.0.1.1, and users would see a traceback from gloo."""
     with Network() as network:
         statuses, outputs = end(runs.start(network, 'hostname', hostname='localhost'))
     assert statuses == [2, 2], outputs

@@ -55,7 +55,7 @@ def test_integers_are_divided_by_their_largest_value_and_floats_are_unchanged(dt
 
 
 def test_a_page_with_several_channels_needs_tifffile(monkeypatch):
-    """The files of satellite images have all channels on one page; the user would not know how to read them."""
+    """Files of satellite images have all channels on one page, and users would not know how to read them."""
     content = tiff([draw(np.uint8, (8, 6, 4))])
     monkeypatch.setitem(sys.modules, 'tifffile', None)
     with pytest.raises(UserError, match='pip install tifffile imagecodecs to read it'):
@@ -65,7 +65,7 @@ def test_a_page_with_several_channels_needs_tifffile(monkeypatch):
 @pytest.mark.parametrize('planar', ['contig', 'separate'])
 @pytest.mark.parametrize('compression', [None, 'lzw'])
 def test_tifffile_reads_pages_with_several_channels(planar, compression):
-    """Height or width would be taken for the channels."""
+    """The height or the width would be used as the channel axis."""
     tifffile = pytest.importorskip('tifffile', reason='tifffile is not installed')
     if compression:
         pytest.importorskip('imagecodecs', reason='imagecodecs is not installed')
@@ -95,7 +95,7 @@ def test_tifffile_reads_pages_with_several_channels(planar, compression):
     ],
 )
 def test_what_cannot_be_read_is_named(content, line):
-    """A damaged file would end the run with a traceback, and an unknown range would spoil the training silently."""
+    """A damaged file would end the run with a traceback, and values of unknown range would be trained on silently."""
     with pytest.raises(UserError, match=line):
         decode_channels(content, CHANNELS, 'a')
 
@@ -116,7 +116,7 @@ def test_each_channel_is_cropped_and_resized_as_a_float_image():
 
 @pytest.mark.parametrize(('shape', 'channels'), [((9, 12), 1), ((9, 12), 3), ((9, 12, 1), 3), ((9, 12, 3), 3)])
 def test_grey_and_rgb_arrays_become_8_bit_images(shape, channels):
-    """A grey or RGB image in a .npy file would not be the image that a PNG file with these values is."""
+    """A .npy file would give other pixels than a PNG file with the same values."""
     pixels = draw(np.uint8, shape)
     image = decode(npy(pixels), channels, 'a')
     reference = Image.fromarray(pixels.reshape(9, 12) if shape[2:] != (3,) else pixels)
@@ -173,7 +173,7 @@ def test_mean_and_std_are_those_of_all_pixels():
 
 
 def test_a_constant_channel_is_refused():
-    """Its standard deviation of 0 would be refused by training without a reason."""
+    """Training would refuse the standard deviation of 0 without saying why."""
     with pytest.raises(UserError, match='all pixels have the same value in channel 0, 1'):
         mean_and_std(Images([npy(np.full((2, 2, 2), 0.3))] * 3), 2)
 
@@ -233,7 +233,7 @@ def test_five_channels_from_the_measurement_to_the_prediction(folder, tmp_path, 
 
 
 def test_photographs_and_colours_are_refused(folder, tmp_path, small_models):
-    """A run would start and change channels as if they were red, green and blue."""
+    """A run would augment channels as if they were red, green and blue."""
     arguments = (*CONFIG, f'--config.data.dir={folder}', f'--workdir={tmp_path / "run"}')
     five = [f'--config.data.{name}={(0.5,) * CHANNELS}' for name in ('mean', 'std')]
     with pytest.raises(UserError, match=r'change colours, but data.mean has 5 values.*policy=.. --config'):

@@ -100,7 +100,7 @@ def test_a_licence_that_the_hub_does_not_list_is_stated_as_other(tmp_path, folde
     ],
 )
 def test_published_files_without_a_card_have_their_licence(tmp_path, name, licence):
-    """Users who fine-tune the original files and upload the result would break their licence."""
+    """Users who fine-tune the original files and upload the result would violate the licence."""
     found = read_licence(tmp_path / name, {})
     assert (found and found.identifier) == licence
     assert found is None or found.source == 'file name'

@@ -41,7 +41,7 @@ def openmmlab(tensors, *, convolutions=False):
 
 @pytest.mark.parametrize(('name', 'convolutions'), [('convnext_atto', True), ('convnextv2_atto', False)])
 def test_a_classifier_of_mmpretrain_loads(tmp_path, name, convolutions):
-    """Its weights could not be used, although the network is the same."""
+    """Its weights could not be used, although it is the same network."""
     model = random_model(name)
     tensors = openmmlab(state_dict(model), convolutions=convolutions)
     assert {'backbone.norm3.bias', 'head.fc.weight', 'backbone.stages.1.0.pointwise_conv2.bias'} <= tensors.keys()
@@ -55,7 +55,7 @@ def test_a_classifier_of_mmpretrain_loads(tmp_path, name, convolutions):
     'spelling', [openmmlab, lambda tensors: {f'backbone.{name}': x for name, x in tensors.items()}]
 )
 def test_the_backbone_of_a_detector_loads_with_its_norms(tmp_path, spelling):
-    """Detectors of mmdetection and of the original repository could not be used as a start."""
+    """Training could not start from detectors of mmdetection or of the original repository."""
     backbone = jax.eval_shape(lambda key: create_backbone('convnext_atto', key=key), jax.random.key(0))
     drawn = draw_parameters({name: x.shape for name, x in get_parameters(backbone).items()})
     backbone = with_parameters(backbone, drawn)

@@ -1,4 +1,4 @@
-"""The image tower of OpenCLIP: its own, and one built from timm and torch as in open_clip/timm_model.py."""
+"""Image towers of OpenCLIP: of the library itself, and rebuilt from timm and torch as in open_clip/timm_model.py."""
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def test_embeddings_equal_those_of_the_tower(tmp_path, name):
 
 @pytest.mark.parametrize('projection', ['linear', 'mlp'])
 def test_embed_equals_encode_image(tmp_path, monkeypatch, projection):
-    """A search by text would not find the images: `embed` would write other vectors than OpenCLIP computes."""
+    """A search by text would not find the images, because `embed` would write other vectors than OpenCLIP."""
     open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
     vision = {'timm_model_name': 'convnext_atto', 'timm_proj': projection, 'timm_pool': '', 'image_size': 64}
     text = {'context_length': 4, 'vocab_size': 8, 'width': 16, 'heads': 2, 'layers': 1}

@@ -45,7 +45,7 @@ def whole(module, image):
     [('v2', slide, False, 1), ('v1', slide, True, 3), ('v2', whole, True, 3)],
 )
 def test_the_confusion_matrix_is_equal_to_mmsegmentation(kind, infer, flip, scales):
-    """The mIoU of published weights would differ from the published mIoU, with one scale or with several."""
+    """The mIoU of published weights would differ from the published mIoU, at one scale or at several."""
     batch = {
         'label': np.full((3, 130, 150), 255, np.uint8),
         'label_size': np.asarray([size for _, size in SIZES], np.int32),

@@ -27,12 +27,12 @@ PROGRAM = """ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_instructions_in_loops_count_once_per_iteration():
-    """A kernel of a million cycles seems to take a thousand, and the plan recommends it."""
+    """The plan would count a thousand cycles for a kernel of a million cycles, and recommend it."""
     assert count_cycles(LISTING) == CYCLES
 
 
 def test_kernels_get_the_cycles_of_their_own_instructions(tmp_path):
-    """The plan counts no kernel but the first of several equal ones, or another kernel's cycles."""
+    """The plan would count only one of several equal kernels, or give a kernel the cycles of another one."""
     (tmp_path / '1795811036959046928-fusion.1-01-final_bundles.txt').write_text(LISTING)
     (tmp_path / '1795811036959046928-depthwise.2-00-schedule-analysis_final_bundles.txt').write_text('total: 9')
     (tmp_path / '1795811036959046929-depthwise.2-01-final_bundles.txt').write_text(LISTING)

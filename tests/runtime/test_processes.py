@@ -205,7 +205,7 @@ def test_processes_of_open_mpi_5_are_refused(monkeypatch):
 
 
 def test_a_host_name_that_the_others_cannot_use_is_explained(monkeypatch):
-    """On Debian, the name of a host resolves to 127.0.1.1; a user would see a traceback from gloo."""
+    """On Debian, the name of a host resolves to 127.0.1.1, and users would see a traceback from gloo."""
 
     def fail(_):
         raise jax.errors.JaxRuntimeError('UNKNOWN: Gloo context initialization failed: Connection refused')

@@ -45,7 +45,7 @@ def test_the_thread_has_ended_when_a_job_finishes(monkeypatch):
 
 @pytest.mark.parametrize('failing', [False, True])
 def test_a_process_ends_although_the_calls_of_jax_do_not_return(monkeypatch, failing):
-    """After its network broke, a host would wait until JAX aborts it with a stack trace."""
+    """When the network breaks, a host would wait until JAX aborts it with a stack trace."""
     hangs, ended = threading.Event(), queue.Queue()
     client = Client()
     client.wait_at_barrier = lambda *_: hangs.wait()

@@ -1,4 +1,4 @@
-"""mIoU over sliding windows, whole images and several scales, against a plain loop that follows mmsegmentation."""
+"""mIoU over sliding windows, whole images and several scales, compared with a plain loop as in mmsegmentation."""
 
 import jax
 import jax.numpy as jnp

@@ -118,7 +118,7 @@ def results(workdir):
 
 
 def killed_in_first_evaluation(run, folder):
-    """A copy of the run as a SIGKILL in its first evaluation leaves it, and without the records of training."""
+    """A copy of the run in the state after a SIGKILL in its first evaluation, without `metrics.jsonl`."""
     copy = shutil.copytree(run, folder / 'run')
     first, *later = saved_steps(copy / 'checkpoints')
     assert first == STEPS // 2
