@@ -41,8 +41,8 @@ def embed(pretrained: Pretrained, photos: Iterable[Path], *, batch_size: int = 1
 
     Args:
         pretrained: the model and its preprocessing; without the latter, the default of `predict` is used. The features
-            are the input of the head, or, if no norm was trained, the average of the last feature map. Those of an
-            OpenCLIP image tower are its embeddings, projected and of length 1.
+            are the input of the head, or, if no norm was trained, the average of the last feature map. An OpenCLIP
+            image tower gives its projected embeddings, normalised to length 1.
         photos: the files, which are read batch by batch.
         batch_size: number of images in a batch.
 

@@ -56,10 +56,10 @@ def predict_masks(
         pretrained: the network, its preprocessing and class names. Without names, classes are called 'class 7', etc.
         photos: the files, which are read one by one.
         mode: 'slide' resizes images as mmsegmentation does, with their aspect ratio, and averages the logits of
-            overlapping windows, as for the published results. 'whole' resizes them likewise, and the network gets the
-            whole image. 'squash' resizes images to a square, as transformers does. The default of a run is the mode of
-            its evaluation. The default of other weights is 'squash' if they are stored with a preprocessing, otherwise
-            'slide'.
+            overlapping windows, as for the published results. 'whole' resizes images as 'slide' does, and the network
+            gets the whole image. 'squash' resizes images to a square, as transformers does. The default of a run is the
+            mode of its evaluation. The default of other weights is 'squash' if they are stored with a preprocessing,
+            otherwise 'slide'.
         resolution: side of the windows or of the square in pixels. If it is given with 'slide' or 'whole', images are
             resized to fit into (4 · resolution, resolution). The default is the size in the run or in the stored
             preprocessing, otherwise 512.

@@ -1,4 +1,4 @@
-"""Files of mmpretrain, mmdetection and mmsegmentation: translates their names to those of the original repository."""
+"""Files of mmpretrain, mmdetection and mmsegmentation: renames tensors as in the original repository."""
 
 import collections
 import re
@@ -14,7 +14,7 @@ DETECTOR = re.compile(r'(neck|(?!decode_|auxiliary_)\w+_head)\.')
 
 
 def has_openmmlab_names(tensors: Tensors) -> bool:
-    """Whether the blocks have the names of OpenMMLab's libraries, and not those of the original repository."""
+    """Whether the layers of the blocks have the names of OpenMMLab's libraries."""
     return any(re.match(r'stages\.\d+\.\d+\.depthwise_conv\.', name) for name in tensors)
 
 

@@ -111,7 +111,7 @@ class OpenedWeights(NamedTuple):
         decoder: name → tensor of the decoder of an FCMAE pre-training, in the original layout; {} for other files.
         heads: name → tensor of the heads of a UPerNet; {} for other files.
         notes: messages for the user about names and tensors that were changed or dropped.
-        is_image_tower: whether the weights are those of an OpenCLIP image tower, whose head is the projection.
+        is_image_tower: whether the weights are an OpenCLIP image tower, whose head is the projection.
     """
 
     path: Path

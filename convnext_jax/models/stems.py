@@ -23,7 +23,7 @@ class PatchStem(nnx.Module):
         self.norm = create_norm(variant, channels) if variant.stem_norm else None
 
     def __call__(self, x: Float[Array, 'n h w in'], extent: Extent | None = None) -> Float[Array, 'n rows columns c']:
-        """The output. `extent` is the part of x that is not padding; no position of it reads padding."""
+        """The output. `extent`, the part of x that is not padding, is not needed: its patches contain no padding."""
         x = self.conv(x)
         return x if self.norm is None else self.norm(x)
 
@@ -69,7 +69,7 @@ class OverlapStem(nnx.Module):
         self.activation = variant.activation if variant.stem == 'overlap_act' else None
 
     def __call__(self, x: Float[Array, 'n h w in'], extent: Extent | None = None) -> Float[Array, 'n rows columns c']:
-        """The output. `extent` is the part of x that is not padding, None for all of it; the padding of x is 0."""
+        """The output. `extent` is the part of x that is not padding (x is 0 in the padding); None for no padding."""
         if self.activation is None:
             x = self.first_conv(x)
         else:

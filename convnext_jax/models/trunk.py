@@ -173,7 +173,7 @@ class Downsample(nnx.Module):
             self.conv = SameConv(in_channels, out_channels, 2, dilation=min(dilation // 2, 2), dtype=dtype, key=key)
 
     def __call__(self, x: Float[Array, 'n h w in'], extent: Extent | None = None) -> Float[Array, 'n rows columns out']:
-        """The output. `extent` is the part of x that is not padding, None for all of it."""
+        """The output. `extent` is the part of x that is not padding; None for no padding."""
         x = self.norm(x)
         return self.conv(x if extent is None else extent.keep(x))
 
