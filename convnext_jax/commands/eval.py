@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     flags.DEFINE_float(
         'crop_pct', None, 'Side of the centre crop divided by the shorter side of the image.', flag_values=values
     )
-    flags.DEFINE_bool('flip', None, 'Average the logits of each image and its mirror image.', flag_values=values)
+    flags.DEFINE_bool('flip', None, 'Predict each image and its mirror image together.', flag_values=values)
     flags.DEFINE_enum(
         'probe', None, tuple(PROBES), 'Evaluate the frozen features with a classifier on them.', flag_values=values
     )

@@ -14,6 +14,7 @@ from convnext_jax.data.sources import Source
 from convnext_jax.errors import UserError
 
 CHUNK = 256  # images that are submitted to the threads together
+ROUNDING = Fraction(1, 10**12)  # the float64 sums give a constant channel a variance of this size relative to mean²
 
 
 def mean_and_std(source: Source, channels: int) -> tuple[list[float], list[float]]:
@@ -47,7 +48,11 @@ def mean_and_std(source: Source, channels: int) -> tuple[list[float], list[float
                 bar.update()
     means = [total / count for total in sums]
     variances = [total / count - mean**2 for total, mean in zip(squares, means, strict=True)]
-    constant = [str(channel) for channel, variance in enumerate(variances) if variance <= 0]
+    constant = [
+        str(channel)
+        for channel, (mean, variance) in enumerate(zip(means, variances, strict=True))
+        if variance <= ROUNDING * mean**2
+    ]
     if constant:
         raise UserError(f'all pixels have the same value in channel {", ".join(constant)}: remove it from the images')
     scale = 255 if pixel_dtype(channels) == np.uint8 else 1

@@ -246,7 +246,7 @@ def _class_names(content: Mapping) -> tuple[str, ...] | None:
     names = dataset.get('classes') if isinstance(dataset, Mapping) else meta.get('CLASSES')
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
         return None
-    return tuple(map(printable, names))
+    return tuple(printable(name).strip() for name in names)  # ADE20K's list has 'bed '
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

@@ -8,6 +8,8 @@ from convnext_jax.checkpoints.workdir import CONFIG, CURVES
 from convnext_jax.monitoring.records import read_records
 
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
+PRIVATE = ('dir', 'weights', 'compilation_cache_dir')
+"""Config fields that hold local paths."""
 COUNTERS = ('step', 'epoch', 'split')
 """Entries of a record that are not metrics."""
 
@@ -15,8 +17,8 @@ COUNTERS = ('step', 'epoch', 'split')
 def run_section(workdir: Path) -> str:
     """Data, steps, newest evaluations, curves and config of a run, in Markdown.
 
-    The card is public, so config fields with local paths are left out. If the run has `curves.png`, the section shows
-    it, and the picture must be in the folder of the card.
+    The card is public, so config fields that may hold local paths are left out. If the run has `curves.png`, the
+    section shows it, and the picture must be in the folder of the card.
 
     Args:
         workdir: the workdir of the run.
@@ -52,8 +54,14 @@ def _without_paths(config: dict) -> dict:
     return {
         name: _without_paths(value) if isinstance(value, dict) else value
         for name, value in config.items()
-        if not isinstance(value, str) or '/' not in value or _is_public(value)
+        if name not in PRIVATE and not _has_path(value)
     }
+
+
+def _has_path(value: object) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_path, value))
+    return isinstance(value, str) and ('/' in value or '\\' in value)
 
 
 def _is_public(name: str) -> bool:

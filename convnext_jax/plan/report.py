@@ -102,7 +102,7 @@ def describe(compiled: Compiled, target: Target) -> list[str]:
     return [
         *_memory_lines(compiled.memory, target.chip.memory),
         *_collective_lines(found),
-        *_kernel_lines(program, compiled.kernel_cycles),
+        *(_kernel_lines(program, compiled.kernel_cycles) if target.listings else []),
         *_cycle_lines(program, found, target),
     ]
 

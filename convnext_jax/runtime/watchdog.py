@@ -68,6 +68,7 @@ class Watchdog:
         with self._exiting:
             if self._process == 0:
                 say(f'error: process {failure["process"]} failed: {failure["text"]}', error=True)
+            _exit_if_the_network_is_broken(failure['status'])
             self._wait_at_shutdown_barrier()
             self._exit_after_the_others(failure['status'])
 
@@ -103,7 +104,7 @@ class Watchdog:
             time.sleep(self._longest_beat + 1)  # if another process caused the error, the thread exits first
         with self._exiting:
             say(text, error=True)
-            _start_timer(3 * SHUTDOWN_SECONDS, lambda: exit_now(None, status))  # exits if the network is broken
+            _exit_if_the_network_is_broken(status)
             failure = {
                 'process': self._process,
                 'text': text.splitlines()[-1].removeprefix('error: '),
@@ -134,6 +135,11 @@ class Watchdog:
             self._client.key_value_set(FAILURE, json.dumps(None))  # wakes the threads
         self._thread.join(SHUTDOWN_SECONDS)  # Python aborts if a thread returns from JAX while the interpreter exits
         jax.distributed.shutdown()
+
+
+def _exit_if_the_network_is_broken(status: int) -> None:
+    """Exits later, because calls of the client may not return while the network is broken."""
+    _start_timer(3 * SHUTDOWN_SECONDS, lambda: exit_now(None, status))
 
 
 def _start_timer(seconds: float, function: Callable[[], object]) -> threading.Timer:
