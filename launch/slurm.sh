@@ -6,8 +6,9 @@
 #
 # Options before launch/slurm.sh replace those below. In a job array, %a in an argument is the number of the task.
 # Before a preemption or the time limit, the processes receive SIGTERM: they save and exit with status 143. The job is
-# then requeued and resumes when it starts again. It is also requeued when a process is lost or fails, but not after an
-# error that you have to fix (status 2) or Ctrl-C (130). tests/clusters/test_slurm.py runs this script on Slurm.
+# then requeued and resumes when it starts again. It is also requeued when a process is lost or fails, but not after
+# `scancel JOB`, an error that you have to fix (status 2) or Ctrl-C (130). tests/clusters/test_slurm.py runs this script
+# on Slurm.
 #SBATCH --job-name=convnext
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
@@ -29,11 +30,15 @@ while kill -0 $! 2>/dev/null; do # a signal interrupts `wait` while srun is stil
     status=0
     wait $! || status=$?
 done
+# `scancel JOB` ends the processes with SIGTERM too, but the job is then no longer running.
+is_cancelled() { ! scontrol show job "$SLURM_JOB_ID" | grep -qE 'JobState=RUNNING|Reason=TimeLimit'; }
 case $status in
 0 | 2 | 130) ;;
-143) scontrol requeue "$SLURM_JOB_ID" ;;
+143) is_cancelled || scontrol requeue "$SLURM_JOB_ID" ;;
 *)
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
+    if is_cancelled; then
+        echo "train.py ended with status $status; Slurm ends the job" >&2
+    elif [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
         echo "train.py ended with status $status: the job is requeued" >&2
         scontrol requeue "$SLURM_JOB_ID"
     else

@@ -216,6 +216,16 @@ def test_an_array_trains_several_runs(jobs):
     assert [config.seed for config in configs] == [1, 2]
 
 
+def test_a_cancelled_job_is_not_requeued(jobs):
+    """A user could not end a job with `scancel`: it would start again and again."""
+    job = jobs.submit('cancelled', options=ONE_PROCESS, STEP_SECONDS='0.5')
+    jobs.wait_for_steps('cancelled', 2)
+    jobs.slurm('scancel', job)
+    ended = jobs.slurm.wait_for_state(job, *ENDED)
+    assert (ended['JobState'], ended['Restarts']) == ('CANCELLED', '0'), jobs.log('cancelled')
+    assert 'resume' in jobs.log('cancelled')  # the run is saved
+
+
 def test_each_process_gets_the_cpus_of_the_job(jobs):
     """The images would be decoded on one CPU of each process.
 
