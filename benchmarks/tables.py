@@ -162,6 +162,9 @@ TABLES = {
         },
     ),
     'parity': Table('parity', VALUE),
+    'timm_architectures': Table(
+        'timm_architectures', {'Model': '{model}', 'Logits': '{logits}', 'Feature map': '{maps}'}
+    ),
     'input_masks': Table('input_masks', RANGE),
     'input': Table('input', {'Compared with': '{what}', 'Ratio of images/s': '{value:g}'}),
     'input_memory': Table(
