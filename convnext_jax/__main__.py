@@ -53,13 +53,13 @@ from convnext_jax.interop.published import published_weights
 from convnext_jax.interop.upernet import UPERNET_LAYOUTS
 from convnext_jax.mask_prediction import MODES, mask_files, predict_masks
 from convnext_jax.models import create_model, get_parameters, get_variant, list_models
-from convnext_jax.monitoring.run_card import run_section
 from convnext_jax.output import say, show, to_json
 from convnext_jax.paths import local_path
 from convnext_jax.pictures import indexed_mask, overlay, save_picture
 from convnext_jax.plan import gpu_target, plan, tpu_target
 from convnext_jax.prediction import Prediction, find_photos, predict
 from convnext_jax.reconstruction import reconstruct_photos
+from convnext_jax.run_card import run_section
 from convnext_jax.training.weights import read_weights, run_folder
 
 MASK_FLAGS = ('output', 'mode', 'resolution')

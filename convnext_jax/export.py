@@ -70,7 +70,7 @@ def export_stablehlo(pretrained: PretrainedModel, folder: str | Path) -> None:
     program = export(jax.jit(logits), platforms=PLATFORMS)(weights, images)
     fields = dataclasses.asdict(processor)
     if isinstance(pretrained, PretrainedUPerNet):
-        del fields['crop_pct']  # it squashes images, so there is no crop
+        del fields['crop_pct']  # its images are squashed, not cropped
     preprocessing = fields | {
         'squash': processor.squashes,
         'resample': Image.Resampling(processor.resample).name.lower(),

@@ -108,7 +108,7 @@ def find_classes(folders: Sequence[Path], path: Path | None, *, reduce_zero_labe
             otherwise 0, 1, ….
 
     Raises:
-        UserError: there is no list, or it cannot be read; or a class has an invalid id, or two have one id or one name.
+        UserError: there is no list, it cannot be read, an id is invalid, or an id or a name is repeated.
     """
     if path is None:
         found = (folder / name for folder in folders for name in FILES if (folder / name).is_file())

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(')
@@ -73,7 +72,7 @@ Found = dict[tuple[str, str, int], Collectives]
 """Collectives by kind, element type and group size."""
 
 
-def read_program(text: str, kernel_cycles: Mapping[str, int] = MappingProxyType({})) -> list[Instruction]:
+def read_program(text: str, kernel_cycles: Mapping[str, int] | None = None) -> list[Instruction]:
     """Reads all instructions that the program runs, also in loops, calls and conditionals.
 
     The trip count of a loop is read from its annotation, or else it is the only constant in the loop's condition. A
@@ -91,7 +90,7 @@ def read_program(text: str, kernel_cycles: Mapping[str, int] = MappingProxyType(
             entry = header['name'] if header['entry'] else entry
         elif instruction := INSTRUCTION.match(line):
             instructions.append(instruction)
-    program = _run(computations, entry, 1)
+    program, kernel_cycles = _run(computations, entry, 1), kernel_cycles or {}
     return [dataclasses.replace(i, cycles=kernel_cycles.get(i.name, i.cycles)) for i in program]
 
 

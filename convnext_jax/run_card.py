@@ -1,13 +1,12 @@
 """The section of a model card that describes the run that trained the weights."""
 
 import json
-import re
 from pathlib import Path
 
 from convnext_jax.checkpoints.workdir import CONFIG, CURVES
+from convnext_jax.interop.hub import HUB_ID
 from convnext_jax.monitoring.records import read_records
 
-HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 PRIVATE = ('dir', 'weights', 'compilation_cache_dir')
 """Config fields that hold local paths."""
 COUNTERS = ('step', 'epoch', 'split')

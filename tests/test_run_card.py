@@ -7,7 +7,7 @@ import pytest
 from convnext_jax.checkpoints.workdir import CONFIG, CURVES, METRICS
 from convnext_jax.config import as_dict
 from convnext_jax.configs.fashion_mnist import get_config
-from convnext_jax.monitoring.run_card import run_section
+from convnext_jax.run_card import run_section
 
 
 @pytest.fixture
