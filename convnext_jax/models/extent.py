@@ -44,6 +44,15 @@ class Extent:
         return Extent(-(-self.sizes // 2))
 
 
+def source_positions(positions: Int[Array, ' n'], old: Int[Array, ''], new: Int[Array, '']) -> Float[Array, ' n']:
+    """The places on an axis from which a bilinear resize reads: (N,) int32 positions → (N,) float32.
+
+    `old` and `new` are the length of the axis before and after the resize, as in `bilinear_weights`.
+    """
+    scale = old.astype(jnp.float32) / new
+    return jnp.clip(scale * (positions + 0.5) - 0.5, 0, old - 1)
+
+
 def bilinear_weights(
     positions: Int[Array, ' n'], old: Int[Array, ''], new: Int[Array, ''], length: int
 ) -> Float[Array, 'n {length}']:
@@ -57,8 +66,7 @@ def bilinear_weights(
     Returns:
         (N, length) float32, the weight of each position before the resize; 0 for padding.
     """
-    scale = old.astype(jnp.float32) / new
-    source = jnp.clip(scale * (positions + 0.5) - 0.5, 0, old - 1)
+    source = source_positions(positions, old, new)
     return jnp.maximum(1 - jnp.abs(source[:, None] - jnp.arange(length)), 0)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from convnext_jax.data.augment import normalize
 from convnext_jax.models import UPerNet
+from convnext_jax.models.extent import source_positions
 from convnext_jax.models.layers import FSDP_AXIS, device_axes
 
 ROWS = 32
@@ -206,7 +207,6 @@ def _neighbours(
     positions: Int[Array, ' n'], length: Int[Array, ''], new_length: Int[Array, '']
 ) -> tuple[Int[Array, ' n'], Int[Array, ' n'], Float[Array, ' n']]:
     """For positions on a resized axis, their two neighbours on the original axis, and the weight of the second one."""
-    scale = length.astype(jnp.float32) / new_length
-    source = jnp.clip(scale * (positions + 0.5) - 0.5, 0, length - 1)
+    source = source_positions(positions, length, new_length)
     first = jnp.floor(source).astype(jnp.int32)
     return first, jnp.minimum(first + 1, length - 1), source - first

@@ -177,8 +177,8 @@ def test_a_constant_channel_is_refused():
     with pytest.raises(UserError, match='all pixels have the same value in channel 0, 1'):
         mean_and_std(Images([npy(np.full((2, 2, 2), 0.3))] * 3), 2)
     values = np.random.default_rng(0).random(40, np.float32)  # the variance of constants is not always rounded to 0
-    with pytest.raises(UserError, match=f'in channel 0, .*, {len(values) - 1}: '):
-        mean_and_std(Images([npy(np.full((5, 7, len(values)), values))] * 3), len(values))
+    with pytest.raises(UserError, match=f'in channel {", ".join(map(str, range(len(values))))}: '):
+        mean_and_std(Images([npy(np.full((37, 41, len(values)), values))] * 3), len(values))
 
 
 @pytest.fixture
